@@ -1,0 +1,252 @@
+//! From a stream of WAL bytes to whole, checked records.
+
+use bytes::Bytes;
+
+use super::{PageHeader, RECORD_HEADER_SIZE, RecordHeader, WalError, record::record_crc, rmgr};
+use crate::lsn::{WAL_PAGE_SIZE, WAL_SEGMENT_SIZE};
+use crate::{Lsn, Major};
+
+/// `XLogRecordMaxSize`: no record is longer.
+const RECORD_SIZE_MAX: u32 = 1020 * 1024 * 1024;
+/// `XLOG_SWITCH` of `catalog/pg_control.h`.
+const XLOG_SWITCH: u8 = 0x40;
+
+/// A whole record whose CRC was found right.
+#[derive(Clone, Debug)]
+pub struct FramedRecord {
+    /// Where it begins.
+    pub start: Lsn,
+    /// Where it ends, rounded up to 8 bytes as Postgres does; the end of the segment for a segment switch.
+    pub end: Lsn,
+    /// The record without page headers.
+    pub bytes: Bytes,
+}
+
+/// Takes WAL bytes in order, however they are cut, and gives whole records.
+///
+/// It checks page headers (magic, position, continuation, system identifier), record lengths, `xl_prev` and CRCs. Memory is what the
+/// record under way has brought so far, never what a length field announces. After an error it stays at the error.
+#[derive(Debug)]
+pub struct Framer {
+    major: Major,
+    system_identifier: Option<u64>,
+    /// Next byte to take.
+    position: Lsn,
+    /// End of the last whole record: nothing behind it counts.
+    framed: Lsn,
+    last_record: Option<Lsn>,
+    header: Vec<u8>,
+    in_page_header: bool,
+    /// Bytes before this position belong to no record that we give: padding, or a continuation that began before us.
+    skip_until: Lsn,
+    /// Bytes before this position are the rest of a segment after a switch: meaningless, page headers included.
+    switched_until: Lsn,
+    partial: Vec<u8>,
+    partial_start: Lsn,
+    /// Whether the first page may begin in the middle of a record, which is skipped.
+    skip_first_continuation: bool,
+    error: Option<WalError>,
+}
+
+impl Framer {
+    /// A framer for WAL of `major` whose first byte will be the one at `start`, which is a record's start or the start of a page that
+    /// begins with one. `prev` is the start of the record before, if it is known and to be checked. `system_identifier`, if given,
+    /// must be that of each segment.
+    pub fn new(major: Major, system_identifier: Option<u64>, start: Lsn, prev: Option<Lsn>) -> Framer {
+        Framer {
+            major,
+            system_identifier,
+            position: start,
+            framed: start,
+            last_record: prev,
+            header: Vec::new(),
+            in_page_header: start.page_offset() == 0,
+            skip_until: start,
+            switched_until: start,
+            partial: Vec::new(),
+            partial_start: start,
+            skip_first_continuation: false,
+            error: None,
+        }
+    }
+
+    /// A framer for WAL from the start of the page at `start`, whatever is there: a record that began earlier is skipped.
+    pub fn from_page(major: Major, system_identifier: Option<u64>, start: Lsn) -> Framer {
+        let mut framer = Framer::new(major, system_identifier, start.page_start(), None);
+        framer.skip_first_continuation = true;
+        framer
+    }
+
+    /// End of the last whole record (or the start, when there was none yet).
+    pub fn framed(&self) -> Lsn {
+        self.framed
+    }
+
+    /// Position of the next byte to give.
+    pub fn position(&self) -> Lsn {
+        self.position
+    }
+
+    /// Start of the last whole record, for the next record's `xl_prev`.
+    pub fn last_record(&self) -> Option<Lsn> {
+        self.last_record
+    }
+
+    /// Takes bytes from the front of `input` until a record is whole or `input` is empty.
+    ///
+    /// # Errors
+    /// [`WalError`] for the first thing that is not as Postgres writes it; the same again ever after.
+    pub fn next_record(&mut self, input: &mut Bytes) -> Result<Option<FramedRecord>, WalError> {
+        if let Some(error) = &self.error {
+            return Err(error.clone());
+        }
+        let result = self.advance(input);
+        if let Err(error) = &result {
+            self.error = Some(error.clone());
+        }
+        result
+    }
+
+    fn advance(&mut self, input: &mut Bytes) -> Result<Option<FramedRecord>, WalError> {
+        while !input.is_empty() {
+            if self.position < self.switched_until {
+                let n = ((self.switched_until.0 - self.position.0) as usize).min(input.len());
+                self.take(input, n);
+                self.in_page_header = self.position.page_offset() == 0;
+                continue;
+            }
+            if self.in_page_header {
+                self.take_page_header(input)?;
+                continue;
+            }
+            let page_left = (WAL_PAGE_SIZE - self.position.page_offset()) as usize;
+            if self.position < self.skip_until {
+                let n = ((self.skip_until.0 - self.position.0) as usize).min(page_left).min(input.len());
+                self.take(input, n);
+                self.in_page_header = self.position.page_offset() == 0;
+                continue;
+            }
+            if let Some(record) = self.take_record_bytes(input, page_left)? {
+                return Ok(Some(record));
+            }
+        }
+        Ok(None)
+    }
+
+    fn take(&mut self, input: &mut Bytes, n: usize) -> Bytes {
+        self.position += n as u64;
+        input.split_to(n)
+    }
+
+    fn take_page_header(&mut self, input: &mut Bytes) -> Result<(), WalError> {
+        let page = self.position.page_start();
+        let size = PageHeader::size_at(page);
+        let n = (size - self.header.len()).min(input.len());
+        let bytes = self.take(input, n);
+        self.header.extend_from_slice(&bytes);
+        if self.header.len() < size {
+            return Ok(());
+        }
+        let header = PageHeader::decode(&self.header, page)?;
+        self.header.clear();
+        self.in_page_header = false;
+        let wrong = |what: String| Err(WalError::Page { lsn: page, what });
+        if header.major != self.major {
+            return wrong(format!("the page is of {:?}, expected {:?}", header.major, self.major));
+        }
+        if let (Some(found), Some(expected)) = (header.system_identifier, self.system_identifier) {
+            if found != expected {
+                return wrong(format!("the page is of the cluster with system identifier {found}, expected {expected}"));
+            }
+        }
+        if header.overwrites_contrecord {
+            self.partial.clear();
+        }
+        if self.skip_first_continuation {
+            let after = self.position + u64::from(header.remaining_len);
+            let page_end = page + WAL_PAGE_SIZE;
+            if header.remaining_len == 0 {
+                self.skip_first_continuation = false;
+            } else if after >= page_end {
+                self.skip_until = page_end; // the next page's header says how much is left
+                if after == page_end {
+                    self.skip_first_continuation = false;
+                }
+            } else {
+                self.skip_until = after.align();
+                self.skip_first_continuation = false;
+            }
+            return Ok(());
+        }
+        let expected = match u32::from_le_bytes(*self.partial.first_chunk().unwrap_or(&[0; 4])) {
+            _ if self.partial.is_empty() => 0,
+            total => total - self.partial.len() as u32,
+        };
+        if header.remaining_len != expected {
+            return wrong(format!("begins with {} bytes of an earlier record, expected {expected}", header.remaining_len));
+        }
+        Ok(())
+    }
+
+    fn take_record_bytes(&mut self, input: &mut Bytes, page_left: usize) -> Result<Option<FramedRecord>, WalError> {
+        if self.partial.is_empty() {
+            self.partial_start = self.position;
+            // The usual case: the whole record is at hand, and is given as a view of the input.
+            if let Some(total) = input.first_chunk().map(|b| u32::from_le_bytes(*b)) {
+                self.check_length(total)?;
+                if total as usize <= page_left.min(input.len()) {
+                    let bytes = self.take(input, total as usize);
+                    return self.finish(bytes).map(Some);
+                }
+            }
+        }
+        let wanted = match self.partial.first_chunk() {
+            Some(total) => u32::from_le_bytes(*total) as usize - self.partial.len(),
+            None => 4 - self.partial.len(), // a record begins at a multiple of 8, so its length is never cut by a page
+        };
+        let n = wanted.min(page_left).min(input.len());
+        let bytes = self.take(input, n);
+        self.partial.extend_from_slice(&bytes);
+        self.in_page_header = self.position.page_offset() == 0;
+        let Some(total) = self.partial.first_chunk().map(|b| u32::from_le_bytes(*b)) else { return Ok(None) };
+        self.check_length(total)?;
+        if self.partial.len() < total as usize {
+            return Ok(None);
+        }
+        let bytes = Bytes::from(std::mem::take(&mut self.partial));
+        self.finish(bytes).map(Some)
+    }
+
+    fn check_length(&self, total: u32) -> Result<(), WalError> {
+        if (RECORD_HEADER_SIZE as u32..=RECORD_SIZE_MAX).contains(&total) {
+            return Ok(());
+        }
+        let what = format!("length {total} is not between {RECORD_HEADER_SIZE} and {RECORD_SIZE_MAX}");
+        Err(WalError::Record { lsn: self.partial_start, what })
+    }
+
+    fn finish(&mut self, bytes: Bytes) -> Result<FramedRecord, WalError> {
+        let start = self.partial_start;
+        let wrong = |what: String| WalError::Record { lsn: start, what };
+        let header = RecordHeader::decode(&bytes).ok_or_else(|| wrong("shorter than its header".to_owned()))?;
+        let found = record_crc(&bytes);
+        if found != header.crc {
+            return Err(WalError::Crc { lsn: start, found, expected: header.crc });
+        }
+        if let Some(last) = self.last_record {
+            if header.prev != last {
+                return Err(wrong(format!("says that the record before is at {}, expected {last}", header.prev)));
+            }
+        }
+        let mut end = self.position.align();
+        if header.rmid == rmgr::XLOG && header.info & 0xF0 == XLOG_SWITCH {
+            end = Lsn(end.0.next_multiple_of(WAL_SEGMENT_SIZE));
+            self.switched_until = end;
+        }
+        self.skip_until = self.position.align();
+        self.in_page_header = self.position.page_offset() == 0;
+        self.last_record = Some(start);
+        self.framed = end;
+        Ok(FramedRecord { start, end, bytes })
+    }
+}

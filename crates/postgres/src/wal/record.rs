@@ -1,0 +1,233 @@
+//! One WAL record taken apart: `access/xlogrecord.h`, decoded as `DecodeXLogRecord` does.
+
+use bytes::Bytes;
+
+use super::{WalError, image::Image};
+use crate::{BlockNumber, Fork, Lsn, Major, Oid, RelFork, RelNode};
+
+/// Bytes in a record's header (`SizeOfXLogRecord`).
+pub const RECORD_HEADER_SIZE: usize = 24;
+/// `XLR_MAX_BLOCK_ID`.
+const MAX_BLOCK_ID: u8 = 32;
+const ID_DATA_SHORT: u8 = 255;
+const ID_DATA_LONG: u8 = 254;
+const ID_ORIGIN: u8 = 253;
+const ID_TOPLEVEL_XID: u8 = 252;
+
+const BLOCK_FORK_MASK: u8 = 0x0F;
+const BLOCK_HAS_IMAGE: u8 = 0x10;
+const BLOCK_HAS_DATA: u8 = 0x20;
+const BLOCK_WILL_INIT: u8 = 0x40;
+const BLOCK_SAME_REL: u8 = 0x80;
+
+/// `XLogRecord`: the fixed header.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RecordHeader {
+    /// Bytes of the whole record, header included.
+    pub total_len: u32,
+    /// Transaction that wrote it, or 0.
+    pub xid: u32,
+    /// Start of the record before.
+    pub prev: Lsn,
+    /// Type within the resource manager (high four bits) and flags (low four).
+    pub info: u8,
+    /// Resource manager, see [`super::rmgr`].
+    pub rmid: u8,
+    /// CRC-32C of the record.
+    pub crc: u32,
+}
+
+impl RecordHeader {
+    /// Decodes the first 24 bytes of a record; `None` if there are fewer.
+    pub fn decode(bytes: &[u8]) -> Option<RecordHeader> {
+        let b: &[u8; RECORD_HEADER_SIZE] = bytes.first_chunk()?;
+        let u32_at = |at: usize| u32::from_le_bytes([b[at], b[at + 1], b[at + 2], b[at + 3]]);
+        Some(RecordHeader {
+            total_len: u32_at(0),
+            xid: u32_at(4),
+            prev: Lsn(u64::from(u32_at(8)) | u64::from(u32_at(12)) << 32),
+            info: b[16],
+            rmid: b[17],
+            crc: u32_at(20),
+        })
+    }
+}
+
+/// The CRC that a record with these bytes must carry: over what follows the header, then the header without the CRC itself.
+/// `record` has at least [`RECORD_HEADER_SIZE`] bytes.
+pub fn record_crc(record: &[u8]) -> u32 {
+    let (header, rest) = record.split_at(RECORD_HEADER_SIZE.min(record.len()));
+    crc32c::crc32c_append(crc32c::crc32c(rest), header.get(..20).unwrap_or(header))
+}
+
+/// A block that a record touches.
+#[derive(Clone, Debug)]
+pub struct Block {
+    /// The number by which redo functions know it.
+    pub id: u8,
+    /// The relation fork.
+    pub rel: RelFork,
+    /// The block.
+    pub blkno: BlockNumber,
+    /// `BKPBLOCK_WILL_INIT`: redo initialises the page, whatever was there.
+    pub will_init: bool,
+    /// `BKPBLOCK_HAS_DATA`, which may be set with no data.
+    pub has_data: bool,
+    /// Full-page image.
+    pub image: Option<Image>,
+    /// The block's own data.
+    pub data: Bytes,
+}
+
+/// A decoded record.
+#[derive(Clone, Debug)]
+pub struct Record {
+    /// The fixed header.
+    pub header: RecordHeader,
+    /// Where it begins.
+    pub start: Lsn,
+    /// Where it ends, which is the LSN of pages after it.
+    pub end: Lsn,
+    /// Blocks, ids ascending.
+    pub blocks: Vec<Block>,
+    /// Data that belongs to no block.
+    pub main_data: Bytes,
+    /// Replication origin, if given.
+    pub origin: Option<u16>,
+    /// Top-level transaction of a subtransaction, if given.
+    pub toplevel_xid: Option<u32>,
+}
+
+struct Cursor {
+    bytes: Bytes,
+}
+
+impl Cursor {
+    fn take(&mut self, len: usize) -> Result<Bytes, String> {
+        if self.bytes.len() < len {
+            return Err(format!("{len} bytes are missing of which {} are there", self.bytes.len()));
+        }
+        Ok(self.bytes.split_to(len))
+    }
+    fn u8(&mut self) -> Result<u8, String> {
+        let value = *self.bytes.first().ok_or("the headers end too early")?;
+        bytes::Buf::advance(&mut self.bytes, 1);
+        Ok(value)
+    }
+    fn u16(&mut self) -> Result<u16, String> {
+        Ok(u16::from_le_bytes([self.u8()?, self.u8()?]))
+    }
+    fn u32(&mut self) -> Result<u32, String> {
+        Ok(u32::from(self.u16()?) | u32::from(self.u16()?) << 16)
+    }
+}
+
+impl Record {
+    /// Takes the whole record `bytes` apart, which begins at `start` and ends at `end`.
+    ///
+    /// # Errors
+    /// [`WalError::Record`] when headers and lengths contradict each other.
+    pub fn decode(bytes: &Bytes, start: Lsn, end: Lsn, major: Major) -> Result<Record, WalError> {
+        Self::decode_inner(bytes, start, end, major).map_err(|what| WalError::Record { lsn: start, what })
+    }
+
+    fn decode_inner(bytes: &Bytes, start: Lsn, end: Lsn, major: Major) -> Result<Record, String> {
+        struct Pending {
+            block: Block,
+            image_len: usize,
+            data_len: usize,
+        }
+        let header = RecordHeader::decode(bytes).ok_or("shorter than a record header")?;
+        if header.total_len as usize != bytes.len() {
+            return Err(format!("has {} bytes and says that it has {}", bytes.len(), header.total_len));
+        }
+        let mut cursor = Cursor { bytes: bytes.slice(RECORD_HEADER_SIZE..) };
+        let mut pending: Vec<Pending> = Vec::new();
+        let mut main_len = 0usize;
+        let mut payload = 0usize;
+        let (mut origin, mut toplevel_xid) = (None, None);
+        let mut last_rel: Option<RelNode> = None;
+        while cursor.bytes.len() > payload {
+            let id = cursor.u8()?;
+            match id {
+                ID_DATA_SHORT | ID_DATA_LONG => {
+                    main_len = if id == ID_DATA_SHORT { usize::from(cursor.u8()?) } else { cursor.u32()? as usize };
+                    payload = payload.saturating_add(main_len);
+                    break; // by convention, the main data fragment is always last
+                }
+                ID_ORIGIN => origin = Some(cursor.u16()?),
+                ID_TOPLEVEL_XID => toplevel_xid = Some(cursor.u32()?),
+                0..=MAX_BLOCK_ID => {
+                    if pending.last().is_some_and(|last| last.block.id >= id) {
+                        return Err(format!("block id {id} is out of order"));
+                    }
+                    let flags = cursor.u8()?;
+                    let data_len = usize::from(cursor.u16()?);
+                    let has_data = flags & BLOCK_HAS_DATA != 0;
+                    if has_data == (data_len == 0) {
+                        return Err(format!("block {id}: data flag {has_data} and {data_len} bytes of data contradict each other"));
+                    }
+                    let mut image_len = 0;
+                    let mut image = None;
+                    if flags & BLOCK_HAS_IMAGE != 0 {
+                        image_len = usize::from(cursor.u16()?);
+                        let hole_offset = cursor.u16()?;
+                        let info = cursor.u8()?;
+                        let hole_len = if Image::needs_hole_len(info, major) { Some(cursor.u16()?) } else { None };
+                        image =
+                            Some(Image::new(info, major, image_len, hole_offset, hole_len).map_err(|what| format!("block {id}: {what}"))?);
+                    }
+                    let node = if flags & BLOCK_SAME_REL != 0 {
+                        last_rel.ok_or_else(|| format!("block {id} refers to the relation of a block before it, and there is none"))?
+                    } else {
+                        let (spc, db, rel): (Oid, Oid, Oid) = (cursor.u32()?, cursor.u32()?, cursor.u32()?);
+                        RelNode { spc, db, rel }
+                    };
+                    last_rel = Some(node);
+                    let fork = Fork::from_number(flags & BLOCK_FORK_MASK)
+                        .ok_or_else(|| format!("block {id}: fork number {} does not exist", flags & BLOCK_FORK_MASK))?;
+                    let blkno = cursor.u32()?;
+                    payload += image_len + data_len;
+                    pending.push(Pending {
+                        block: Block {
+                            id,
+                            rel: node.fork(fork),
+                            blkno,
+                            will_init: flags & BLOCK_WILL_INIT != 0,
+                            has_data,
+                            image,
+                            data: Bytes::new(),
+                        },
+                        image_len,
+                        data_len,
+                    });
+                }
+                _ => return Err(format!("block id {id} is invalid")),
+            }
+        }
+        if cursor.bytes.len() != payload {
+            return Err(format!("the headers announce {payload} bytes and {} follow", cursor.bytes.len()));
+        }
+        let mut blocks = Vec::with_capacity(pending.len());
+        for mut p in pending {
+            let image_bytes = cursor.take(p.image_len)?;
+            if let Some(image) = &mut p.block.image {
+                image.bytes = image_bytes;
+            }
+            p.block.data = cursor.take(p.data_len)?;
+            blocks.push(p.block);
+        }
+        let main_data = cursor.take(main_len)?;
+        Ok(Record { header, start, end, blocks, main_data, origin, toplevel_xid })
+    }
+
+    /// The record's type within its resource manager: `info` without the flags that belong to the WAL machinery (`~XLR_INFO_MASK`).
+    pub fn kind(&self) -> u8 {
+        self.header.info & 0xF0
+    }
+
+    /// The block with id `id`, if the record has it.
+    pub fn block(&self, id: u8) -> Option<&Block> {
+        self.blocks.iter().find(|block| block.id == id)
+    }
+}

@@ -1,0 +1,273 @@
+//! What one WAL record does to one page, and its bytes as a stored value.
+//!
+//! Layout of a stored change, little-endian: tag `u8`, then
+//! - 0 [`BlockRecord`]: rmid `u8`, info `u8`, flags `u8` (1 initialises, 2 has data), xid `u32`, block id `u8`, fork `u8`, block `u32`, number of other
+//!   blocks `u8`, each id `u8`, fork `u8`, block `u32`; length of the main data `u32`, the main data, the block's data.
+//! - 1 [`Change::ClearVisibility`]: flags `u8`, heap blocks `u32` each.
+//! - 2 [`Change::ClogStatus`]: status `u8`, xids `u32` each.
+//! - 3 [`Change::MultiXactOffset`]: multi `u32`, offset `u32`.
+//! - 4 [`Change::MultiXactMembers`]: first `u32`, then xid `u32` and status `u8` each.
+//! - 5 [`Change::CommitTs`]: time `i64`, origin `u16`, xids `u32` each.
+
+use bytes::{Buf, BufMut, Bytes, BytesMut};
+use varve_postgres::{BlockNumber, Fork, wal};
+
+/// Another block of the same record, whose number a page function may need.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct OtherBlock {
+    /// Its id in the record.
+    pub id: u8,
+    /// Its fork.
+    pub fork: Fork,
+    /// Its number.
+    pub blkno: BlockNumber,
+}
+
+/// A WAL record trimmed to what one of its blocks needs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BlockRecord {
+    /// Resource manager.
+    pub rmid: u8,
+    /// Type (the high four bits; the low ones are cleared).
+    pub info: u8,
+    /// Transaction that wrote it.
+    pub xid: u32,
+    /// The record's own data, shared by its blocks.
+    pub main_data: Bytes,
+    /// The block's id in the record.
+    pub block_id: u8,
+    /// The block's fork.
+    pub fork: Fork,
+    /// The block's number.
+    pub blkno: BlockNumber,
+    /// Whether redo initialises the page.
+    pub will_init: bool,
+    /// Whether the record has data for the block.
+    pub has_data: bool,
+    /// The block's data.
+    pub data: Bytes,
+    /// The record's other blocks, ids ascending.
+    pub others: Vec<OtherBlock>,
+}
+
+impl BlockRecord {
+    /// The part of `record` that concerns its block `block`.
+    pub fn trim(record: &wal::Record, block: &wal::Block) -> BlockRecord {
+        BlockRecord {
+            rmid: record.header.rmid,
+            info: record.kind(),
+            xid: record.header.xid,
+            main_data: record.main_data.clone(),
+            block_id: block.id,
+            fork: block.rel.fork,
+            blkno: block.blkno,
+            will_init: block.will_init,
+            has_data: block.has_data,
+            data: block.data.clone(),
+            others: record
+                .blocks
+                .iter()
+                .filter(|other| other.id != block.id)
+                .map(|other| OtherBlock { id: other.id, fork: other.rel.fork, blkno: other.blkno })
+                .collect(),
+        }
+    }
+
+    /// The number of the record's block `id`, this one or another; `None` if the record has no such block.
+    pub fn block_number(&self, id: u8) -> Option<BlockNumber> {
+        if id == self.block_id {
+            return Some(self.blkno);
+        }
+        self.others.iter().find(|other| other.id == id).map(|other| other.blkno)
+    }
+}
+
+/// What one record does to one page.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Change {
+    /// A record that names the block.
+    Record(BlockRecord),
+    /// A heap record cleared bits of this visibility-map page (`visibilitymap_clear`), which it does not name.
+    ClearVisibility {
+        /// Heap blocks, each of which this map page covers.
+        heap_blocks: Vec<BlockNumber>,
+        /// Bits to clear: 1 all-visible, 2 all-frozen.
+        flags: u8,
+    },
+    /// Transactions on this page of `pg_xact` got a status (`TransactionIdSetTreeStatus`).
+    ClogStatus {
+        /// 1 committed, 2 aborted, 3 sub-committed.
+        status: u8,
+        /// The transactions, each on this page.
+        xids: Vec<u32>,
+    },
+    /// A multixact on this page of `pg_multixact/offsets` begins at a member offset (`RecordNewMultiXact`).
+    MultiXactOffset {
+        /// The multixact.
+        multi: u32,
+        /// Its first member.
+        offset: u32,
+    },
+    /// Members on this page of `pg_multixact/members`.
+    MultiXactMembers {
+        /// Offset of the first of them, on this page.
+        first: u32,
+        /// Transaction and status of each.
+        members: Vec<(u32, u8)>,
+    },
+    /// Transactions on this page of `pg_commit_ts` were committed.
+    CommitTs {
+        /// Microseconds since 2000-01-01 UTC.
+        time: i64,
+        /// Replication origin.
+        origin: u16,
+        /// The transactions, each on this page.
+        xids: Vec<u32>,
+    },
+}
+
+impl Change {
+    /// Whether the page before does not matter.
+    pub fn will_init(&self) -> bool {
+        matches!(self, Change::Record(record) if record.will_init)
+    }
+
+    /// The stored form.
+    pub fn encode(&self) -> Bytes {
+        let mut out = BytesMut::with_capacity(64);
+        match self {
+            Change::Record(r) => {
+                out.reserve(r.main_data.len() + r.data.len() + r.others.len() * 6);
+                out.put_u8(0);
+                out.put_u8(r.rmid);
+                out.put_u8(r.info);
+                out.put_u8(u8::from(r.will_init) | u8::from(r.has_data) << 1);
+                out.put_u32_le(r.xid);
+                out.put_u8(r.block_id);
+                out.put_u8(r.fork.number());
+                out.put_u32_le(r.blkno);
+                out.put_u8(r.others.len() as u8);
+                for other in &r.others {
+                    out.put_u8(other.id);
+                    out.put_u8(other.fork.number());
+                    out.put_u32_le(other.blkno);
+                }
+                out.put_u32_le(r.main_data.len() as u32);
+                out.put_slice(&r.main_data);
+                out.put_slice(&r.data);
+            }
+            Change::ClearVisibility { heap_blocks, flags } => {
+                out.put_u8(1);
+                out.put_u8(*flags);
+                heap_blocks.iter().for_each(|block| out.put_u32_le(*block));
+            }
+            Change::ClogStatus { status, xids } => {
+                out.put_u8(2);
+                out.put_u8(*status);
+                xids.iter().for_each(|xid| out.put_u32_le(*xid));
+            }
+            Change::MultiXactOffset { multi, offset } => {
+                out.put_u8(3);
+                out.put_u32_le(*multi);
+                out.put_u32_le(*offset);
+            }
+            Change::MultiXactMembers { first, members } => {
+                out.put_u8(4);
+                out.put_u32_le(*first);
+                for (xid, status) in members {
+                    out.put_u32_le(*xid);
+                    out.put_u8(*status);
+                }
+            }
+            Change::CommitTs { time, origin, xids } => {
+                out.put_u8(5);
+                out.put_i64_le(*time);
+                out.put_u16_le(*origin);
+                xids.iter().for_each(|xid| out.put_u32_le(*xid));
+            }
+        }
+        out.freeze()
+    }
+
+    /// Reads the stored form.
+    ///
+    /// # Errors
+    /// What is wrong, in words.
+    pub fn decode(mut bytes: Bytes) -> Result<Change, String> {
+        let short = |_| "a stored change ends too early".to_owned();
+        let tag = bytes.try_get_u8().map_err(short)?;
+        Ok(match tag {
+            0 => {
+                let rmid = bytes.try_get_u8().map_err(short)?;
+                let info = bytes.try_get_u8().map_err(short)?;
+                let flags = bytes.try_get_u8().map_err(short)?;
+                let xid = bytes.try_get_u32_le().map_err(short)?;
+                let block_id = bytes.try_get_u8().map_err(short)?;
+                let fork = fork(bytes.try_get_u8().map_err(short)?)?;
+                let blkno = bytes.try_get_u32_le().map_err(short)?;
+                let n = bytes.try_get_u8().map_err(short)?;
+                let mut others = Vec::with_capacity(usize::from(n));
+                for _ in 0..n {
+                    others.push(OtherBlock {
+                        id: bytes.try_get_u8().map_err(short)?,
+                        fork: self::fork(bytes.try_get_u8().map_err(short)?)?,
+                        blkno: bytes.try_get_u32_le().map_err(short)?,
+                    });
+                }
+                let main_len = bytes.try_get_u32_le().map_err(short)? as usize;
+                if main_len > bytes.len() {
+                    return Err(format!("a stored record announces {main_len} bytes of main data and has {}", bytes.len()));
+                }
+                let main_data = bytes.split_to(main_len);
+                Change::Record(BlockRecord {
+                    rmid,
+                    info,
+                    xid,
+                    main_data,
+                    block_id,
+                    fork,
+                    blkno,
+                    will_init: flags & 1 != 0,
+                    has_data: flags & 2 != 0,
+                    data: bytes,
+                    others,
+                })
+            }
+            1 => {
+                let flags = bytes.try_get_u8().map_err(short)?;
+                Change::ClearVisibility { flags, heap_blocks: u32s(bytes)? }
+            }
+            2 => {
+                let status = bytes.try_get_u8().map_err(short)?;
+                Change::ClogStatus { status, xids: u32s(bytes)? }
+            }
+            3 => Change::MultiXactOffset { multi: bytes.try_get_u32_le().map_err(short)?, offset: bytes.try_get_u32_le().map_err(short)? },
+            4 => {
+                let first = bytes.try_get_u32_le().map_err(short)?;
+                let mut members = Vec::with_capacity(bytes.len() / 5);
+                while !bytes.is_empty() {
+                    members.push((bytes.try_get_u32_le().map_err(short)?, bytes.try_get_u8().map_err(short)?));
+                }
+                Change::MultiXactMembers { first, members }
+            }
+            5 => {
+                let time = bytes.try_get_i64_le().map_err(short)?;
+                let origin = bytes.try_get_u16_le().map_err(short)?;
+                Change::CommitTs { time, origin, xids: u32s(bytes)? }
+            }
+            _ => return Err(format!("a stored change has the unknown tag {tag}")),
+        })
+    }
+}
+
+fn fork(number: u8) -> Result<Fork, String> {
+    Fork::from_number(number).ok_or_else(|| format!("a stored change names fork {number}"))
+}
+
+fn u32s(bytes: Bytes) -> Result<Vec<u32>, String> {
+    let (words, rest) = bytes.as_chunks::<4>();
+    if !rest.is_empty() {
+        return Err(format!("a stored change has {} bytes too many", rest.len()));
+    }
+    Ok(words.iter().map(|word| u32::from_le_bytes(*word)).collect())
+}

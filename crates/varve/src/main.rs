@@ -1,0 +1,2 @@
+//! Varve.
+fn main() {}
