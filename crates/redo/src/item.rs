@@ -1,1 +1,574 @@
 //! Line pointers and the tuples behind them: what page functions of all access methods do to a page (`storage/itemid.h`, `page/bufpage.c`).
+//!
+//! Same results as Postgres's functions of these names, tuple placement included: a tuple goes to `pd_upper`, and compaction keeps the
+//! order that Postgres keeps. Unlike there, nothing is trusted: a page whose header or line pointers contradict themselves is a
+//! [`Fault`], and then the page is not to be used.
+//!
+//! Layout: 4 bytes a line pointer from [`PAGE_HEADER_SIZE`] to `pd_lower`; as a little-endian word, offset in bits 0 to 14, state in
+//! bits 15 and 16, length in bits 17 to 31. Line pointers are numbered from 1.
+
+#![allow(dead_code, reason = "the page functions that use the rest are being written")]
+
+use std::ops::Range;
+
+use varve_postgres::Page;
+use varve_postgres::page::{
+    self, BLCKSZ, PAGE_HEADER_SIZE, PD_HAS_FREE_LINES, flags, lower, set_flags, set_lower, set_upper, special, upper,
+};
+
+use crate::Fault;
+
+/// Number of a line pointer; the first is 1, and 0 (`InvalidOffsetNumber`) is none.
+pub(crate) type OffsetNumber = u16;
+
+/// Bytes in a line pointer.
+pub(crate) const ITEM_ID_SIZE: usize = 4;
+/// `MaxHeapTuplesPerPage`: a heap page has no more line pointers.
+pub(crate) const MAX_HEAP_TUPLES: usize = (BLCKSZ - PAGE_HEADER_SIZE) / (24 + ITEM_ID_SIZE);
+/// `MaxIndexTuplesPerPage`: no page has more tuples with storage.
+pub(crate) const MAX_INDEX_TUPLES: usize = (BLCKSZ - PAGE_HEADER_SIZE) / (16 + ITEM_ID_SIZE);
+
+/// State of a line pointer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub(crate) enum ItemState {
+    /// `LP_UNUSED`: free to be used.
+    Unused = 0,
+    /// `LP_NORMAL`.
+    Normal = 1,
+    /// `LP_REDIRECT`: its offset is another line pointer's number.
+    Redirect = 2,
+    /// `LP_DEAD`, with or without storage.
+    Dead = 3,
+}
+
+/// A line pointer (`ItemIdData`).
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) struct ItemId(u32);
+
+impl ItemId {
+    /// `ItemIdSetUnused`.
+    pub(crate) const UNUSED: ItemId = ItemId(0);
+    /// `ItemIdSetDead`: dead, without storage.
+    pub(crate) const DEAD: ItemId = ItemId((ItemState::Dead as u32) << 15);
+
+    /// A line pointer of these three parts, of which offset and length keep 15 bits.
+    pub(crate) fn new(off: u16, state: ItemState, len: u16) -> ItemId {
+        ItemId(u32::from(off & 0x7FFF) | (state as u32) << 15 | u32::from(len & 0x7FFF) << 17)
+    }
+
+    /// `ItemIdSetNormal`.
+    pub(crate) fn normal(off: u16, len: u16) -> ItemId {
+        ItemId::new(off, ItemState::Normal, len)
+    }
+
+    /// `ItemIdSetRedirect`.
+    pub(crate) fn redirect(to: OffsetNumber) -> ItemId {
+        ItemId::new(to, ItemState::Redirect, 0)
+    }
+
+    /// The line pointer with this stored form.
+    pub(crate) fn from_bytes(bytes: [u8; ITEM_ID_SIZE]) -> ItemId {
+        ItemId(u32::from_le_bytes(bytes))
+    }
+
+    /// The stored form.
+    pub(crate) fn to_bytes(self) -> [u8; ITEM_ID_SIZE] {
+        self.0.to_le_bytes()
+    }
+
+    /// `lp_off`: where the tuple begins; of a redirection, the number of the line pointer that it leads to.
+    pub(crate) fn off(self) -> u16 {
+        (self.0 & 0x7FFF) as u16
+    }
+
+    /// `lp_len`: the tuple's bytes; 0 without storage.
+    pub(crate) fn len(self) -> u16 {
+        (self.0 >> 17) as u16
+    }
+
+    /// `lp_flags`.
+    pub(crate) fn state(self) -> ItemState {
+        match self.0 >> 15 & 3 {
+            0 => ItemState::Unused,
+            1 => ItemState::Normal,
+            2 => ItemState::Redirect,
+            _ => ItemState::Dead,
+        }
+    }
+
+    /// `ItemIdIsUsed`.
+    pub(crate) fn is_used(self) -> bool {
+        self.state() != ItemState::Unused
+    }
+
+    /// `ItemIdIsNormal`.
+    pub(crate) fn is_normal(self) -> bool {
+        self.state() == ItemState::Normal
+    }
+
+    /// `ItemIdIsRedirected`.
+    pub(crate) fn is_redirect(self) -> bool {
+        self.state() == ItemState::Redirect
+    }
+
+    /// `ItemIdIsDead`.
+    pub(crate) fn is_dead(self) -> bool {
+        self.state() == ItemState::Dead
+    }
+
+    /// `ItemIdHasStorage`.
+    pub(crate) fn has_storage(self) -> bool {
+        self.len() != 0
+    }
+
+    /// The same with another state (`ItemIdMarkDead`).
+    pub(crate) fn with_state(self, state: ItemState) -> ItemId {
+        ItemId::new(self.off(), state, self.len())
+    }
+
+    /// The same with another offset.
+    pub(crate) fn with_off(self, off: u16) -> ItemId {
+        ItemId::new(off, self.state(), self.len())
+    }
+}
+
+impl std::fmt::Debug for ItemId {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{:?}({}, {})", self.state(), self.off(), self.len())
+    }
+}
+
+/// `MAXALIGN`: `len` rounded up to a multiple of 8.
+pub(crate) fn max_align(len: usize) -> usize {
+    len.next_multiple_of(8)
+}
+
+/// Checks `pd_lower`, `pd_upper` and `pd_special`; after it, 24 <= lower <= upper <= special <= 8192, and special is a multiple of 8.
+pub(crate) fn check_header(page: &Page) -> Result<(), Fault> {
+    let (lower, upper, special) = (lower(page), upper(page), special(page));
+    if usize::from(lower) < PAGE_HEADER_SIZE || lower > upper || upper > special || usize::from(special) > BLCKSZ || special % 8 != 0 {
+        return Err(format!("the page's pointers are corrupt: lower {lower}, upper {upper}, special {special}").into());
+    }
+    Ok(())
+}
+
+/// `PageGetMaxOffsetNumber`: the number of line pointers.
+pub(crate) fn max_offset(page: &Page) -> OffsetNumber {
+    let end = usize::from(lower(page)).min(BLCKSZ);
+    (end.saturating_sub(PAGE_HEADER_SIZE) / ITEM_ID_SIZE) as OffsetNumber
+}
+
+/// Where line pointer `offset` (from 1) stands.
+fn item_id_at(offset: OffsetNumber) -> usize {
+    PAGE_HEADER_SIZE + (usize::from(offset) - 1) * ITEM_ID_SIZE
+}
+
+fn existing(page: &Page, offset: OffsetNumber) -> Result<usize, Fault> {
+    let max = max_offset(page);
+    if offset == 0 || offset > max {
+        return Err(format!("line pointer {offset} does not exist: the page has {max}").into());
+    }
+    Ok(item_id_at(offset))
+}
+
+/// Line pointer `offset`; a [`Fault`] if there is none with this number.
+pub(crate) fn item_id(page: &Page, offset: OffsetNumber) -> Result<ItemId, Fault> {
+    let at = existing(page, offset)?;
+    Ok(ItemId::from_bytes([page[at], page[at + 1], page[at + 2], page[at + 3]]))
+}
+
+/// Sets line pointer `offset`, which exists.
+pub(crate) fn set_item_id(page: &mut Page, offset: OffsetNumber, id: ItemId) -> Result<(), Fault> {
+    let at = existing(page, offset)?;
+    page[at..at + ITEM_ID_SIZE].copy_from_slice(&id.to_bytes());
+    Ok(())
+}
+
+/// Where the tuple behind line pointer `offset` lies: within the page, behind the header, not empty.
+pub(crate) fn item_range(page: &Page, offset: OffsetNumber) -> Result<Range<usize>, Fault> {
+    let id = item_id(page, offset)?;
+    let range = usize::from(id.off())..usize::from(id.off()) + usize::from(id.len());
+    if !id.has_storage() || range.start < PAGE_HEADER_SIZE || range.end > BLCKSZ {
+        return Err(format!("line pointer {offset} has no tuple: {id:?}").into());
+    }
+    Ok(range)
+}
+
+/// The tuple behind line pointer `offset`.
+pub(crate) fn item(page: &Page, offset: OffsetNumber) -> Result<&[u8], Fault> {
+    let range = item_range(page, offset)?;
+    Ok(&page[range])
+}
+
+/// The tuple behind line pointer `offset`, to be changed in place.
+pub(crate) fn item_mut(page: &mut Page, offset: OffsetNumber) -> Result<&mut [u8], Fault> {
+    let range = item_range(page, offset)?;
+    Ok(&mut page[range])
+}
+
+/// The page's special space, which must have `len` bytes (`PageGetSpecialPointer`).
+pub(crate) fn special_space(page: &Page, len: usize) -> Result<&[u8], Fault> {
+    let start = special_start(page, len)?;
+    Ok(&page[start..])
+}
+
+/// The page's special space, which must have `len` bytes, to be changed in place.
+pub(crate) fn special_space_mut(page: &mut Page, len: usize) -> Result<&mut [u8], Fault> {
+    let start = special_start(page, len)?;
+    Ok(&mut page[start..])
+}
+
+fn special_start(page: &Page, len: usize) -> Result<usize, Fault> {
+    let start = usize::from(special(page));
+    if start < PAGE_HEADER_SIZE || start > BLCKSZ || BLCKSZ - start != len {
+        return Err(format!("the page's special space begins at {start}, expected {len} bytes of it").into());
+    }
+    Ok(start)
+}
+
+fn set_has_free_lines(page: &mut Page, has: bool) {
+    let others = flags(page) & !PD_HAS_FREE_LINES;
+    set_flags(page, if has { others | PD_HAS_FREE_LINES } else { others });
+}
+
+/// `PageAddItemExtended`, but for the copying: gives the new tuple its line pointer and its place, to be filled by the caller.
+///
+/// At line pointer `offset`, or the first free one if that is 0. With `overwrite`, `offset` is an unused line pointer or one past the
+/// last; without, line pointers from `offset` on move up by one. `is_heap` refuses line pointers beyond [`MAX_HEAP_TUPLES`].
+pub(crate) fn reserve_item(
+    page: &mut Page,
+    len: usize,
+    offset: OffsetNumber,
+    overwrite: bool,
+    is_heap: bool,
+) -> Result<(OffsetNumber, Range<usize>), Fault> {
+    check_header(page)?;
+    let limit = max_offset(page) + 1;
+    let mut shift = false;
+    let mut offset = offset;
+    if offset != 0 {
+        if offset < limit {
+            if overwrite {
+                let id = item_id(page, offset)?;
+                if id.is_used() || id.has_storage() {
+                    return Err(format!("line pointer {offset} is in use: {id:?}").into());
+                }
+            } else {
+                shift = true;
+            }
+        }
+    } else if flags(page) & PD_HAS_FREE_LINES != 0 {
+        offset = first_free_line(page, limit)?;
+        if offset == limit {
+            set_has_free_lines(page, false); // the hint was wrong
+        }
+    } else {
+        offset = limit;
+    }
+    if offset > limit {
+        return Err(format!("a tuple for line pointer {offset}: the page has {}", limit - 1).into());
+    }
+    if is_heap && usize::from(offset) > MAX_HEAP_TUPLES {
+        return Err(format!("a tuple for line pointer {offset}: a heap page has at most {MAX_HEAP_TUPLES}").into());
+    }
+    let old_lower = usize::from(lower(page));
+    let new_lower = if offset == limit || shift { old_lower + ITEM_ID_SIZE } else { old_lower };
+    let new_upper = usize::from(upper(page))
+        .checked_sub(max_align(len))
+        .filter(|new_upper| new_lower <= *new_upper)
+        .ok_or_else(|| format!("a tuple of {len} bytes does not fit: lower {old_lower}, upper {}", upper(page)))?;
+    let at = item_id_at(offset);
+    if shift {
+        page.copy_within(at..item_id_at(limit), at + ITEM_ID_SIZE);
+    }
+    page[at..at + ITEM_ID_SIZE].copy_from_slice(&ItemId::normal(new_upper as u16, len as u16).to_bytes());
+    set_lower(page, new_lower as u16);
+    set_upper(page, new_upper as u16);
+    Ok((offset, new_upper..new_upper + len))
+}
+
+/// The first line pointer without use and storage, or `limit`.
+fn first_free_line(page: &Page, limit: OffsetNumber) -> Result<OffsetNumber, Fault> {
+    for offset in 1..limit {
+        let id = item_id(page, offset)?;
+        if !id.is_used() && !id.has_storage() {
+            return Ok(offset);
+        }
+    }
+    Ok(limit)
+}
+
+/// `PageAddItemExtended`: puts `item` on the page, gives its number. See [`reserve_item`].
+pub(crate) fn add_item(page: &mut Page, item: &[u8], offset: OffsetNumber, overwrite: bool, is_heap: bool) -> Result<OffsetNumber, Fault> {
+    let (offset, range) = reserve_item(page, item.len(), offset, overwrite, is_heap)?;
+    page[range].copy_from_slice(item);
+    Ok(offset)
+}
+
+/// `PageGetTempPageCopySpecial`: an empty page with `page`'s special space, to be filled and put in `page`'s place.
+pub(crate) fn empty_like(page: &Page) -> Result<Page, Fault> {
+    let start = usize::from(special(page));
+    if !(PAGE_HEADER_SIZE..=BLCKSZ).contains(&start) || start % 8 != 0 {
+        return Err(format!("the page's special space begins at {start}").into());
+    }
+    let mut empty = page::ZERO_PAGE;
+    page::init(&mut empty, BLCKSZ - start);
+    empty[start..].copy_from_slice(&page[start..]);
+    Ok(empty)
+}
+
+/// `PageGetExactFreeSpace`: bytes between line pointers and tuples.
+pub(crate) fn exact_free_space(page: &Page) -> usize {
+    usize::from(upper(page)).saturating_sub(usize::from(lower(page)))
+}
+
+/// `PageGetFreeSpace`: the same less a line pointer.
+pub(crate) fn free_space(page: &Page) -> usize {
+    exact_free_space(page).saturating_sub(ITEM_ID_SIZE)
+}
+
+/// `PageGetHeapFreeSpace`: the same, but nothing when the page can have no more line pointers and none is free.
+pub(crate) fn heap_free_space(page: &Page) -> usize {
+    let lines = max_offset(page);
+    if usize::from(lines) < MAX_HEAP_TUPLES {
+        return free_space(page);
+    }
+    let hint = flags(page) & PD_HAS_FREE_LINES != 0;
+    let free = hint && (1..=lines).any(|offset| item_id(page, offset).is_ok_and(|id| !id.is_used()));
+    if free { free_space(page) } else { 0 }
+}
+
+/// A tuple that compaction keeps.
+#[derive(Clone, Copy)]
+struct Kept {
+    /// Its line pointer after compaction.
+    offset: OffsetNumber,
+    start: u16,
+    aligned_len: u16,
+}
+
+/// The tuples that compaction keeps, in order of their line pointers.
+struct KeptTuples {
+    tuples: [Kept; MAX_INDEX_TUPLES],
+    len: usize,
+    bytes: usize,
+    /// Whether they lie on the page in that order, from its end downwards: then they can be moved without a copy.
+    presorted: bool,
+    last_start: u16,
+}
+
+impl KeptTuples {
+    fn new(page: &Page) -> KeptTuples {
+        KeptTuples {
+            tuples: [Kept { offset: 0, start: 0, aligned_len: 0 }; MAX_INDEX_TUPLES],
+            len: 0,
+            bytes: 0,
+            presorted: true,
+            last_start: special(page),
+        }
+    }
+
+    /// Adds the tuple behind `id`, which becomes line pointer `offset`.
+    fn push(&mut self, page: &Page, id: ItemId, offset: OffsetNumber) -> Result<(), Fault> {
+        let aligned_len = max_align(usize::from(id.len()));
+        let (start, end) = (id.off(), usize::from(id.off()) + aligned_len);
+        if start < upper(page) || end > usize::from(special(page)) {
+            return Err(format!("line pointer {offset} is corrupt: {id:?}, upper {}, special {}", upper(page), special(page)).into());
+        }
+        let slot = self.tuples.get_mut(self.len).ok_or_else(|| format!("the page has more than {MAX_INDEX_TUPLES} tuples"))?;
+        *slot = Kept { offset, start, aligned_len: aligned_len as u16 };
+        self.len += 1;
+        self.bytes += aligned_len;
+        self.presorted &= start < self.last_start;
+        self.last_start = self.last_start.min(start);
+        Ok(())
+    }
+
+    /// Whether they fit above the line pointers, so that moving them stays within the page.
+    fn check_fit(&self, page: &Page) -> Result<(), Fault> {
+        let space = special(page).saturating_sub(lower(page));
+        if self.bytes > usize::from(space) {
+            return Err(format!("the tuples' lengths are corrupt: {} bytes in {space}", self.bytes).into());
+        }
+        Ok(())
+    }
+
+    /// `compactify_tuples`: moves them to the page's end in order, without gaps, and sets line pointers and `pd_upper`. They [fit](Self::check_fit).
+    fn compact(&self, page: &mut Page) -> Result<(), Fault> {
+        let source = if self.presorted { None } else { Some(*page) };
+        let copy = |page: &mut Page, from: Range<usize>, to: usize| match &source {
+            None => page.copy_within(from, to),
+            Some(source) => page[to..to + from.len()].copy_from_slice(&source[from]),
+        };
+        let mut target = usize::from(special(page));
+        // Neighbours move together: `pending` is what has its place at `target`, but was not yet copied there.
+        let mut pending = target..target;
+        for kept in &self.tuples[..self.len] {
+            let (start, len) = (usize::from(kept.start), usize::from(kept.aligned_len));
+            if start + len != pending.start {
+                if pending.start != target {
+                    copy(page, pending.clone(), target);
+                }
+                pending = start + len..start + len;
+            }
+            target -= len;
+            pending.start = start;
+            let id = item_id(page, kept.offset)?;
+            set_item_id(page, kept.offset, id.with_off(target as u16))?;
+        }
+        if pending.start != target {
+            copy(page, pending, target);
+        }
+        set_upper(page, target as u16);
+        Ok(())
+    }
+}
+
+/// `PageRepairFragmentation`: closes gaps between a heap page's tuples, cuts unused line pointers off the end, sets the free-lines hint.
+pub(crate) fn repair_fragmentation(page: &mut Page) -> Result<(), Fault> {
+    check_header(page)?;
+    let lines = max_offset(page);
+    let mut kept = KeptTuples::new(page);
+    let (mut unused, mut last_used) = (0, 0);
+    for offset in 1..=lines {
+        let id = item_id(page, offset)?;
+        if id.is_used() {
+            if id.has_storage() {
+                kept.push(page, id, offset)?;
+            }
+            last_used = offset;
+        } else {
+            set_item_id(page, offset, ItemId::UNUSED)?;
+            unused += 1;
+        }
+    }
+    if kept.len == 0 {
+        set_upper(page, special(page));
+    } else {
+        kept.check_fit(page)?;
+        kept.compact(page)?;
+    }
+    let cut = lines - last_used;
+    set_lower(page, lower(page) - cut * ITEM_ID_SIZE as u16);
+    set_has_free_lines(page, unused > cut);
+    Ok(())
+}
+
+/// `PageTruncateLinePointerArray`: cuts unused line pointers off the end, but the first, and sets the free-lines hint.
+pub(crate) fn truncate_line_pointers(page: &mut Page) -> Result<(), Fault> {
+    check_header(page)?;
+    let lines = max_offset(page);
+    let mut left = lines;
+    while left > 1 && !item_id(page, left)?.is_used() {
+        left -= 1;
+    }
+    let mut has_free = false;
+    for offset in 1..=left {
+        has_free |= !item_id(page, offset)?.is_used();
+    }
+    set_lower(page, lower(page) - (lines - left) * ITEM_ID_SIZE as u16);
+    set_has_free_lines(page, has_free);
+    Ok(())
+}
+
+/// Where the index tuple behind line pointer `offset` lies: above `pd_upper`, below the special space, aligned.
+fn index_tuple(page: &Page, offset: OffsetNumber) -> Result<(ItemId, Range<usize>), Fault> {
+    let id = item_id(page, offset)?;
+    let range = usize::from(id.off())..usize::from(id.off()) + usize::from(id.len());
+    if range.start < usize::from(upper(page)) || range.end > usize::from(special(page)) || range.start % 8 != 0 {
+        return Err(format!("line pointer {offset} is corrupt: {id:?}, upper {}, special {}", upper(page), special(page)).into());
+    }
+    Ok((id, range))
+}
+
+/// Moves the tuple data before `end` up by `by` bytes, and what line pointers say with it. `by` is negative to move down.
+fn shift_tuples(page: &mut Page, end: usize, by: isize) -> Result<(), Fault> {
+    let from = usize::from(upper(page));
+    let to = from
+        .checked_add_signed(by)
+        .filter(|to| *to >= usize::from(lower(page)) && to + (end - from) <= usize::from(special(page)))
+        .ok_or_else(|| format!("tuples from {from} to {end} cannot move by {by} bytes"))?;
+    page.copy_within(from..end, to);
+    set_upper(page, to as u16);
+    for offset in 1..=max_offset(page) {
+        let id = item_id(page, offset)?;
+        if id.has_storage() && usize::from(id.off()) <= end {
+            let moved = usize::from(id.off()).wrapping_add_signed(by);
+            set_item_id(page, offset, id.with_off(moved as u16))?;
+        }
+    }
+    Ok(())
+}
+
+/// `PageIndexTupleDelete`: takes an index tuple and its line pointer off the page.
+pub(crate) fn index_tuple_delete(page: &mut Page, offset: OffsetNumber) -> Result<(), Fault> {
+    check_header(page)?;
+    let (_, range) = index_tuple(page, offset)?;
+    let at = item_id_at(offset);
+    let end = usize::from(lower(page));
+    page.copy_within(at + ITEM_ID_SIZE..end, at);
+    set_lower(page, (end - ITEM_ID_SIZE) as u16);
+    shift_tuples(page, range.start, max_align(range.len()) as isize)
+}
+
+/// `PageIndexMultiDelete`: takes index tuples, named in ascending order, and their line pointers off the page.
+pub(crate) fn index_multi_delete(page: &mut Page, offsets: &[OffsetNumber]) -> Result<(), Fault> {
+    // As Postgres does: the two ways may leave tuples in a different order.
+    if offsets.len() <= 2 {
+        return offsets.iter().rev().try_for_each(|offset| index_tuple_delete(page, *offset));
+    }
+    check_header(page)?;
+    let mut kept = KeptTuples::new(page);
+    let mut line_pointers = [ItemId::UNUSED; MAX_INDEX_TUPLES];
+    let mut doomed = offsets.iter().peekable();
+    for offset in 1..=max_offset(page) {
+        let (id, _) = index_tuple(page, offset)?;
+        if doomed.next_if_eq(&&offset).is_some() {
+            continue;
+        }
+        let place = kept.len;
+        kept.push(page, id, place as OffsetNumber + 1)?;
+        line_pointers[place] = id;
+    }
+    if let Some(offset) = doomed.next() {
+        return Err(format!("line pointer {offset} to be deleted does not exist, or is out of order").into());
+    }
+    kept.check_fit(page)?;
+    for (i, id) in line_pointers[..kept.len].iter().enumerate() {
+        let at = PAGE_HEADER_SIZE + i * ITEM_ID_SIZE;
+        page[at..at + ITEM_ID_SIZE].copy_from_slice(&id.to_bytes());
+    }
+    set_lower(page, (PAGE_HEADER_SIZE + kept.len * ITEM_ID_SIZE) as u16);
+    kept.compact(page)
+}
+
+/// `PageIndexTupleDeleteNoCompact`: takes an index tuple off the page and leaves its line pointer unused, unless it is the last, which goes.
+pub(crate) fn index_tuple_delete_no_compact(page: &mut Page, offset: OffsetNumber) -> Result<(), Fault> {
+    check_header(page)?;
+    let (_, range) = index_tuple(page, offset)?;
+    if offset < max_offset(page) {
+        set_item_id(page, offset, ItemId::UNUSED)?;
+    } else {
+        set_lower(page, lower(page) - ITEM_ID_SIZE as u16);
+    }
+    shift_tuples(page, range.start, max_align(range.len()) as isize)
+}
+
+/// `PageIndexTupleOverwrite`: replaces an index tuple where it stands, moving those before it as its size changes.
+pub(crate) fn index_tuple_overwrite(page: &mut Page, offset: OffsetNumber, item: &[u8]) -> Result<(), Fault> {
+    check_header(page)?;
+    let (id, range) = index_tuple(page, offset)?;
+    let (old_len, new_len) = (max_align(range.len()), max_align(item.len()));
+    if new_len > old_len + exact_free_space(page) {
+        return Err(format!("a tuple of {} bytes does not fit in place of one of {}", item.len(), range.len()).into());
+    }
+    let shrink = old_len as isize - new_len as isize;
+    if shrink != 0 {
+        shift_tuples(page, range.start, shrink)?;
+    }
+    let start = range.start.wrapping_add_signed(shrink);
+    set_item_id(page, offset, ItemId::new(start as u16, id.state(), item.len() as u16))?;
+    page.get_mut(start..start + item.len()).ok_or("the new tuple would end behind the page")?.copy_from_slice(item);
+    Ok(())
+}
