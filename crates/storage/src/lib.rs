@@ -1,1 +1,9 @@
-//! Placeholder.
+//! The storage engine: the history of each timeline as versions of keys, in immutable layers on an object store, and the WAL log that
+//! makes bytes durable before they get there.
+//!
+//! It knows keys, values and LSNs; it knows nothing of sockets, HTTP or processes.
+
+pub mod history;
+pub mod key;
+pub mod relation_size;
+pub mod value;

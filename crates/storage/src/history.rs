@@ -1,0 +1,54 @@
+//! What ingest and base backup need of a timeline: versions of keys to read at an LSN, and to write at the end.
+//!
+//! `timeline::Timeline` is the real one; `varve_testing` has a naive one.
+
+use bytes::Bytes;
+use varve_postgres::{Lsn, Major, Page};
+
+use crate::key::Key;
+use crate::value::Value;
+
+/// A history that could not be read or written.
+#[derive(Debug, Clone, thiserror::Error)]
+#[error("{0}")]
+pub struct HistoryError(pub String);
+
+/// Reading a timeline at an LSN. Calls may block on disk and object store, so they do not belong on a runtime's workers.
+///
+/// All LSNs are at most what is applied.
+pub trait History: Send + Sync {
+    /// The major whose WAL this is.
+    fn major(&self) -> Major;
+
+    /// The newest value of a key that is no page (not for blocks and SLRU pages); `None` if it has none.
+    ///
+    /// # Errors
+    /// When a layer cannot be read.
+    fn get(&self, key: Key, lsn: Lsn) -> Result<Option<Bytes>, HistoryError>;
+
+    /// The page that a block or SLRU-page key names, redone up to `lsn`; versions at or below `floor` do not count. `None` if it has no version.
+    ///
+    /// # Errors
+    /// When a layer cannot be read, or redo fails.
+    fn page(&self, key: Key, floor: Lsn, lsn: Lsn) -> Result<Option<Box<Page>>, HistoryError>;
+
+    /// Calls `visit` for each key in `from..to` that has a value (not a page), in order, with that value.
+    ///
+    /// # Errors
+    /// When a layer cannot be read, or what `visit` returns.
+    fn scan(&self, from: Key, to: Key, lsn: Lsn, visit: &mut dyn FnMut(Key, Bytes) -> Result<(), HistoryError>)
+    -> Result<(), HistoryError>;
+}
+
+/// Writing a timeline at its end. One writer a timeline.
+pub trait HistoryWriter: History {
+    /// Adds a version of `key` at `lsn`, which is above what is applied. At most one value for each (key, LSN): a second one at the same LSN replaces
+    /// an image by an image and is otherwise kept in order (a record may change a page twice).
+    ///
+    /// # Errors
+    /// When the timeline stopped.
+    fn put(&self, key: Key, lsn: Lsn, value: Value) -> Result<(), HistoryError>;
+
+    /// Everything that ends at or before `lsn` has been put: readers may see it.
+    fn advance(&self, lsn: Lsn);
+}
