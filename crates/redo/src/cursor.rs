@@ -45,6 +45,12 @@ impl<'a> Cursor<'a> {
         Ok(u64::from_le_bytes(self.array()?))
     }
 
+    /// The next `n` numbers of two bytes.
+    pub(crate) fn u16s(&mut self, n: usize) -> Result<Vec<u16>, Fault> {
+        let (words, _) = self.take(n.saturating_mul(2))?.as_chunks::<2>();
+        Ok(words.iter().map(|word| u16::from_le_bytes(*word)).collect())
+    }
+
     /// All that is left.
     pub(crate) fn rest(&mut self) -> &'a [u8] {
         std::mem::take(&mut self.rest)

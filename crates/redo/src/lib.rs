@@ -21,6 +21,7 @@ mod gin;
 mod gist;
 mod hash;
 mod heap;
+mod index_tuple;
 mod item;
 mod sequence;
 mod slru;
@@ -80,6 +81,13 @@ pub(crate) struct Redo<'a> {
     pub(crate) lsn: Lsn,
     /// The record, trimmed to the block.
     pub(crate) record: &'a BlockRecord,
+}
+
+impl Redo<'_> {
+    /// The fault of a record that has a block which its type does not know.
+    pub(crate) fn no_such_block(&self) -> Fault {
+        Fault::Inconsistent(format!("records of this type have no block {}", self.record.block_id))
+    }
 }
 
 /// What a page function says is wrong; [`apply`] adds which record and block.
