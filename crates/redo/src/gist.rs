@@ -48,11 +48,7 @@ impl Opaque {
     fn read(page: &Page) -> Result<Opaque, Fault> {
         let mut cursor = Cursor::new(special_space(page, SPECIAL_SIZE)?);
         let (high, low) = (cursor.u32()?, cursor.u32()?);
-        let opaque = Opaque {
-            sequence_number: u64::from(high) << 32 | u64::from(low),
-            right_link: cursor.u32()?,
-            flags: cursor.u16()?,
-        };
+        let opaque = Opaque { sequence_number: u64::from(high) << 32 | u64::from(low), right_link: cursor.u32()?, flags: cursor.u16()? };
         match cursor.u16()? {
             PAGE_ID => Ok(opaque),
             id => Err(format!("the page has id {id:#06x}, expected GiST's {PAGE_ID:#06x}").into()),

@@ -39,13 +39,6 @@ impl ItemPointer {
         [b0, b1, b2, b3, o0, o1]
     }
 
-    /// The item pointer with this stored form.
-    pub(crate) fn from_bytes(bytes: [u8; ITEM_POINTER_SIZE]) -> ItemPointer {
-        let [b0, b1, b2, b3, o0, o1] = bytes;
-        let (high, low) = (u16::from_le_bytes([b0, b1]), u16::from_le_bytes([b2, b3]));
-        ItemPointer { block: u32::from(high) << 16 | u32::from(low), offset: u16::from_le_bytes([o0, o1]) }
-    }
-
     /// Reads one.
     pub(crate) fn read(cursor: &mut Cursor<'_>) -> Result<ItemPointer, Fault> {
         let block = read_block_id(cursor)?;

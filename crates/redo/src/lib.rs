@@ -6,7 +6,7 @@
 //! ([`mask`]).
 //!
 //! No I/O, no `unsafe`, no panic and no unbounded allocation on any input: a record that contradicts its page is a [`RedoError`]. Full-page
-//! images never come here: ingest stores them as images.
+//! images never come to [`apply`]: ingest stores them as images, which [`restore_image`] gives.
 //!
 //! How a page function is written: `docs/redo.md`.
 
@@ -21,6 +21,7 @@ mod gin;
 mod gist;
 mod hash;
 mod heap;
+mod image;
 mod index_tuple;
 mod item;
 mod sequence;
@@ -30,6 +31,8 @@ mod visibility_map;
 mod xlog;
 
 use varve_postgres::{BlockNumber, Lsn, Major, Page, page, wal::rmgr};
+
+pub use image::restore_image;
 
 use change::{BlockRecord, Change};
 

@@ -102,10 +102,9 @@ pub(crate) fn redo(redo: &Redo<'_>, page: &mut Page) -> Result<(), Fault> {
         (UPDATE_META_PAGE, 0..=1) => pending::update_meta_page(record, page),
         (INSERT_LIST_PAGE, 0) => pending::insert_list_page(record, page),
         (DELETE_LIST_PAGES, _) => pending::delete_list_pages(record, page),
-        (
-            CREATE_POSTING_TREE | SPLIT | VACUUM_PAGE | DELETE_PAGE | UPDATE_META_PAGE | INSERT_LIST_PAGE | VACUUM_DATA_LEAF_PAGE,
-            _,
-        ) => Err(redo.no_such_block()),
+        (CREATE_POSTING_TREE | SPLIT | VACUUM_PAGE | DELETE_PAGE | UPDATE_META_PAGE | INSERT_LIST_PAGE | VACUUM_DATA_LEAF_PAGE, _) => {
+            Err(redo.no_such_block())
+        }
         _ => Err(Fault::Unsupported),
     }
 }

@@ -1,7 +1,7 @@
 //! The metapage and the pending list, in which fast updates leave index tuples for a later cleanup.
 
-use varve_postgres::page::{self, PAGE_HEADER_SIZE};
 use varve_postgres::Page;
+use varve_postgres::page::{self, PAGE_HEADER_SIZE};
 
 use super::{DELETED, LIST, LIST_FULL_ROW, META, Opaque};
 use crate::Fault;

@@ -88,10 +88,8 @@ pub(super) fn encode(pointers: &[Pointer]) -> Result<Vec<u8>, Fault> {
     segment.extend([0, 0]);
     let mut before = *first;
     for pointer in rest {
-        let mut distance = pointer
-            .checked_sub(before)
-            .filter(|distance| *distance > 0)
-            .ok_or("heap pointers of a posting list do not ascend")?;
+        let mut distance =
+            pointer.checked_sub(before).filter(|distance| *distance > 0).ok_or("heap pointers of a posting list do not ascend")?;
         while distance > 0x7F {
             segment.push(0x80 | (distance & 0x7F) as u8);
             distance >>= 7;

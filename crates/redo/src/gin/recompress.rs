@@ -162,7 +162,9 @@ impl Rewrite<'_> {
     fn written_end(&self, len: usize) -> Result<usize, Fault> {
         let end = self.write + len;
         if end > DATA_END {
-            return Err(format!("the page's posting lists grow to {} bytes, expected {} at most", end - DATA_START, DATA_END - DATA_START).into());
+            return Err(
+                format!("the page's posting lists grow to {} bytes, expected {} at most", end - DATA_START, DATA_END - DATA_START).into()
+            );
         }
         Ok(end)
     }

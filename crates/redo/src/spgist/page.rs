@@ -8,8 +8,8 @@
 //!   nodes, which are index tuples with a pointer down each.
 //! - Dead: `u32` of state and size, unused `u16`, for a redirection where it leads (6 bytes) and who made it `u32`.
 
-use varve_postgres::page::{self, PAGE_HEADER_SIZE};
 use varve_postgres::Page;
+use varve_postgres::page::{self, BLCKSZ, PAGE_HEADER_SIZE};
 
 use crate::Fault;
 use crate::cursor::Cursor;
@@ -261,7 +261,7 @@ pub(super) fn take_inner<'a>(data: &mut Cursor<'a>) -> Result<&'a [u8], Fault> {
 }
 
 fn take_tuple<'a>(data: &mut Cursor<'a>, size: usize) -> Result<&'a [u8], Fault> {
-    if size < DEAD_TUPLE_SIZE || size > varve_postgres::BLCKSZ - PAGE_HEADER_SIZE {
+    if !(DEAD_TUPLE_SIZE..=BLCKSZ - PAGE_HEADER_SIZE).contains(&size) {
         return Err(format!("a tuple says that it has {size} bytes").into());
     }
     data.take(size)
