@@ -1,1 +1,3 @@
-//! Placeholder.
+//! What the tests of the other crates share: models to compare with, and things to start.
+
+pub mod naive_history;
