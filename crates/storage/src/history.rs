@@ -13,6 +13,9 @@ use crate::value::Value;
 #[error("{0}")]
 pub struct HistoryError(pub String);
 
+/// What a scan calls for each key and its value.
+pub type Visit<'a> = dyn FnMut(Key, Bytes) -> Result<(), HistoryError> + 'a;
+
 /// Reading a timeline at an LSN. Calls may block on disk and object store, so they do not belong on a runtime's workers.
 ///
 /// All LSNs are at most what is applied.
@@ -20,11 +23,19 @@ pub trait History: Send + Sync {
     /// The major whose WAL this is.
     fn major(&self) -> Major;
 
-    /// The newest value of a key that is no page (not for blocks and SLRU pages); `None` if it has none.
+    /// LSN and newest value of a key that is no page (not for blocks and SLRU pages); versions at or below `floor` do not count. `None` if it has none.
     ///
     /// # Errors
     /// When a layer cannot be read.
-    fn get(&self, key: Key, lsn: Lsn) -> Result<Option<Bytes>, HistoryError>;
+    fn get_above(&self, key: Key, floor: Lsn, lsn: Lsn) -> Result<Option<(Lsn, Bytes)>, HistoryError>;
+
+    /// The newest value of a key that is no page; `None` if it has none.
+    ///
+    /// # Errors
+    /// When a layer cannot be read.
+    fn get(&self, key: Key, lsn: Lsn) -> Result<Option<Bytes>, HistoryError> {
+        Ok(self.get_above(key, Lsn::INVALID, lsn)?.map(|(_, value)| value))
+    }
 
     /// The page that a block or SLRU-page key names, redone up to `lsn`; versions at or below `floor` do not count. `None` if it has no version.
     ///
@@ -32,12 +43,19 @@ pub trait History: Send + Sync {
     /// When a layer cannot be read, or redo fails.
     fn page(&self, key: Key, floor: Lsn, lsn: Lsn) -> Result<Option<Box<Page>>, HistoryError>;
 
-    /// Calls `visit` for each key in `from..to` that has a value (not a page), in order, with that value.
+    /// Calls `visit` for each key in `from..to` that has a value (not a page), in order, with that value; versions at or below `floor` do not count.
     ///
     /// # Errors
     /// When a layer cannot be read, or what `visit` returns.
-    fn scan(&self, from: Key, to: Key, lsn: Lsn, visit: &mut dyn FnMut(Key, Bytes) -> Result<(), HistoryError>)
-    -> Result<(), HistoryError>;
+    fn scan_above(&self, from: Key, to: Key, floor: Lsn, lsn: Lsn, visit: &mut Visit<'_>) -> Result<(), HistoryError>;
+
+    /// The same with all versions.
+    ///
+    /// # Errors
+    /// When a layer cannot be read, or what `visit` returns.
+    fn scan(&self, from: Key, to: Key, lsn: Lsn, visit: &mut Visit<'_>) -> Result<(), HistoryError> {
+        self.scan_above(from, to, Lsn::INVALID, lsn, visit)
+    }
 }
 
 /// Writing a timeline at its end. One writer a timeline.

@@ -3,7 +3,10 @@
 //!
 //! It knows keys, values and LSNs; it knows nothing of sockets, HTTP or processes.
 
+pub mod database;
 pub mod history;
 pub mod key;
+pub mod relation;
 pub mod relation_size;
+pub mod slru_extent;
 pub mod value;

@@ -12,7 +12,7 @@ use parking_lot::RwLock;
 use varve_postgres::page::ZERO_PAGE;
 use varve_postgres::{BLCKSZ, Lsn, Major, Page};
 use varve_redo::change::Change;
-use varve_storage::history::{History, HistoryError, HistoryWriter};
+use varve_storage::history::{History, HistoryError, HistoryWriter, Visit};
 use varve_storage::key::{Key, KeyKind};
 use varve_storage::value::Value;
 
@@ -111,14 +111,14 @@ impl History for NaiveHistory {
         self.major
     }
 
-    fn get(&self, key: Key, lsn: Lsn) -> Result<Option<Bytes>, HistoryError> {
+    fn get_above(&self, key: Key, floor: Lsn, lsn: Lsn) -> Result<Option<(Lsn, Bytes)>, HistoryError> {
         self.check_applied(lsn)?;
         if page_number(key).is_some() {
             return Err(HistoryError(format!("{key} is a page and was asked for as a value")));
         }
-        match self.chain(key, Lsn::INVALID, lsn).into_iter().next() {
+        match self.chain(key, floor, lsn).into_iter().next() {
             None | Some((_, Value::Absent)) => Ok(None),
-            Some((_, Value::Image(bytes))) => Ok(Some(bytes)),
+            Some((at, Value::Image(bytes))) => Ok(Some((at, bytes))),
             Some((at, Value::Change { .. })) => Err(HistoryError(format!("{key} at {at} has a change, though it is no page"))),
         }
     }
@@ -146,17 +146,11 @@ impl History for NaiveHistory {
         Ok(Some(page))
     }
 
-    fn scan(
-        &self,
-        from: Key,
-        to: Key,
-        lsn: Lsn,
-        visit: &mut dyn FnMut(Key, Bytes) -> Result<(), HistoryError>,
-    ) -> Result<(), HistoryError> {
+    fn scan_above(&self, from: Key, to: Key, floor: Lsn, lsn: Lsn, visit: &mut Visit<'_>) -> Result<(), HistoryError> {
         self.check_applied(lsn)?;
         for key in self.keys(from, to, lsn) {
             if page_number(key).is_none()
-                && let Some(value) = self.get(key, lsn)?
+                && let Some((_, value)) = self.get_above(key, floor, lsn)?
             {
                 visit(key, value)?;
             }
