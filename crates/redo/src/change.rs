@@ -8,6 +8,7 @@
 //! - 3 [`Change::MultiXactOffset`]: multi `u32`, offset `u32`.
 //! - 4 [`Change::MultiXactMembers`]: first `u32`, then xid `u32` and status `u8` each.
 //! - 5 [`Change::CommitTs`]: time `i64`, origin `u16`, xids `u32` each.
+//! - 6 [`Change::TruncateVisibility`]: heap blocks `u32`.
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use varve_postgres::{BlockNumber, Fork, wal};
@@ -124,6 +125,11 @@ pub enum Change {
         /// The transactions, each on this page.
         xids: Vec<u32>,
     },
+    /// The heap of this visibility-map page was truncated (`visibilitymap_prepare_truncate`).
+    TruncateVisibility {
+        /// The heap's new length in blocks, which ends on this map page.
+        heap_blocks: BlockNumber,
+    },
 }
 
 impl Change {
@@ -185,6 +191,10 @@ impl Change {
                 out.put_u16_le(*origin);
                 xids.iter().for_each(|xid| out.put_u32_le(*xid));
             }
+            Change::TruncateVisibility { heap_blocks } => {
+                out.put_u8(6);
+                out.put_u32_le(*heap_blocks);
+            }
         }
         out.freeze()
     }
@@ -235,11 +245,11 @@ impl Change {
             }
             1 => {
                 let flags = bytes.try_get_u8().map_err(short)?;
-                Change::ClearVisibility { flags, heap_blocks: u32s(bytes)? }
+                Change::ClearVisibility { flags, heap_blocks: u32s(&bytes)? }
             }
             2 => {
                 let status = bytes.try_get_u8().map_err(short)?;
-                Change::ClogStatus { status, xids: u32s(bytes)? }
+                Change::ClogStatus { status, xids: u32s(&bytes)? }
             }
             3 => Change::MultiXactOffset { multi: bytes.try_get_u32_le().map_err(short)?, offset: bytes.try_get_u32_le().map_err(short)? },
             4 => {
@@ -253,8 +263,9 @@ impl Change {
             5 => {
                 let time = bytes.try_get_i64_le().map_err(short)?;
                 let origin = bytes.try_get_u16_le().map_err(short)?;
-                Change::CommitTs { time, origin, xids: u32s(bytes)? }
+                Change::CommitTs { time, origin, xids: u32s(&bytes)? }
             }
+            6 => Change::TruncateVisibility { heap_blocks: bytes.try_get_u32_le().map_err(short)? },
             _ => return Err(format!("a stored change has the unknown tag {tag}")),
         })
     }
@@ -264,7 +275,7 @@ fn fork(number: u8) -> Result<Fork, String> {
     Fork::from_number(number).ok_or_else(|| format!("a stored change names fork {number}"))
 }
 
-fn u32s(bytes: Bytes) -> Result<Vec<u32>, String> {
+fn u32s(bytes: &[u8]) -> Result<Vec<u32>, String> {
     let (words, rest) = bytes.as_chunks::<4>();
     if !rest.is_empty() {
         return Err(format!("a stored change has {} bytes too many", rest.len()));

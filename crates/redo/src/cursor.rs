@@ -51,6 +51,11 @@ impl<'a> Cursor<'a> {
         Ok(words.iter().map(|word| u16::from_le_bytes(*word)).collect())
     }
 
+    /// Bytes left.
+    pub(crate) fn len(&self) -> usize {
+        self.rest.len()
+    }
+
     /// All that is left.
     pub(crate) fn rest(&mut self) -> &'a [u8] {
         std::mem::take(&mut self.rest)

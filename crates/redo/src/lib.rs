@@ -11,7 +11,10 @@
 //! How a page function is written: `docs/redo.md`.
 
 pub mod change;
+pub mod free_space_map;
 pub mod mask;
+pub mod verify;
+pub mod visibility_map;
 
 mod brin;
 mod btree;
@@ -27,12 +30,12 @@ mod item;
 mod sequence;
 mod slru;
 mod spgist;
-mod visibility_map;
 mod xlog;
 
 use varve_postgres::{BlockNumber, Lsn, Major, Page, page, wal::rmgr};
 
 pub use image::restore_image;
+pub use heap::free_space::free_space_effect;
 
 use change::{BlockRecord, Change};
 
@@ -123,7 +126,10 @@ pub fn apply(major: Major, lsn: Lsn, blkno: BlockNumber, change: &Change, page: 
     let record = match change {
         Change::Record(record) => record,
         Change::ClearVisibility { heap_blocks, flags } => {
-            return visibility_map::clear(page, blkno, lsn, heap_blocks, *flags).map_err(|what| RedoError::BadChange { lsn, blkno, what });
+            return visibility_map::clear(page, blkno, heap_blocks, *flags).map_err(|what| RedoError::BadChange { lsn, blkno, what });
+        }
+        Change::TruncateVisibility { heap_blocks } => {
+            return visibility_map::truncate(page, blkno, *heap_blocks).map_err(|what| RedoError::BadChange { lsn, blkno, what });
         }
         other => return slru::apply(page, blkno, other).map_err(|what| RedoError::BadChange { lsn, blkno, what }),
     };

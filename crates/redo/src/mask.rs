@@ -1,1 +1,215 @@
 //! What Postgres masks before it compares a redone page with the primary's (`access/bufmask.c` and each resource manager's `rm_mask`).
+//!
+//! Some bytes of a page change on the primary without a record (hint bits, flags that are hints, what lies between `pd_lower` and
+//! `pd_upper`), so redo cannot and need not know them. After masking, two pages that are equal in all that counts are equal in all bytes.
+//! The rules are the same in all supported majors.
+
+use varve_postgres::page::{self, PAGE_HEADER_SIZE, PD_ALL_VISIBLE, PD_HAS_FREE_LINES, PD_PAGE_FULL};
+use varve_postgres::wal::rmgr;
+use varve_postgres::{BLCKSZ, BlockNumber, Lsn, Major, Page};
+
+use crate::Fault;
+use crate::heap::tuple;
+use crate::item::{self, ItemState};
+
+/// Masks `page`, which is block `blkno`, as resource manager `rmid` of `major` does. A resource manager without a masking function masks nothing.
+///
+/// # Errors
+/// What is wrong, in words, when the page's structure contradicts itself, so that there is no telling what to mask.
+pub fn mask_page(_major: Major, rmid: u8, page: &mut Page, blkno: BlockNumber) -> Result<(), String> {
+    let done = match rmid {
+        rmgr::HEAP | rmgr::HEAP2 => mask_heap(page, blkno),
+        rmgr::BTREE => mask_btree(page),
+        rmgr::HASH => mask_hash(page),
+        rmgr::GIN => mask_gin(page),
+        rmgr::GIST => mask_gist(page),
+        rmgr::SPGIST => mask_spgist(page),
+        rmgr::BRIN => mask_brin(page),
+        rmgr::SEQ | rmgr::GENERIC => {
+            mask_lsn_and_checksum(page);
+            mask_unused_space(page)
+        }
+        _ => Ok(()),
+    };
+    done.map_err(|fault| match fault {
+        Fault::Inconsistent(what) => what,
+        Fault::Unsupported => "the page cannot be masked".to_owned(),
+    })
+}
+
+/// `mask_page_lsn_and_checksum`.
+pub fn mask_lsn_and_checksum(page: &mut Page) {
+    page::set_lsn(page, Lsn::INVALID);
+    page::set_checksum(page, 0);
+}
+
+/// `mask_page_hint_bits`.
+fn mask_hint_bits(page: &mut Page) {
+    page::set_prune_xid(page, 0);
+    let flags = page::flags(page) & !(PD_PAGE_FULL | PD_HAS_FREE_LINES | PD_ALL_VISIBLE);
+    page::set_flags(page, flags);
+}
+
+/// `mask_unused_space`: what lies between line pointers and tuples.
+fn mask_unused_space(page: &mut Page) -> Result<(), Fault> {
+    item::check_header(page)?;
+    let (lower, upper) = (usize::from(page::lower(page)), usize::from(page::upper(page)));
+    page[lower..upper].fill(0);
+    Ok(())
+}
+
+/// `mask_lp_flags`: the state of line pointers that are in use.
+fn mask_line_pointer_states(page: &mut Page) -> Result<(), Fault> {
+    for offset in 1..=item::max_offset(page) {
+        let id = item::item_id(page, offset)?;
+        item::set_item_id(page, offset, id.with_state(ItemState::Unused))?;
+    }
+    Ok(())
+}
+
+/// `mask_page_content`: all but the header's other fields.
+fn mask_content(page: &mut Page) {
+    page[PAGE_HEADER_SIZE..].fill(0);
+    page::set_lower(page, 0);
+    page::set_upper(page, 0);
+}
+
+fn mask_heap(page: &mut Page, blkno: BlockNumber) -> Result<(), Fault> {
+    mask_lsn_and_checksum(page);
+    mask_hint_bits(page);
+    mask_unused_space(page)?;
+    for offset in 1..=item::max_offset(page) {
+        let id = item::item_id(page, offset)?;
+        if !id.has_storage() {
+            continue;
+        }
+        let range = item::item_range(page, offset)?;
+        if id.is_normal() {
+            let header = tuple::header_mut(&mut page[range.clone()])?;
+            let infomask = tuple::infomask(header);
+            let mask = if infomask & tuple::XMIN_FROZEN == tuple::XMIN_FROZEN {
+                tuple::XMAX_INVALID | tuple::XMAX_COMMITTED
+            } else {
+                tuple::XACT_MASK
+            };
+            tuple::set_infomask(header, infomask & !mask);
+            tuple::set_command(header, 0);
+            // An insertion under way carries a token in place of its own address, which is not logged.
+            if tuple::ctid_offset(header) == tuple::SPECULATIVE_TOKEN {
+                tuple::set_ctid(header, blkno, offset);
+            }
+        }
+        let padded = item::max_align(range.len()).min(BLCKSZ - range.start);
+        page[range.end..range.start + padded].fill(0);
+    }
+    Ok(())
+}
+
+fn flags_at(special: &[u8], at: usize) -> u16 {
+    u16::from_le_bytes([special[at], special[at + 1]])
+}
+
+fn set_flags_at(special: &mut [u8], at: usize, flags: u16) {
+    special[at..at + 2].copy_from_slice(&flags.to_le_bytes());
+}
+
+fn mask_btree(page: &mut Page) -> Result<(), Fault> {
+    /// `BTPageOpaqueData`: previous and next block, level, flags at 12, cycle id at 14.
+    const OPAQUE_SIZE: usize = 16;
+    const LEAF: u16 = 1 << 0;
+    const SPLIT_END: u16 = 1 << 5;
+    const HAS_GARBAGE: u16 = 1 << 6;
+    mask_lsn_and_checksum(page);
+    mask_hint_bits(page);
+    mask_unused_space(page)?;
+    let flags = flags_at(item::special_space(page, OPAQUE_SIZE)?, 12);
+    if flags & LEAF != 0 {
+        mask_line_pointer_states(page)?;
+    }
+    let opaque = item::special_space_mut(page, OPAQUE_SIZE)?;
+    set_flags_at(opaque, 12, flags & !(HAS_GARBAGE | SPLIT_END));
+    set_flags_at(opaque, 14, 0);
+    Ok(())
+}
+
+fn mask_hash(page: &mut Page) -> Result<(), Fault> {
+    /// `HashPageOpaqueData`: previous and next block, bucket, flags at 12, page id.
+    const OPAQUE_SIZE: usize = 16;
+    const TYPE_MASK: u16 = 0xF;
+    const TYPE_UNUSED: u16 = 0;
+    const TYPE_OVERFLOW: u16 = 1;
+    const TYPE_BUCKET: u16 = 2;
+    const HAS_DEAD_TUPLES: u16 = 1 << 7;
+    mask_lsn_and_checksum(page);
+    mask_hint_bits(page);
+    mask_unused_space(page)?;
+    let flags = flags_at(item::special_space(page, OPAQUE_SIZE)?, 12);
+    match flags & TYPE_MASK {
+        TYPE_UNUSED => mask_content(page),
+        TYPE_OVERFLOW | TYPE_BUCKET => {
+            mask_line_pointer_states(page)?;
+            set_flags_at(item::special_space_mut(page, OPAQUE_SIZE)?, 12, flags & !HAS_DEAD_TUPLES);
+        }
+        _ => set_flags_at(item::special_space_mut(page, OPAQUE_SIZE)?, 12, flags & !HAS_DEAD_TUPLES),
+    }
+    Ok(())
+}
+
+fn mask_gin(page: &mut Page) -> Result<(), Fault> {
+    /// `GinPageOpaqueData`: right link, number of tuples, flags at 6.
+    const OPAQUE_SIZE: usize = 8;
+    const DELETED: u16 = 1 << 2;
+    mask_lsn_and_checksum(page);
+    mask_hint_bits(page);
+    if flags_at(item::special_space(page, OPAQUE_SIZE)?, 6) & DELETED != 0 {
+        mask_content(page);
+    } else if usize::from(page::lower(page)) > PAGE_HEADER_SIZE {
+        mask_unused_space(page)?;
+    }
+    Ok(())
+}
+
+fn mask_gist(page: &mut Page) -> Result<(), Fault> {
+    /// `GISTPageOpaqueData`: NSN in bytes 0 to 7, right link, flags at 12, page id.
+    const OPAQUE_SIZE: usize = 16;
+    const LEAF: u16 = 1 << 0;
+    const FOLLOW_RIGHT: u16 = 1 << 3;
+    const HAS_GARBAGE: u16 = 1 << 4;
+    mask_lsn_and_checksum(page);
+    mask_hint_bits(page);
+    mask_unused_space(page)?;
+    let opaque = item::special_space_mut(page, OPAQUE_SIZE)?;
+    opaque[..8].fill(0);
+    let flags = flags_at(opaque, 12);
+    set_flags_at(opaque, 12, (flags | FOLLOW_RIGHT) & !HAS_GARBAGE);
+    if flags & LEAF != 0 {
+        mask_line_pointer_states(page)?;
+    }
+    Ok(())
+}
+
+fn mask_spgist(page: &mut Page) -> Result<(), Fault> {
+    mask_lsn_and_checksum(page);
+    mask_hint_bits(page);
+    if usize::from(page::lower(page)) >= PAGE_HEADER_SIZE {
+        mask_unused_space(page)?;
+    }
+    Ok(())
+}
+
+fn mask_brin(page: &mut Page) -> Result<(), Fault> {
+    /// `BrinSpecialSpace`: flags at 4, page type at 6.
+    const OPAQUE_SIZE: usize = 8;
+    const TYPE_META: u16 = 0xF091;
+    const TYPE_REGULAR: u16 = 0xF093;
+    const EVACUATE: u16 = 1 << 0;
+    mask_lsn_and_checksum(page);
+    mask_hint_bits(page);
+    let opaque = item::special_space(page, OPAQUE_SIZE)?;
+    let (flags, kind) = (flags_at(opaque, 4), flags_at(opaque, 6));
+    if kind == TYPE_REGULAR || (kind == TYPE_META && usize::from(page::lower(page)) > PAGE_HEADER_SIZE) {
+        mask_unused_space(page)?;
+    }
+    set_flags_at(item::special_space_mut(page, OPAQUE_SIZE)?, 4, flags & !EVACUATE);
+    Ok(())
+}

@@ -42,7 +42,9 @@ pub(crate) fn apply(page: &mut Page, pageno: BlockNumber, change: &Change) -> Re
                 page[at + 8..at + 10].copy_from_slice(&origin.to_le_bytes());
             }
         }
-        Change::Record(_) | Change::ClearVisibility { .. } => return Err("not a change of an SLRU page".to_owned()),
+        Change::Record(_) | Change::ClearVisibility { .. } | Change::TruncateVisibility { .. } => {
+            return Err("not a change of an SLRU page".to_owned());
+        }
     }
     Ok(())
 }

@@ -1,0 +1,131 @@
+//! Pages of the free-space map (`storage/freespace/`): a binary tree of categories, one byte each, in which a parent has the greater of
+//! its children. Leaves of the map's bottom pages stand for heap blocks, leaves of upper pages for pages below.
+//!
+//! Layout behind the page header: `fp_next_slot` `i32`, then [`NODES`] bytes of nodes, the root first. The map is not logged; pages that
+//! were never written count as all zeros, so no free space.
+
+use varve_postgres::page::{self, PAGE_HEADER_SIZE};
+use varve_postgres::{BLCKSZ, BlockNumber, Page};
+
+/// Where the nodes begin.
+const NODES_START: usize = PAGE_HEADER_SIZE + 4;
+/// `NodesPerPage`.
+const NODES: usize = BLCKSZ - NODES_START;
+/// `NonLeafNodesPerPage`.
+const UPPER_NODES: usize = BLCKSZ / 2 - 1;
+/// `SlotsPerFSMPage`: leaves of a page.
+pub const SLOTS_PER_PAGE: u32 = (NODES - UPPER_NODES) as u32;
+/// `FSM_TREE_DEPTH`: levels of pages.
+const LEVELS: u32 = 3;
+/// `MaxFSMRequestSize`, which is `MaxHeapTupleSize`.
+const REQUEST_SIZE_MAX: usize = BLCKSZ - 32;
+/// `FSM_CAT_STEP`: bytes a category.
+const CATEGORY_STEP: usize = BLCKSZ / 256;
+
+/// `fsm_space_avail_to_cat`: the category of a page with `bytes` of free space.
+pub fn category(bytes: usize) -> u8 {
+    if bytes >= REQUEST_SIZE_MAX { u8::MAX } else { (bytes / CATEGORY_STEP).min(254) as u8 }
+}
+
+/// The map's block, and the slot there, that stand for heap block `heap_block` (`fsm_get_location`, `fsm_logical_to_physical`).
+pub fn location(heap_block: BlockNumber) -> (BlockNumber, u32) {
+    let mut page = heap_block / SLOTS_PER_PAGE;
+    let mut block = 0;
+    for _ in 0..LEVELS {
+        block += page + 1;
+        page /= SLOTS_PER_PAGE;
+    }
+    (block - 1, heap_block % SLOTS_PER_PAGE)
+}
+
+fn node(page: &Page, node: usize) -> u8 {
+    if node < NODES { page[NODES_START + node] } else { 0 }
+}
+
+/// The greater of the children of `parent`.
+fn of_children(page: &Page, parent: usize) -> u8 {
+    node(page, 2 * parent + 1).max(node(page, 2 * parent + 2))
+}
+
+/// `fsm_get_avail`: the category in `slot`.
+pub fn get(page: &Page, slot: u32) -> u8 {
+    node(page, UPPER_NODES.saturating_add(slot as usize))
+}
+
+/// `fsm_get_max_avail`: the greatest category on the page.
+pub fn greatest(page: &Page) -> u8 {
+    node(page, 0)
+}
+
+/// `fsm_set_avail`: sets the category in `slot` and what follows from it above. Gives whether the page changed; a slot that does not
+/// exist changes nothing.
+pub fn set(page: &mut Page, slot: u32, category: u8) -> bool {
+    if slot >= SLOTS_PER_PAGE {
+        return false;
+    }
+    if page::is_new(page) {
+        page::init(page, 0);
+    }
+    let mut at = UPPER_NODES + slot as usize;
+    if node(page, at) == category && category <= node(page, 0) {
+        return false;
+    }
+    page[NODES_START + at] = category;
+    while at > 0 {
+        at = (at - 1) / 2;
+        let value = of_children(page, at);
+        if node(page, at) == value {
+            break;
+        }
+        page[NODES_START + at] = value;
+    }
+    if category > node(page, 0) {
+        rebuild(page);
+    }
+    true
+}
+
+/// `fsm_truncate_avail`: no free space from `slot` on. Gives whether the page changed.
+pub fn truncate(page: &mut Page, slot: u32) -> bool {
+    let start = NODES_START + UPPER_NODES + slot.min(SLOTS_PER_PAGE) as usize;
+    let changed = page[start..].iter().any(|value| *value != 0);
+    page[start..].fill(0);
+    if changed {
+        rebuild(page);
+    }
+    changed
+}
+
+/// `fsm_rebuild_page`: makes every parent the greater of its children.
+fn rebuild(page: &mut Page) {
+    for at in (0..UPPER_NODES).rev() {
+        page[NODES_START + at] = of_children(page, at);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn places_are_postgres_s() {
+        assert_eq!(SLOTS_PER_PAGE, 4069, "SlotsPerFSMPage");
+        assert_eq!(location(0), (2, 0), "the first bottom page follows root and middle page");
+        assert_eq!(location(4068), (2, 4068));
+        assert_eq!(location(4069), (3, 0));
+        assert_eq!(location(4069 * 4069), (4069 + 3, 0), "another middle page comes before it");
+        assert_eq!((category(0), category(31), category(32), category(8159), category(8160)), (0, 0, 1, 254, 255));
+    }
+
+    #[test]
+    fn a_parent_is_the_greater_of_its_children() {
+        let mut page = page::ZERO_PAGE;
+        assert!(set(&mut page, 7, 9));
+        assert!(set(&mut page, 4068, 200));
+        assert!(!set(&mut page, 4068, 200), "nothing changes the second time");
+        assert_eq!((greatest(&page), get(&page, 7), get(&page, 8)), (200, 9, 0));
+        assert!(truncate(&mut page, 8));
+        assert_eq!((greatest(&page), get(&page, 7), get(&page, 4068)), (9, 9, 0));
+        assert!(!set(&mut page, SLOTS_PER_PAGE, 1), "no such slot");
+    }
+}

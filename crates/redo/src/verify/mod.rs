@@ -1,0 +1,199 @@
+//! Checks the page functions against Postgres: redoes WAL that was written with `wal_consistency_checking = all`, in which each record
+//! carries its pages as they must be afterwards, and compares after masking as Postgres masks ([`crate::mask`]).
+//!
+//! [`Verifier`] keeps the pages that the WAL touched. A block whose page it cannot know, because it was written before this WAL
+//! begins, is *adopted* from the record's image; a block of a relation that the WAL created or truncated begins as zeros. Each change
+//! goes through its stored form, [`Change::encode`] and [`Change::decode`], so that this is tested too.
+//!
+//! After a mismatch the record's image replaces the page, so that one fault is reported once.
+
+mod pages;
+mod report;
+
+use std::time::Instant;
+
+use varve_postgres::wal::{Block, Record};
+use varve_postgres::{BlockNumber, Fork, Major, Page, RelFork, page};
+
+pub use pages::Pages;
+pub use report::{Difference, Mismatch, Report, TypeStats};
+
+use crate::change::{BlockRecord, Change};
+use crate::{apply, mask, visibility_map};
+
+/// Redoes records and compares their pages. See the [module](self).
+#[derive(Debug)]
+pub struct Verifier {
+    major: Major,
+    strict_visibility_map: bool,
+    pages: Pages,
+    report: Report,
+}
+
+impl Verifier {
+    /// A verifier for WAL of `major`.
+    pub fn new(major: Major) -> Verifier {
+        Verifier { major, strict_visibility_map: false, pages: Pages::default(), report: Report::default() }
+    }
+
+    /// Compares visibility-map pages too, of which Postgres's masking leaves nothing to compare. Only for WAL that one session wrote:
+    /// another may set a bit between a record and its image.
+    #[must_use]
+    pub fn with_strict_visibility_map(mut self) -> Verifier {
+        self.strict_visibility_map = true;
+        self
+    }
+
+    /// What was found so far.
+    pub fn report(&self) -> &Report {
+        &self.report
+    }
+
+    /// The pages as they are after the last record.
+    pub fn pages(&self) -> &Pages {
+        &self.pages
+    }
+
+    /// Redoes the next record.
+    pub fn record(&mut self, record: &Record) {
+        let stats = self.report.types.entry((record.header.rmid, record.kind())).or_default();
+        stats.count += 1;
+        stats.bytes += u64::from(record.header.total_len);
+        for (rel, blkno, change) in visibility_map::visibility_map_clears(record, self.major) {
+            // Postgres makes a map page that is not there when it pins it.
+            if let Some(mut page) = self.pages.base(rel, blkno) {
+                match self.redo(record, blkno, &change, &mut page) {
+                    Ok(()) => self.pages.put(rel, blkno, page, record.header.rmid),
+                    Err(what) => self.mismatch(record, rel, blkno, Difference::Failed(what)),
+                }
+            }
+        }
+        for block in &record.blocks {
+            self.block(record, block);
+        }
+        if let Err(what) = self.pages.follow(record, self.major) {
+            let nowhere = RelFork { node: varve_postgres::RelNode { spc: 0, db: 0, rel: 0 }, fork: Fork::Main };
+            self.mismatch(record, nowhere, 0, Difference::Failed(what));
+        }
+    }
+
+    fn block(&mut self, record: &Record, block: &Block) {
+        let (rel, blkno, rmid) = (block.rel, block.blkno, record.header.rmid);
+        let image = match block.image.as_ref().map(|image| (image.apply, image.restore())) {
+            None => None,
+            Some((apply, Ok(page))) => Some((apply, page)),
+            Some((_, Err(what))) => return self.mismatch(record, rel, blkno, Difference::Failed(what)),
+        };
+        if let Some((true, mut page)) = image {
+            if !page::is_new(&page) {
+                page::set_lsn(&mut page, record.end);
+            }
+            self.stats(record).images += 1;
+            return self.pages.put(rel, blkno, page, rmid);
+        }
+        let truth = image.map(|(_, mut page)| {
+            page::set_lsn(&mut page, record.end);
+            page
+        });
+        let base = if block.will_init { Some(page::ZERO_PAGE) } else { self.pages.base(rel, blkno) };
+        let Some(mut page) = base else {
+            if let Some(truth) = truth {
+                self.stats(record).adopted += 1;
+                self.pages.put(rel, blkno, truth, rmid);
+            }
+            return;
+        };
+        let before = page;
+        let change = Change::Record(BlockRecord::trim(record, block));
+        let redone = self.redo(record, blkno, &change, &mut page);
+        match (redone, truth) {
+            (Err(what), truth) => {
+                self.mismatch(record, rel, blkno, Difference::Failed(what));
+                match truth {
+                    Some(truth) => self.pages.put(rel, blkno, truth, rmid),
+                    None => self.pages.forget(rel, blkno),
+                }
+            }
+            (Ok(()), Some(truth)) => {
+                if let Some(difference) = self.compare(rmid, rel.fork, blkno, &before, &page, &truth) {
+                    self.mismatch(record, rel, blkno, difference);
+                    page = truth;
+                } else {
+                    self.stats(record).compared += 1;
+                }
+                self.pages.put(rel, blkno, page, rmid);
+            }
+            (Ok(()), None) => self.pages.put(rel, blkno, page, rmid),
+        }
+    }
+
+    fn redo(&mut self, record: &Record, blkno: BlockNumber, change: &Change, page: &mut Page) -> Result<(), String> {
+        let stored = change.encode();
+        let decoded = Change::decode(stored)?;
+        if decoded != *change {
+            return Err(format!("the change is another after storing: {decoded:?}, expected {change:?}"));
+        }
+        let start = Instant::now();
+        let done = apply(self.major, record.end, blkno, &decoded, page);
+        let nanos = start.elapsed().as_nanos() as u64;
+        let stats = self.stats(record);
+        stats.pages += 1;
+        stats.nanos += nanos;
+        done.map_err(|error| error.to_string())
+    }
+
+    fn compare(&self, rmid: u8, fork: Fork, blkno: BlockNumber, before: &Page, ours: &Page, truth: &Page) -> Option<Difference> {
+        match differences(self.major, rmid, fork, blkno, ours, truth, self.strict_visibility_map) {
+            Ok(at) if at.is_empty() => None,
+            Ok(at) => Some(Difference::Bytes { at, before: Box::new(*before), ours: Box::new(*ours), truth: Box::new(*truth) }),
+            Err(what) => Some(Difference::Failed(what)),
+        }
+    }
+
+    fn stats(&mut self, record: &Record) -> &mut TypeStats {
+        self.report.types.entry((record.header.rmid, record.kind())).or_default()
+    }
+
+    fn mismatch(&mut self, record: &Record, rel: RelFork, blkno: BlockNumber, difference: Difference) {
+        self.stats(record).mismatches += 1;
+        self.report.add(Mismatch {
+            rmid: record.header.rmid,
+            info: record.kind(),
+            start: record.start,
+            end: record.end,
+            rel,
+            blkno,
+            difference,
+        });
+    }
+}
+
+/// Offsets at which two versions of block `blkno` differ after masking as resource manager `rmid` does. Pages of a visibility map, of which
+/// that masking leaves nothing, are compared in all but LSN, checksum and hints if `strict_visibility_map`.
+///
+/// # Errors
+/// What is wrong, in words, when one of the pages cannot be masked.
+pub fn differences(
+    major: Major,
+    rmid: u8,
+    fork: Fork,
+    blkno: BlockNumber,
+    ours: &Page,
+    truth: &Page,
+    strict_visibility_map: bool,
+) -> Result<Vec<u16>, String> {
+    let masked = |page: &Page, whose: &str| {
+        let mut page = *page;
+        if fork == Fork::VisibilityMap && strict_visibility_map {
+            mask::mask_lsn_and_checksum(&mut page);
+        } else {
+            mask::mask_page(major, rmid, &mut page, blkno).map_err(|what| format!("{whose} page cannot be masked: {what}"))?;
+        }
+        Ok::<Page, String>(page)
+    };
+    let (ours, truth) = (masked(ours, "our")?, masked(truth, "Postgres's")?);
+    if ours == truth {
+        return Ok(Vec::new());
+    }
+    Ok(ours.iter().zip(&truth).enumerate().filter(|(_, (a, b))| a != b).map(|(at, _)| at as u16).collect())
+}
