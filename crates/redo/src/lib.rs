@@ -34,8 +34,8 @@ mod xlog;
 
 use varve_postgres::{BlockNumber, Lsn, Major, Page, page, wal::rmgr};
 
-pub use image::restore_image;
 pub use heap::free_space::free_space_effect;
+pub use image::restore_image;
 
 use change::{BlockRecord, Change};
 

@@ -14,13 +14,11 @@ pub(crate) mod opcode {
     pub(crate) const INSERT: u8 = 0x00;
     pub(crate) const DELETE: u8 = 0x10;
     pub(crate) const UPDATE: u8 = 0x20;
-    pub(crate) const TRUNCATE: u8 = 0x30;
     pub(crate) const HOT_UPDATE: u8 = 0x40;
     pub(crate) const CONFIRM: u8 = 0x50;
     pub(crate) const LOCK: u8 = 0x60;
     pub(crate) const INPLACE: u8 = 0x70;
 
-    pub(crate) const REWRITE: u8 = 0x00;
     /// Up to 16 `XLOG_HEAP2_PRUNE`, from 17 on `XLOG_HEAP2_PRUNE_ON_ACCESS`.
     pub(crate) const PRUNE: u8 = 0x10;
     /// Up to 16 `XLOG_HEAP2_VACUUM`, from 17 on `XLOG_HEAP2_PRUNE_VACUUM_SCAN`.
@@ -30,7 +28,6 @@ pub(crate) mod opcode {
     pub(crate) const VISIBLE: u8 = 0x40;
     pub(crate) const MULTI_INSERT: u8 = 0x50;
     pub(crate) const LOCK_UPDATED: u8 = 0x60;
-    pub(crate) const NEW_CID: u8 = 0x70;
 }
 
 /// `xl_heap_header`, and in a multi-insert the same fields after the tuple's length.

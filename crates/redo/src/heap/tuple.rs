@@ -40,8 +40,6 @@ pub(crate) const XMAX_BITS: u16 = XMAX_COMMITTED | XMAX_INVALID | XMAX_IS_MULTI 
 pub(crate) const KEYS_UPDATED: u16 = 0x2000;
 /// `HEAP_HOT_UPDATED`, of infomask2.
 pub(crate) const HOT_UPDATED: u16 = 0x4000;
-/// `HEAP_ONLY_TUPLE`, of infomask2.
-pub(crate) const ONLY_TUPLE: u16 = 0x8000;
 
 /// `SpecTokenOffsetNumber`: ctid holds a speculative insertion's token.
 pub(crate) const SPECULATIVE_TOKEN: OffsetNumber = 0xFFFE;

@@ -19,7 +19,7 @@ pub use pages::Pages;
 pub use report::{Difference, Mismatch, Report, TypeStats};
 
 use crate::change::{BlockRecord, Change};
-use crate::{apply, mask, visibility_map};
+use crate::{apply, mask, restore_image, visibility_map};
 
 /// Redoes records and compares their pages. See the [module](self).
 #[derive(Debug)]
@@ -79,22 +79,26 @@ impl Verifier {
 
     fn block(&mut self, record: &Record, block: &Block) {
         let (rel, blkno, rmid) = (block.rel, block.blkno, record.header.rmid);
-        let image = match block.image.as_ref().map(|image| (image.apply, image.restore())) {
+        let truth = match &block.image {
             None => None,
-            Some((apply, Ok(page))) => Some((apply, page)),
-            Some((_, Err(what))) => return self.mismatch(record, rel, blkno, Difference::Failed(what)),
-        };
-        if let Some((true, mut page)) = image {
-            if !page::is_new(&page) {
-                page::set_lsn(&mut page, record.end);
+            Some(image) if image.apply => {
+                match restore_image(record, block) {
+                    Ok(page) => {
+                        self.stats(record).images += 1;
+                        self.pages.put(rel, blkno, page, rmid);
+                    }
+                    Err(error) => self.mismatch(record, rel, blkno, Difference::Failed(error.to_string())),
+                }
+                return;
             }
-            self.stats(record).images += 1;
-            return self.pages.put(rel, blkno, page, rmid);
-        }
-        let truth = image.map(|(_, mut page)| {
-            page::set_lsn(&mut page, record.end);
-            page
-        });
+            Some(image) => match image.restore() {
+                Ok(mut page) => {
+                    page::set_lsn(&mut page, record.end);
+                    Some(page)
+                }
+                Err(what) => return self.mismatch(record, rel, blkno, Difference::Failed(what)),
+            },
+        };
         let base = if block.will_init { Some(page::ZERO_PAGE) } else { self.pages.base(rel, blkno) };
         let Some(mut page) = base else {
             if let Some(truth) = truth {

@@ -1,0 +1,213 @@
+//! A stock Postgres to start: a scratch cluster in a temporary directory that goes when the value goes.
+//!
+//! It listens on a unix socket only, in its own directory, so that any number of them run side by side.
+
+use std::os::unix::fs::{PermissionsExt, chown};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, bail};
+use varve_postgres::Major;
+
+/// The user that Postgres runs as: it refuses to run as root.
+const POSTGRES_USER: &str = "postgres";
+/// Where `scripts/postgres-majors` puts the majors that the system does not have.
+const MAJORS_DIR: &str = "/var/cache/varve/pg";
+
+/// Uid and gid of the user that Postgres runs as.
+fn postgres_user() -> Result<(u32, u32)> {
+    let passwd = std::fs::read_to_string("/etc/passwd").context("reading /etc/passwd")?;
+    let entry = passwd.lines().map(|line| line.split(':').collect::<Vec<_>>()).find(|entry| entry[0] == POSTGRES_USER);
+    let entry = entry.with_context(|| format!("there is no user '{POSTGRES_USER}': install postgresql-15"))?;
+    match (entry.get(2).and_then(|uid| uid.parse().ok()), entry.get(3).and_then(|gid| gid.parse().ok())) {
+        (Some(uid), Some(gid)) => Ok((uid, gid)),
+        _ => bail!("/etc/passwd has no uid and gid of '{POSTGRES_USER}'"),
+    }
+}
+
+/// Directory of the programs of `major`.
+///
+/// # Errors
+/// When it is not installed; the message says how to get it.
+pub fn bin_dir(major: Major) -> Result<PathBuf> {
+    let system = PathBuf::from(format!("/usr/lib/postgresql/{major}/bin"));
+    let fetched = PathBuf::from(format!("{MAJORS_DIR}/{major}/bin"));
+    [system, fetched]
+        .into_iter()
+        .find(|dir| dir.join("postgres").exists())
+        .with_context(|| format!("{major:?} is not installed: run scripts/postgres-majors, or apt-get install postgresql-{major}"))
+}
+
+/// A scratch cluster.
+#[derive(Debug)]
+pub struct Postgres {
+    major: Major,
+    dir: tempfile::TempDir,
+    running: bool,
+}
+
+impl Postgres {
+    /// Makes a cluster of `major` with the superuser `postgres`, and these lines at the end of its configuration. `initdb_args` go to initdb.
+    ///
+    /// # Errors
+    /// When the major is not installed, or initdb fails.
+    pub fn init(major: Major, initdb_args: &[&str], settings: &[(&str, &str)]) -> Result<Postgres> {
+        let dir = tempfile::Builder::new().prefix("varve-pg-").tempdir().context("making a temporary directory")?;
+        let postgres = Postgres { major, dir, running: false };
+        let (uid, gid) = postgres_user()?;
+        chown(postgres.dir.path(), Some(uid), Some(gid)).context("giving the temporary directory to postgres")?;
+        std::fs::set_permissions(postgres.dir.path(), std::fs::Permissions::from_mode(0o755))?;
+        let mut initdb = postgres.command("initdb")?;
+        initdb.arg("-D").arg(postgres.data_dir()).args(["-U", POSTGRES_USER, "-A", "trust", "--no-sync", "-E", "UTF8", "--locale=C"]);
+        if major >= Major::V18 && !initdb_args.contains(&"--data-checksums") {
+            initdb.arg("--no-data-checksums");
+        }
+        run(initdb.args(initdb_args))?;
+        let mut conf = format!("\nlisten_addresses = ''\nunix_socket_directories = '{}'\nfsync = off\n", postgres.dir.path().display());
+        for (name, value) in settings {
+            conf += &format!("{name} = {value}\n");
+        }
+        let path = postgres.data_dir().join("postgresql.conf");
+        let text = std::fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
+        std::fs::write(&path, text + &conf).with_context(|| format!("writing {}", path.display()))?;
+        Ok(postgres)
+    }
+
+    /// Its major.
+    pub fn major(&self) -> Major {
+        self.major
+    }
+
+    /// Its data directory.
+    pub fn data_dir(&self) -> PathBuf {
+        self.dir.path().join("data")
+    }
+
+    /// The directory of its socket, which tests may also use for files that Postgres can write.
+    pub fn dir(&self) -> &Path {
+        self.dir.path()
+    }
+
+    /// A libpq connection string for database `db`.
+    pub fn conninfo(&self, db: &str) -> String {
+        format!("host={} user={POSTGRES_USER} dbname={db}", self.dir.path().display())
+    }
+
+    /// The program `name` of this major, to be run as the user that owns the cluster.
+    ///
+    /// # Errors
+    /// When the major or the user is missing.
+    pub fn command(&self, name: &str) -> Result<Command> {
+        let (uid, gid) = postgres_user()?;
+        let mut command = Command::new(bin_dir(self.major)?.join(name));
+        command.current_dir(self.dir.path()).stdin(Stdio::null());
+        if rustix::process::geteuid().is_root() {
+            command.uid(uid).gid(gid);
+        }
+        Ok(command)
+    }
+
+    /// Starts it and waits until it takes connections.
+    ///
+    /// # Errors
+    /// When it does not start; the message has the end of its log.
+    pub fn start(&mut self) -> Result<()> {
+        let log = self.log_path();
+        let mut start = self.command("pg_ctl")?;
+        start.arg("start").arg("-w").arg("-D").arg(self.data_dir()).arg("-l").arg(&log);
+        // The postmaster inherits these, so they must not be pipes that somebody waits to be closed.
+        start.stdout(Stdio::null()).stderr(Stdio::null());
+        let status = start.status().context("running pg_ctl start")?;
+        if !status.success() {
+            bail!("Postgres did not start ({status}); its log:\n{}", self.log());
+        }
+        self.running = true;
+        Ok(())
+    }
+
+    /// Stops it: `fast`, `immediate` or `smart`.
+    ///
+    /// # Errors
+    /// When pg_ctl fails.
+    pub fn stop(&mut self, mode: &str) -> Result<()> {
+        let mut stop = self.command("pg_ctl")?;
+        run(stop.arg("stop").arg("-w").arg("-D").arg(self.data_dir()).args(["-m", mode]))?;
+        self.running = false;
+        Ok(())
+    }
+
+    /// Runs `sql` in database `db`, gives what psql prints (unaligned, without headers).
+    ///
+    /// # Errors
+    /// When a statement fails; the message has it.
+    pub fn psql(&self, db: &str, sql: &str) -> Result<String> {
+        run(self.psql_command(db).arg("-c").arg(sql))
+    }
+
+    /// Runs the SQL file at `path` in database `db`.
+    ///
+    /// # Errors
+    /// When a statement fails; the message has it.
+    pub fn psql_file(&self, db: &str, path: &Path) -> Result<String> {
+        run(self.psql_command(db).arg("-f").arg(path))
+    }
+
+    fn psql_command(&self, db: &str) -> Command {
+        let mut psql = Command::new("/usr/lib/postgresql/15/bin/psql"); // works with every major, and not all packages have one
+        psql.args(["-X", "-q", "-A", "-t", "-v", "ON_ERROR_STOP=1", "-d"]).arg(self.conninfo(db)).stdin(Stdio::null());
+        psql
+    }
+
+    fn log_path(&self) -> PathBuf {
+        self.dir.path().join("log")
+    }
+
+    /// What it logged.
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(self.log_path()).unwrap_or_default()
+    }
+
+    /// The files of its WAL on disk, in order.
+    ///
+    /// # Errors
+    /// When pg_wal cannot be read.
+    pub fn wal_segments(&self) -> Result<Vec<PathBuf>> {
+        wal_segments(&self.data_dir().join("pg_wal"))
+    }
+}
+
+/// The segment files in `dir`, in order.
+///
+/// # Errors
+/// When it cannot be read.
+pub fn wal_segments(dir: &Path) -> Result<Vec<PathBuf>> {
+    let mut segments = Vec::new();
+    for entry in std::fs::read_dir(dir).with_context(|| format!("reading {}", dir.display()))? {
+        let path = entry?.path();
+        let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+        if name.len() == 24 && name.bytes().all(|byte| byte.is_ascii_hexdigit()) {
+            segments.push(path);
+        }
+    }
+    segments.sort();
+    Ok(segments)
+}
+
+impl Drop for Postgres {
+    fn drop(&mut self) {
+        if self.running {
+            let _ = self.stop("immediate");
+        }
+    }
+}
+
+/// Runs `command` to its end, gives its standard output.
+fn run(command: &mut Command) -> Result<String> {
+    let output = command.output().with_context(|| format!("running {command:?}"))?;
+    if !output.status.success() {
+        let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+        bail!("{command:?} failed ({}):\n{out}{err}", output.status);
+    }
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
