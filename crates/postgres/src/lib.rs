@@ -6,14 +6,23 @@
 //!
 //! What differs between majors stands in [`major`]; everything else asks there.
 
+pub mod control;
+mod fields;
 pub mod ids;
 pub mod lsn;
 pub mod major;
 pub mod page;
+pub mod paths;
+pub mod relation_map;
+pub mod replication_origin;
+pub mod replication_slot;
 pub mod slru;
+pub mod timestamp;
+pub mod two_phase;
 pub mod wal;
 
 pub use ids::{BlockNumber, Fork, Oid, RelFork, RelNode};
 pub use lsn::Lsn;
 pub use major::Major;
 pub use page::{BLCKSZ, Page};
+pub use timestamp::Timestamp;

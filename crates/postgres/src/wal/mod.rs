@@ -1,13 +1,16 @@
 //! Write-ahead log: pages, records and what is inside them.
 //!
 //! Bytes of a stream go into a [`Framer`], which checks page headers and each record's CRC and gives whole records as
-//! [`FramedRecord`]; [`Record::decode`] takes one apart into blocks and main data.
+//! [`FramedRecord`]; [`Record::decode`] takes one apart into blocks and main data, and [`records`] reads the main data of those that change
+//! what Postgres keeps outside relation blocks. [`synthesis`] makes the WAL with which a server starts.
 
 mod framer;
 pub mod image;
 mod page_header;
 mod record;
+pub mod records;
 pub mod rmgr;
+pub mod synthesis;
 
 pub use framer::{FramedRecord, Framer};
 pub use page_header::{LONG_HEADER_SIZE, PageHeader, SHORT_HEADER_SIZE};
