@@ -9,7 +9,9 @@ use varve_postgres::{BlockNumber, Page};
 use crate::change::BlockRecord;
 use crate::cursor::Cursor;
 use crate::index_tuple::{ITEM_POINTER_SIZE, ItemPointer};
-use crate::item::{OffsetNumber, add_item, index_tuple_delete_no_compact, index_tuple_overwrite, special_space, special_space_mut};
+use crate::item::{
+    OffsetNumber, add_item, index_tuple_delete_no_compact, index_tuple_overwrite, set_content_end, special_space, special_space_mut,
+};
 use crate::{Fault, Redo};
 
 const CREATE_INDEX: u8 = 0x00;
@@ -123,16 +125,14 @@ fn create_meta(page: &mut Page, pages_per_range: u32, version: u16) -> Result<()
     for (field, at) in fields.iter().zip((PAGE_HEADER_SIZE..).step_by(4)) {
         page[at..at + 4].copy_from_slice(&field.to_le_bytes());
     }
-    page::set_lower(page, (PAGE_HEADER_SIZE + META_SIZE) as u16);
-    Ok(())
+    set_content_end(page, PAGE_HEADER_SIZE + META_SIZE)
 }
 
 fn set_last_revmap_page(page: &mut Page, block: BlockNumber) -> Result<(), Fault> {
     expect(page, TYPE_META)?;
     let end = PAGE_HEADER_SIZE + META_SIZE;
     page[end - 4..end].copy_from_slice(&block.to_le_bytes());
-    page::set_lower(page, end as u16);
-    Ok(())
+    set_content_end(page, end)
 }
 
 /// `brinSetHeapBlockItemptr`: where the range map's page says that the tuple of `heap_block`'s range is.

@@ -13,7 +13,8 @@ use crate::change::BlockRecord;
 use crate::cursor::Cursor;
 use crate::index_tuple::{self, INVALID_BLOCK};
 use crate::item::{
-    OffsetNumber, add_item, index_multi_delete, index_tuple_delete, index_tuple_overwrite, max_offset, special_space, special_space_mut,
+    OffsetNumber, add_item, index_multi_delete, index_tuple_delete, index_tuple_overwrite, max_offset, set_content_end, special_space,
+    special_space_mut,
 };
 use crate::{Fault, Redo};
 
@@ -214,6 +215,5 @@ fn delete_page(record: &BlockRecord, page: &mut Page) -> Result<(), Fault> {
     opaque.write(page)?;
     let end = PAGE_HEADER_SIZE + size_of_val(&delete_xid);
     page[PAGE_HEADER_SIZE..end].copy_from_slice(&delete_xid.to_le_bytes());
-    page::set_lower(page, end as u16);
-    Ok(())
+    set_content_end(page, end)
 }

@@ -153,6 +153,15 @@ pub(crate) fn check_header(page: &Page) -> Result<(), Fault> {
     Ok(())
 }
 
+/// Sets `pd_lower` of a page whose content is not behind line pointers: it ends at `end`, at the most at `pd_upper`.
+pub(crate) fn set_content_end(page: &mut Page, end: usize) -> Result<(), Fault> {
+    if end > usize::from(upper(page)) {
+        return Err(format!("the page's content would end at {end}, behind its upper pointer {}", upper(page)).into());
+    }
+    set_lower(page, end as u16);
+    Ok(())
+}
+
 /// `PageGetMaxOffsetNumber`: the number of line pointers.
 pub(crate) fn max_offset(page: &Page) -> OffsetNumber {
     let end = usize::from(lower(page)).min(BLCKSZ);

@@ -1,14 +1,14 @@
 //! The metapage and the pending list, in which fast updates leave index tuples for a later cleanup.
 
 use varve_postgres::Page;
-use varve_postgres::page::{self, PAGE_HEADER_SIZE};
+use varve_postgres::page::PAGE_HEADER_SIZE;
 
 use super::{DELETED, LIST, LIST_FULL_ROW, META, Opaque};
 use crate::Fault;
 use crate::change::BlockRecord;
 use crate::cursor::Cursor;
 use crate::index_tuple::{self, INVALID_BLOCK};
-use crate::item::{add_item, max_offset};
+use crate::item::{add_item, max_offset, set_content_end};
 
 /// Bytes of `GinMetaPageData`, padding included.
 const META_SIZE: usize = 56;
@@ -72,8 +72,7 @@ fn set_meta(page: &mut Page, meta: &[u8]) -> Result<(), Fault> {
     super::init(page, META)?;
     let end = PAGE_HEADER_SIZE + META_SIZE;
     page[PAGE_HEADER_SIZE..end].copy_from_slice(meta);
-    page::set_lower(page, end as u16);
-    Ok(())
+    set_content_end(page, end)
 }
 
 /// Puts `n` tuples behind the page's others.

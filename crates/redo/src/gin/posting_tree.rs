@@ -13,6 +13,7 @@ use crate::Fault;
 use crate::change::BlockRecord;
 use crate::cursor::Cursor;
 use crate::index_tuple::block_id;
+use crate::item::set_content_end;
 
 /// Where posting items or posting lists begin (`GinDataPageGetData`).
 pub(super) const DATA_START: usize = PAGE_HEADER_SIZE + 8;
@@ -32,8 +33,7 @@ pub(super) fn create(record: &BlockRecord, page: &mut Page) -> Result<(), Fault>
         return Err(format!("a posting tree begins with {len} bytes, a page has {}", DATA_END - DATA_START).into());
     }
     page[DATA_START..end].copy_from_slice(lists);
-    page::set_lower(page, end as u16);
-    Ok(())
+    set_content_end(page, end)
 }
 
 /// The insertion of a downlink. Block data (`ginxlogInsertDataInternal`): offset `u16`, the new posting item, which goes before the one
@@ -53,8 +53,7 @@ pub(super) fn insert_inner(page: &mut Page, data: &[u8], right_child: BlockNumbe
     page[at].copy_from_slice(new);
     opaque.max_off += 1;
     opaque.write(page)?;
-    page::set_lower(page, (end + POSTING_ITEM_SIZE) as u16);
-    Ok(())
+    set_content_end(page, end + POSTING_ITEM_SIZE)
 }
 
 /// `ginRedoDeletePage`. Main data (`ginxlogDeletePage`): offset of the downlink in the parent `u16`, padding, the deleted page's right link
@@ -90,8 +89,7 @@ fn delete_posting_item(page: &mut Page, offset: u16) -> Result<(), Fault> {
     page.copy_within(at.end..end, at.start);
     opaque.max_off -= 1;
     opaque.write(page)?;
-    page::set_lower(page, (end - POSTING_ITEM_SIZE) as u16);
-    Ok(())
+    set_content_end(page, end - POSTING_ITEM_SIZE)
 }
 
 /// Where posting item `offset`, from 1, lies; also makes sure that all of the page's items lie on it.

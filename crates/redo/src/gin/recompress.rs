@@ -12,6 +12,7 @@ use super::{COMPRESSED, DATA, LEAF, Opaque};
 use crate::Fault;
 use crate::cursor::Cursor;
 use crate::index_tuple::ITEM_POINTER_SIZE;
+use crate::item::set_content_end;
 
 /// Actions on a segment.
 const DELETE: u8 = 1;
@@ -71,7 +72,7 @@ fn compress_page(page: &mut Page, mut opaque: Opaque) -> Result<(), Fault> {
         .filter(|_| end <= DATA_END)
         .ok_or("the page's item pointers do not fit compressed")?
         .copy_from_slice(&segment);
-    page::set_lower(page, end as u16);
+    set_content_end(page, end)?;
     opaque.flags |= COMPRESSED;
     opaque.max_off = 0;
     opaque.write(page)
@@ -172,8 +173,7 @@ impl Rewrite<'_> {
     /// Keeps what is left of the old segments, and sets the page's `pd_lower`.
     fn finish(mut self) -> Result<(), Fault> {
         self.keep(self.end - self.read)?;
-        page::set_lower(self.page, self.write as u16);
-        Ok(())
+        set_content_end(self.page, self.write)
     }
 }
 
