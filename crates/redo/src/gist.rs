@@ -217,3 +217,36 @@ fn delete_page(record: &BlockRecord, page: &mut Page) -> Result<(), Fault> {
     page[PAGE_HEADER_SIZE..end].copy_from_slice(&delete_xid.to_le_bytes());
     set_content_end(page, end)
 }
+
+#[cfg(test)]
+mod tests {
+    use varve_postgres::page::BLCKSZ;
+
+    use super::*;
+
+    #[test]
+    fn an_image_of_the_left_page_lacks_what_the_record_does_to_it() {
+        let mut page = page::ZERO_PAGE;
+        page::init(&mut page, SPECIAL_SIZE);
+        Opaque { sequence_number: 5, right_link: 7, flags: LEAF | FOLLOW_RIGHT }.write(&mut page).unwrap();
+        let before = page;
+
+        after_image(PAGE_UPDATE, 0, Lsn(0x1_0000_0002), &mut page).unwrap();
+        assert_eq!(page, before, "the parent's image is complete");
+
+        for (info, block_id) in [(PAGE_UPDATE, 1), (PAGE_SPLIT, 0)] {
+            page = before;
+            after_image(info, block_id, Lsn(0x1_0000_0002), &mut page).unwrap();
+            let opaque = Opaque::read(&page).unwrap();
+            assert_eq!((opaque.sequence_number, opaque.right_link, opaque.flags), (0x1_0000_0002, 7, LEAF));
+            assert_eq!(page[BLCKSZ - SPECIAL_SIZE..][..8], [1, 0, 0, 0, 2, 0, 0, 0], "the high half comes first");
+        }
+    }
+
+    #[test]
+    fn a_page_of_another_method_is_refused() {
+        let mut page = page::ZERO_PAGE;
+        page::init(&mut page, SPECIAL_SIZE);
+        assert!(after_image(PAGE_UPDATE, 1, Lsn(1), &mut page).is_err(), "the page has no GiST page id");
+    }
+}

@@ -196,12 +196,13 @@ pub(super) fn replace_all_by_dead(page: &mut Page, offsets: &[OffsetNumber], fir
     let mut sorted = offsets.to_vec();
     sorted.sort_unstable();
     index_multi_delete(page, &sorted)?;
+    let (first_bytes, rest_bytes) = (first.to_bytes(), rest.to_bytes());
     for offset in &sorted {
-        let dead = if offset == first_offset { first } else { rest };
-        add_item(page, &dead.to_bytes(), *offset, false, false)?;
-        count_dead(page, dead, 1)?;
+        let bytes = if offset == first_offset { &first_bytes } else { &rest_bytes };
+        add_item(page, bytes, *offset, false, false)?;
     }
-    Ok(())
+    count_dead(page, first, 1)?;
+    count_dead(page, rest, offsets.len() as isize - 1)
 }
 
 /// Makes node `node` of inner tuple `offset` point to `to` (`spgUpdateNodeLink`).
