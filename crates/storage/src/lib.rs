@@ -4,9 +4,13 @@
 //! It knows keys, values and LSNs; it knows nothing of sockets, HTTP or processes.
 
 pub mod database;
+pub mod envelope;
 pub mod history;
+pub mod ids;
 pub mod key;
 pub mod relation;
 pub mod relation_size;
 pub mod slru_extent;
+pub mod store;
 pub mod value;
+pub mod wal_log;

@@ -1,5 +1,9 @@
 //! What the tests of the other crates share: models to compare with, and things to start.
 
+pub mod dev;
+pub mod minio;
 pub mod naive_history;
 pub mod postgres;
 pub mod redo;
+pub mod random;
+pub mod sim_store;

@@ -1,0 +1,157 @@
+//! JSON of the admin HTTP API `/v1`: what operators, and the CLI on their behalf, send and get.
+//!
+//! LSNs are texts as Postgres prints them, times RFC 3339 in UTC.
+
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+/// Body of `POST /v1/tenants`.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct NewTenant {
+    /// Unique name: 1 to 63 lower-case letters, digits, `-`, `_` or `.`, beginning with a letter or digit.
+    pub name: String,
+    /// Postgres major; by default the newest that this server has.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pg_version: Option<u32>,
+}
+
+/// A tenant.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct Tenant {
+    /// Unique name.
+    pub name: String,
+    /// Id, 32 hexadecimal digits.
+    pub id: String,
+    /// Postgres major.
+    pub pg_version: u32,
+    /// Postgres's system identifier, as a decimal text (it passes 2^53).
+    pub system_identifier: String,
+    /// When it was created.
+    pub created_at: String,
+    /// Number of branches.
+    pub branches: usize,
+}
+
+/// Body of `POST /v1/tenants/{tenant}/branches`.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct NewBranch {
+    /// Name, unique in the tenant; same rules as a tenant's.
+    pub name: String,
+    /// The branch to start from; `main` by default.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub from: Option<String>,
+    /// The LSN to start at, or `head`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lsn: Option<String>,
+    /// The time to start at, as `recovery_target_time` means it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub at: Option<String>,
+}
+
+/// A branch.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct Branch {
+    /// Tenant name.
+    pub tenant: String,
+    /// Name, unique in the tenant.
+    pub name: String,
+    /// The timeline that the name points to.
+    pub timeline_id: String,
+    /// Postgres timeline (TLI).
+    pub tli: u32,
+    /// The branch that its timeline came from, if that still has a name.
+    pub parent: Option<String>,
+    /// Where it left its parent.
+    pub branch_lsn: Option<String>,
+    /// Head: end of the last whole, durable record.
+    pub last_lsn: String,
+    /// Bytes of all relations at the newest applied LSN, if they are known without reading.
+    pub size_bytes: Option<u64>,
+    /// When the timeline was created.
+    pub created_at: String,
+    /// Id of the compute that writes it, if one runs.
+    pub compute: Option<String>,
+}
+
+/// Body of `PATCH /v1/tenants/{tenant}/branches/{branch}`.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct BranchChange {
+    /// The new name.
+    pub name: String,
+}
+
+/// Body of `POST /v1/tenants/{tenant}/branches/{branch}/restore`: one of the two.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Restore {
+    /// The LSN to go back to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lsn: Option<String>,
+    /// The time to go back to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub at: Option<String>,
+}
+
+/// Answer to a restore.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct Restored {
+    /// The branch, on its new timeline.
+    pub branch: Branch,
+    /// Where the old history went.
+    pub before: Branch,
+}
+
+/// Body of `POST /v1/tenants/{tenant}/branches/{branch}/computes`.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct NewCompute {
+    /// Port to listen on; a free one by default.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub port: Option<u16>,
+    /// Addresses to listen on, as `listen_addresses`; loopback by default.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub listen: Option<String>,
+    /// An LSN of the past: the compute is thrown away with what it writes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lsn: Option<String>,
+    /// A moment of the past: the compute is thrown away with what it writes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub at: Option<String>,
+}
+
+/// A compute.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct Compute {
+    /// Id.
+    pub id: String,
+    /// The branch, `tenant/branch`.
+    pub branch: String,
+    /// `starting`, `running`, `stopping` or `failed`.
+    pub state: String,
+    /// A libpq URI with the password.
+    pub conninfo: String,
+    /// Process id of the postmaster.
+    pub pid: Option<u32>,
+    /// Process id of the mount, which also supervises Postgres.
+    pub mount_pid: Option<u32>,
+    /// Port that Postgres listens on.
+    pub port: u16,
+    /// The moment that a throw-away compute shows.
+    pub lsn: Option<String>,
+    /// Why it failed.
+    pub error: Option<String>,
+}
+
+/// A moment of a branch.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct Moment {
+    /// The branch, `tenant/branch`.
+    pub branch: String,
+    /// The LSN, a record's end.
+    pub lsn: String,
+    /// Time of the last commit or abort at or before it, if there is one.
+    pub time: Option<String>,
+}

@@ -1,0 +1,42 @@
+//! The few requests that Varve makes of an object store, one attempt each; behind a trait so that tests can put faults between.
+
+use std::fmt;
+use std::ops::Range;
+
+use bytes::Bytes;
+use futures::future::BoxFuture;
+
+use super::{ClientError, ObjectName};
+
+/// What a put does where the name is taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum PutMode {
+    /// Fails with [`super::Failure::AlreadyExists`]: of any number of racing creates of one name exactly one succeeds.
+    Create,
+    /// Replaces the object.
+    Overwrite,
+}
+
+/// An object as a listing tells it.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Listed {
+    /// Its name.
+    pub name: ObjectName,
+    /// Its length.
+    pub bytes: u64,
+}
+
+/// One attempt at one request. Once a put or a delete has succeeded it is durable. A read sees every write that succeeded before it began.
+pub trait ObjectClient: Send + Sync + fmt::Debug {
+    /// Writes an object, whole or not at all.
+    fn put<'a>(&'a self, name: &'a ObjectName, bytes: Bytes, mode: PutMode) -> BoxFuture<'a, Result<(), ClientError>>;
+
+    /// Reads an object, or the part of it that lies in `range`; fewer bytes come where it ends earlier.
+    fn get<'a>(&'a self, name: &'a ObjectName, range: Option<Range<u64>>) -> BoxFuture<'a, Result<Bytes, ClientError>>;
+
+    /// Removes an object; one that does not exist counts as removed.
+    fn delete<'a>(&'a self, name: &'a ObjectName) -> BoxFuture<'a, Result<(), ClientError>>;
+
+    /// All objects below `prefix`, which names a folder.
+    fn list<'a>(&'a self, prefix: &'a ObjectName) -> BoxFuture<'a, Result<Vec<Listed>, ClientError>>;
+}

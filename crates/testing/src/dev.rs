@@ -1,0 +1,251 @@
+//! A `varve dev` to test against: starts the binary on free ports with folders of its own, runs CLI commands on it, kills it, loses its
+//! disk, and takes everything away at the end.
+
+use std::net::TcpListener;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, bail, ensure};
+use serde_json::Value;
+
+/// How long a server may take until it answers, on a machine where everything runs at once.
+const START_MAX: Duration = Duration::from_secs(60);
+
+/// A running `varve dev` and its folders.
+#[derive(Debug)]
+pub struct Dev {
+    binary: PathBuf,
+    folder: tempfile::TempDir,
+    store: Option<String>,
+    variables: Vec<(String, String)>,
+    http: u16,
+    pages: u16,
+    process: Option<Child>,
+}
+
+/// A port that was free a moment ago.
+///
+/// # Errors
+/// When none is.
+pub fn free_port() -> anyhow::Result<u16> {
+    Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?.port())
+}
+
+impl Dev {
+    /// Starts `binary dev` on the local folder.
+    ///
+    /// # Errors
+    /// When it does not answer in time.
+    pub fn start(binary: &str) -> anyhow::Result<Dev> {
+        Self::start_on(binary, None, Vec::new())
+    }
+
+    /// Starts `binary dev` on `store` (the folder beside its own when `None`) with these environment variables.
+    ///
+    /// # Errors
+    /// When it does not answer in time.
+    pub fn start_on(binary: &str, store: Option<String>, variables: Vec<(String, String)>) -> anyhow::Result<Dev> {
+        let mut dev = Dev {
+            binary: binary.into(),
+            folder: tempfile::Builder::new().prefix("varve-dev-").tempdir()?,
+            store,
+            variables,
+            http: free_port()?,
+            pages: free_port()?,
+            process: None,
+        };
+        dev.run()?;
+        Ok(dev)
+    }
+
+    /// The pageserver's own folder, which may be lost.
+    pub fn data(&self) -> PathBuf {
+        self.folder.path().join("data")
+    }
+
+    /// The store's address.
+    pub fn store(&self) -> String {
+        self.store.clone().unwrap_or_else(|| self.folder.path().join("store").display().to_string())
+    }
+
+    /// Where the server logs.
+    pub fn log(&self) -> PathBuf {
+        self.folder.path().join("dev.log")
+    }
+
+    /// Address of the admin HTTP API.
+    pub fn url(&self) -> String {
+        format!("http://127.0.0.1:{}", self.http)
+    }
+
+    /// Port of the page service.
+    pub fn pages_port(&self) -> u16 {
+        self.pages
+    }
+
+    /// The command that starts the server.
+    pub fn dev_command(&self) -> Command {
+        let mut command = Command::new(&self.binary);
+        command
+            .arg("dev")
+            .arg("--data")
+            .arg(self.data())
+            .args(["--store", &self.store()])
+            .args(["--http", &format!("127.0.0.1:{}", self.http)])
+            .args(["--pages", &format!("127.0.0.1:{}", self.pages)])
+            .envs(self.variables.iter().cloned())
+            .stdin(Stdio::null());
+        command
+    }
+
+    /// Starts the server, which must not run.
+    ///
+    /// # Errors
+    /// When it does not answer in time.
+    pub fn run(&mut self) -> anyhow::Result<()> {
+        ensure!(self.process.is_none(), "the server runs already");
+        let log = std::fs::File::options().create(true).append(true).open(self.log())?;
+        let child = self.dev_command().stdout(log.try_clone()?).stderr(log).spawn().context("varve dev cannot be started")?;
+        let child = self.process.insert(child);
+        let deadline = Instant::now() + START_MAX;
+        while std::net::TcpStream::connect(("127.0.0.1", self.http)).is_err() {
+            if let Some(status) = child.try_wait()? {
+                let log = std::fs::read_to_string(self.folder.path().join("dev.log")).unwrap_or_default();
+                bail!("varve dev ended ({status}) before it answered:\n{log}");
+            }
+            ensure!(Instant::now() < deadline, "varve dev did not answer within {START_MAX:?}");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        Ok(())
+    }
+
+    /// Stops the server as Ctrl-C does.
+    ///
+    /// # Errors
+    /// When it does not end, or not well.
+    pub fn stop(&mut self) -> anyhow::Result<()> {
+        let Some(mut child) = self.process.take() else { return Ok(()) };
+        signal(child.id(), rustix::process::Signal::INT);
+        let status = child.wait()?;
+        ensure!(status.success(), "varve dev ended with {status} on Ctrl-C");
+        Ok(())
+    }
+
+    /// Kills the server at once.
+    ///
+    /// # Errors
+    /// When it cannot be waited for.
+    pub fn kill(&mut self) -> anyhow::Result<()> {
+        if let Some(mut child) = self.process.take() {
+            child.kill()?;
+            child.wait()?;
+        }
+        Ok(())
+    }
+
+    /// Loses the pageserver's own disk. The server must not run.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub fn wipe(&self) -> anyhow::Result<()> {
+        ensure!(self.process.is_none(), "the server still runs");
+        std::fs::remove_dir_all(self.data()).context("the server's folder cannot be removed")
+    }
+
+    /// Runs a CLI command and gives what it printed and its status.
+    ///
+    /// # Errors
+    /// When the binary cannot be run.
+    pub fn cli(&self, args: &[&str]) -> anyhow::Result<Output> {
+        Command::new(&self.binary).args(args).env("VARVE_URL", self.url()).stdin(Stdio::null()).output().context("varve cannot be run")
+    }
+
+    /// Runs a CLI command with `--json`, which must succeed, and gives its value.
+    ///
+    /// # Errors
+    /// When the command fails: with what it said.
+    pub fn json(&self, args: &[&str]) -> anyhow::Result<Value> {
+        let output = self.cli(&[args, &["--json"]].concat())?;
+        ensure!(
+            output.status.success(),
+            "varve {} failed: {}\nserver log: {}",
+            args.join(" "),
+            String::from_utf8_lossy(&output.stderr),
+            self.log().display()
+        );
+        serde_json::from_slice(&output.stdout)
+            .with_context(|| format!("varve {} --json printed no JSON: {}", args.join(" "), String::from_utf8_lossy(&output.stdout)))
+    }
+
+    /// Runs a CLI command which must fail, and gives what it said on standard error.
+    ///
+    /// # Errors
+    /// When the command succeeds.
+    pub fn refused(&self, args: &[&str]) -> anyhow::Result<String> {
+        let output = self.cli(args)?;
+        ensure!(!output.status.success(), "varve {} succeeded, expected an error", args.join(" "));
+        Ok(String::from_utf8_lossy(&output.stderr).into_owned())
+    }
+
+    /// Starts a compute and gives its libpq URI.
+    ///
+    /// # Errors
+    /// When it does not start.
+    pub fn compute(&self, branch: &str, args: &[&str]) -> anyhow::Result<String> {
+        let compute = self.json(&[&["compute", "start", branch], args].concat())?;
+        Ok(compute["conninfo"].as_str().context("a compute has a conninfo")?.to_owned())
+    }
+
+    /// Keeps the folders, for someone to look at after a failure.
+    pub fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+}
+
+/// Sends a signal to a process, which may be gone.
+pub fn signal(pid: u32, signal: rustix::process::Signal) {
+    if let Some(pid) = rustix::process::Pid::from_raw(pid as i32) {
+        let _ = rustix::process::kill_process(pid, signal);
+    }
+}
+
+/// Runs psql on `conninfo` and gives the unaligned output.
+///
+/// # Errors
+/// When psql or a statement fails: with what it said.
+pub fn psql(conninfo: &str, sql: &str) -> anyhow::Result<String> {
+    let output = Command::new("psql")
+        .args([conninfo, "-XqAt", "-v", "ON_ERROR_STOP=1", "-c", sql])
+        .stdin(Stdio::null())
+        .output()
+        .context("psql cannot be run")?;
+    ensure!(output.status.success(), "psql failed on {sql:?}: {}", String::from_utf8_lossy(&output.stderr));
+    Ok(String::from_utf8_lossy(&output.stdout).trim_end().to_owned())
+}
+
+/// Runs a client program of Postgres, which must succeed, and gives its output.
+///
+/// # Errors
+/// When it fails: with what it said.
+pub fn program(name: &str, args: &[&str]) -> anyhow::Result<String> {
+    let output = Command::new(name).args(args).stdin(Stdio::null()).output().with_context(|| format!("{name} cannot be run"))?;
+    ensure!(output.status.success(), "{name} {} failed: {}", args.join(" "), String::from_utf8_lossy(&output.stderr));
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+impl Drop for Dev {
+    fn drop(&mut self) {
+        if let Ok(output) = self.cli(&["compute", "list", "--json"]) {
+            let computes: Vec<Value> = serde_json::from_slice(&output.stdout).unwrap_or_default();
+            for compute in &computes {
+                if let Some(id) = compute["id"].as_str() {
+                    let _ = self.cli(&["compute", "stop", id]);
+                }
+            }
+        }
+        let _ = self.kill();
+        // What a failed test left: processes that still work in our folder.
+        let _ = Command::new("pkill").args(["-9", "-f", &self.folder.path().display().to_string()]).status();
+    }
+}
