@@ -4,6 +4,6 @@ pub mod dev;
 pub mod minio;
 pub mod naive_history;
 pub mod postgres;
-pub mod redo;
 pub mod random;
+pub mod redo;
 pub mod sim_store;
