@@ -64,7 +64,11 @@ impl Minio {
         let (address, console) = (port(TcpListener::bind("127.0.0.1:0")?)?, port(TcpListener::bind("127.0.0.1:0")?)?);
         let mut command = Command::new(binary);
         command.arg("server").args(["--address", &address.to_string(), "--console-address", &console.to_string(), "--quiet"]);
-        command.arg(folder.path().join("data")).env("MINIO_ROOT_USER", USER).env("MINIO_ROOT_PASSWORD", PASSWORD).env("HOME", folder.path());
+        command
+            .arg(folder.path().join("data"))
+            .env("MINIO_ROOT_USER", USER)
+            .env("MINIO_ROOT_PASSWORD", PASSWORD)
+            .env("HOME", folder.path());
         command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
         let process = command.spawn().with_context(|| format!("starting {}", binary.display()))?;
         let mut minio = Minio { process, address, _folder: folder };
@@ -84,7 +88,7 @@ impl Minio {
         let ask = || -> std::io::Result<bool> {
             let mut stream = TcpStream::connect_timeout(&self.address, Duration::from_secs(1))?;
             stream.set_read_timeout(Some(Duration::from_secs(1)))?;
-            stream.write_all(b"GET /minio/health/cluster HTTP/1.0\r\n\r\n")?;
+            write!(stream, "GET /minio/health/cluster HTTP/1.0\r\nHost: {}\r\n\r\n", self.address)?;
             let mut answer = [0; 12];
             stream.read_exact(&mut answer)?;
             Ok(answer.ends_with(b" 200"))
@@ -100,9 +104,14 @@ impl Minio {
     /// The environment with which a process finds this MinIO.
     pub fn variables(&self) -> Vec<(String, String)> {
         let endpoint = format!("http://{}", self.address);
-        [("AWS_ENDPOINT_URL", endpoint.as_str()), ("AWS_ACCESS_KEY_ID", USER), ("AWS_SECRET_ACCESS_KEY", PASSWORD), ("AWS_REGION", "us-east-1")]
-            .map(|(name, value)| (name.to_owned(), value.to_owned()))
-            .to_vec()
+        [
+            ("AWS_ENDPOINT_URL", endpoint.as_str()),
+            ("AWS_ACCESS_KEY_ID", USER),
+            ("AWS_SECRET_ACCESS_KEY", PASSWORD),
+            ("AWS_REGION", "us-east-1"),
+        ]
+        .map(|(name, value)| (name.to_owned(), value.to_owned()))
+        .to_vec()
     }
 
     /// A store at `prefix` in the bucket.

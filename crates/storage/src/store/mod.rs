@@ -96,7 +96,7 @@ impl Store {
         match scheme {
             "file" => Self::open_folder(&url.to_file_path().map_err(|()| bad("expected file:///absolute/path"))?),
             "s3" => {
-                let client = Arc::new(remote::Remote::s3(&url, config)?);
+                let client = Arc::new(remote::Remote::s3(location, &url, config)?);
                 Ok(Store { client, name: location.into(), root: None })
             }
             _ => Err(bad("expected the path of a folder, or s3://bucket/prefix")),
@@ -223,7 +223,13 @@ impl Store {
     }
 
     /// Waits before the next attempt, or gives the error up to the caller.
-    async fn pause_or_fail(&self, action: &'static str, name: &ObjectName, error: ClientError, attempts: &mut Attempts) -> Result<(), StoreError> {
+    async fn pause_or_fail(
+        &self,
+        action: &'static str,
+        name: &ObjectName,
+        error: ClientError,
+        attempts: &mut Attempts,
+    ) -> Result<(), StoreError> {
         attempts.failed += 1;
         attempts.uncertain |= !error.failure.is_definite();
         if !error.failure.is_transient() || attempts.failed >= ATTEMPTS_MAX {

@@ -57,9 +57,9 @@ impl Remote {
         Ok((Remote { inner, prefix: String::new(), local: true }, absolute))
     }
 
-    /// The bucket and prefix that `url` (`s3://bucket/prefix`) names, reached as `config` says.
-    pub(super) fn s3(url: &url::Url, config: &StoreConfig) -> Result<Remote, StoreError> {
-        let bad = |problem: String| StoreError::Config { store: url.to_string(), problem };
+    /// The bucket and prefix that `location` (`s3://bucket/prefix`), parsed as `url`, names, reached as `config` says.
+    pub(super) fn s3(location: &str, url: &url::Url, config: &StoreConfig) -> Result<Remote, StoreError> {
+        let bad = |problem: String| StoreError::Config { store: location.to_owned(), problem };
         let bucket = url.host_str().filter(|bucket| !bucket.is_empty());
         let bucket = bucket.ok_or_else(|| bad("no bucket is named; expected s3://bucket or s3://bucket/prefix".to_owned()))?;
         let prefix = url.path().trim_matches('/');
