@@ -1,5 +1,7 @@
 //! The object store keeps its promises: in a local folder, on MinIO, and over a client that fails as seeds say.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on must panic")]
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 

@@ -44,7 +44,9 @@ pub const SEGMENT_SIZE: u64 = 16 * 1024 * 1024;
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum WalLogError {
     /// The file system failed.
-    #[error("WAL log in {folder}: cannot {action}: {error}; nothing that was not yet acknowledged will be: free space or mend the disk, then restart")]
+    #[error(
+        "WAL log in {folder}: cannot {action}: {error}; nothing that was not yet acknowledged will be: free space or mend the disk, then restart"
+    )]
     Io {
         /// The log's folder.
         folder: String,
@@ -73,7 +75,9 @@ pub enum WalLogError {
         offset: u64,
     },
     /// A chunk of a newer version.
-    #[error("WAL log in {folder}: file {file}, byte {offset}: a chunk that this version cannot read ({what}): use the newer varve that wrote it")]
+    #[error(
+        "WAL log in {folder}: file {file}, byte {offset}: a chunk that this version cannot read ({what}): use the newer varve that wrote it"
+    )]
     Unsupported {
         /// The folder.
         folder: String,
@@ -201,13 +205,7 @@ impl WalLog {
     ///
     /// # Errors
     /// [`WalLogError::NotHeld`] when bytes between `layered` and later ones that the log holds are missing.
-    pub fn attach(
-        &self,
-        tenant: TenantId,
-        timeline: TimelineId,
-        epochs: &[(WriterEpoch, Lsn)],
-        layered: Lsn,
-    ) -> Result<Lsn, WalLogError> {
+    pub fn attach(&self, tenant: TenantId, timeline: TimelineId, epochs: &[(WriterEpoch, Lsn)], layered: Lsn) -> Result<Lsn, WalLogError> {
         let mut state = self.state.lock();
         let index = state.timelines.entry((tenant, timeline)).or_default();
         if index.settled {
@@ -259,11 +257,7 @@ impl WalLog {
     }
 
     fn index(state: &mut State, tenant: TenantId, timeline: TimelineId) -> Result<&mut TimelineIndex, WalLogError> {
-        state
-            .timelines
-            .get_mut(&(tenant, timeline))
-            .filter(|index| index.settled)
-            .ok_or(WalLogError::NotAttached { timeline })
+        state.timelines.get_mut(&(tenant, timeline)).filter(|index| index.settled).ok_or(WalLogError::NotAttached { timeline })
     }
 
     /// Appends WAL bytes that begin at `start`. What the log has already is not written again. Not durable before [`WalLog::sync`] up to

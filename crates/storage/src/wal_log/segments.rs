@@ -40,8 +40,7 @@ impl Segments {
     pub(super) fn open(disk: Arc<dyn LogDisk>, mut found: impl FnMut(&ChunkHeader)) -> Result<(Segments, u64), WalLogError> {
         let folder = disk.describe();
         let io_error = |action: String, error| WalLogError::Io { folder: folder.clone(), action, error: Arc::new(error) };
-        let mut segments =
-            Segments { disk: disk.clone(), files: BTreeMap::new(), spares: Vec::new(), next_spare: 0, maker: None };
+        let mut segments = Segments { disk: disk.clone(), files: BTreeMap::new(), spares: Vec::new(), next_spare: 0, maker: None };
         for name in disk.list().map_err(|error| io_error("list the folder".to_owned(), error))? {
             let number = name.strip_suffix(".wal").filter(|stem| stem.len() == 16).and_then(|stem| u64::from_str_radix(stem, 16).ok());
             if let Some(number) = number {
@@ -176,13 +175,7 @@ impl Drop for Segments {
 }
 
 /// Gives the chunks of a segment to `found` until it is full or no whole chunk stands there.
-fn scan(
-    segment: &[u8],
-    base: u64,
-    folder: &str,
-    name: &str,
-    found: &mut impl FnMut(&ChunkHeader),
-) -> Result<SegmentEnd, WalLogError> {
+fn scan(segment: &[u8], base: u64, folder: &str, name: &str, found: &mut impl FnMut(&ChunkHeader)) -> Result<SegmentEnd, WalLogError> {
     let mut offset = 0;
     while segment.len() - offset >= chunk_size(8) {
         match ChunkHeader::find(&segment[offset..], base + offset as u64) {
@@ -209,11 +202,7 @@ fn check_torn(segment: &[u8], base: u64, offset: usize, end: u64, folder: &str, 
         if here {
             if let Found::Chunk(header) = ChunkHeader::find(&segment[at..], base + at as u64) {
                 if header.synced > end {
-                    return Err(WalLogError::Damaged {
-                        folder: folder.to_owned(),
-                        file: end_file.to_owned(),
-                        offset: end % SEGMENT_SIZE,
-                    });
+                    return Err(WalLogError::Damaged { folder: folder.to_owned(), file: end_file.to_owned(), offset: end % SEGMENT_SIZE });
                 }
             }
         }
