@@ -1,9 +1,20 @@
-//! Redo of heap records against Postgres.
+//! Redo of heap records, sequences, generic WAL and what goes with them against Postgres.
 
-use varve_postgres::Major;
-use varve_testing::redo::assert_redone;
-
-#[test]
-fn heap_basic() {
-    println!("{}", assert_redone(Major::V15, "heap_basic"));
-}
+varve_testing::redo_tests!(
+    heap_basic,
+    heap_freeze,
+    heap_locks,
+    heap_rows,
+    heap_speculative,
+    heap_vacuum,
+    heap_visibility,
+    checksums,
+    generic,
+    images_lz4,
+    images_pglz,
+    images_zstd,
+    sequences,
+    storage,
+    storage_file_copy,
+    transactions,
+);

@@ -229,3 +229,26 @@ fn read_block(path: &Path, block: u32) -> Result<Option<[u8; BLCKSZ]>> {
         Err(error) => Err(error).with_context(|| format!("reading {}", path.display())),
     }
 }
+
+/// For each SQL file of the corpus that is named, a module with a test for each major: see [`assert_redone`].
+#[macro_export]
+macro_rules! redo_tests {
+    ($($name:ident),* $(,)?) => {
+        $(
+            mod $name {
+                $crate::redo_tests!(@major $name, postgres_14, V14);
+                $crate::redo_tests!(@major $name, postgres_15, V15);
+                $crate::redo_tests!(@major $name, postgres_16, V16);
+                $crate::redo_tests!(@major $name, postgres_17, V17);
+                $crate::redo_tests!(@major $name, postgres_18, V18);
+            }
+        )*
+    };
+    (@major $name:ident, $test:ident, $major:ident) => {
+        #[test]
+        fn $test() {
+            let report = $crate::redo::assert_redone(varve_postgres::Major::$major, stringify!($name));
+            println!("{report}");
+        }
+    };
+}

@@ -1,0 +1,41 @@
+-- Rows of all shapes: nulls, many columns, TOAST of each kind, partitions between which rows move, replica identities.
+CREATE TABLE wide AS SELECT i AS id, NULL::int AS n, repeat('w', i) AS a FROM generate_series(1, 300) i;
+DO $$ BEGIN FOR i IN 1 .. 200 LOOP EXECUTE format('ALTER TABLE wide ADD c%s int', i); END LOOP; END $$;
+UPDATE wide SET c200 = id WHERE id % 2 = 0;
+UPDATE wide SET c1 = 1, c100 = NULL WHERE id % 3 = 0;
+UPDATE wide SET a = a || 'suffix only' WHERE id % 5 = 0;
+UPDATE wide SET a = 'prefix only' || a WHERE id % 7 = 0;
+UPDATE wide SET n = 7, a = a WHERE id % 11 = 0;
+CREATE TABLE toasted (id int, plain text, ext text, main text, compressed text);
+ALTER TABLE toasted ALTER plain SET STORAGE PLAIN, ALTER ext SET STORAGE EXTERNAL, ALTER main SET STORAGE MAIN;
+INSERT INTO toasted SELECT i, 'p', repeat('external', i * 100), repeat(md5(i::text), i), repeat('compressed', i * 300) FROM generate_series(1, 60) i;
+UPDATE toasted SET ext = ext || 'more' WHERE id % 2 = 0;
+UPDATE toasted SET id = -id WHERE id % 3 = 0;
+DELETE FROM toasted WHERE id % 5 = 0;
+VACUUM toasted;
+CREATE TABLE part (k int, v text) PARTITION BY RANGE (k);
+CREATE TABLE part_low PARTITION OF part FOR VALUES FROM (0) TO (100);
+CREATE TABLE part_high PARTITION OF part FOR VALUES FROM (100) TO (1000);
+INSERT INTO part SELECT i, 'v' || i FROM generate_series(0, 199) i;
+UPDATE part SET k = k + 150 WHERE k < 50;  -- rows that moved to another partition
+UPDATE part SET k = k - 100 WHERE k BETWEEN 100 AND 110;
+ALTER TABLE part_high REPLICA IDENTITY FULL;
+UPDATE part SET v = 'old row in WAL' WHERE k > 150;
+DELETE FROM part WHERE k > 180;
+CREATE TABLE keyed (id int PRIMARY KEY, v text);
+INSERT INTO keyed SELECT i, 'k' FROM generate_series(1, 100) i;
+UPDATE keyed SET id = id + 1000 WHERE id < 50; -- old keys in WAL
+DELETE FROM keyed WHERE id > 1020;
+BEGIN;
+INSERT INTO keyed VALUES (5000, 'combo');
+UPDATE keyed SET v = 'combo command ids' WHERE id = 5000;
+DELETE FROM keyed WHERE id = 5000;
+COMMIT;
+TRUNCATE part, keyed RESTART IDENTITY CASCADE;
+CREATE MATERIALIZED VIEW mv AS SELECT * FROM wide;
+CREATE UNIQUE INDEX ON mv (id);
+UPDATE wide SET n = 8;
+REFRESH MATERIALIZED VIEW mv;
+REFRESH MATERIALIZED VIEW CONCURRENTLY mv;
+ALTER TABLE wide ALTER n TYPE bigint;
+ALTER TABLE wide ADD d text DEFAULT 'constant', ADD e float DEFAULT random();

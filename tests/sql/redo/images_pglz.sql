@@ -1,0 +1,18 @@
+--! wal_compression = on
+--! full_page_writes = on
+-- Full-page images compressed with pglz.
+CREATE TABLE h (id int PRIMARY KEY, a text);
+INSERT INTO h SELECT i, repeat('h', i % 100) FROM generate_series(1, 3000) i;
+SELECT count(*) FROM h;
+CHECKPOINT;
+SELECT count(*), count(a) FROM h;
+VACUUM h;
+DELETE FROM h WHERE id % 3 = 0;
+CHECKPOINT;
+SELECT count(*) FROM h WHERE id < 1000;
+UPDATE h SET a = 'after a checkpoint' WHERE id % 2 = 0;
+VACUUM FREEZE h;
+CHECKPOINT;
+DELETE FROM h WHERE id > 1000;
+VACUUM h;
+INSERT INTO h SELECT i, 'again' FROM generate_series(4000, 5000) i;
