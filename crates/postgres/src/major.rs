@@ -103,6 +103,21 @@ impl Major {
         }
     }
 
+    /// Whether pruning cuts unused line pointers off the end of a heap page's array.
+    pub fn prune_truncates_line_pointers(self) -> bool {
+        self >= Major::V15
+    }
+
+    /// Whether tuples are frozen by plans that many share, and not each by its own.
+    pub fn has_freeze_plans(self) -> bool {
+        self >= Major::V16
+    }
+
+    /// Whether one heap record (`xl_heap_prune` with flags) prunes, vacuums and freezes.
+    pub fn has_one_prune_record(self) -> bool {
+        self >= Major::V17
+    }
+
     /// `PG_CONTROL_VERSION`.
     pub fn control_version(self) -> u32 {
         match self {

@@ -434,8 +434,9 @@ impl KeptTuples {
     }
 }
 
-/// `PageRepairFragmentation`: closes gaps between a heap page's tuples, cuts unused line pointers off the end, sets the free-lines hint.
-pub(crate) fn repair_fragmentation(page: &mut Page) -> Result<(), Fault> {
+/// `PageRepairFragmentation`: closes gaps between a heap page's tuples, cuts unused line pointers off the end if told (from 15 on Postgres
+/// does), sets the free-lines hint.
+pub(crate) fn repair_fragmentation(page: &mut Page, truncate: bool) -> Result<(), Fault> {
     check_header(page)?;
     let lines = max_offset(page);
     let mut kept = KeptTuples::new(page);
@@ -458,7 +459,7 @@ pub(crate) fn repair_fragmentation(page: &mut Page) -> Result<(), Fault> {
         kept.check_fit(page)?;
         kept.compact(page)?;
     }
-    let cut = lines - last_used;
+    let cut = if truncate { lines - last_used } else { 0 };
     set_lower(page, lower(page) - cut * ITEM_ID_SIZE as u16);
     set_has_free_lines(page, unused > cut);
     Ok(())

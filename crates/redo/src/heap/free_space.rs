@@ -20,7 +20,7 @@ pub fn free_space_effect(major: Major, record: &BlockRecord, page: &Page, restor
     match (record.rmid, kind) {
         (rmgr::HEAP, opcode::INSERT | opcode::UPDATE) | (rmgr::HEAP2, opcode::MULTI_INSERT) if record.block_id == 0 => filled(),
         (rmgr::HEAP2, kind) if prune::is_prune(kind) => {
-            let freed = if major >= Major::V17 {
+            let freed = if major.has_one_prune_record() {
                 let freeing = part::REDIRECTIONS | part::DEAD_ITEMS | part::UNUSED_ITEMS;
                 prune::prune_flags(&record.main_data).is_ok_and(|flags| flags & freeing != 0)
             } else {

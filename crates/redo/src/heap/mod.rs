@@ -11,8 +11,8 @@ pub(crate) mod record;
 pub(crate) mod tuple;
 mod update;
 
+use varve_postgres::Page;
 use varve_postgres::page::{self, PD_ALL_VISIBLE};
-use varve_postgres::{Major, Page};
 
 use crate::visibility_map;
 use crate::{Fault, Redo};
@@ -36,10 +36,10 @@ pub(crate) fn redo(redo: &Redo<'_>, page: &mut Page) -> Result<(), Fault> {
 pub(crate) fn redo_heap2(redo: &Redo<'_>, page: &mut Page) -> Result<(), Fault> {
     let kind = redo.record.info & opcode::MASK;
     match kind {
-        opcode::PRUNE | opcode::VACUUM | opcode::FREEZE_PAGE if redo.major >= Major::V17 => prune::prune_and_freeze(redo, page),
+        opcode::PRUNE | opcode::VACUUM | opcode::FREEZE_PAGE if redo.major.has_one_prune_record() => prune::prune_and_freeze(redo, page),
         opcode::PRUNE => prune::prune(redo, page),
         opcode::VACUUM => prune::vacuum(redo, page),
-        opcode::FREEZE_PAGE if redo.major >= Major::V16 => prune::freeze_plans(redo, page),
+        opcode::FREEZE_PAGE if redo.major.has_freeze_plans() => prune::freeze_plans(redo, page),
         opcode::FREEZE_PAGE => prune::freeze_tuples(redo, page),
         opcode::VISIBLE => visible(redo, page),
         opcode::MULTI_INSERT => insert::multi_insert(redo, page),

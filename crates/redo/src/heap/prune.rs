@@ -68,7 +68,7 @@ pub(super) fn prune(redo: &Redo<'_>, page: &mut Page) -> Result<(), Fault> {
         unused: Offsets(data.rest()),
     };
     pruned.set_line_pointers(page)?;
-    item::repair_fragmentation(page)
+    item::repair_fragmentation(page, redo.major.prune_truncates_line_pointers())
 }
 
 /// `heap_xlog_vacuum` (up to 16).
@@ -188,7 +188,7 @@ pub(super) fn prune_and_freeze(redo: &Redo<'_>, page: &mut Page) -> Result<(), F
         if flags & part::CLEANUP_LOCK == 0 {
             item::truncate_line_pointers(page)?;
         } else {
-            item::repair_fragmentation(page)?;
+            item::repair_fragmentation(page, redo.major.prune_truncates_line_pointers())?;
         }
     }
     execute_plans(page, plans, &mut data)?;

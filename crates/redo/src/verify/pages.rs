@@ -2,12 +2,14 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
+use varve_postgres::wal::records::RecordError;
+use varve_postgres::wal::records::database::{self, DatabaseRecord};
+use varve_postgres::wal::records::storage::{self, StorageRecord};
+use varve_postgres::wal::records::xact::{self, XactRecord};
 use varve_postgres::wal::{Record, rmgr};
 use varve_postgres::{BlockNumber, Fork, Lsn, Major, Oid, Page, RelFork, RelNode, page};
 
-use crate::Fault;
 use crate::change::Change;
-use crate::cursor::Cursor;
 use crate::visibility_map::HEAP_BLOCKS_PER_PAGE;
 
 /// A page, and the resource manager that changed it last.
@@ -17,10 +19,12 @@ struct Known {
     rmid: u8,
 }
 
+type Blocks = BTreeMap<(Fork, BlockNumber), Known>;
+
 /// The pages that WAL has made known.
 #[derive(Debug, Default)]
 pub struct Pages {
-    relations: HashMap<RelNode, BTreeMap<(Fork, BlockNumber), Known>>,
+    relations: HashMap<RelNode, Blocks>,
     /// Relations that the WAL created, or truncated: what is not known of them is zeros.
     created: HashSet<RelNode>,
 }
@@ -57,116 +61,51 @@ impl Pages {
         }
     }
 
-    fn drop_relation(&mut self, node: RelNode) {
-        self.relations.remove(&node);
-        self.created.remove(&node);
-    }
-
     /// What `record` does beyond its blocks: creates, truncates and drops relations, copies and drops databases.
     pub(super) fn follow(&mut self, record: &Record, major: Major) -> Result<(), String> {
-        let mut data = Cursor::new(&record.main_data);
-        let done = match (record.header.rmid, record.kind()) {
-            (rmgr::SMGR, kind) => self.follow_storage(kind, &mut data, record.end),
-            (rmgr::XACT, kind) => self.follow_transaction(kind, &mut data),
-            (rmgr::DBASE, kind) => self.follow_database(kind, &mut data, major),
-            _ => Ok(()),
-        };
-        done.map_err(|fault| match fault {
-            Fault::Inconsistent(what) => what,
-            Fault::Unsupported => format!("no such record type: {:02X}", record.kind()),
-        })
-    }
-
-    fn follow_storage(&mut self, kind: u8, data: &mut Cursor<'_>, lsn: Lsn) -> Result<(), Fault> {
-        const CREATE: u8 = 0x10;
-        const TRUNCATE: u8 = 0x20;
-        const TRUNCATE_HEAP: u32 = 1;
-        const TRUNCATE_VM: u32 = 2;
-        const TRUNCATE_FSM: u32 = 4;
-        match kind {
-            CREATE => {
-                let node = relation(data)?;
-                if data.u32()? == 0 {
-                    self.created.insert(node);
+        let (kind, data) = (record.kind(), &record.main_data[..]);
+        let wrong = |error: RecordError| error.to_string();
+        match record.header.rmid {
+            rmgr::SMGR => match storage::parse(kind, data, major).map_err(wrong)? {
+                StorageRecord::Create { rel } if rel.fork == Fork::Main => {
+                    self.created.insert(rel.node);
                 }
-                Ok(())
-            }
-            TRUNCATE => {
-                let blocks = data.u32()?;
-                let node = relation(data)?;
-                let flags = data.u32()?;
-                let Some(known) = self.relations.get_mut(&node) else { return Ok(()) };
-                if flags & TRUNCATE_HEAP != 0 {
-                    known.retain(|(fork, blkno), _| *fork != Fork::Main || *blkno < blocks);
-                    self.created.insert(node);
-                }
-                if flags & TRUNCATE_FSM != 0 {
-                    known.retain(|(fork, _), _| *fork != Fork::FreeSpaceMap);
-                }
-                if flags & TRUNCATE_VM != 0 {
-                    let last = blocks / HEAP_BLOCKS_PER_PAGE;
-                    known.retain(|(fork, blkno), _| *fork != Fork::VisibilityMap || *blkno <= last);
-                    if let Some(known) = known.get_mut(&(Fork::VisibilityMap, last)) {
-                        let change = Change::TruncateVisibility { heap_blocks: blocks };
-                        crate::apply(Major::V15, lsn, last, &change, &mut known.page).map_err(|error| error.to_string())?;
+                StorageRecord::Create { .. } => {}
+                StorageRecord::Truncate { node, blocks, main, visibility_map, free_space_map } => {
+                    if main {
+                        self.created.insert(node);
+                    }
+                    if let Some(known) = self.relations.get_mut(&node) {
+                        known.retain(|(fork, blkno), _| !(main && *fork == Fork::Main && *blkno >= blocks));
+                        known.retain(|(fork, _), _| !(free_space_map && *fork == Fork::FreeSpaceMap));
+                        if visibility_map {
+                            truncate_visibility_map(known, blocks, record.end, major)?;
+                        }
                     }
                 }
-                Ok(())
-            }
-            _ => Err(Fault::Unsupported),
-        }
-    }
-
-    fn follow_transaction(&mut self, kind: u8, data: &mut Cursor<'_>) -> Result<(), Fault> {
-        const COMMIT: u8 = 0x00;
-        const ABORT: u8 = 0x20;
-        const COMMIT_PREPARED: u8 = 0x30;
-        const ABORT_PREPARED: u8 = 0x40;
-        const HAS_INFO: u8 = 0x80;
-        const HAS_DATABASE: u32 = 1 << 0;
-        const HAS_SUBTRANSACTIONS: u32 = 1 << 1;
-        const HAS_RELATIONS: u32 = 1 << 2;
-        if !matches!(kind & 0x70, COMMIT | ABORT | COMMIT_PREPARED | ABORT_PREPARED) || kind & HAS_INFO == 0 {
-            return Ok(());
-        }
-        data.u64()?; // time
-        let info = data.u32()?;
-        if info & HAS_DATABASE != 0 {
-            data.take(8)?;
-        }
-        if info & HAS_SUBTRANSACTIONS != 0 {
-            let count = data.u32()? as usize;
-            data.take(count.saturating_mul(4))?;
-        }
-        if info & HAS_RELATIONS != 0 {
-            for _ in 0..data.u32()? {
-                let node = relation(data)?;
-                self.drop_relation(node);
-            }
-        }
-        Ok(())
-    }
-
-    fn follow_database(&mut self, kind: u8, data: &mut Cursor<'_>, major: Major) -> Result<(), Fault> {
-        const CREATE_FILE_COPY: u8 = 0x00;
-        let drop = if major == Major::V14 { 0x10 } else { 0x20 };
-        if kind == CREATE_FILE_COPY {
-            let target = (data.u32()?, data.u32()?);
-            let source = (data.u32()?, data.u32()?);
-            self.drop_database(target.0, target.1);
-            let copies: Vec<_> = self
-                .relations
-                .iter()
-                .filter(|(node, _)| (node.db, node.spc) == source)
-                .map(|(node, blocks)| (RelNode { spc: target.1, db: target.0, rel: node.rel }, blocks.clone()))
-                .collect();
-            self.relations.extend(copies);
-        } else if kind == drop {
-            let db = data.u32()?;
-            for _ in 0..data.u32()? {
-                let spc = data.u32()?;
-                self.drop_database(db, spc);
-            }
+            },
+            rmgr::XACT => match xact::parse(kind, data, major).map_err(wrong)? {
+                XactRecord::Commit(done) | XactRecord::Abort(done) | XactRecord::CommitPrepared(done) | XactRecord::AbortPrepared(done) => {
+                    for node in done.dropped {
+                        self.relations.remove(&node);
+                        self.created.remove(&node);
+                    }
+                }
+                XactRecord::Prepare | XactRecord::Assignment { .. } | XactRecord::Invalidations => {}
+            },
+            rmgr::DBASE => match database::parse(kind, data, major).map_err(wrong)? {
+                DatabaseRecord::CreateFileCopy { db, spc, source_db, source_spc } => {
+                    self.drop_database(db, spc);
+                    let copied = |node: &RelNode| node.db == source_db && node.spc == source_spc;
+                    let copy = |node: &RelNode| RelNode { spc, db, rel: node.rel };
+                    let relations: Vec<_> =
+                        self.relations.iter().filter(|(node, _)| copied(node)).map(|(node, blocks)| (copy(node), blocks.clone())).collect();
+                    self.relations.extend(relations);
+                }
+                DatabaseRecord::CreateWalLog { .. } => {}
+                DatabaseRecord::Drop { db, spcs } => spcs.into_iter().for_each(|spc| self.drop_database(db, spc)),
+            },
+            _ => {}
         }
         Ok(())
     }
@@ -178,6 +117,11 @@ impl Pages {
     }
 }
 
-fn relation(data: &mut Cursor<'_>) -> Result<RelNode, Fault> {
-    Ok(RelNode { spc: data.u32()?, db: data.u32()?, rel: data.u32()? })
+/// Cuts a visibility map to a heap of `blocks` blocks, the bits of blocks beyond it included.
+fn truncate_visibility_map(known: &mut Blocks, blocks: BlockNumber, lsn: Lsn, major: Major) -> Result<(), String> {
+    let last = blocks / HEAP_BLOCKS_PER_PAGE;
+    known.retain(|(fork, blkno), _| *fork != Fork::VisibilityMap || *blkno <= last);
+    let Some(known) = known.get_mut(&(Fork::VisibilityMap, last)) else { return Ok(()) };
+    let change = Change::TruncateVisibility { heap_blocks: blocks };
+    crate::apply(major, lsn, last, &change, &mut known.page).map_err(|error| error.to_string())
 }

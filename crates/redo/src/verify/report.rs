@@ -6,8 +6,8 @@ use std::fmt;
 use varve_postgres::wal::rmgr;
 use varve_postgres::{BlockNumber, Lsn, Page, RelFork};
 
-/// Mismatches kept in full; the rest is counted.
-const MISMATCHES_KEPT_MAX: usize = 20;
+/// Mismatches of one record type that are kept in full; the rest is counted.
+const MISMATCHES_KEPT_MAX: usize = 3;
 /// Bytes of a page difference that are printed.
 const BYTES_PRINTED_MAX: usize = 24;
 
@@ -91,7 +91,7 @@ impl fmt::Display for Mismatch {
 pub struct Report {
     /// By resource manager and record type.
     pub types: BTreeMap<(u8, u8), TypeStats>,
-    /// The first mismatches, in order.
+    /// The first mismatches of each record type, in order.
     pub mismatches: Vec<Mismatch>,
     /// How many there were in all.
     pub mismatch_count: u64,
@@ -100,7 +100,12 @@ pub struct Report {
 impl Report {
     pub(super) fn add(&mut self, mismatch: Mismatch) {
         self.mismatch_count += 1;
-        if self.mismatches.len() < MISMATCHES_KEPT_MAX {
+        self.keep(mismatch);
+    }
+
+    fn keep(&mut self, mismatch: Mismatch) {
+        let same = |other: &&Mismatch| (other.rmid, other.info) == (mismatch.rmid, mismatch.info);
+        if self.mismatches.iter().filter(same).count() < MISMATCHES_KEPT_MAX {
             self.mismatches.push(mismatch);
         }
     }
@@ -124,8 +129,7 @@ impl Report {
             sum.mismatches += stats.mismatches;
         }
         self.mismatch_count += other.mismatch_count;
-        let room = MISMATCHES_KEPT_MAX.saturating_sub(self.mismatches.len());
-        self.mismatches.extend(other.mismatches.into_iter().take(room));
+        other.mismatches.into_iter().for_each(|mismatch| self.keep(mismatch));
     }
 }
 
