@@ -5,22 +5,22 @@ use bytes::{Buf, Bytes};
 use super::MessageError;
 
 /// The rest of a message, and what to say when it ends early.
-pub(super) struct Cursor {
-    bytes: Bytes,
+pub(super) struct Cursor<B> {
+    bytes: B,
     tag: u8,
 }
 
-impl Cursor {
-    pub(super) fn new(bytes: Bytes, tag: u8) -> Cursor {
+impl<B: Buf> Cursor<B> {
+    pub(super) fn new(bytes: B, tag: u8) -> Cursor<B> {
         Cursor { bytes, tag }
     }
 
     pub(super) fn remaining(&self) -> usize {
-        self.bytes.len()
+        self.bytes.remaining()
     }
 
     fn need(&self, field: &'static str, len: usize) -> Result<(), MessageError> {
-        match len.saturating_sub(self.bytes.len()) {
+        match len.saturating_sub(self.remaining()) {
             0 => Ok(()),
             missing => Err(MessageError::Short { tag: self.tag, field, missing }),
         }
@@ -41,9 +41,10 @@ impl Cursor {
         Ok(self.bytes.get_u64())
     }
 
+    /// The next `len` bytes: a view where the message is [`Bytes`], else a copy.
     pub(super) fn bytes(&mut self, field: &'static str, len: usize) -> Result<Bytes, MessageError> {
         self.need(field, len)?;
-        Ok(self.bytes.split_to(len))
+        Ok(self.bytes.copy_to_bytes(len))
     }
 
     pub(super) fn value_error(&self, what: String) -> MessageError {
@@ -52,7 +53,7 @@ impl Cursor {
 
     /// The message must end here.
     pub(super) fn end(self) -> Result<(), MessageError> {
-        match self.bytes.len() {
+        match self.remaining() {
             0 => Ok(()),
             extra => Err(MessageError::Long { tag: self.tag, extra }),
         }

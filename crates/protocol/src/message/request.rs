@@ -1,6 +1,6 @@
 //! Questions to the page service.
 
-use bytes::{BufMut, Bytes};
+use bytes::{Buf, BufMut};
 use varve_postgres::{BlockNumber, Fork, Lsn, Oid, RelFork, RelNode, slru::SlruKind};
 
 use super::{MessageError, RANGE_PAGES_MAX, cursor::Cursor};
@@ -76,7 +76,7 @@ impl Header {
         out.put_u64(self.not_modified_since.0);
     }
 
-    pub(super) fn decode(cursor: &mut Cursor) -> Result<Header, MessageError> {
+    pub(super) fn decode(cursor: &mut Cursor<impl Buf>) -> Result<Header, MessageError> {
         Ok(Header {
             request_id: cursor.u64("request id")?,
             request_lsn: Lsn(cursor.u64("request LSN")?),
@@ -92,22 +92,22 @@ fn put_rel(rel: RelFork, out: &mut impl BufMut) {
     out.put_u8(rel.fork.number());
 }
 
-fn take_rel(cursor: &mut Cursor) -> Result<RelFork, MessageError> {
+fn take_rel(cursor: &mut Cursor<impl Buf>) -> Result<RelFork, MessageError> {
     let (spc, db, rel) = (cursor.u32("tablespace")?, cursor.u32("database")?, cursor.u32("relation")?);
     Ok(RelNode { spc, db, rel }.fork(take_fork(cursor)?))
 }
 
-pub(super) fn take_fork(cursor: &mut Cursor) -> Result<Fork, MessageError> {
+pub(super) fn take_fork(cursor: &mut Cursor<impl Buf>) -> Result<Fork, MessageError> {
     let number = cursor.u8("fork")?;
     Fork::from_number(number).ok_or_else(|| cursor.value_error(format!("fork number {number} does not exist, 0 to 3 do")))
 }
 
-fn take_kind(cursor: &mut Cursor) -> Result<SlruKind, MessageError> {
+fn take_kind(cursor: &mut Cursor<impl Buf>) -> Result<SlruKind, MessageError> {
     let number = cursor.u8("SLRU kind")?;
     SlruKind::from_number(number).ok_or_else(|| cursor.value_error(format!("SLRU kind {number} does not exist, 0 to 3 do")))
 }
 
-fn take_count(cursor: &mut Cursor) -> Result<u32, MessageError> {
+fn take_count(cursor: &mut Cursor<impl Buf>) -> Result<u32, MessageError> {
     let count = cursor.u32("count")?;
     if count > RANGE_PAGES_MAX {
         return Err(cursor.value_error(format!("asks for {count} pages at once, at most {RANGE_PAGES_MAX} are allowed")));
@@ -163,7 +163,7 @@ impl Query {
     }
 
     /// The query of a request with tag `request_tag`.
-    pub(super) fn decode(request_tag: u8, cursor: &mut Cursor) -> Result<Query, MessageError> {
+    pub(super) fn decode(request_tag: u8, cursor: &mut Cursor<impl Buf>) -> Result<Query, MessageError> {
         Ok(match request_tag {
             0 => Query::Exists(take_rel(cursor)?),
             1 => Query::Nblocks(take_rel(cursor)?),
@@ -196,9 +196,9 @@ impl Request {
     ///
     /// # Errors
     /// [`MessageError`] says what is wrong with them.
-    pub fn decode(bytes: &Bytes) -> Result<Request, MessageError> {
-        let tag = *bytes.first().ok_or(MessageError::Short { tag: 0, field: "tag", missing: 1 })?;
-        let mut cursor = Cursor::new(bytes.slice(1..), tag);
+    pub fn decode(bytes: &[u8]) -> Result<Request, MessageError> {
+        let (&tag, rest) = bytes.split_first().ok_or(MessageError::Short { tag: 0, field: "tag", missing: 1 })?;
+        let mut cursor = Cursor::new(rest, tag);
         let request = Request { header: Header::decode(&mut cursor)?, query: Query::decode(tag, &mut cursor)? };
         cursor.end()?;
         Ok(request)

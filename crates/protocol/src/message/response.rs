@@ -1,6 +1,6 @@
 //! Answers of the page service.
 
-use bytes::{BufMut, Bytes};
+use bytes::{Buf, BufMut, Bytes};
 use varve_postgres::{BLCKSZ, BlockNumber, Fork, Oid};
 
 use super::{
@@ -128,7 +128,7 @@ impl Answer {
         Ok(answer)
     }
 
-    fn decode(query: &Query, cursor: &mut Cursor) -> Result<Answer, MessageError> {
+    fn decode(query: &Query, cursor: &mut Cursor<impl Buf>) -> Result<Answer, MessageError> {
         Ok(match query {
             Query::Exists(_) => match cursor.u8("exists")? {
                 0 => Answer::Exists(false),
@@ -163,7 +163,7 @@ impl Answer {
 }
 
 /// A count of rows of `row_size` bytes, all of which are there.
-fn take_count(cursor: &mut Cursor, row_size: usize) -> Result<usize, MessageError> {
+fn take_count(cursor: &mut Cursor<impl Buf>, row_size: usize) -> Result<usize, MessageError> {
     let count = cursor.u32("count")? as usize;
     if count.checked_mul(row_size) != Some(cursor.remaining()) {
         let what = format!("says that it has {count} rows of {row_size} bytes, and {} bytes follow", cursor.remaining());
@@ -173,7 +173,7 @@ fn take_count(cursor: &mut Cursor, row_size: usize) -> Result<usize, MessageErro
 }
 
 /// A count of pages and the pages.
-fn take_pages(cursor: &mut Cursor, size_max: usize) -> Result<Bytes, MessageError> {
+fn take_pages(cursor: &mut Cursor<impl Buf>, size_max: usize) -> Result<Bytes, MessageError> {
     let count = take_count(cursor, BLCKSZ)?;
     if count * BLCKSZ > size_max {
         return Err(cursor.value_error(format!("has {count} pages, at most {} belong into one answer", size_max / BLCKSZ)));

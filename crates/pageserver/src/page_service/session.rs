@@ -1,0 +1,217 @@
+//! A client's session: logging in, then one command after the other, by the simple or the extended query protocol.
+
+use std::sync::Arc;
+
+use tokio::time::timeout;
+use varve_protocol::wire::{
+    AuthRequest, FrontendMessage, ServerMessage, StartupPacket, backend, backend::sqlstate, frontend::FRONTEND_BODY_SIZE_MAX, take_frame,
+};
+
+use super::connection::{Connection, End};
+use super::page_stream::{PageStream, put_end};
+use super::pool::BlockingPool;
+use super::{Command, PageSource, TimelinePages, backup};
+
+/// Requests for encryption that a client may make before it starts.
+const ENCRYPTION_REQUESTS_MAX: usize = 4;
+/// What we say we are, since drivers want to know; only the major matters to them.
+const SERVER_VERSION: &str = concat!("15.0 (Varve ", env!("CARGO_PKG_VERSION"), ")");
+
+/// What sessions share.
+pub(super) struct Shared {
+    pub(super) source: Arc<dyn PageSource>,
+    pub(super) jobs: BlockingPool,
+    pub(super) backups: BlockingPool,
+}
+
+/// A session on a connection.
+pub(super) struct Session<'a> {
+    connection: &'a mut Connection,
+    shared: Arc<Shared>,
+    /// The unnamed prepared statement.
+    prepared: String,
+    /// After an error in the extended protocol everything up to the next Sync is skipped.
+    skipping: bool,
+}
+
+impl<'a> Session<'a> {
+    pub(super) fn new(connection: &'a mut Connection, shared: Arc<Shared>) -> Session<'a> {
+        Session { connection, shared, prepared: String::new(), skipping: false }
+    }
+
+    /// From the first byte to the end.
+    pub(super) async fn run(mut self) -> End {
+        let limit = self.connection.config().handshake_timeout;
+        let result = match timeout(limit, log_in(self.connection)).await {
+            Ok(Ok(())) => self.commands().await,
+            Ok(Err(end)) => Err(end),
+            Err(_) => Err(End::Fatal(ServerMessage::fatal(
+                sqlstate::PROTOCOL_VIOLATION,
+                format!("no startup packet within {} s", limit.as_secs()),
+            ))),
+        };
+        match result {
+            Ok(()) => End::Over,
+            Err(end) => end,
+        }
+    }
+
+    async fn commands(&mut self) -> Result<(), End> {
+        loop {
+            let message = self.message().await?;
+            if matches!(message, FrontendMessage::Terminate) {
+                return Ok(());
+            }
+            self.handle(message).await?;
+        }
+    }
+
+    async fn message(&mut self) -> Result<FrontendMessage, End> {
+        loop {
+            if let Some(frame) = take_frame(&mut self.connection.input, FRONTEND_BODY_SIZE_MAX)? {
+                return Ok(FrontendMessage::decode(frame)?);
+            }
+            self.connection.flush().await?;
+            self.connection.fill().await?;
+        }
+    }
+
+    async fn handle(&mut self, message: FrontendMessage) -> Result<(), End> {
+        match message {
+            FrontendMessage::Sync => {
+                self.skipping = false;
+                backend::ready_for_query(&mut self.connection.output);
+            }
+            _ if self.skipping => {}
+            FrontendMessage::Query(text) => {
+                if let Err(error) = self.run_command(&text).await? {
+                    backend::error_response(&error, &mut self.connection.output);
+                }
+                backend::ready_for_query(&mut self.connection.output);
+            }
+            FrontendMessage::Parse { query, .. } => {
+                self.prepared = query;
+                backend::empty(b'1', &mut self.connection.output);
+            }
+            FrontendMessage::Bind { .. } => backend::empty(b'2', &mut self.connection.output),
+            FrontendMessage::Close => backend::empty(b'3', &mut self.connection.output),
+            FrontendMessage::Describe => {
+                backend::no_parameters(&mut self.connection.output);
+                backend::empty(b'n', &mut self.connection.output);
+            }
+            FrontendMessage::Execute => {
+                let text = self.prepared.clone();
+                if let Err(error) = self.run_command(&text).await? {
+                    backend::error_response(&error, &mut self.connection.output);
+                    self.skipping = true;
+                }
+            }
+            FrontendMessage::Flush => self.connection.flush().await?,
+            // Left over from a COPY that we ended: Postgres ignores these, too.
+            FrontendMessage::CopyData(_) | FrontendMessage::CopyDone | FrontendMessage::CopyFail(_) => {}
+            FrontendMessage::Password(_) => {
+                return Err(End::Fatal(ServerMessage::fatal(sqlstate::PROTOCOL_VIOLATION, "a password that nobody asked for")));
+            }
+            FrontendMessage::Terminate => {}
+        }
+        Ok(())
+    }
+
+    /// Runs one command. The inner error is the client's to hear, the outer one ends the connection.
+    async fn run_command(&mut self, text: &str) -> Result<Result<(), ServerMessage>, End> {
+        let command = match Command::parse(text) {
+            Ok(command) => command,
+            Err(error) => return Ok(Err(error)),
+        };
+        tracing::debug!(peer = %self.connection.peer, ?command, "command");
+        match command {
+            Command::Empty => backend::empty(b'I', &mut self.connection.output),
+            Command::Set => backend::command_complete("SET", &mut self.connection.output),
+            Command::PageStream { tenant, timeline } => {
+                let timeline = match self.resolve(tenant, timeline).await? {
+                    Ok(timeline) => timeline,
+                    Err(error) => return Ok(Err(error)),
+                };
+                backend::copy_both_response(&mut self.connection.output);
+                PageStream::new(self.connection, timeline, self.shared.jobs.clone()).run().await?;
+                put_end(&mut self.connection.output);
+            }
+            Command::Backup { tenant, timeline, lsn, gzip, options } => {
+                let timeline = match self.resolve(tenant, timeline).await? {
+                    Ok(timeline) => timeline,
+                    Err(error) => return Ok(Err(error)),
+                };
+                match backup::send(self.connection, timeline, lsn, gzip, options, &self.shared.backups).await? {
+                    Ok(()) => backend::command_complete("COPY 0", &mut self.connection.output),
+                    Err(error) => return Ok(Err(error)),
+                }
+            }
+        }
+        Ok(Ok(()))
+    }
+
+    async fn resolve(&mut self, tenant: String, timeline: String) -> Result<Result<Arc<dyn TimelinePages>, ServerMessage>, End> {
+        let source = self.shared.source.clone();
+        let found = self.shared.jobs.run(move || source.resolve(&tenant, &timeline));
+        let found = found.await.map_err(|_| {
+            End::Fatal(ServerMessage::fatal(
+                sqlstate::INTERNAL_ERROR,
+                "internal error while looking for the timeline; the server's log has more",
+            ))
+        })?;
+        Ok(found.map_err(|error| ServerMessage::error(error.sqlstate(), error.to_string())))
+    }
+}
+
+/// Everything up to the first `ReadyForQuery`.
+async fn log_in(connection: &mut Connection) -> Result<(), End> {
+    for _ in 0..ENCRYPTION_REQUESTS_MAX {
+        match startup_packet(connection).await? {
+            StartupPacket::SslRequest | StartupPacket::GssEncRequest => {
+                connection.output.extend_from_slice(b"N");
+                connection.flush().await?;
+            }
+            StartupPacket::CancelRequest { .. } => return Err(End::Over), // nothing here can be cancelled
+            StartupPacket::Startup { minor_version, parameters } => {
+                let out = &mut connection.output;
+                if minor_version > 0 || parameters.iter().any(|(name, _)| name.starts_with("_pq_.")) {
+                    backend::negotiate_protocol_version(out);
+                }
+                backend::authentication(&AuthRequest::Ok, out);
+                for (name, value) in [
+                    ("server_version", SERVER_VERSION),
+                    ("server_encoding", "UTF8"),
+                    ("client_encoding", "UTF8"),
+                    ("DateStyle", "ISO, MDY"),
+                    ("integer_datetimes", "on"),
+                    ("standard_conforming_strings", "on"),
+                ] {
+                    backend::parameter_status(name, value, out);
+                }
+                backend::backend_key_data(0, 0, out);
+                backend::ready_for_query(out);
+                return connection.flush().await;
+            }
+        }
+    }
+    Err(End::Fatal(ServerMessage::fatal(sqlstate::PROTOCOL_VIOLATION, "encryption was asked for again and again; this listener has none")))
+}
+
+async fn startup_packet(connection: &mut Connection) -> Result<StartupPacket, End> {
+    loop {
+        if let Some(packet) = StartupPacket::take(&mut connection.input)? {
+            return Ok(packet);
+        }
+        connection.fill().await?;
+    }
+}
+
+/// Tells a client for whom there is no place.
+pub(super) async fn refuse(mut connection: Connection, why: ServerMessage) {
+    let limit = connection.config().handshake_timeout;
+    // Its first words are read, because closing with unread input would discard what we say.
+    match timeout(limit, startup_packet(&mut connection)).await {
+        Ok(Ok(_)) => connection.close(&End::Fatal(why)).await,
+        _ => connection.close(&End::Over).await,
+    }
+}

@@ -1,0 +1,142 @@
+//! What the page service serves from.
+
+use std::io::Write;
+use std::sync::Arc;
+
+use varve_postgres::slru::SlruKind;
+use varve_postgres::{BLCKSZ, BlockNumber, Lsn, Oid, Page, RelFork};
+use varve_protocol::wire::backend::sqlstate;
+use varve_protocol::{ReadLsn, RelationSize, SlruSegmentSize};
+
+/// Why something cannot be served.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum SourceError {
+    /// There is no such tenant, timeline, relation, block or moment. The message says which, and what there is.
+    #[error("{0}")]
+    NotFound(String),
+    /// Not now, but perhaps later or elsewhere: the timeline is being attached, is stopping, or has gone to another pageserver. Ends the
+    /// connection, so that clients look for it again.
+    #[error("{0}")]
+    NotReady(String),
+    /// It should be there and could not be had: a corrupt layer, an unreachable store, a record that could not be redone.
+    #[error("{0}")]
+    Failed(String),
+}
+
+impl SourceError {
+    pub(super) fn sqlstate(&self) -> &'static str {
+        match self {
+            SourceError::NotFound(_) => sqlstate::UNDEFINED_OBJECT,
+            SourceError::NotReady(_) => sqlstate::CANNOT_CONNECT_NOW,
+            SourceError::Failed(_) => sqlstate::INTERNAL_ERROR,
+        }
+    }
+}
+
+/// What a base backup is to hold.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct BackupOptions {
+    /// All relations, rather than only what a lazily cloned directory needs at once.
+    pub full: bool,
+    /// No SLRU segments.
+    pub no_slru: bool,
+}
+
+/// Finds timelines.
+pub trait PageSource: Send + Sync + 'static {
+    /// The timeline that two words of a command name: ids of 32 hexadecimal digits, or a tenant's and a branch's name. May block.
+    ///
+    /// # Errors
+    /// [`SourceError::NotFound`] when there is none, [`SourceError::NotReady`] when it may be there later.
+    fn resolve(&self, tenant: &str, timeline: &str) -> Result<Arc<dyn TimelinePages>, SourceError>;
+}
+
+/// Reads a timeline. All but [`TimelinePages::try_get_page_cached`] may block, and are called on threads that may.
+///
+/// Where a [`ReadLsn`] is [`Lsn::MAX`], the newest is meant, and at least what `not_modified_since` says.
+pub trait TimelinePages: Send + Sync + 'static {
+    /// Hands the page to `take` if it is at hand, and says whether it was. Called on a runtime's worker: never blocks, takes a microsecond.
+    fn try_get_page_cached(&self, rel: RelFork, blkno: BlockNumber, at: ReadLsn, take: &mut dyn FnMut(&Page)) -> bool;
+
+    /// One page.
+    ///
+    /// # Errors
+    /// [`SourceError`] says why not.
+    fn get_page(&self, rel: RelFork, blkno: BlockNumber, at: ReadLsn) -> Result<Box<Page>, SourceError>;
+
+    /// Many pages in one walk: for each, in order, its index in `blocks` and the page go to `each`.
+    fn get_pages(&self, blocks: &[(RelFork, BlockNumber)], at: ReadLsn, each: &mut dyn FnMut(usize, Result<&Page, SourceError>)) {
+        for (index, &(rel, blkno)) in blocks.iter().enumerate() {
+            match self.get_page(rel, blkno, at) {
+                Ok(page) => each(index, Ok(&page)),
+                Err(error) => each(index, Err(error)),
+            }
+        }
+    }
+
+    /// The pages of `count` blocks from `first` on, appended to `out`; fewer where the fork ends.
+    ///
+    /// # Errors
+    /// [`SourceError`] says why not.
+    fn page_range(&self, rel: RelFork, first: BlockNumber, count: u32, at: ReadLsn, out: &mut Vec<u8>) -> Result<(), SourceError> {
+        let end = self.nblocks(rel, at)?.min(first.saturating_add(count));
+        let blocks: Vec<_> = (first..end).map(|blkno| (rel, blkno)).collect();
+        out.reserve(blocks.len() * BLCKSZ);
+        let mut result = Ok(());
+        self.get_pages(&blocks, at, &mut |_, page| match page {
+            Ok(page) => out.extend_from_slice(page),
+            Err(error) => result = Err(error),
+        });
+        result
+    }
+
+    /// Whether the fork exists.
+    ///
+    /// # Errors
+    /// [`SourceError`] when that cannot be told.
+    fn exists(&self, rel: RelFork, at: ReadLsn) -> Result<bool, SourceError>;
+
+    /// Blocks in the fork.
+    ///
+    /// # Errors
+    /// [`SourceError::NotFound`] when there is no such fork.
+    fn nblocks(&self, rel: RelFork, at: ReadLsn) -> Result<BlockNumber, SourceError>;
+
+    /// Bytes in all main forks of a database.
+    ///
+    /// # Errors
+    /// [`SourceError`] says why not.
+    fn db_size(&self, db: Oid, at: ReadLsn) -> Result<i64, SourceError>;
+
+    /// All forks in a database's directory of a tablespace.
+    ///
+    /// # Errors
+    /// [`SourceError`] says why not.
+    fn list_relations(&self, spc: Oid, db: Oid, at: ReadLsn) -> Result<Vec<RelationSize>, SourceError>;
+
+    /// All pages of an SLRU segment, appended to `out`.
+    ///
+    /// # Errors
+    /// [`SourceError::NotFound`] when there is no such segment.
+    fn slru_segment(&self, kind: SlruKind, segno: u32, at: ReadLsn, out: &mut Vec<u8>) -> Result<(), SourceError> {
+        self.slru_range(kind, segno, 0, varve_postgres::slru::PAGES_PER_SEGMENT, at, out)
+    }
+
+    /// `count` pages of an SLRU segment from its page `first` on, appended to `out`; fewer where the segment ends.
+    ///
+    /// # Errors
+    /// [`SourceError::NotFound`] when there is no such segment.
+    fn slru_range(&self, kind: SlruKind, segno: u32, first: u32, count: u32, at: ReadLsn, out: &mut Vec<u8>) -> Result<(), SourceError>;
+
+    /// All segments of an SLRU area.
+    ///
+    /// # Errors
+    /// [`SourceError`] says why not.
+    fn list_slru(&self, kind: SlruKind, at: ReadLsn) -> Result<Vec<SlruSegmentSize>, SourceError>;
+
+    /// Writes a base backup as a tar archive into `sink`, at `lsn` or else at the newest LSN. A `sink` that fails has lost its client.
+    ///
+    /// # Errors
+    /// [`SourceError`] says why there is none, or no whole one.
+    fn base_backup(&self, lsn: Option<Lsn>, options: BackupOptions, sink: &mut dyn Write) -> Result<(), SourceError>;
+}
