@@ -12,5 +12,6 @@ pub mod relation;
 pub mod relation_size;
 pub mod slru_extent;
 pub mod store;
+pub mod tenant_log;
 pub mod value;
 pub mod wal_log;

@@ -1,0 +1,171 @@
+//! Edits of a tenant's log.
+//!
+//! Each is one row of an entry; the rows of one entry count together. Kinds are numbered in the order of this enum: new ones come at its
+//! end, and none is ever changed.
+
+use serde::{Deserialize, Serialize};
+use varve_postgres::Lsn;
+
+use crate::ids::{BranchName, TenantId, TenantName, TimelineId, WriterEpoch};
+
+/// LSNs stand in rows as their number.
+pub(super) mod lsn {
+    use serde::{Deserialize, Deserializer, Serializer};
+    use varve_postgres::Lsn;
+
+    pub(crate) fn serialize<S: Serializer>(lsn: &Lsn, serializer: S) -> Result<S::Ok, S::Error> {
+        if serializer.is_human_readable() { serializer.collect_str(lsn) } else { serializer.serialize_u64(lsn.0) }
+    }
+
+    pub(crate) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Lsn, D::Error> {
+        if deserializer.is_human_readable() {
+            let text = String::deserialize(deserializer)?;
+            return text.parse().map_err(serde::de::Error::custom);
+        }
+        u64::deserialize(deserializer).map(Lsn)
+    }
+}
+
+/// What a tenant is from its first day.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TenantFacts {
+    /// Id.
+    pub id: TenantId,
+    /// Name.
+    pub name: TenantName,
+    /// Postgres major.
+    pub pg_version: u32,
+    /// Postgres's system identifier.
+    pub system_identifier: u64,
+    /// Microseconds since 2000-01-01 UTC.
+    pub created: i64,
+    /// The template that its first timeline begins with: name of its object folder.
+    pub template: String,
+    /// Password of the superuser `postgres`, for the connection string.
+    pub password: String,
+    /// Its SCRAM verifier.
+    pub password_verifier: String,
+}
+
+/// Where a timeline comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Ancestor {
+    /// The timeline.
+    pub timeline: TimelineId,
+    /// The position at which this one leaves it.
+    #[serde(with = "lsn")]
+    pub lsn: Lsn,
+}
+
+/// What a timeline is from its first day.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TimelineFacts {
+    /// Id.
+    pub id: TimelineId,
+    /// Where it comes from; none for a tenant's first, which begins with the template.
+    pub ancestor: Option<Ancestor>,
+    /// Postgres timeline: unique in the tenant, above its ancestor's.
+    pub tli: u32,
+    /// Where its own history begins.
+    #[serde(with = "lsn")]
+    pub start: Lsn,
+    /// Start of the record that ends at `start`: what the first record's `xl_prev` says.
+    #[serde(with = "lsn")]
+    pub prev_record: Lsn,
+    /// Microseconds since 2000-01-01 UTC.
+    pub created: i64,
+}
+
+/// A file of the data directory that has no WAL.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum FileContents {
+    /// Small ones stand in the row.
+    Inline(Vec<u8>),
+    /// Others are objects of their own.
+    Object {
+        /// Name of the object.
+        name: String,
+        /// Bytes.
+        len: u64,
+    },
+    /// The file was removed.
+    Removed,
+}
+
+/// One row.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum TenantEdit {
+    /// The tenant; first of all edits.
+    Tenant(TenantFacts),
+    /// A new timeline.
+    Timeline(TimelineFacts),
+    /// A branch points to a timeline: a new one, or one that moves.
+    Branch {
+        /// Its name.
+        name: BranchName,
+        /// The timeline.
+        timeline: TimelineId,
+    },
+    /// A name points to nothing any more.
+    BranchRemoved {
+        /// Its name.
+        name: BranchName,
+    },
+    /// A timeline is gone; nothing refers to it.
+    TimelineRemoved {
+        /// Its id.
+        timeline: TimelineId,
+    },
+    /// A writer epoch has begun: bytes of older ones at or beyond `lsn` are void.
+    Epoch {
+        /// The timeline.
+        timeline: TimelineId,
+        /// Its number.
+        epoch: WriterEpoch,
+        /// Where it begins.
+        #[serde(with = "lsn")]
+        lsn: Lsn,
+    },
+    /// A writer epoch has ended with a clean shutdown, and all its WAL, which ends at `lsn`, arrived.
+    EpochClosed {
+        /// The timeline.
+        timeline: TimelineId,
+        /// Its number.
+        epoch: WriterEpoch,
+        /// The end of its WAL.
+        #[serde(with = "lsn")]
+        lsn: Lsn,
+    },
+    /// A file without WAL has new contents from `lsn` on.
+    File {
+        /// The timeline.
+        timeline: TimelineId,
+        /// Path relative to the data directory.
+        path: String,
+        /// Head of the timeline when it was written.
+        #[serde(with = "lsn")]
+        lsn: Lsn,
+        /// What it holds.
+        contents: FileContents,
+    },
+    /// The tenant is deleted; last of all edits.
+    TenantRemoved,
+    /// Somebody did something.
+    Audit(AuditRow),
+    /// A mutation that carried this key was done, and answered this.
+    Idempotency {
+        /// The key.
+        key: String,
+        /// Its answer, JSON.
+        answer: String,
+    },
+}
+
+/// Who did what, when.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AuditRow {
+    /// Microseconds since 2000-01-01 UTC.
+    pub time: i64,
+    /// What was done, in words.
+    pub action: String,
+}

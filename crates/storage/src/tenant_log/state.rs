@@ -1,0 +1,435 @@
+//! What a tenant's log says, all edits taken together. Pure: no I/O, no clock.
+
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::sync::Arc;
+
+use varve_postgres::Lsn;
+
+use super::edit::{AuditRow, FileContents, TenantEdit, TenantFacts, TimelineFacts};
+use crate::ids::{BranchName, TimelineId, WriterEpoch};
+
+/// Audit rows that are kept; older ones are in older entries of the log.
+const AUDIT_ROWS_MAX: usize = 1000;
+/// Idempotency keys that are kept.
+const IDEMPOTENCY_KEYS_MAX: usize = 1000;
+/// Greatest Postgres timeline.
+const TLI_MAX: u32 = i32::MAX as u32;
+
+/// An edit that contradicts the state, or a request that the state does not allow.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum TenantError {
+    /// No such branch.
+    #[error("there is no branch '{0}'")]
+    UnknownBranch(String),
+    /// No such timeline.
+    #[error("there is no timeline {0}")]
+    UnknownTimeline(TimelineId),
+    /// The name is taken.
+    #[error("there is a branch '{0}' already: choose another name")]
+    BranchExists(BranchName),
+    /// The branch has children.
+    #[error("branch '{name}' has children: {}; delete them first", children.join(", "))]
+    HasChildren {
+        /// The branch.
+        name: BranchName,
+        /// Its children's names, or ids of those without.
+        children: Vec<String>,
+    },
+    /// All Postgres timelines are used up.
+    #[error("this tenant has used all of Postgres's 2147483647 timelines: copy it into a new tenant")]
+    NoTliLeft,
+    /// The tenant is gone.
+    #[error("the tenant is deleted")]
+    Removed,
+    /// The log contradicts itself.
+    #[error("the tenant's log contradicts itself: {0}")]
+    Contradiction(String),
+}
+
+/// One writer epoch of a timeline.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct EpochState {
+    /// Its number.
+    pub epoch: WriterEpoch,
+    /// Where it began.
+    pub lsn: Lsn,
+    /// Where it ended, if it ended cleanly.
+    pub closed: Option<Lsn>,
+}
+
+/// A timeline as its tenant's log has it.
+#[derive(Clone, Debug)]
+pub struct TimelineState {
+    /// What it is from its first day.
+    pub facts: TimelineFacts,
+    /// Writer epochs, ascending.
+    pub epochs: Vec<EpochState>,
+    /// Versions of files without WAL, by path, oldest first.
+    pub files: BTreeMap<String, Vec<(Lsn, Arc<FileContents>)>>,
+    /// Timelines that come from it.
+    children: Vec<TimelineId>,
+    /// Branches that point to it: one, or none after an odd deletion.
+    branch: Option<BranchName>,
+}
+
+/// See the module's doc.
+#[derive(Clone, Debug, Default)]
+pub struct TenantState {
+    facts: Option<Arc<TenantFacts>>,
+    branches: BTreeMap<BranchName, TimelineId>,
+    timelines: HashMap<TimelineId, TimelineState>,
+    tli_max: u32,
+    removed: bool,
+    audit: VecDeque<AuditRow>,
+    idempotency: VecDeque<(String, String)>,
+}
+
+impl TenantState {
+    /// What the tenant is, unless the log is empty.
+    pub fn facts(&self) -> Option<&Arc<TenantFacts>> {
+        self.facts.as_ref()
+    }
+
+    /// Whether the tenant was deleted.
+    pub fn is_removed(&self) -> bool {
+        self.removed
+    }
+
+    /// The branches by name.
+    pub fn branches(&self) -> impl ExactSizeIterator<Item = (&BranchName, TimelineId)> {
+        self.branches.iter().map(|(name, timeline)| (name, *timeline))
+    }
+
+    /// The timeline that a branch points to.
+    ///
+    /// # Errors
+    /// [`TenantError::UnknownBranch`].
+    pub fn branch(&self, name: &str) -> Result<&TimelineState, TenantError> {
+        let unknown = || TenantError::UnknownBranch(name.chars().take(64).collect());
+        let name: BranchName = name.parse().map_err(|_| unknown())?;
+        let timeline = self.branches.get(&name).ok_or_else(unknown)?;
+        self.timeline(*timeline)
+    }
+
+    /// A timeline.
+    ///
+    /// # Errors
+    /// [`TenantError::UnknownTimeline`].
+    pub fn timeline(&self, id: TimelineId) -> Result<&TimelineState, TenantError> {
+        self.timelines.get(&id).ok_or(TenantError::UnknownTimeline(id))
+    }
+
+    /// All timelines.
+    pub fn timelines(&self) -> impl Iterator<Item = &TimelineState> {
+        self.timelines.values()
+    }
+
+    /// The branch that points to a timeline.
+    pub fn branch_of(&self, timeline: TimelineId) -> Option<&BranchName> {
+        self.timelines.get(&timeline)?.branch.as_ref()
+    }
+
+    /// A timeline and its ancestors, nearest first, each with the position up to which its own history counts here.
+    ///
+    /// # Errors
+    /// [`TenantError::UnknownTimeline`].
+    pub fn ancestry(&self, timeline: TimelineId) -> Result<Vec<(&TimelineState, Lsn)>, TenantError> {
+        let mut chain = vec![(self.timeline(timeline)?, Lsn::MAX)];
+        let mut next = chain[0].0.facts.ancestor;
+        while let Some(ancestor) = next {
+            let state = self.timeline(ancestor.timeline)?;
+            let limit = chain.last().map_or(Lsn::MAX, |(_, limit)| *limit).min(ancestor.lsn);
+            chain.push((state, limit));
+            next = state.facts.ancestor;
+        }
+        Ok(chain)
+    }
+
+    /// The newest version at or before `lsn` of each file without WAL, by path; a timeline's own versions before its ancestors'.
+    ///
+    /// # Errors
+    /// [`TenantError::UnknownTimeline`].
+    pub fn files_at(&self, timeline: TimelineId, lsn: Lsn) -> Result<BTreeMap<String, Arc<FileContents>>, TenantError> {
+        let mut files: BTreeMap<String, Arc<FileContents>> = BTreeMap::new();
+        for (state, limit) in self.ancestry(timeline)? {
+            for (path, versions) in &state.files {
+                let newest = versions.iter().rev().find(|(at, _)| *at <= lsn.min(limit));
+                if let Some((_, contents)) = newest {
+                    files.entry(path.clone()).or_insert_with(|| contents.clone());
+                }
+            }
+        }
+        files.retain(|_, contents| !matches!(**contents, FileContents::Removed));
+        Ok(files)
+    }
+
+    /// A Postgres timeline that is above all that this tenant ever had.
+    ///
+    /// # Errors
+    /// [`TenantError::NoTliLeft`].
+    pub fn next_tli(&self) -> Result<u32, TenantError> {
+        if self.tli_max < TLI_MAX { Ok(self.tli_max + 1) } else { Err(TenantError::NoTliLeft) }
+    }
+
+    /// Whether a new branch may have this name.
+    ///
+    /// # Errors
+    /// [`TenantError::BranchExists`].
+    pub fn check_free(&self, name: &BranchName) -> Result<(), TenantError> {
+        if self.branches.contains_key(name) { Err(TenantError::BranchExists(name.clone())) } else { Ok(()) }
+    }
+
+    /// The edits that delete a branch and its timeline.
+    ///
+    /// # Errors
+    /// [`TenantError::UnknownBranch`], [`TenantError::HasChildren`].
+    pub fn delete_branch(&self, name: &str) -> Result<Vec<TenantEdit>, TenantError> {
+        let timeline = self.branch(name)?;
+        let branch = timeline.branch.clone().ok_or_else(|| TenantError::UnknownBranch(name.to_owned()))?;
+        if !timeline.children.is_empty() {
+            let name_of = |child: &TimelineId| self.branch_of(*child).map_or_else(|| format!("timeline {child}"), ToString::to_string);
+            return Err(TenantError::HasChildren { name: branch, children: timeline.children.iter().map(name_of).collect() });
+        }
+        Ok(vec![TenantEdit::BranchRemoved { name: branch }, TenantEdit::TimelineRemoved { timeline: timeline.facts.id }])
+    }
+
+    /// What a mutation with this idempotency key answered.
+    pub fn answer_to(&self, key: &str) -> Option<&str> {
+        self.idempotency.iter().find(|(known, _)| known == key).map(|(_, answer)| answer.as_str())
+    }
+
+    /// The newest audit rows, oldest first.
+    pub fn audit(&self) -> impl Iterator<Item = &AuditRow> {
+        self.audit.iter()
+    }
+
+    /// Takes an edit in.
+    ///
+    /// # Errors
+    /// [`TenantError`] when it contradicts what came before; the state is then unchanged.
+    pub fn apply(&mut self, edit: &TenantEdit) -> Result<(), TenantError> {
+        let contradiction = |what: String| Err(TenantError::Contradiction(what));
+        if self.removed {
+            return Err(TenantError::Removed);
+        }
+        match edit {
+            TenantEdit::Tenant(facts) => {
+                if self.facts.is_some() {
+                    return contradiction(format!("tenant {} is created twice", facts.id));
+                }
+                self.facts = Some(Arc::new(facts.clone()));
+            }
+            TenantEdit::Timeline(facts) => {
+                if self.timelines.contains_key(&facts.id) {
+                    return contradiction(format!("timeline {} is created twice", facts.id));
+                }
+                if facts.tli <= self.tli_max {
+                    return contradiction(format!("timeline {} has TLI {}, and {} was given before", facts.id, facts.tli, self.tli_max));
+                }
+                if let Some(ancestor) = facts.ancestor {
+                    let Some(parent) = self.timelines.get_mut(&ancestor.timeline) else {
+                        return Err(TenantError::UnknownTimeline(ancestor.timeline));
+                    };
+                    parent.children.push(facts.id);
+                }
+                self.tli_max = facts.tli;
+                let state =
+                    TimelineState { facts: facts.clone(), epochs: Vec::new(), files: BTreeMap::new(), children: Vec::new(), branch: None };
+                self.timelines.insert(facts.id, state);
+            }
+            TenantEdit::Branch { name, timeline } => {
+                let Some(state) = self.timelines.get(timeline) else { return Err(TenantError::UnknownTimeline(*timeline)) };
+                if let Some(other) = state.branch.as_ref().filter(|other| *other != name) {
+                    return contradiction(format!("timeline {timeline} gets the name {name} and has the name {other}"));
+                }
+                if let Some(old) = self.branches.insert(name.clone(), *timeline) {
+                    self.set_branch(old, None);
+                }
+                self.set_branch(*timeline, Some(name.clone()));
+            }
+            TenantEdit::BranchRemoved { name } => match self.branches.remove(name) {
+                Some(timeline) => self.set_branch(timeline, None),
+                None => return Err(TenantError::UnknownBranch(name.to_string())),
+            },
+            TenantEdit::TimelineRemoved { timeline } => {
+                let state = self.timeline(*timeline)?;
+                if !state.children.is_empty() || state.branch.is_some() {
+                    return contradiction(format!("timeline {timeline} is removed while others refer to it"));
+                }
+                if let Some(parent) = state.facts.ancestor.and_then(|ancestor| self.timelines.get_mut(&ancestor.timeline)) {
+                    parent.children.retain(|child| child != timeline);
+                }
+                self.timelines.remove(timeline);
+            }
+            TenantEdit::Epoch { timeline, epoch, lsn } => {
+                let Some(state) = self.timelines.get_mut(timeline) else { return Err(TenantError::UnknownTimeline(*timeline)) };
+                if let Some(last) = state.epochs.last().filter(|last| last.epoch >= *epoch || last.lsn > *lsn) {
+                    return contradiction(format!(
+                        "timeline {timeline}: epoch {} at {lsn} follows epoch {} at {}",
+                        epoch.0, last.epoch.0, last.lsn
+                    ));
+                }
+                state.epochs.push(EpochState { epoch: *epoch, lsn: *lsn, closed: None });
+            }
+            TenantEdit::EpochClosed { timeline, epoch, lsn } => {
+                let Some(state) = self.timelines.get_mut(timeline) else { return Err(TenantError::UnknownTimeline(*timeline)) };
+                match state.epochs.last_mut().filter(|last| last.epoch == *epoch) {
+                    Some(last) => last.closed = Some(*lsn),
+                    None => return contradiction(format!("timeline {timeline}: epoch {} ends and is not the newest", epoch.0)),
+                }
+            }
+            TenantEdit::File { timeline, path, lsn, contents } => {
+                let Some(state) = self.timelines.get_mut(timeline) else { return Err(TenantError::UnknownTimeline(*timeline)) };
+                let versions = state.files.entry(path.clone()).or_default();
+                let contents = Arc::new(contents.clone());
+                match versions.last_mut().filter(|(at, _)| at == lsn) {
+                    Some(last) => last.1 = contents,
+                    None => versions.push((*lsn, contents)),
+                }
+            }
+            TenantEdit::TenantRemoved => self.removed = true,
+            TenantEdit::Audit(row) => {
+                self.audit.push_back(row.clone());
+                if self.audit.len() > AUDIT_ROWS_MAX {
+                    self.audit.pop_front();
+                }
+            }
+            TenantEdit::Idempotency { key, answer } => {
+                self.idempotency.push_back((key.clone(), answer.clone()));
+                if self.idempotency.len() > IDEMPOTENCY_KEYS_MAX {
+                    self.idempotency.pop_front();
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn set_branch(&mut self, timeline: TimelineId, name: Option<BranchName>) {
+        if let Some(state) = self.timelines.get_mut(&timeline) {
+            state.branch = name;
+        }
+    }
+
+    /// The edits that make this state from nothing: a snapshot.
+    pub fn edits(&self) -> Vec<TenantEdit> {
+        let mut edits = Vec::new();
+        edits.extend(self.facts.iter().map(|facts| TenantEdit::Tenant((**facts).clone())));
+        // By TLI: an ancestor's is below its children's.
+        let mut timelines: Vec<&TimelineState> = self.timelines.values().collect();
+        timelines.sort_by_key(|timeline| timeline.facts.tli);
+        for state in timelines {
+            let timeline = state.facts.id;
+            edits.push(TenantEdit::Timeline(state.facts.clone()));
+            for epoch in &state.epochs {
+                edits.push(TenantEdit::Epoch { timeline, epoch: epoch.epoch, lsn: epoch.lsn });
+                edits.extend(epoch.closed.map(|lsn| TenantEdit::EpochClosed { timeline, epoch: epoch.epoch, lsn }));
+            }
+            for (path, versions) in &state.files {
+                edits.extend(versions.iter().map(|(lsn, contents)| TenantEdit::File {
+                    timeline,
+                    path: path.clone(),
+                    lsn: *lsn,
+                    contents: (**contents).clone(),
+                }));
+            }
+        }
+        edits.extend(self.branches.iter().map(|(name, timeline)| TenantEdit::Branch { name: name.clone(), timeline: *timeline }));
+        edits.extend(self.audit.iter().cloned().map(TenantEdit::Audit));
+        let answers = self.idempotency.iter();
+        edits.extend(answers.map(|(key, answer)| TenantEdit::Idempotency { key: key.clone(), answer: answer.clone() }));
+        if self.removed {
+            edits.push(TenantEdit::TenantRemoved);
+        }
+        edits
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tenant_log::Ancestor;
+
+    fn name(text: &str) -> BranchName {
+        text.parse().unwrap()
+    }
+
+    fn timeline(id: u8, tli: u32, ancestor: Option<(u8, u64)>) -> TenantEdit {
+        TenantEdit::Timeline(TimelineFacts {
+            id: TimelineId([id; 16]),
+            ancestor: ancestor.map(|(id, lsn)| Ancestor { timeline: TimelineId([id; 16]), lsn: Lsn(lsn) }),
+            tli,
+            start: Lsn(ancestor.map_or(8, |(_, lsn)| lsn)),
+            prev_record: Lsn(0),
+            created: 0,
+        })
+    }
+
+    fn branch(text: &str, id: u8) -> TenantEdit {
+        TenantEdit::Branch { name: name(text), timeline: TimelineId([id; 16]) }
+    }
+
+    fn state(edits: &[TenantEdit]) -> TenantState {
+        let mut state = TenantState::default();
+        edits.iter().for_each(|edit| state.apply(edit).unwrap());
+        state
+    }
+
+    #[test]
+    fn a_branch_with_children_stays_and_one_without_goes() {
+        let state = state(&[timeline(1, 1, None), branch("main", 1), timeline(2, 2, Some((1, 100))), branch("dev", 2)]);
+        let refused = state.delete_branch("main").unwrap_err();
+        assert_eq!(refused.to_string(), "branch 'main' has children: dev; delete them first");
+        let mut after = state.clone();
+        state.delete_branch("dev").unwrap().iter().for_each(|edit| after.apply(edit).unwrap());
+        assert!(after.branch("dev").is_err() && after.delete_branch("main").is_ok());
+        assert_eq!(after.next_tli().unwrap(), 3, "a TLI is never given again while the log remembers it");
+    }
+
+    #[test]
+    fn an_in_place_restore_moves_the_name_and_keeps_the_old_history() {
+        let mut state = state(&[timeline(1, 1, None), branch("main", 1)]);
+        let restore =
+            [TenantEdit::BranchRemoved { name: name("main") }, branch("main_before", 1), timeline(2, 2, Some((1, 50))), branch("main", 2)];
+        restore.iter().for_each(|edit| state.apply(edit).unwrap());
+        assert_eq!(state.branch("main").unwrap().facts.id, TimelineId([2; 16]));
+        assert_eq!(state.branch_of(TimelineId([1; 16])), Some(&name("main_before")));
+    }
+
+    #[test]
+    fn files_are_those_of_the_moment_across_ancestors() {
+        let file = |id: u8, lsn: u64, contents: FileContents| TenantEdit::File {
+            timeline: TimelineId([id; 16]),
+            path: "postgresql.auto.conf".to_owned(),
+            lsn: Lsn(lsn),
+            contents,
+        };
+        let inline = |text: &str| FileContents::Inline(text.as_bytes().to_vec());
+        let state = state(&[
+            timeline(1, 1, None),
+            file(1, 20, inline("old")),
+            file(1, 60, inline("new")),
+            timeline(2, 2, Some((1, 50))),
+            file(2, 90, FileContents::Removed),
+        ]);
+        let at = |id: u8, lsn: u64| state.files_at(TimelineId([id; 16]), Lsn(lsn)).unwrap().into_values().next().map(|f| (*f).clone());
+        assert_eq!(at(1, 10), None);
+        assert_eq!(at(1, 70), Some(inline("new")));
+        assert_eq!(at(2, 70), Some(inline("old")), "what the parent wrote after the branch point does not count");
+        assert_eq!(at(2, 90), None, "a removed file does not come back from an ancestor");
+    }
+
+    #[test]
+    fn a_snapshot_makes_the_same_state() {
+        let before = state(&[
+            timeline(1, 1, None),
+            branch("main", 1),
+            TenantEdit::Epoch { timeline: TimelineId([1; 16]), epoch: WriterEpoch(1), lsn: Lsn(8) },
+            TenantEdit::EpochClosed { timeline: TimelineId([1; 16]), epoch: WriterEpoch(1), lsn: Lsn(80) },
+            timeline(2, 2, Some((1, 50))),
+            branch("dev", 2),
+            TenantEdit::Audit(AuditRow { time: 1, action: "made a branch".to_owned() }),
+        ]);
+        let after = state(&before.edits());
+        assert_eq!(after.edits(), before.edits());
+    }
+}
