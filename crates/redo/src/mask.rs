@@ -37,6 +37,37 @@ pub fn mask_page(_major: Major, rmid: u8, page: &mut Page, blkno: BlockNumber) -
     })
 }
 
+/// The resource manager to which a page of a main fork belongs by its looks, for pages of which only an image is known.
+/// Access methods tell their pages apart by the size of the special space and its last two bytes. `None` for a page never initialised.
+pub fn rmgr_of_page(page: &Page) -> Option<u8> {
+    /// `SEQ_MAGIC`, at the start of a sequence's special space.
+    const SEQUENCE: u32 = 0x1717;
+    const HASH: u16 = 0xFF80;
+    const GIST: u16 = 0xFF81;
+    const SPGIST: u16 = 0xFF82;
+    /// `BLOOM_PAGE_ID` of the bloom extension, which logs by generic WAL.
+    const BLOOM: u16 = 0xFF83;
+    /// `BRIN_PAGETYPE_META` to `BRIN_PAGETYPE_REGULAR`.
+    const BRIN: std::ops::RangeInclusive<u16> = 0xF091..=0xF093;
+    if page::is_new(page) {
+        return None;
+    }
+    let id = u16::from_le_bytes([page[BLCKSZ - 2], page[BLCKSZ - 1]]);
+    let special = page.get(usize::from(page::special(page))..)?;
+    Some(match (special.len(), id) {
+        (0, _) => rmgr::HEAP,
+        (16, HASH) => rmgr::HASH,
+        (16, GIST) => rmgr::GIST,
+        (16, _) => rmgr::BTREE,
+        (8, _) if special[..4] == SEQUENCE.to_le_bytes() && id == 0 => rmgr::SEQ,
+        (8, SPGIST) => rmgr::SPGIST,
+        (8, id) if BRIN.contains(&id) => rmgr::BRIN,
+        (8, BLOOM) => rmgr::GENERIC,
+        (8, _) => rmgr::GIN,
+        _ => rmgr::GENERIC,
+    })
+}
+
 /// `mask_page_lsn_and_checksum`.
 pub fn mask_lsn_and_checksum(page: &mut Page) {
     page::set_lsn(page, Lsn::INVALID);

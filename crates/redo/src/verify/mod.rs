@@ -12,7 +12,7 @@ mod report;
 
 use std::time::Instant;
 
-use varve_postgres::wal::{Block, Record};
+use varve_postgres::wal::{Block, Record, rmgr};
 use varve_postgres::{BlockNumber, Fork, Major, Page, RelFork, page};
 
 pub use pages::Pages;
@@ -172,7 +172,8 @@ impl Verifier {
     }
 }
 
-/// Offsets at which two versions of block `blkno` differ after masking as resource manager `rmid` does. Pages of a visibility map, of which
+/// Offsets at which two versions of block `blkno` differ after masking as resource manager `rmid` does (if a bare image made the page, the one
+/// whose page it looks like). Pages of a visibility map, of which
 /// that masking leaves nothing, are compared in all but LSN, checksum and hints if `strict_visibility_map`.
 ///
 /// # Errors
@@ -186,6 +187,10 @@ pub fn differences(
     truth: &Page,
     strict_visibility_map: bool,
 ) -> Result<Vec<u16>, String> {
+    let rmid = match rmid {
+        rmgr::XLOG => mask::rmgr_of_page(truth).unwrap_or(rmid),
+        rmid => rmid,
+    };
     let masked = |page: &Page, whose: &str| {
         let mut page = *page;
         if fork == Fork::VisibilityMap && strict_visibility_map {

@@ -120,7 +120,7 @@ impl Pages {
 /// Cuts a visibility map to a heap of `blocks` blocks, the bits of blocks beyond it included.
 fn truncate_visibility_map(known: &mut Blocks, blocks: BlockNumber, lsn: Lsn, major: Major) -> Result<(), String> {
     let last = blocks / HEAP_BLOCKS_PER_PAGE;
-    known.retain(|(fork, blkno), _| *fork != Fork::VisibilityMap || *blkno <= last);
+    known.retain(|(fork, blkno), _| *fork != Fork::VisibilityMap || *blkno < blocks.div_ceil(HEAP_BLOCKS_PER_PAGE));
     let Some(known) = known.get_mut(&(Fork::VisibilityMap, last)) else { return Ok(()) };
     let change = Change::TruncateVisibility { heap_blocks: blocks };
     crate::apply(major, lsn, last, &change, &mut known.page).map_err(|error| error.to_string())
