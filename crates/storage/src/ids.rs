@@ -116,6 +116,12 @@ id_128!(
     "layer"
 );
 
+id_128!(
+    /// Identity of a pageserver's WAL log: which disk holds what the store does not have yet.
+    WalLogId,
+    "WAL log"
+);
+
 macro_rules! counter {
     ($(#[$doc:meta])* $name:ident) => {
         $(#[$doc])*

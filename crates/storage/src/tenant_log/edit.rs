@@ -6,7 +6,7 @@
 use serde::{Deserialize, Serialize};
 use varve_postgres::Lsn;
 
-use crate::ids::{BranchName, TenantId, TenantName, TimelineId, WriterEpoch};
+use crate::ids::{BranchName, TenantId, TenantName, TimelineId, WalLogId, WriterEpoch};
 
 /// LSNs stand in rows as their number.
 pub(super) mod lsn {
@@ -125,6 +125,8 @@ pub enum TenantEdit {
         /// Where it begins.
         #[serde(with = "lsn")]
         lsn: Lsn,
+        /// The WAL log that its bytes go to.
+        wal_log: WalLogId,
     },
     /// A writer epoch has ended with a clean shutdown, and all its WAL, which ends at `lsn`, arrived.
     EpochClosed {
@@ -147,6 +149,16 @@ pub enum TenantEdit {
         lsn: Lsn,
         /// What it holds.
         contents: FileContents,
+    },
+    /// The newest writer epoch's bytes that the store does not have are now in another WAL log: the one that they were in is lost, and its
+    /// compute has sent them again.
+    EpochMoved {
+        /// The timeline.
+        timeline: TimelineId,
+        /// Its number.
+        epoch: WriterEpoch,
+        /// The WAL log.
+        wal_log: WalLogId,
     },
     /// The tenant is deleted; last of all edits.
     TenantRemoved,

@@ -1,12 +1,15 @@
-//! What a tenant's log says, all edits taken together. Pure: no I/O, no clock.
+//! What a tenant's log says, all edits taken together. Pure: no I/O, no clock. Clones share structure, so that one costs next to nothing
+//! whatever the number of branches.
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::BTreeMap;
 use std::sync::Arc;
+
+use imbl::{HashMap, OrdMap, OrdSet, Vector};
 
 use varve_postgres::Lsn;
 
 use super::edit::{AuditRow, FileContents, TenantEdit, TenantFacts, TimelineFacts};
-use crate::ids::{BranchName, TimelineId, WriterEpoch};
+use crate::ids::{BranchName, TimelineId, WalLogId, WriterEpoch};
 
 /// Audit rows that are kept; older ones are in older entries of the log.
 const AUDIT_ROWS_MAX: usize = 1000;
@@ -55,6 +58,8 @@ pub struct EpochState {
     pub lsn: Lsn,
     /// Where it ended, if it ended cleanly.
     pub closed: Option<Lsn>,
+    /// The WAL log that holds what of it the store does not have yet.
+    pub wal_log: WalLogId,
 }
 
 /// A timeline as its tenant's log has it.
@@ -67,7 +72,7 @@ pub struct TimelineState {
     /// Versions of files without WAL, by path, oldest first.
     pub files: BTreeMap<String, Vec<(Lsn, Arc<FileContents>)>>,
     /// Timelines that come from it.
-    children: Vec<TimelineId>,
+    children: OrdSet<TimelineId>,
     /// Branches that point to it: one, or none after an odd deletion.
     branch: Option<BranchName>,
 }
@@ -76,12 +81,12 @@ pub struct TimelineState {
 #[derive(Clone, Debug, Default)]
 pub struct TenantState {
     facts: Option<Arc<TenantFacts>>,
-    branches: BTreeMap<BranchName, TimelineId>,
-    timelines: HashMap<TimelineId, TimelineState>,
+    branches: OrdMap<BranchName, TimelineId>,
+    timelines: HashMap<TimelineId, Arc<TimelineState>>,
     tli_max: u32,
     removed: bool,
-    audit: VecDeque<AuditRow>,
-    idempotency: VecDeque<(String, String)>,
+    audit: Vector<AuditRow>,
+    idempotency: Vector<(String, String)>,
 }
 
 impl TenantState {
@@ -96,8 +101,13 @@ impl TenantState {
     }
 
     /// The branches by name.
-    pub fn branches(&self) -> impl ExactSizeIterator<Item = (&BranchName, TimelineId)> {
+    pub fn branches(&self) -> impl Iterator<Item = (&BranchName, TimelineId)> {
         self.branches.iter().map(|(name, timeline)| (name, *timeline))
+    }
+
+    /// Number of branches.
+    pub fn branch_count(&self) -> usize {
+        self.branches.len()
     }
 
     /// The timeline that a branch points to.
@@ -116,12 +126,12 @@ impl TenantState {
     /// # Errors
     /// [`TenantError::UnknownTimeline`].
     pub fn timeline(&self, id: TimelineId) -> Result<&TimelineState, TenantError> {
-        self.timelines.get(&id).ok_or(TenantError::UnknownTimeline(id))
+        self.timelines.get(&id).map(|state| &**state).ok_or(TenantError::UnknownTimeline(id))
     }
 
     /// All timelines.
     pub fn timelines(&self) -> impl Iterator<Item = &TimelineState> {
-        self.timelines.values()
+        self.timelines.values().map(|state| &**state)
     }
 
     /// The branch that points to a timeline.
@@ -227,15 +237,17 @@ impl TenantState {
                     return contradiction(format!("timeline {} has TLI {}, and {} was given before", facts.id, facts.tli, self.tli_max));
                 }
                 if let Some(ancestor) = facts.ancestor {
-                    let Some(parent) = self.timelines.get_mut(&ancestor.timeline) else {
-                        return Err(TenantError::UnknownTimeline(ancestor.timeline));
-                    };
-                    parent.children.push(facts.id);
+                    self.change(ancestor.timeline)?.children.insert(facts.id);
                 }
                 self.tli_max = facts.tli;
-                let state =
-                    TimelineState { facts: facts.clone(), epochs: Vec::new(), files: BTreeMap::new(), children: Vec::new(), branch: None };
-                self.timelines.insert(facts.id, state);
+                let state = TimelineState {
+                    facts: facts.clone(),
+                    epochs: Vec::new(),
+                    files: BTreeMap::new(),
+                    children: OrdSet::new(),
+                    branch: None,
+                };
+                self.timelines.insert(facts.id, Arc::new(state));
             }
             TenantEdit::Branch { name, timeline } => {
                 let Some(state) = self.timelines.get(timeline) else { return Err(TenantError::UnknownTimeline(*timeline)) };
@@ -256,30 +268,37 @@ impl TenantState {
                 if !state.children.is_empty() || state.branch.is_some() {
                     return contradiction(format!("timeline {timeline} is removed while others refer to it"));
                 }
-                if let Some(parent) = state.facts.ancestor.and_then(|ancestor| self.timelines.get_mut(&ancestor.timeline)) {
-                    parent.children.retain(|child| child != timeline);
+                if let Some(ancestor) = state.facts.ancestor {
+                    self.change(ancestor.timeline)?.children.remove(timeline);
                 }
                 self.timelines.remove(timeline);
             }
-            TenantEdit::Epoch { timeline, epoch, lsn } => {
-                let Some(state) = self.timelines.get_mut(timeline) else { return Err(TenantError::UnknownTimeline(*timeline)) };
+            TenantEdit::Epoch { timeline, epoch, lsn, wal_log } => {
+                let state = self.change(*timeline)?;
                 if let Some(last) = state.epochs.last().filter(|last| last.epoch >= *epoch || last.lsn > *lsn) {
                     return contradiction(format!(
                         "timeline {timeline}: epoch {} at {lsn} follows epoch {} at {}",
                         epoch.0, last.epoch.0, last.lsn
                     ));
                 }
-                state.epochs.push(EpochState { epoch: *epoch, lsn: *lsn, closed: None });
+                state.epochs.push(EpochState { epoch: *epoch, lsn: *lsn, closed: None, wal_log: *wal_log });
             }
             TenantEdit::EpochClosed { timeline, epoch, lsn } => {
-                let Some(state) = self.timelines.get_mut(timeline) else { return Err(TenantError::UnknownTimeline(*timeline)) };
+                let state = self.change(*timeline)?;
                 match state.epochs.last_mut().filter(|last| last.epoch == *epoch) {
                     Some(last) => last.closed = Some(*lsn),
                     None => return contradiction(format!("timeline {timeline}: epoch {} ends and is not the newest", epoch.0)),
                 }
             }
+            TenantEdit::EpochMoved { timeline, epoch, wal_log } => {
+                let state = self.change(*timeline)?;
+                match state.epochs.last_mut().filter(|last| last.epoch == *epoch) {
+                    Some(last) => last.wal_log = *wal_log,
+                    None => return contradiction(format!("timeline {timeline}: epoch {} moves and is not the newest", epoch.0)),
+                }
+            }
             TenantEdit::File { timeline, path, lsn, contents } => {
-                let Some(state) = self.timelines.get_mut(timeline) else { return Err(TenantError::UnknownTimeline(*timeline)) };
+                let state = self.change(*timeline)?;
                 let versions = state.files.entry(path.clone()).or_default();
                 let contents = Arc::new(contents.clone());
                 match versions.last_mut().filter(|(at, _)| at == lsn) {
@@ -304,8 +323,12 @@ impl TenantState {
         Ok(())
     }
 
+    fn change(&mut self, timeline: TimelineId) -> Result<&mut TimelineState, TenantError> {
+        self.timelines.get_mut(&timeline).map(Arc::make_mut).ok_or(TenantError::UnknownTimeline(timeline))
+    }
+
     fn set_branch(&mut self, timeline: TimelineId, name: Option<BranchName>) {
-        if let Some(state) = self.timelines.get_mut(&timeline) {
+        if let Ok(state) = self.change(timeline) {
             state.branch = name;
         }
     }
@@ -315,13 +338,13 @@ impl TenantState {
         let mut edits = Vec::new();
         edits.extend(self.facts.iter().map(|facts| TenantEdit::Tenant((**facts).clone())));
         // By TLI: an ancestor's is below its children's.
-        let mut timelines: Vec<&TimelineState> = self.timelines.values().collect();
+        let mut timelines: Vec<&TimelineState> = self.timelines().collect();
         timelines.sort_by_key(|timeline| timeline.facts.tli);
         for state in timelines {
             let timeline = state.facts.id;
             edits.push(TenantEdit::Timeline(state.facts.clone()));
             for epoch in &state.epochs {
-                edits.push(TenantEdit::Epoch { timeline, epoch: epoch.epoch, lsn: epoch.lsn });
+                edits.push(TenantEdit::Epoch { timeline, epoch: epoch.epoch, lsn: epoch.lsn, wal_log: epoch.wal_log });
                 edits.extend(epoch.closed.map(|lsn| TenantEdit::EpochClosed { timeline, epoch: epoch.epoch, lsn }));
             }
             for (path, versions) in &state.files {
@@ -423,7 +446,7 @@ mod tests {
         let before = state(&[
             timeline(1, 1, None),
             branch("main", 1),
-            TenantEdit::Epoch { timeline: TimelineId([1; 16]), epoch: WriterEpoch(1), lsn: Lsn(8) },
+            TenantEdit::Epoch { timeline: TimelineId([1; 16]), epoch: WriterEpoch(1), lsn: Lsn(8), wal_log: WalLogId([7; 16]) },
             TenantEdit::EpochClosed { timeline: TimelineId([1; 16]), epoch: WriterEpoch(1), lsn: Lsn(80) },
             timeline(2, 2, Some((1, 50))),
             branch("dev", 2),
