@@ -141,7 +141,8 @@ fn delete_tuples(page: &mut Page, offsets: &[OffsetNumber]) -> Result<(), Fault>
     Ok(())
 }
 
-/// `gistRedoDeleteRecord`. Main data (`gistxlogDelete`): newest transaction among the deleted `u32`, number of offsets `u16`, from 16 on
+/// `gistRedoDeleteRecord`, but for one flag: Postgres's redo sets "tuples deleted" here, and the primary, whose page this must become, does
+/// not (`gistprunepage`; nothing but pageinspect reads the flag, so that nobody noticed). Main data (`gistxlogDelete`): newest transaction among the deleted `u32`, number of offsets `u16`, from 16 on
 /// whether it is a catalog `u8` and padding; the offsets.
 fn delete(major: Major, record: &BlockRecord, page: &mut Page) -> Result<(), Fault> {
     let mut main = Cursor::new(&record.main_data);
@@ -152,7 +153,7 @@ fn delete(major: Major, record: &BlockRecord, page: &mut Page) -> Result<(), Fau
     }
     index_multi_delete(page, &main.u16s(usize::from(n))?)?;
     let mut opaque = Opaque::read(page)?;
-    opaque.flags = opaque.flags & !HAS_GARBAGE | TUPLES_DELETED;
+    opaque.flags &= !HAS_GARBAGE;
     opaque.write(page)
 }
 

@@ -219,6 +219,16 @@ fn mask_gist(page: &mut Page) -> Result<(), Fault> {
     Ok(())
 }
 
+/// Offsets at which two GiST pages differ in what a page split leaves and [`mask_page`] masks: node sequence number and "follow right".
+pub(crate) fn gist_split_state_differences(a: &Page, b: &Page) -> Vec<u16> {
+    const SEQUENCE_NUMBER_AT: usize = BLCKSZ - 16;
+    const FLAGS_AT: usize = BLCKSZ - 4;
+    const FOLLOW_RIGHT: u8 = 1 << 3;
+    let sequence_number = (SEQUENCE_NUMBER_AT..SEQUENCE_NUMBER_AT + 8).filter(|at| a[*at] != b[*at]);
+    let flags = (FLAGS_AT..FLAGS_AT + 1).filter(|at| (a[*at] ^ b[*at]) & FOLLOW_RIGHT != 0);
+    sequence_number.chain(flags).map(|at| at as u16).collect()
+}
+
 fn mask_spgist(page: &mut Page) -> Result<(), Fault> {
     mask_lsn_and_checksum(page);
     mask_hint_bits(page);

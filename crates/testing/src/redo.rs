@@ -13,7 +13,7 @@ use bytes::Bytes;
 use varve_postgres::ids::{DEFAULT_TABLESPACE, GLOBAL_TABLESPACE};
 use varve_postgres::wal::{Framer, Record, rmgr};
 use varve_postgres::{BLCKSZ, Fork, Lsn, Major, RelFork};
-use varve_redo::verify::{Report, Verifier, differences};
+use varve_redo::verify::{Report, Verifier, file_differences};
 
 use crate::postgres::{Postgres, wal_segments};
 
@@ -183,7 +183,7 @@ fn compare_with_files(verifier: &Verifier, major: Major, data_dir: &Path) -> Res
         count += 1;
         let block = read_block(&path, blkno % BLOCKS_PER_FILE)?;
         let found = match block {
-            Some(block) => match differences(major, rmid, rel.fork, blkno, page, &block, true) {
+            Some(block) => match file_differences(major, rmid, rel.fork, blkno, page, &block) {
                 Ok(at) if at.is_empty() => continue,
                 Ok(at) => format!("differs at {at:?}"),
                 Err(what) => what,

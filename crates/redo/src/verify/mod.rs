@@ -172,6 +172,23 @@ impl Verifier {
     }
 }
 
+/// Offsets at which `ours` differs from the page that a stopped server has in a file, as [`differences`] gives them; `rmid` changed it last.
+/// A file also has what Postgres does to a page after it took the page's image for a record, so more can be compared.
+///
+/// # Errors
+/// What is wrong, in words, when one of the pages cannot be masked.
+pub fn file_differences(major: Major, rmid: u8, fork: Fork, blkno: BlockNumber, ours: &Page, file: &Page) -> Result<Vec<u16>, String> {
+    let rmid = match rmid {
+        rmgr::XLOG if fork == Fork::Main => mask::rmgr_of_page(ours).unwrap_or(rmid),
+        rmid => rmid,
+    };
+    let mut at = differences(major, rmid, fork, blkno, ours, file, true)?;
+    if rmid == rmgr::GIST {
+        at.extend(mask::gist_split_state_differences(ours, file));
+    }
+    Ok(at)
+}
+
 /// Offsets at which two versions of block `blkno` differ after masking as resource manager `rmid` does (if a bare image made the page, the one
 /// whose page it looks like). Pages of a visibility map, of which
 /// that masking leaves nothing, are compared in all but LSN, checksum and hints if `strict_visibility_map`.
