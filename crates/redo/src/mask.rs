@@ -229,6 +229,9 @@ pub(crate) fn gist_split_state_differences(a: &Page, b: &Page) -> Vec<u16> {
     sequence_number.chain(flags).map(|at| at as u16).collect()
 }
 
+/// `lastUsedPages` of an SP-GiST metapage: behind the page header and a magic number, 8 of block number and free space.
+pub(crate) const SPGIST_LAST_USED_PAGES: std::ops::Range<usize> = PAGE_HEADER_SIZE + 4..PAGE_HEADER_SIZE + 4 + 8 * 8;
+
 fn mask_spgist(page: &mut Page) -> Result<(), Fault> {
     mask_lsn_and_checksum(page);
     mask_hint_bits(page);

@@ -183,8 +183,11 @@ pub fn file_differences(major: Major, rmid: u8, fork: Fork, blkno: BlockNumber, 
         rmid => rmid,
     };
     let mut at = differences(major, rmid, fork, blkno, ours, file, true)?;
-    if rmid == rmgr::GIST {
-        at.extend(mask::gist_split_state_differences(ours, file));
+    match (rmid, blkno) {
+        (rmgr::GIST, _) => at.extend(mask::gist_split_state_differences(ours, file)),
+        // The metapage caches which pages were used last, and no record says so.
+        (rmgr::SPGIST, 0) => at.retain(|at| !mask::SPGIST_LAST_USED_PAGES.contains(&usize::from(*at))),
+        _ => {}
     }
     Ok(at)
 }
