@@ -3,11 +3,15 @@
 //!
 //! It knows keys, values and LSNs; it knows nothing of sockets, HTTP or processes.
 
+pub mod budget;
+pub mod chain;
 pub mod database;
 pub mod envelope;
 pub mod history;
 pub mod ids;
 pub mod key;
+pub mod key_hash;
+pub mod memtable;
 pub mod relation;
 pub mod relation_size;
 pub mod slru_extent;
