@@ -1,5 +1,7 @@
 //! How long a put into the memtable takes, and a read of what is there.
 
+#![allow(missing_docs, reason = "criterion's macros make undocumented functions")]
+
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 

@@ -3,6 +3,7 @@
 //!
 //! It knows keys, values and LSNs; it knows nothing of sockets, HTTP or processes.
 
+pub mod block_cache;
 pub mod budget;
 pub mod chain;
 pub mod database;
@@ -11,6 +12,7 @@ pub mod history;
 pub mod ids;
 pub mod key;
 pub mod key_hash;
+pub mod layer;
 pub mod memtable;
 pub mod relation;
 pub mod relation_size;

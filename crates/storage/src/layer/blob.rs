@@ -1,0 +1,119 @@
+//! The bytes of a layer's object, wherever they are.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use bytes::Bytes;
+use quick_cache::sync::Cache;
+
+use crate::store::{BlockingStore, ObjectName};
+
+/// Reads ranges of an object. May block.
+pub trait LayerBlob: Send + Sync {
+    /// The bytes `offset..offset + length`, all of them.
+    ///
+    /// # Errors
+    /// Why they cannot be had.
+    fn read_at(&self, offset: u64, length: usize) -> Result<Bytes, String>;
+}
+
+/// Files kept open, the least useful closed when there are too many: an idle tenant holds none for long.
+pub struct OpenFiles {
+    files: Cache<Arc<Path>, Arc<File>>,
+}
+
+impl OpenFiles {
+    /// Keeps up to `files_max` files open.
+    pub fn new(files_max: usize) -> Arc<OpenFiles> {
+        Arc::new(OpenFiles { files: Cache::new(files_max) })
+    }
+
+    /// Number of files open.
+    pub fn len(&self) -> usize {
+        self.files.len()
+    }
+
+    /// Whether no file is open.
+    pub fn is_empty(&self) -> bool {
+        self.files.is_empty()
+    }
+
+    fn open(&self, path: &Arc<Path>) -> io::Result<Arc<File>> {
+        if let Some(file) = self.files.get(path) {
+            return Ok(file);
+        }
+        let file = Arc::new(File::open(path)?);
+        self.files.insert(Arc::clone(path), Arc::clone(&file));
+        Ok(file)
+    }
+
+    fn close(&self, path: &Arc<Path>) {
+        self.files.remove(path);
+    }
+}
+
+/// An object in a local folder, read in place.
+pub struct LocalBlob {
+    path: Arc<Path>,
+    files: Arc<OpenFiles>,
+}
+
+impl LocalBlob {
+    /// The file `path`, opened when first read.
+    pub fn new(path: PathBuf, files: Arc<OpenFiles>) -> LocalBlob {
+        LocalBlob { path: path.into(), files }
+    }
+}
+
+impl LayerBlob for LocalBlob {
+    fn read_at(&self, offset: u64, length: usize) -> Result<Bytes, String> {
+        let read = || {
+            let mut bytes = vec![0; length];
+            self.files.open(&self.path)?.read_exact_at(&mut bytes, offset)?;
+            Ok(bytes)
+        };
+        read().map(Bytes::from).map_err(|error: io::Error| match error.kind() {
+            io::ErrorKind::UnexpectedEof => format!("the file {} ends before offset {}", self.path.display(), offset + length as u64),
+            _ => format!("{}: {error}", self.path.display()),
+        })
+    }
+}
+
+impl Drop for LocalBlob {
+    fn drop(&mut self) {
+        self.files.close(&self.path);
+    }
+}
+
+/// An object in a bucket, read by ranges.
+pub struct RemoteBlob {
+    store: BlockingStore,
+    object: ObjectName,
+}
+
+impl RemoteBlob {
+    /// The object `object` of `store`.
+    pub fn new(store: BlockingStore, object: ObjectName) -> RemoteBlob {
+        RemoteBlob { store, object }
+    }
+}
+
+impl LayerBlob for RemoteBlob {
+    fn read_at(&self, offset: u64, length: usize) -> Result<Bytes, String> {
+        self.store.get_range(&self.object, offset..offset + length as u64).map_err(|error| error.to_string())
+    }
+}
+
+/// An object in memory.
+impl LayerBlob for Bytes {
+    fn read_at(&self, offset: u64, length: usize) -> Result<Bytes, String> {
+        let start = usize::try_from(offset).unwrap_or(usize::MAX);
+        match start.checked_add(length) {
+            Some(end) if end <= self.len() => Ok(self.slice(start..end)),
+            _ => Err(format!("it has {} bytes, {length} at {offset} were asked for", self.len())),
+        }
+    }
+}
