@@ -1,3 +1,5 @@
-//! Placeholder.
+//! The pageserver: takes the WAL of stock Postgres servers in, files it into timelines, and serves pages and base backups of any moment.
 
+pub mod ingest;
 pub mod page_service;
+pub mod time;

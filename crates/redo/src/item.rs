@@ -338,7 +338,7 @@ pub(crate) fn free_space(page: &Page) -> usize {
 }
 
 /// `PageGetHeapFreeSpace`: the same, but nothing when the page can have no more line pointers and none is free.
-pub(crate) fn heap_free_space(page: &Page) -> usize {
+pub fn heap_free_space(page: &Page) -> usize {
     let lines = max_offset(page);
     if usize::from(lines) < MAX_HEAP_TUPLES {
         return free_space(page);

@@ -30,12 +30,15 @@ mod item;
 mod sequence;
 mod slru;
 mod spgist;
+mod supported;
 mod xlog;
 
 use varve_postgres::{BlockNumber, Lsn, Major, Page, page, wal::rmgr};
 
 pub use heap::free_space::free_space_effect;
 pub use image::restore_image;
+pub use item::heap_free_space;
+pub use supported::is_supported;
 
 use change::{BlockRecord, Change};
 

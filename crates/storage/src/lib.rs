@@ -6,6 +6,7 @@
 pub mod block_cache;
 pub mod budget;
 pub mod chain;
+pub mod checkpoint_fields;
 pub mod database;
 pub mod envelope;
 pub mod history;
@@ -16,8 +17,10 @@ pub mod layer;
 pub mod memtable;
 pub mod relation;
 pub mod relation_size;
+pub mod replication_origin;
 pub mod slru_extent;
 pub mod store;
 pub mod tenant_log;
 pub mod value;
+pub mod wal_index;
 pub mod wal_log;
