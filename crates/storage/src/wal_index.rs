@@ -77,8 +77,7 @@ impl WalIndexPage {
             if end <= last.end {
                 return None;
             }
-            let record_start =
-                if word & FLAG_START != 0 { Lsn(bytes.try_get_u64_le().ok()?) } else { record_start_after(last.end) };
+            let record_start = if word & FLAG_START != 0 { Lsn(bytes.try_get_u64_le().ok()?) } else { record_start_after(last.end) };
             let moved = if word & FLAG_XID != 0 { get_varint(&mut bytes)? } else { 0 };
             let time = if word & FLAG_TIME != 0 { Some(Timestamp(bytes.try_get_i64_le().ok()?)) } else { None };
             last = Boundary {

@@ -51,7 +51,8 @@ impl StateAt {
     /// When the history cannot be read, or has no checkpoint fields there.
     pub fn read(history: &(impl History + ?Sized), boundary: &Boundary) -> Result<StateAt, HistoryError> {
         let lsn = boundary.end;
-        let fields = history.get(Key::checkpoint(), lsn)?.ok_or_else(|| HistoryError(format!("the history at {lsn} has no checkpoint fields")))?;
+        let fields =
+            history.get(Key::checkpoint(), lsn)?.ok_or_else(|| HistoryError(format!("the history at {lsn} has no checkpoint fields")))?;
         let fields = CheckpointFields::decode(&fields).ok_or_else(|| malformed(Key::checkpoint()))?;
         let mut at = StateAt {
             lsn,
@@ -62,9 +63,7 @@ impl StateAt {
             prepared: Vec::new(),
             origins: Vec::new(),
         };
-        for first in
-            [Key::tablespace(0), Key::database(0, 0), Key::relation_map(0, 0), Key::two_phase(0), Key::replication_origin(0)]
-        {
+        for first in [Key::tablespace(0), Key::database(0, 0), Key::relation_map(0, 0), Key::two_phase(0), Key::replication_origin(0)] {
             let (from, to) = Key::all_of_kind(first);
             history.scan(from, to, lsn, &mut |key, value| at.take(key, value))?;
         }
@@ -96,7 +95,8 @@ impl StateAt {
 
     /// A database has directories in other tablespaces by having relations there, without any record that says so.
     fn add_directories_of_relations(&mut self, history: &(impl History + ?Sized)) -> Result<(), HistoryError> {
-        let others: Vec<Oid> = self.tablespaces.keys().copied().filter(|spc| *spc != DEFAULT_TABLESPACE && *spc != GLOBAL_TABLESPACE).collect();
+        let others: Vec<Oid> =
+            self.tablespaces.keys().copied().filter(|spc| *spc != DEFAULT_TABLESPACE && *spc != GLOBAL_TABLESPACE).collect();
         for spc in others {
             let (from, _) = Key::relation_sizes_of(spc, 0);
             let (_, to) = Key::relation_sizes_of(spc, Oid::MAX);
@@ -184,10 +184,11 @@ impl StateAt {
             }
             for (segment, pages) in segments {
                 let path = format!("{}/{}", area.directory(), segment_name(segment));
-                let contents = Pages::new(pages, |page| match relation::slru_page(history, area, segment * PAGES_PER_SEGMENT + page, self.lsn) {
-                    Err(RelationError::NoSlruPage { .. }) => Ok(Box::new(ZERO_PAGE)),
-                    other => other,
-                });
+                let contents =
+                    Pages::new(pages, |page| match relation::slru_page(history, area, segment * PAGES_PER_SEGMENT + page, self.lsn) {
+                        Err(RelationError::NoSlruPage { .. }) => Ok(Box::new(ZERO_PAGE)),
+                        other => other,
+                    });
                 tar.stream(&path, u64::from(pages) * BLCKSZ as u64, contents)?;
             }
         }

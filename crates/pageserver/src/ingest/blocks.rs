@@ -38,7 +38,10 @@ impl Ingest {
             if info == records::xlog::FPI_FOR_HINT {
                 return Ok(None);
             }
-            return Err(IngestError::malformed(record, format!("block {} of {} comes without its full-page image", block.blkno, block.rel)));
+            return Err(IngestError::malformed(
+                record,
+                format!("block {} of {} comes without its full-page image", block.blkno, block.rel),
+            ));
         }
         if !varve_redo::is_supported(self.major, rmid, info) {
             return Err(IngestError::Unsupported { rmid, info, lsn });

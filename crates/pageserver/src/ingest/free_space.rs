@@ -66,12 +66,7 @@ impl MapPages {
         MapPages { rel: node.fork(Fork::FreeSpaceMap), pages: BTreeMap::new() }
     }
 
-    fn change(
-        &mut self,
-        ingest: &mut Ingest,
-        block: BlockNumber,
-        change: impl FnOnce(&mut Page) -> bool,
-    ) -> Result<u8, HistoryError> {
+    fn change(&mut self, ingest: &mut Ingest, block: BlockNumber, change: impl FnOnce(&mut Page) -> bool) -> Result<u8, HistoryError> {
         let (page, changed) = match self.pages.entry(block) {
             std::collections::btree_map::Entry::Occupied(entry) => entry.into_mut(),
             std::collections::btree_map::Entry::Vacant(entry) => entry.insert((ingest.applied_page(self.rel, block)?, false)),

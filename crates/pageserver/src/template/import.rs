@@ -62,7 +62,8 @@ pub fn read_control(dir: &Path, major: Major) -> Result<ControlFile, TemplateErr
     if version != major.to_string() {
         return Err(TemplateError::OtherMajor { dir: dir.to_owned(), found: version, expected: major });
     }
-    ControlFile::decode(&read(&dir.join("global/pg_control"))?, major).map_err(|error| TemplateError::Control { dir: dir.to_owned(), error })
+    ControlFile::decode(&read(&dir.join("global/pg_control"))?, major)
+        .map_err(|error| TemplateError::Control { dir: dir.to_owned(), error })
 }
 
 /// Takes the cluster in `dir`, which was shut down cleanly, into `history`, which is empty and of its major. `progress` is called after each file.
@@ -207,7 +208,9 @@ impl<H: HistoryWriter + ?Sized> Import<'_, H> {
             let rel = last.node.fork(last.name.fork);
             let mut size = RelationSize::default();
             let blocks = u64::from(last.name.file_number) * u64::from(BLOCKS_PER_FILE) + last.bytes / BLCKSZ as u64;
-            size.extend(u32::try_from(blocks).map_err(|_| TemplateError::BadFile { path: last.path.clone(), what: "too large".to_owned() })?);
+            size.extend(
+                u32::try_from(blocks).map_err(|_| TemplateError::BadFile { path: last.path.clone(), what: "too large".to_owned() })?,
+            );
             self.put(Key::relation_size(rel), Value::Image(size.encode()))?;
             for file in fork {
                 self.blocks_of(file)?;
@@ -247,7 +250,8 @@ impl<H: HistoryWriter + ?Sized> Import<'_, H> {
             let bytes = read(&path)?;
             let pages = bytes.chunks_exact(BLCKSZ);
             let too_many = || TemplateError::BadFile { path: path.clone(), what: format!("is no segment of {area}") };
-            let first = segment.checked_mul(PAGES_PER_SEGMENT).filter(|_| pages.len() <= PAGES_PER_SEGMENT as usize).ok_or_else(too_many)?;
+            let first =
+                segment.checked_mul(PAGES_PER_SEGMENT).filter(|_| pages.len() <= PAGES_PER_SEGMENT as usize).ok_or_else(too_many)?;
             extent.insert(first..first + pages.len() as u32);
             for (page, contents) in (first..).zip(pages) {
                 if contents.iter().any(|byte| *byte != 0) {

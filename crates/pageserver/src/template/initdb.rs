@@ -53,7 +53,8 @@ pub fn server_major(bin_dir: &Path) -> Result<Major, TemplateError> {
     let output = Command::new(&postgres).arg("--version").stdin(Stdio::null()).output().map_err(|_| missing())?;
     // "postgres (PostgreSQL) 15.18 (Debian ...)"
     let text = String::from_utf8_lossy(&output.stdout).trim().to_owned();
-    let number = text.split_whitespace().nth(2).and_then(|version| version.split(['.', 'd', 'b', 'r']).next()).and_then(|major| major.parse().ok());
+    let number =
+        text.split_whitespace().nth(2).and_then(|version| version.split(['.', 'd', 'b', 'r']).next()).and_then(|major| major.parse().ok());
     number.and_then(Major::from_number).ok_or_else(|| TemplateError::UnsupportedVersion { bin_dir: bin_dir.to_owned(), version: text })
 }
 
