@@ -69,9 +69,6 @@ pub struct TimelineFacts {
     /// Where its own history begins.
     #[serde(with = "lsn")]
     pub start: Lsn,
-    /// Start of the record that ends at `start`: what the first record's `xl_prev` says.
-    #[serde(with = "lsn")]
-    pub prev_record: Lsn,
     /// Microseconds since 2000-01-01 UTC.
     pub created: i64,
 }

@@ -382,7 +382,6 @@ mod tests {
             ancestor: ancestor.map(|(id, lsn)| Ancestor { timeline: TimelineId([id; 16]), lsn: Lsn(lsn) }),
             tli,
             start: Lsn(ancestor.map_or(8, |(_, lsn)| lsn)),
-            prev_record: Lsn(0),
             created: 0,
         })
     }

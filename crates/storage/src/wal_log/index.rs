@@ -45,30 +45,24 @@ impl TimelineIndex {
     ///
     /// Returns the position in the WAL where bytes are missing that later runs would need, if there is a gap.
     pub(super) fn settle(&mut self, epochs: &[(WriterEpoch, Lsn)], base: Lsn) -> Option<Lsn> {
-        let mut runs: Vec<Run> = Vec::with_capacity(self.runs.len());
-        for run in &self.runs {
+        let mut kept = TimelineIndex { end: base, ..TimelineIndex::default() };
+        let mut gap = None;
+        for run in std::mem::take(&mut self.runs) {
             let void_from = epochs.iter().filter(|(epoch, _)| *epoch > run.epoch).map(|(_, lsn)| *lsn).min();
             let end = void_from.map_or(run.end, |lsn| lsn.min(run.end));
-            if run.start < end {
-                runs.push(Run { end, ..*run });
+            if end <= base || run.start >= end {
+                continue; // below the layers, or void
             }
-        }
-        runs.sort_by_key(|run| (run.start, run.at));
-        let mut end = base;
-        let mut gap = None;
-        let mut kept = Vec::with_capacity(runs.len());
-        for run in runs {
-            if run.end <= end {
-                continue; // below the layers, or a copy of what we have
-            }
-            if run.start > end {
-                gap = Some(end);
+            if run.start > kept.end {
+                gap = Some(kept.end);
                 break;
             }
-            let skip = end.0 - run.start.0;
-            kept.push(Run { start: end, at: run.at + skip, ..run });
-            end = run.end;
+            // Later bytes replace those of a record that was never whole.
+            let start = run.start.max(base);
+            kept.cut(start);
+            kept.push(Run { start, end, at: run.at + (start.0 - run.start.0), ..run });
         }
+        let TimelineIndex { runs: kept, end, .. } = kept;
         self.runs = kept;
         self.first = 0;
         self.released = base;

@@ -260,8 +260,8 @@ impl WalLog {
         state.timelines.get_mut(&(tenant, timeline)).filter(|index| index.settled).ok_or(WalLogError::NotAttached { timeline })
     }
 
-    /// Appends WAL bytes that begin at `start`. What the log has already is not written again. Not durable before [`WalLog::sync`] up to
-    /// the returned position.
+    /// Appends WAL bytes that begin at `start`. What the log has from there on, the beginning of a record that never became whole, they
+    /// replace. Not durable before [`WalLog::sync`] up to the returned position.
     ///
     /// # Errors
     /// [`WalLogError::Fenced`], [`WalLogError::Gap`], [`WalLogError::NotAttached`], or the file system's, after which no append succeeds.
@@ -285,8 +285,8 @@ impl WalLog {
         if start > end {
             return Err(WalLogError::Gap { timeline, epoch: epoch.0, end, start });
         }
-        let known = ((end.0 - start.0) as usize).min(bytes.len());
-        let (mut start, mut rest) = (start + known as u64, &bytes[known..]);
+        index.cut(start);
+        let (mut start, mut rest) = (start, bytes);
         while !rest.is_empty() {
             let state = &mut *state;
             let room = (SEGMENT_SIZE - state.written % SEGMENT_SIZE) as usize;
