@@ -129,7 +129,7 @@ impl ItemId {
 
     /// The same with another offset.
     pub(crate) fn with_off(self, off: u16) -> ItemId {
-        ItemId::new(off, self.state(), self.len())
+        ItemId(self.0 & !0x7FFF | u32::from(off & 0x7FFF))
     }
 }
 
@@ -501,11 +501,12 @@ fn shift_tuples(page: &mut Page, end: usize, by: isize) -> Result<(), Fault> {
         .ok_or_else(|| format!("tuples from {from} to {end} cannot move by {by} bytes"))?;
     page.copy_within(from..end, to);
     set_upper(page, to as u16);
-    for offset in 1..=max_offset(page) {
-        let id = item_id(page, offset)?;
+    // All line pointers at once, without a check for each: most of the time of a deletion is spent here.
+    let line_pointers = PAGE_HEADER_SIZE..PAGE_HEADER_SIZE + usize::from(max_offset(page)) * ITEM_ID_SIZE;
+    for bytes in page[line_pointers].as_chunks_mut::<ITEM_ID_SIZE>().0 {
+        let id = ItemId::from_bytes(*bytes);
         if id.has_storage() && usize::from(id.off()) <= end {
-            let moved = usize::from(id.off()).wrapping_add_signed(by);
-            set_item_id(page, offset, id.with_off(moved as u16))?;
+            *bytes = id.with_off(id.off().wrapping_add_signed(by as i16)).to_bytes();
         }
     }
     Ok(())

@@ -49,7 +49,7 @@ fn page_with_tuples() -> impl Strategy<Value = Page> {
 
 /// Any page: sound, of zeros, random, or sound with damage.
 fn any_page() -> impl Strategy<Value = Page> {
-    let random = vec(any::<u8>(), BLCKSZ).prop_map(|bytes| Page::try_from(bytes).unwrap());
+    let random = vec(any::<u8>(), BLCKSZ).prop_map(|bytes| Page::try_from(bytes).expect("as many bytes as a page"));
     let damaged = (page_with_tuples(), vec((0..BLCKSZ, any::<u8>()), 1..8), vec((0..64usize, any::<u8>()), 0..4)).prop_map(
         |(mut page, anywhere, in_front)| {
             for (at, byte) in anywhere.into_iter().chain(in_front) {
