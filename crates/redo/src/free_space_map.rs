@@ -38,6 +38,13 @@ pub fn location(heap_block: BlockNumber) -> (BlockNumber, u32) {
     (block - 1, heap_block % SLOTS_PER_PAGE)
 }
 
+/// The map's length in blocks after its heap was cut to `heap_blocks`, and the slot of the last map page from which on there is no free
+/// space any more; no such slot if the page before is the last one and stays as it is (`FreeSpaceMapPrepareTruncateRel`).
+pub fn length_after_truncation(heap_blocks: BlockNumber) -> (BlockNumber, Option<u32>) {
+    let (block, slot) = location(heap_blocks);
+    if slot > 0 { (block + 1, Some(slot)) } else { (block, None) }
+}
+
 fn node(page: &Page, node: usize) -> u8 {
     if node < NODES { page[NODES_START + node] } else { 0 }
 }
@@ -103,6 +110,53 @@ fn rebuild(page: &mut Page) {
     }
 }
 
+/// `FreeSpaceMapVacuumRange` to the map's end: tells upper pages what pages below have, for heap blocks from `heap_block` on. `read` gives a
+/// page of the map, nothing beyond its end; `write` is given those that changed.
+pub fn update_upper_pages(
+    heap_block: BlockNumber,
+    mut read: impl FnMut(BlockNumber) -> Option<Page>,
+    mut write: impl FnMut(BlockNumber, &Page),
+) {
+    update_page(LEVELS - 1, 0, heap_block, &mut read, &mut write);
+}
+
+/// Block of the page with number `page` among those of `level` (0 at the bottom) (`fsm_logical_to_physical`).
+fn block_of(level: u32, page: u32) -> BlockNumber {
+    let first_leaf = u64::from(page) * u64::from(SLOTS_PER_PAGE).pow(level);
+    let before: u64 = (0..LEVELS).map(|above| first_leaf / u64::from(SLOTS_PER_PAGE).pow(above) + 1).sum();
+    (before - u64::from(level) - 1) as BlockNumber
+}
+
+/// `fsm_vacuum_page`: gives the greatest category on the page; nothing beyond the map's end. Recurses [`LEVELS`] deep.
+fn update_page(
+    level: u32,
+    page_number: u32,
+    heap_block: BlockNumber,
+    read: &mut dyn FnMut(BlockNumber) -> Option<Page>,
+    write: &mut dyn FnMut(BlockNumber, &Page),
+) -> Option<u8> {
+    let block = block_of(level, page_number);
+    let mut page = read(block)?;
+    if level > 0 {
+        let span = SLOTS_PER_PAGE.pow(level);
+        let (first_page, first_slot) = (heap_block / span / SLOTS_PER_PAGE, heap_block / span % SLOTS_PER_PAGE);
+        let mut at_end = false;
+        let mut changed = false;
+        for slot in if first_page == page_number { first_slot } else { 0 }..SLOTS_PER_PAGE {
+            let below = if at_end { None } else { update_page(level - 1, page_number * SLOTS_PER_PAGE + slot, heap_block, read, write) };
+            at_end |= below.is_none();
+            let value = below.unwrap_or(0);
+            if get(&page, slot) != value {
+                changed |= set(&mut page, slot, value);
+            }
+        }
+        if changed {
+            write(block, &page);
+        }
+    }
+    Some(greatest(&page))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -115,6 +169,24 @@ mod tests {
         assert_eq!(location(4069), (3, 0));
         assert_eq!(location(4069 * 4069), (4069 + 3, 0), "another middle page comes before it");
         assert_eq!((category(0), category(31), category(32), category(8159), category(8160)), (0, 0, 1, 254, 255));
+    }
+
+    #[test]
+    fn upper_pages_learn_of_a_truncation() {
+        assert_eq!((block_of(2, 0), block_of(1, 0), block_of(1, 1), block_of(0, 4069)), (0, 1, 4069 + 2, 4069 + 3));
+        let mut map = vec![page::ZERO_PAGE; 4];
+        set(&mut map[2], 5, 100);
+        set(&mut map[3], 0, 50);
+        let update = |map: &mut Vec<Page>, from| {
+            let before = map.clone();
+            update_upper_pages(from, |block| before.get(block as usize).copied(), |block, page| map[block as usize] = *page);
+        };
+        update(&mut map, 0);
+        assert_eq!((greatest(&map[0]), get(&map[1], 0), get(&map[1], 1)), (100, 100, 50));
+        assert_eq!(length_after_truncation(4069), (3, None));
+        map.truncate(3);
+        update(&mut map, 4069);
+        assert_eq!((greatest(&map[0]), get(&map[1], 0), get(&map[1], 1)), (100, 100, 0));
     }
 
     #[test]

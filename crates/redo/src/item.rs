@@ -230,7 +230,7 @@ pub(crate) fn special_space_mut(page: &mut Page, len: usize) -> Result<&mut [u8]
 
 fn special_start(page: &Page, len: usize) -> Result<usize, Fault> {
     let start = usize::from(special(page));
-    if start < PAGE_HEADER_SIZE || start > BLCKSZ || BLCKSZ - start != len {
+    if !(PAGE_HEADER_SIZE..=BLCKSZ).contains(&start) || BLCKSZ - start != len {
         return Err(format!("the page's special space begins at {start}, expected {len} bytes of it").into());
     }
     Ok(start)

@@ -18,3 +18,5 @@ varve_testing::redo_tests!(
     storage_file_copy,
     transactions,
 );
+
+varve_testing::redo_tests!(recovery: heap_basic, heap_freeze, heap_locks, heap_rows, heap_vacuum, heap_visibility);

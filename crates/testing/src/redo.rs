@@ -3,28 +3,29 @@
 //! A SQL file stands in `tests/sql/redo/`. Lines at its top that begin with `--!` set the server up, `--! wal_log_hints = on`; `--! initdb
 //! --data-checksums` gives arguments to initdb, `--! from 16` and `--! until 16` say for which majors the file is.
 //!
-//! Besides the comparison of each record's pages with their images, the pages that redo arrives at are compared with the stopped
-//! server's files, visibility maps too.
+//! Redo begins with the files that initdb left and the WAL behind its checkpoint, so no page is unknown. Besides the comparison of
+//! each record's pages with their images, the pages that redo arrives at are compared with the stopped server's files, visibility
+//! maps too. After a crash and Postgres's own recovery the free-space maps are compared as well.
 
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 use bytes::Bytes;
+use varve_postgres::control::ControlFile;
 use varve_postgres::ids::{DEFAULT_TABLESPACE, GLOBAL_TABLESPACE};
+use varve_postgres::paths::{BLOCKS_PER_FILE, RelationFileName, relation_file};
 use varve_postgres::wal::{Framer, Record, rmgr};
-use varve_postgres::{BLCKSZ, Fork, Lsn, Major, RelFork};
+use varve_postgres::{BLCKSZ, BlockNumber, Fork, Lsn, Major, Page, RelNode};
 use varve_redo::verify::{Report, Verifier, file_differences};
 
 use crate::postgres::{Postgres, wal_segments};
 
-/// Blocks in a file of a relation (`RELSEG_SIZE`).
-const BLOCKS_PER_FILE: u32 = 131_072;
 /// Differences with files that are told one by one.
 const FILE_DIFFERENCES_MAX: usize = 10;
 /// `XLOG_CHECKPOINT_SHUTDOWN`.
 const CHECKPOINT_SHUTDOWN: u8 = 0x00;
 
-/// Settings of every server that runs a corpus file. Without full-page writes each change of a page is redone, not only the second.
+/// Settings of every server. Without full-page writes each change of a page is redone, not only the second.
 const SETTINGS: [(&str, &str); 14] = [
     ("wal_consistency_checking", "all"),
     ("full_page_writes", "off"),
@@ -34,13 +35,23 @@ const SETTINGS: [(&str, &str); 14] = [
     ("checkpoint_timeout", "'1h'"),
     ("autovacuum", "off"),
     ("max_prepared_transactions", "20"),
-    ("shared_buffers", "'32MB'"),
+    ("shared_buffers", "'128MB'"),
     ("bgwriter_lru_maxpages", "0"),
     ("max_parallel_workers_per_gather", "0"),
     ("max_parallel_maintenance_workers", "0"),
     ("track_commit_timestamp", "on"),
     ("restart_after_crash", "off"),
 ];
+
+/// How the server ends, and so what its files are compared with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ending {
+    /// It is shut down: its files are as it wrote them.
+    Shutdown,
+    /// It crashes and recovers, then is shut down: its files are as its own redo wrote them, free-space maps included. Only for work
+    /// that makes no checkpoint and leaves buffers enough for all it touches.
+    Recovery,
+}
 
 /// What the lines at the top of a SQL file say.
 #[derive(Debug, Default)]
@@ -87,7 +98,21 @@ pub fn sql_path(name: &str) -> PathBuf {
 /// On a mismatch, or when Postgres cannot be run.
 #[track_caller]
 pub fn assert_redone(major: Major, name: &str) -> Report {
-    match redo_sql_file(major, name) {
+    assert_no_mismatch(major, name, Ending::Shutdown)
+}
+
+/// The same as [`assert_redone`], but the server crashes and recovers before it is shut down: see [`Ending::Recovery`].
+///
+/// # Panics
+/// On a mismatch, or when Postgres cannot be run.
+#[track_caller]
+pub fn assert_recovered(major: Major, name: &str) -> Report {
+    assert_no_mismatch(major, name, Ending::Recovery)
+}
+
+#[track_caller]
+fn assert_no_mismatch(major: Major, name: &str, ending: Ending) -> Report {
+    match redo_sql_file(major, name, ending) {
         Ok(report) => {
             assert!(report.mismatch_count == 0, "{name}.sql on {major:?}: expected pages as Postgres has them\n{report}");
             report
@@ -100,45 +125,78 @@ pub fn assert_redone(major: Major, name: &str) -> Report {
 ///
 /// # Errors
 /// When Postgres cannot be run, its WAL cannot be read, or pages differ from the stopped server's files.
-pub fn redo_sql_file(major: Major, name: &str) -> Result<Report> {
+pub fn redo_sql_file(major: Major, name: &str, ending: Ending) -> Result<Report> {
     let path = sql_path(name);
     let sql = std::fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
     let preamble = Preamble::read(&sql)?;
     if !preamble.is_for(major) {
         return Ok(Report::default());
     }
-    let mut settings = SETTINGS.to_vec();
-    settings.extend(preamble.settings.iter().map(|(name, value)| (&name[..], &value[..])));
     let initdb: Vec<&str> = preamble.initdb.iter().map(String::as_str).collect();
-    let mut postgres = Postgres::init(major, &initdb, &settings)?;
+    let settings: Vec<(&str, &str)> = preamble.settings.iter().map(|(name, value)| (&name[..], &value[..])).collect();
+    redo_workload(major, &initdb, &settings, ending, true, |postgres| postgres.psql_file("postgres", &path).map(drop))
+}
+
+/// Starts a server, lets `workload` work on it, stops it, redoes its WAL and compares with its files, if no mismatch was found before.
+/// `one_session` says that nothing wrote beside it, so that visibility maps can be compared at each record.
+///
+/// # Errors
+/// When Postgres cannot be run, the workload fails, the WAL cannot be read, or pages differ from the stopped server's files.
+pub fn redo_workload(
+    major: Major,
+    initdb_args: &[&str],
+    settings: &[(&str, &str)],
+    ending: Ending,
+    one_session: bool,
+    workload: impl FnOnce(&mut Postgres) -> Result<()>,
+) -> Result<Report> {
+    let settings: Vec<(&str, &str)> = SETTINGS.iter().chain(settings).copied().collect();
+    let mut postgres = Postgres::init(major, initdb_args, &settings)?;
+    let mut verifier = Verifier::new(major).with_complete_base();
+    if one_session {
+        verifier = verifier.with_strict_visibility_map();
+    }
+    if ending == Ending::Recovery {
+        verifier = verifier.with_free_space_maps();
+    }
+    know_files(&mut verifier, &postgres.data_dir())?;
+    let start = control_file(&postgres)?.checkpoint;
     postgres.start()?;
-    postgres.psql_file("postgres", &path)?;
+    workload(&mut postgres)?;
+    if ending == Ending::Recovery {
+        postgres.stop("immediate")?;
+        postgres.start()?;
+    }
     postgres.stop("fast")?;
-    let verifier = verify_wal(major, &postgres.data_dir().join("pg_wal"), true)?;
+    verify_wal(&mut verifier, major, &postgres.data_dir().join("pg_wal"), Some(start))?;
     if verifier.report().mismatch_count == 0 {
-        compare_with_files(&verifier, major, &postgres.data_dir())?;
+        compare_with_files(&verifier, &postgres, ending)?;
     }
     Ok(verifier.report().clone())
 }
 
-/// Redoes all WAL in `dir` (a `pg_wal`), which a clean shutdown ended.
+/// Redoes the WAL in `dir` (a `pg_wal`), which a clean shutdown ended, from the record at `start`, or all of it.
 ///
 /// # Errors
 /// When the files cannot be read, or the last record is not a shutdown checkpoint.
-pub fn verify_wal(major: Major, dir: &Path, strict_visibility_map: bool) -> Result<Verifier> {
+pub fn verify_wal(verifier: &mut Verifier, major: Major, dir: &Path, start: Option<Lsn>) -> Result<()> {
     let segments = wal_segments(dir)?;
     let first = segments.first().with_context(|| format!("no WAL in {}", dir.display()))?;
-    let mut verifier = Verifier::new(major);
-    if strict_visibility_map {
-        verifier = verifier.with_strict_visibility_map();
-    }
-    let mut framer = Framer::from_page(major, None, segment_start(first)?);
+    let mut framer = match start {
+        Some(start) => Framer::new(major, None, start, None),
+        None => Framer::from_page(major, None, segment_start(first)?),
+    };
     let mut last = (0, 0);
     'all: for path in &segments {
-        if segment_start(path)? != framer.position() {
+        let segment = segment_start(path)?;
+        if segment < framer.position().segment_start() {
+            continue;
+        }
+        if segment != framer.position().segment_start() {
             break; // a segment that was made ready for later
         }
-        let mut input = Bytes::from(std::fs::read(path).with_context(|| format!("reading {}", path.display()))?);
+        let bytes = std::fs::read(path).with_context(|| format!("reading {}", path.display()))?;
+        let mut input = Bytes::from(bytes).slice(framer.position().segment_offset() as usize..);
         loop {
             match framer.next_record(&mut input) {
                 Ok(Some(framed)) => {
@@ -148,16 +206,13 @@ pub fn verify_wal(major: Major, dir: &Path, strict_visibility_map: bool) -> Resu
                     verifier.record(&record);
                 }
                 Ok(None) => break,
-                Err(error) if last == (rmgr::XLOG, CHECKPOINT_SHUTDOWN) => {
-                    let _end_of_wal = error;
-                    break 'all;
-                }
+                Err(_) if last == (rmgr::XLOG, CHECKPOINT_SHUTDOWN) => break 'all, // whatever the file held before
                 Err(error) => return Err(error).context("reading WAL before its shutdown checkpoint"),
             }
         }
     }
     ensure!(last == (rmgr::XLOG, CHECKPOINT_SHUTDOWN), "the WAL in {} does not end with a shutdown checkpoint", dir.display());
-    Ok(verifier)
+    Ok(())
 }
 
 /// Where the WAL segment at `path` begins, by its name.
@@ -170,19 +225,50 @@ fn segment_start(path: &Path) -> Result<Lsn> {
     }
 }
 
+fn control_file(postgres: &Postgres) -> Result<ControlFile> {
+    let path = postgres.data_dir().join("global/pg_control");
+    let bytes = std::fs::read(&path).with_context(|| format!("reading {}", path.display()))?;
+    Ok(ControlFile::decode(&bytes, postgres.major())?)
+}
+
+/// Tells the verifier all pages of the relations in the two built-in tablespaces.
+fn know_files(verifier: &mut Verifier, data_dir: &Path) -> Result<()> {
+    know_directory(verifier, &data_dir.join("global"), GLOBAL_TABLESPACE, 0)?;
+    for entry in std::fs::read_dir(data_dir.join("base"))? {
+        let entry = entry?;
+        if let Some(db) = entry.file_name().to_str().and_then(|name| name.parse().ok()) {
+            know_directory(verifier, &entry.path(), DEFAULT_TABLESPACE, db)?;
+        }
+    }
+    Ok(())
+}
+
+fn know_directory(verifier: &mut Verifier, dir: &Path, spc: u32, db: u32) -> Result<()> {
+    for entry in std::fs::read_dir(dir)? {
+        let entry = entry?;
+        let Some(name) = entry.file_name().to_str().and_then(RelationFileName::parse) else { continue };
+        let rel = RelNode { spc, db, rel: name.rel }.fork(name.fork);
+        let bytes = std::fs::read(entry.path()).with_context(|| format!("reading {}", entry.path().display()))?;
+        for (block, page) in bytes.as_chunks::<BLCKSZ>().0.iter().enumerate() {
+            verifier.know(rel, name.file_number * BLOCKS_PER_FILE + block as BlockNumber, page);
+        }
+    }
+    Ok(())
+}
+
 /// Compares the pages that redo arrived at with the files of the stopped server.
-fn compare_with_files(verifier: &Verifier, major: Major, data_dir: &Path) -> Result<()> {
+fn compare_with_files(verifier: &Verifier, postgres: &Postgres, ending: Ending) -> Result<()> {
+    let (major, catalog_version) = (postgres.major(), control_file(postgres)?.catalog_version);
     let mut wrong = Vec::new();
     let mut count = 0;
-    for (rel, blkno, page, rmid) in verifier.pages().iter() {
-        // The map is kept outside WAL; images of it appear with checksums.
-        if rel.fork == Fork::FreeSpaceMap {
+    for (rel, blkno, page, rmid) in verifier.pages().changed() {
+        // The server that wrote the WAL kept its free-space maps beside it, and its sequences lag behind what they logged ahead.
+        if (rel.fork == Fork::FreeSpaceMap || rmid == rmgr::SEQ) && ending != Ending::Recovery {
             continue;
         }
-        let Some(path) = file(rel, blkno, data_dir) else { continue };
         count += 1;
-        let block = read_block(&path, blkno % BLOCKS_PER_FILE)?;
-        let found = match block {
+        let path = postgres.data_dir().join(relation_file(rel, blkno / BLOCKS_PER_FILE, major, catalog_version));
+        let found = match read_block(&path, blkno % BLOCKS_PER_FILE)? {
             Some(block) => match file_differences(major, rmid, rel.fork, blkno, page, &block) {
                 Ok(at) if at.is_empty() => continue,
                 Ok(at) => format!("differs at {at:?}"),
@@ -200,22 +286,7 @@ fn compare_with_files(verifier: &Verifier, major: Major, data_dir: &Path) -> Res
     bail!("{total} of {count} pages on disk are not as redo has them:\n{}", wrong.join("\n"))
 }
 
-/// The file of a relation in one of the two built-in tablespaces.
-fn file(rel: RelFork, blkno: u32, data_dir: &Path) -> Option<PathBuf> {
-    let node = rel.node;
-    let dir = match node.spc {
-        DEFAULT_TABLESPACE => data_dir.join("base").join(node.db.to_string()),
-        GLOBAL_TABLESPACE => data_dir.join("global"),
-        _ => return None,
-    };
-    let segment = match blkno / BLOCKS_PER_FILE {
-        0 => String::new(),
-        n => format!(".{n}"),
-    };
-    Some(dir.join(format!("{}{}{segment}", node.rel, rel.fork.suffix())))
-}
-
-fn read_block(path: &Path, block: u32) -> Result<Option<[u8; BLCKSZ]>> {
+fn read_block(path: &Path, block: BlockNumber) -> Result<Option<Page>> {
     use std::os::unix::fs::FileExt;
     let file = match std::fs::File::open(path) {
         Ok(file) => file,
@@ -230,25 +301,37 @@ fn read_block(path: &Path, block: u32) -> Result<Option<[u8; BLCKSZ]>> {
     }
 }
 
-/// For each SQL file of the corpus that is named, a module with a test for each major: see [`assert_redone`].
+/// For each SQL file of the corpus that is named, a module with a test for each major: see [`assert_redone`](redo::assert_redone). After
+/// `recovery:` come files whose server is to crash and recover: see [`assert_recovered`](redo::assert_recovered).
 #[macro_export]
 macro_rules! redo_tests {
     ($($name:ident),* $(,)?) => {
         $(
             mod $name {
-                $crate::redo_tests!(@major $name, postgres_14, V14);
-                $crate::redo_tests!(@major $name, postgres_15, V15);
-                $crate::redo_tests!(@major $name, postgres_16, V16);
-                $crate::redo_tests!(@major $name, postgres_17, V17);
-                $crate::redo_tests!(@major $name, postgres_18, V18);
+                $crate::redo_tests!(@majors $name, assert_redone);
             }
         )*
     };
-    (@major $name:ident, $test:ident, $major:ident) => {
+    (recovery: $($name:ident),* $(,)?) => {
+        mod recovery {
+            $(
+                mod $name {
+                    $crate::redo_tests!(@majors $name, assert_recovered);
+                }
+            )*
+        }
+    };
+    (@majors $name:ident, $assert:ident) => {
+        $crate::redo_tests!(@major $name, $assert, postgres_14, V14);
+        $crate::redo_tests!(@major $name, $assert, postgres_15, V15);
+        $crate::redo_tests!(@major $name, $assert, postgres_16, V16);
+        $crate::redo_tests!(@major $name, $assert, postgres_17, V17);
+        $crate::redo_tests!(@major $name, $assert, postgres_18, V18);
+    };
+    (@major $name:ident, $assert:ident, $test:ident, $major:ident) => {
         #[test]
         fn $test() {
-            let report = $crate::redo::assert_redone(varve_postgres::Major::$major, stringify!($name));
-            println!("{report}");
+            println!("{}", $crate::redo::$assert(varve_postgres::Major::$major, stringify!($name)));
         }
     };
 }

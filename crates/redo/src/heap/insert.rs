@@ -30,7 +30,7 @@ pub(super) fn multi_insert(redo: &Redo<'_>, page: &mut Page) -> Result<(), Fault
     init_if_told(redo, page);
     let mut data = Cursor::new(&redo.record.data);
     for i in 0..multi.tuples {
-        if (redo.record.data.len() - data.len()) % 2 != 0 {
+        if !(redo.record.data.len() - data.len()).is_multiple_of(2) {
             data.u8()?; // each tuple begins aligned to 2 bytes
         }
         let len = usize::from(data.u16()?);

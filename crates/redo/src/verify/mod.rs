@@ -1,9 +1,9 @@
 //! Checks the page functions against Postgres: redoes WAL that was written with `wal_consistency_checking = all`, in which each record
 //! carries its pages as they must be afterwards, and compares after masking as Postgres masks ([`crate::mask`]).
 //!
-//! [`Verifier`] keeps the pages that the WAL touched. A block whose page it cannot know, because it was written before this WAL
-//! begins, is *adopted* from the record's image; a block of a relation that the WAL created or truncated begins as zeros. Each change
-//! goes through its stored form, [`Change::encode`] and [`Change::decode`], so that this is tested too.
+//! [`Verifier`] keeps the pages that the WAL touched. What a block was before the WAL begins it can be told ([`Verifier::know`]); a block of a
+//! relation that the WAL created or truncated begins as zeros; a page that it cannot know is *adopted* from the record's image. Each
+//! change goes through its stored form, [`Change::encode`] and [`Change::decode`], so that this is tested too.
 //!
 //! After a mismatch the record's image replaces the page, so that one fault is reported once.
 
@@ -19,13 +19,14 @@ pub use pages::Pages;
 pub use report::{Difference, Mismatch, Report, TypeStats};
 
 use crate::change::{BlockRecord, Change};
-use crate::{apply, mask, restore_image, visibility_map};
+use crate::{apply, free_space_effect, free_space_map, mask, restore_image, visibility_map};
 
 /// Redoes records and compares their pages. See the [module](self).
 #[derive(Debug)]
 pub struct Verifier {
     major: Major,
     strict_visibility_map: bool,
+    free_space_maps: bool,
     pages: Pages,
     report: Report,
 }
@@ -33,7 +34,7 @@ pub struct Verifier {
 impl Verifier {
     /// A verifier for WAL of `major`.
     pub fn new(major: Major) -> Verifier {
-        Verifier { major, strict_visibility_map: false, pages: Pages::default(), report: Report::default() }
+        Verifier { major, strict_visibility_map: false, free_space_maps: false, pages: Pages::default(), report: Report::default() }
     }
 
     /// Compares visibility-map pages too, of which Postgres's masking leaves nothing to compare. Only for WAL that one session wrote:
@@ -42,6 +43,25 @@ impl Verifier {
     pub fn with_strict_visibility_map(mut self) -> Verifier {
         self.strict_visibility_map = true;
         self
+    }
+
+    /// Keeps free-space maps too, as Postgres's own redo keeps them. Records have no images of them: compare them with those that recovery left.
+    #[must_use]
+    pub fn with_free_space_maps(mut self) -> Verifier {
+        self.free_space_maps = true;
+        self
+    }
+
+    /// All pages that existed before the WAL begins are told by [`Verifier::know`]: others are zeros.
+    #[must_use]
+    pub fn with_complete_base(mut self) -> Verifier {
+        self.pages.complete_base = true;
+        self
+    }
+
+    /// Tells what a block was before the WAL begins.
+    pub fn know(&mut self, rel: RelFork, blkno: BlockNumber, page: &Page) {
+        self.pages.know(rel, blkno, page);
     }
 
     /// What was found so far.
@@ -71,7 +91,7 @@ impl Verifier {
         for block in &record.blocks {
             self.block(record, block);
         }
-        if let Err(what) = self.pages.follow(record, self.major) {
+        if let Err(what) = self.pages.follow(record, self.major, self.free_space_maps) {
             let nowhere = RelFork { node: varve_postgres::RelNode { spc: 0, db: 0, rel: 0 }, fork: Fork::Main };
             self.mismatch(record, nowhere, 0, Difference::Failed(what));
         }
@@ -85,6 +105,7 @@ impl Verifier {
                 match restore_image(record, block) {
                     Ok(page) => {
                         self.stats(record).images += 1;
+                        self.record_free_space(record, block, &page, true);
                         self.pages.put(rel, blkno, page, rmid);
                     }
                     Err(error) => self.mismatch(record, rel, blkno, Difference::Failed(error.to_string())),
@@ -125,9 +146,27 @@ impl Verifier {
                 } else {
                     self.stats(record).compared += 1;
                 }
+                self.record_free_space(record, block, &page, false);
                 self.pages.put(rel, blkno, page, rmid);
             }
-            (Ok(()), None) => self.pages.put(rel, blkno, page, rmid),
+            (Ok(()), None) => {
+                self.record_free_space(record, block, &page, false);
+                self.pages.put(rel, blkno, page, rmid);
+            }
+        }
+    }
+
+    /// Does to the free-space map what Postgres's redo of this block does.
+    fn record_free_space(&mut self, record: &Record, block: &Block, page: &Page, restored: bool) {
+        if !self.free_space_maps {
+            return;
+        }
+        if let Some(space) = free_space_effect(self.major, &BlockRecord::trim(record, block), page, restored) {
+            let map = block.rel.node.fork(Fork::FreeSpaceMap);
+            let (blkno, slot) = free_space_map::location(block.blkno);
+            let mut page = self.pages.base(map, blkno).unwrap_or(page::ZERO_PAGE);
+            free_space_map::set(&mut page, slot, free_space_map::category(space));
+            self.pages.put(map, blkno, page, record.header.rmid);
         }
     }
 
@@ -193,8 +232,7 @@ pub fn file_differences(major: Major, rmid: u8, fork: Fork, blkno: BlockNumber, 
 }
 
 /// Offsets at which two versions of block `blkno` differ after masking as resource manager `rmid` does (if a bare image made the page, the one
-/// whose page it looks like). Pages of a visibility map, of which
-/// that masking leaves nothing, are compared in all but LSN, checksum and hints if `strict_visibility_map`.
+/// whose page it looks like). Pages of maps, of which that masking leaves nothing, are compared in all but LSN and checksum if `strict_maps`.
 ///
 /// # Errors
 /// What is wrong, in words, when one of the pages cannot be masked.
@@ -205,7 +243,7 @@ pub fn differences(
     blkno: BlockNumber,
     ours: &Page,
     truth: &Page,
-    strict_visibility_map: bool,
+    strict_maps: bool,
 ) -> Result<Vec<u16>, String> {
     let rmid = match rmid {
         rmgr::XLOG => mask::rmgr_of_page(truth).unwrap_or(rmid),
@@ -213,7 +251,7 @@ pub fn differences(
     };
     let masked = |page: &Page, whose: &str| {
         let mut page = *page;
-        if fork == Fork::VisibilityMap && strict_visibility_map {
+        if matches!(fork, Fork::VisibilityMap | Fork::FreeSpaceMap) && strict_maps {
             mask::mask_lsn_and_checksum(&mut page);
         } else {
             mask::mask_page(major, rmid, &mut page, blkno).map_err(|what| format!("{whose} page cannot be masked: {what}"))?;

@@ -10,13 +10,14 @@ use varve_postgres::wal::{Record, rmgr};
 use varve_postgres::{BlockNumber, Fork, Lsn, Major, Oid, Page, RelFork, RelNode, page};
 
 use crate::change::Change;
+use crate::free_space_map;
 use crate::visibility_map::HEAP_BLOCKS_PER_PAGE;
 
-/// A page, and the resource manager that changed it last.
+/// A page, and the resource manager that changed it last; none if the WAL did not yet change it.
 #[derive(Debug, Clone)]
 struct Known {
     page: Box<Page>,
-    rmid: u8,
+    rmid: Option<u8>,
 }
 
 type Blocks = BTreeMap<(Fork, BlockNumber), Known>;
@@ -27,6 +28,8 @@ pub struct Pages {
     relations: HashMap<RelNode, Blocks>,
     /// Relations that the WAL created, or truncated: what is not known of them is zeros.
     created: HashSet<RelNode>,
+    /// Whether what is not known of any relation is zeros.
+    pub(super) complete_base: bool,
 }
 
 impl Pages {
@@ -34,25 +37,29 @@ impl Pages {
     pub(super) fn base(&self, rel: RelFork, blkno: BlockNumber) -> Option<Page> {
         match self.get(rel, blkno) {
             Some((page, _)) => Some(*page),
-            None => self.created.contains(&rel.node).then_some(page::ZERO_PAGE),
+            None => (self.complete_base || self.created.contains(&rel.node)).then_some(page::ZERO_PAGE),
         }
     }
 
     /// The block's page, and the resource manager that changed it last.
-    pub fn get(&self, rel: RelFork, blkno: BlockNumber) -> Option<(&Page, u8)> {
+    pub fn get(&self, rel: RelFork, blkno: BlockNumber) -> Option<(&Page, Option<u8>)> {
         let known = self.relations.get(&rel.node)?.get(&(rel.fork, blkno))?;
         Some((&known.page, known.rmid))
     }
 
-    /// All known pages, and the resource manager that changed each last.
-    pub fn iter(&self) -> impl Iterator<Item = (RelFork, BlockNumber, &Page, u8)> {
-        self.relations
-            .iter()
-            .flat_map(|(node, blocks)| blocks.iter().map(|((fork, blkno), known)| (node.fork(*fork), *blkno, &*known.page, known.rmid)))
+    /// All pages that the WAL changed, and the resource manager that changed each last.
+    pub fn changed(&self) -> impl Iterator<Item = (RelFork, BlockNumber, &Page, u8)> {
+        self.relations.iter().flat_map(|(node, blocks)| {
+            blocks.iter().filter_map(|((fork, blkno), known)| Some((node.fork(*fork), *blkno, &*known.page, known.rmid?)))
+        })
+    }
+
+    pub(super) fn know(&mut self, rel: RelFork, blkno: BlockNumber, page: &Page) {
+        self.relations.entry(rel.node).or_default().insert((rel.fork, blkno), Known { page: Box::new(*page), rmid: None });
     }
 
     pub(super) fn put(&mut self, rel: RelFork, blkno: BlockNumber, page: Page, rmid: u8) {
-        self.relations.entry(rel.node).or_default().insert((rel.fork, blkno), Known { page: Box::new(page), rmid });
+        self.relations.entry(rel.node).or_default().insert((rel.fork, blkno), Known { page: Box::new(page), rmid: Some(rmid) });
     }
 
     pub(super) fn forget(&mut self, rel: RelFork, blkno: BlockNumber) {
@@ -62,7 +69,7 @@ impl Pages {
     }
 
     /// What `record` does beyond its blocks: creates, truncates and drops relations, copies and drops databases.
-    pub(super) fn follow(&mut self, record: &Record, major: Major) -> Result<(), String> {
+    pub(super) fn follow(&mut self, record: &Record, major: Major, free_space_maps: bool) -> Result<(), String> {
         let (kind, data) = (record.kind(), &record.main_data[..]);
         let wrong = |error: RecordError| error.to_string();
         match record.header.rmid {
@@ -77,7 +84,11 @@ impl Pages {
                     }
                     if let Some(known) = self.relations.get_mut(&node) {
                         known.retain(|(fork, blkno), _| !(main && *fork == Fork::Main && *blkno >= blocks));
-                        known.retain(|(fork, _), _| !(free_space_map && *fork == Fork::FreeSpaceMap));
+                        if free_space_map && free_space_maps {
+                            truncate_free_space_map(known, blocks, record.header.rmid);
+                        } else if free_space_map {
+                            known.retain(|(fork, _), _| *fork != Fork::FreeSpaceMap);
+                        }
                         if visibility_map {
                             truncate_visibility_map(known, blocks, record.end, major)?;
                         }
@@ -124,4 +135,24 @@ fn truncate_visibility_map(known: &mut Blocks, blocks: BlockNumber, lsn: Lsn, ma
     let Some(known) = known.get_mut(&(Fork::VisibilityMap, last)) else { return Ok(()) };
     let change = Change::TruncateVisibility { heap_blocks: blocks };
     crate::apply(major, lsn, last, &change, &mut known.page).map_err(|error| error.to_string())
+}
+
+/// Cuts a free-space map to a heap of `blocks` blocks.
+fn truncate_free_space_map(known: &mut Blocks, blocks: BlockNumber, rmid: u8) {
+    let (length, slot) = free_space_map::length_after_truncation(blocks);
+    let key = |blkno| (Fork::FreeSpaceMap, blkno);
+    if let (Some(slot), Some(last)) = (slot, known.get_mut(&key(length.saturating_sub(1)))) {
+        free_space_map::truncate(&mut last.page, slot);
+        last.rmid = Some(rmid);
+    }
+    known.retain(|(fork, blkno), _| *fork != Fork::FreeSpaceMap || *blkno < length);
+    let end = known.range(key(0)..=key(BlockNumber::MAX)).next_back().map_or(0, |((_, blkno), _)| blkno + 1);
+    let before: Vec<Page> = (0..end).map(|blkno| known.get(&key(blkno)).map_or(page::ZERO_PAGE, |known| *known.page)).collect();
+    free_space_map::update_upper_pages(
+        blocks,
+        |blkno| before.get(blkno as usize).copied(),
+        |blkno, page| {
+            known.insert(key(blkno), Known { page: Box::new(*page), rmid: Some(rmid) });
+        },
+    );
 }
