@@ -6,3 +6,4 @@ pub mod ingest;
 pub mod page_service;
 pub mod template;
 pub mod time;
+pub mod wal_receiver;

@@ -1,6 +1,6 @@
 //! A blocking connection to a server that speaks the Postgres protocol, for code that has a thread of its own.
 
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
@@ -42,12 +42,26 @@ impl Connection {
     /// # Errors
     /// [`ClientError`] says what went wrong.
     pub fn connect(config: &ConnectConfig, timeout: Duration) -> Result<Connection, ClientError> {
+        Self::connect_interruptibly(config, timeout, |_| {})
+    }
+
+    /// The same; `connected` gets a way to end the connection from another thread, as soon as there is one.
+    ///
+    /// # Errors
+    /// [`ClientError`] says what went wrong.
+    pub fn connect_interruptibly(
+        config: &ConnectConfig,
+        timeout: Duration,
+        connected: impl FnOnce(SocketCloser),
+    ) -> Result<Connection, ClientError> {
         let socket = Socket::connect(&config.endpoint, timeout)?;
+        let endpoint = config.endpoint.to_string();
+        connected(socket.closer().map_err(|source| ClientError::io(&endpoint, "cannot duplicate the socket", source))?);
         let mut connection = Connection {
             socket,
             input: InputBuffer::default(),
             output: BytesMut::new(),
-            endpoint: config.endpoint.to_string(),
+            endpoint,
             parameters: Vec::new(),
             read_timeout: None,
         };
@@ -94,14 +108,6 @@ impl Connection {
         self.parameters.iter().rev().find(|(n, _)| n == name).map(|(_, value)| value.as_str())
     }
 
-    /// A way to end this connection from another thread.
-    ///
-    /// # Errors
-    /// [`ClientError::Io`] when the process has no descriptor left.
-    pub fn closer(&self) -> Result<SocketCloser, ClientError> {
-        self.socket.closer().map_err(|source| ClientError::io(&self.endpoint, "cannot duplicate the socket", source))
-    }
-
     /// How long [`Connection::receive`] waits; `None` is for ever.
     ///
     /// # Errors
@@ -140,13 +146,25 @@ impl Connection {
         })
     }
 
-    /// One read from the socket.
+    /// One read from the socket, which waits as long as the read timeout says.
     ///
     /// # Errors
     /// [`ClientError::Io`].
     pub fn receive(&mut self) -> Result<Received, ClientError> {
+        self.receive_with(Socket::read)
+    }
+
+    /// What the socket holds already, without waiting.
+    ///
+    /// # Errors
+    /// [`ClientError::Io`].
+    pub fn receive_now(&mut self) -> Result<Received, ClientError> {
+        self.receive_with(Socket::read_now)
+    }
+
+    fn receive_with(&mut self, mut read: impl FnMut(&mut Socket, &mut [u8]) -> io::Result<usize>) -> Result<Received, ClientError> {
         loop {
-            return match self.input.read_from(&mut self.socket) {
+            return match self.input.read_with(|room| read(&mut self.socket, room)) {
                 Ok((0, _)) => Ok(Received::Closed),
                 Ok((_, more)) => Ok(Received::Bytes { more }),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,

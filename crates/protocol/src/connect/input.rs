@@ -57,9 +57,17 @@ impl InputBuffer {
     /// # Errors
     /// What the read says.
     pub fn read_from(&mut self, source: &mut impl Read) -> io::Result<(usize, bool)> {
+        self.read_with(|room| source.read(room))
+    }
+
+    /// The same with any way to read into a slice.
+    ///
+    /// # Errors
+    /// What `read` says.
+    pub fn read_with(&mut self, read: impl FnOnce(&mut [u8]) -> io::Result<usize>) -> io::Result<(usize, bool)> {
         self.make_room();
         let room = self.bytes.len() - self.end;
-        let n = source.read(&mut self.bytes[self.end..])?;
+        let n = read(&mut self.bytes[self.end..])?;
         self.end += n;
         Ok((n, n == room))
     }

@@ -111,6 +111,21 @@ fn keep_alive(stream: &TcpStream) -> io::Result<()> {
     Ok(())
 }
 
+impl Socket {
+    /// Reads what is there already, without waiting: [`io::ErrorKind::WouldBlock`] when there is nothing.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn read_now(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        use rustix::net::{RecvFlags, recv};
+        let (n, _) = match self {
+            Socket::Tcp(stream) => recv(stream, buf, RecvFlags::DONTWAIT)?,
+            Socket::Unix(stream) => recv(stream, buf, RecvFlags::DONTWAIT)?,
+        };
+        Ok(n)
+    }
+}
+
 impl Read for Socket {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
         match self {
