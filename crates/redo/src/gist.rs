@@ -141,9 +141,11 @@ fn delete_tuples(page: &mut Page, offsets: &[OffsetNumber]) -> Result<(), Fault>
     Ok(())
 }
 
-/// `gistRedoDeleteRecord`, but for one flag: Postgres's redo sets "tuples deleted" here, and the primary, whose page this must become, does
-/// not (`gistprunepage`; nothing but pageinspect reads the flag, so that nobody noticed). Main data (`gistxlogDelete`): newest transaction among the deleted `u32`, number of offsets `u16`, from 16 on
-/// whether it is a catalog `u8` and padding; the offsets.
+/// `gistRedoDeleteRecord`, but for one flag: Postgres's redo sets "tuples deleted" here and its primary, whose page this must become, does
+/// not (`gistprunepage`), so that Postgres fails its own consistency check on this record. Nothing but pageinspect reads the flag.
+///
+/// Main data (`gistxlogDelete`): newest transaction among the deleted `u32`, number of offsets `u16`, from 16 on whether it is a catalog `u8`
+/// and padding; the offsets.
 fn delete(major: Major, record: &BlockRecord, page: &mut Page) -> Result<(), Fault> {
     let mut main = Cursor::new(&record.main_data);
     let _conflict_horizon = main.u32()?;

@@ -6,7 +6,7 @@ INSERT INTO postings SELECT i, ARRAY[0, 1 + i % 2] FROM generate_series(1, 90000
 CREATE INDEX postings_keys ON postings USING gin (keys) WITH (fastupdate = off);
 
 -- Insertion behind the last row: the rightmost leaf grows and splits.
-INSERT INTO postings SELECT i, ARRAY[0, 1, 2] FROM generate_series(90001, 96000) AS i;
+INSERT INTO postings SELECT i, ARRAY[0, 1, 2] FROM generate_series(90001, 94000) AS i;
 
 -- Gaps in the heap that new rows fill: items go in the middle of full leaves, which split, and downlinks go in everywhere.
 DELETE FROM postings WHERE id % 20 = 3;
@@ -36,7 +36,7 @@ INSERT INTO postings SELECT i, ARRAY[i % 2, 20 + i % 3] FROM generate_series(1, 
 -- Keys whose posting lists become trees.
 CREATE TABLE becoming (id int, keys int[]);
 CREATE INDEX becoming_keys ON becoming USING gin (keys) WITH (fastupdate = off);
-INSERT INTO becoming SELECT i, ARRAY[i % 5] FROM generate_series(1, 16000) AS i;
+INSERT INTO becoming SELECT i, ARRAY[i % 3] FROM generate_series(1, 10000) AS i;
 DELETE FROM becoming WHERE id % 4 <> 0;
 VACUUM becoming;
 DELETE FROM becoming;
@@ -46,9 +46,9 @@ INSERT INTO becoming SELECT i, ARRAY[i % 3] FROM generate_series(1, 2000) AS i;
 -- By way of the pending list many items come at once, and one record changes many segments.
 CREATE TABLE batches (id int, keys int[]) WITH (fillfactor = 60);
 CREATE INDEX batches_keys ON batches USING gin (keys) WITH (fastupdate = on, gin_pending_list_limit = 1024);
-INSERT INTO batches SELECT i, ARRAY[i % 2] FROM generate_series(1, 8000) AS i;
+INSERT INTO batches SELECT i, ARRAY[i % 2] FROM generate_series(1, 5000) AS i;
 SELECT gin_clean_pending_list('batches_keys');
 DELETE FROM batches WHERE id % 4 = 1;
 VACUUM batches;
-INSERT INTO batches SELECT i, ARRAY[i % 2] FROM generate_series(1, 4000) AS i;
+INSERT INTO batches SELECT i, ARRAY[i % 2] FROM generate_series(1, 2500) AS i;
 SELECT gin_clean_pending_list('batches_keys');

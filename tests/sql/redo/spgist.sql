@@ -18,7 +18,7 @@ SELECT i, point(i * 7919 % 1000, i * 104729 % 997), point(i * 31 % 1009, i * 37 
        CASE i % 4 WHEN 0 THEN md5(i::text) WHEN 1 THEN 'common prefix of many ' || i WHEN 2 THEN repeat('x', i % 300) || i ELSE chr(33 + i % 90) || i END,
        ('10.' || i % 200 || '.' || i % 77 || '.' || i % 250)::inet, int4range(i % 1000, i % 1000 + i % 17),
        box(point(i % 100, i % 91), point(i % 100 + i % 7, i % 91 + i % 11))
-FROM generate_series(100, 4000) AS i;
+FROM generate_series(100, 2500) AS i;
 -- Nulls have a tree of their own.
 INSERT INTO places (id) SELECT i FROM generate_series(5001, 6000) AS i;
 
@@ -28,7 +28,7 @@ CREATE INDEX prefixes_name ON prefixes USING spgist (name);
 INSERT INTO prefixes SELECT i, repeat('abcdefghij', 20) || md5(i::text) FROM generate_series(1, 600) AS i;
 INSERT INTO prefixes SELECT i, left(repeat('abcdefghij', 20), 200 - i) || 'Z' || i FROM generate_series(1, 199) AS i;
 -- New first characters one by one: nodes are added until the inner tuple must move.
-INSERT INTO prefixes SELECT i, repeat('abcdefghij', i % 20) || chr(200 + i % 300) || i FROM generate_series(1, 3000) AS i;
+INSERT INTO prefixes SELECT i, repeat('abcdefghij', i % 20) || chr(200 + i % 300) || i FROM generate_series(1, 2500) AS i;
 -- Identical keys: all the same.
 INSERT INTO prefixes SELECT i, 'the same' FROM generate_series(1, 1500) AS i;
 
@@ -39,7 +39,7 @@ DELETE FROM prefixes WHERE id % 3 <> 1;
 VACUUM prefixes;
 INSERT INTO prefixes SELECT i, repeat('abcdefghij', i % 20) || md5(i::text) FROM generate_series(1, 1500) AS i;
 INSERT INTO places SELECT i, point(i % 1000, i % 997), point(i % 1009, i % 1013), md5(i::text), '10.0.0.1', int4range(i, i + 3), NULL
-FROM generate_series(7000, 9000) AS i;
+FROM generate_series(7000, 8000) AS i;
 VACUUM places, prefixes;
 DELETE FROM places;
 DELETE FROM prefixes WHERE id > 100;
