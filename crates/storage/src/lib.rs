@@ -8,6 +8,7 @@ pub mod budget;
 pub mod chain;
 pub mod checkpoint_fields;
 pub mod database;
+pub mod edit_log;
 pub mod envelope;
 pub mod history;
 pub mod ids;
