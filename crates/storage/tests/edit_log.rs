@@ -1,5 +1,6 @@
 //! Edit logs lose and invent nothing: racing writers, sleepers that wake up after they were replaced, stores that fail before and after
-//! they did what they were asked, all as seeds say. `VARVE_TEST_SEEDS=n` runs n seeds a test.
+//! they did what they were asked, all as seeds say. `VARVE_TEST_SEEDS=n` runs n seeds, `VARVE_TEST_SEED=n` runs
+//! seed n alone.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on must panic")]
 
@@ -93,7 +94,11 @@ async fn take(log: &EditLog<Names>, name: &str, value: u64, steal: bool) -> Resu
 }
 
 fn seeds(default: u64) -> std::ops::Range<u64> {
-    0..std::env::var("VARVE_TEST_SEEDS").ok().and_then(|n| n.parse().ok()).unwrap_or(default)
+    let variable = |name| std::env::var(name).ok().and_then(|n: String| n.parse().ok());
+    match variable("VARVE_TEST_SEED") {
+        Some(seed) => seed..seed + 1,
+        None => 0..variable("VARVE_TEST_SEEDS").unwrap_or(default),
+    }
 }
 
 #[tokio::test]

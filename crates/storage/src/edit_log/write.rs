@@ -58,7 +58,14 @@ impl<S: State> Shared<S> {
         loop {
             let error = match self.store.put_if_absent(&object, bytes.clone()).await {
                 Ok(Created::Ours) => return Ok(bytes.len() as u64),
-                Ok(Created::Taken(other)) => return Err(self.taken(&object, id, &other)),
+                Ok(Created::Taken(other)) => match self.was_written(&object, id, &other).await {
+                    Ok(()) => return Ok(bytes.len() as u64),
+                    Err(EditLogError::Store(error)) => {
+                        uncertain = true;
+                        error
+                    }
+                    Err(error) => return Err(error),
+                },
                 Err(error) => error,
             };
             uncertain |= error.is_uncertain();
@@ -72,12 +79,18 @@ impl<S: State> Shared<S> {
         }
     }
 
-    /// Who has taken the number that we wanted.
-    fn taken(&self, object: &ObjectName, id: EntryId, bytes: &bytes::Bytes) -> EditLogError {
-        match Entry::decode(&S::FORMAT, object, NamedEntry { id, is_snapshot: false }, bytes) {
-            Ok(Entry { kind: EntryKind::Seal { by }, .. }) => EditLogError::Fenced { log: self.log(), own: self.ownership.generation, by },
-            Ok(_) => EditLogError::Conflict { object: object.clone() },
-            Err(error) => error,
+    /// Under our number stands something else, `bytes`. Nearly always that is the seal of who has taken over, and our entry was not written.
+    ///
+    /// But it may have been written by an attempt whose outcome we did not learn, have been read by the next owner, which sealed the number
+    /// after it, and been pruned; and then one that had begun to take over before that owner, and was overtaken while it slept, put its
+    /// late seal there. The number after it tells: a seal is never pruned.
+    async fn was_written(&self, object: &ObjectName, id: EntryId, bytes: &bytes::Bytes) -> Result<(), EditLogError> {
+        let entry = Entry::decode(&S::FORMAT, object, NamedEntry { id, is_snapshot: false }, bytes)?;
+        let EntryKind::Seal { by } = entry.kind else { return Err(EditLogError::Conflict { object: object.clone() }) };
+        let after = self.names.entry(EntryId { number: id.number + 1, ..id })?;
+        match self.store.get_optional(&after).await? {
+            Some(_) => Ok(()),
+            None => Err(EditLogError::Fenced { log: self.log(), own: self.ownership.generation, by }),
         }
     }
 
