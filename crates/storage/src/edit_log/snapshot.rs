@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use futures::future::try_join_all;
+use bytes::Bytes;
 
 use super::entry::{Entry, NamedEntry, push_row};
 use super::{EditLogError, EntryId, EntryKind, Shared, State};
@@ -12,10 +12,10 @@ use crate::store::ObjectName;
 
 /// Reading an entry costs as much as reading this many bytes of a snapshot, and as many more as the entry has.
 const ENTRY_COST_BYTES: u64 = 8 << 10;
+/// Where the last snapshot was longer than this, encoding the next takes too long for a thread that serves others.
+const ENCODED_IN_PASSING_BYTES_MAX: u64 = 256 << 10;
 /// Entries since the last snapshot may cost this much, however small the snapshot was.
 const ENTRIES_COST_MIN_BYTES: u64 = 512 << 10;
-/// Deletions that run at once.
-const DELETES_AT_ONCE: usize = 8;
 
 /// What reading the log costs, so that a snapshot is taken in time.
 #[derive(Clone, Copy, Debug, Default)]
@@ -39,22 +39,37 @@ impl Cadence {
     }
 }
 
+fn encode<S: State>(state: &S, id: EntryId, object: &ObjectName) -> Result<Bytes, EditLogError> {
+    let (mut rows, mut row_count, mut failed) = (Vec::new(), 0, None);
+    state.for_each_edit(&mut |edit| {
+        row_count += 1;
+        if let Err(error) = push_row(&mut rows, edit) {
+            failed = Some(error);
+        }
+    });
+    if let Some(error) = failed {
+        return Err(error);
+    }
+    let entry = Entry { row_count, rows: rows.into(), ..Entry::bare(EntryKind::Snapshot, random_bytes()?, id) };
+    Ok(entry.encode(&S::FORMAT, object)?)
+}
+
 impl<S: State> Shared<S> {
     /// After entry `id`, of `bytes` bytes, was written: takes a snapshot in the background if it is time.
     pub(super) fn snapshot_if_due(self: &Arc<Self>, id: EntryId, bytes: u64) {
-        let counted = {
+        let (counted, is_large) = {
             let mut inner = self.inner.lock();
             inner.cadence.count(bytes);
             if !inner.cadence.is_due() {
                 return;
             }
             inner.cadence.running = true;
-            inner.cadence.entries_cost_bytes
+            (inner.cadence.entries_cost_bytes, inner.cadence.snapshot_bytes > ENCODED_IN_PASSING_BYTES_MAX)
         };
         let state = S::clone(&self.durable.load());
         let shared = self.clone();
         tokio::spawn(async move {
-            let written = shared.snapshot(&state, id).await;
+            let written = shared.snapshot(state, id, is_large).await;
             let mut inner = shared.inner.lock();
             inner.cadence.running = false;
             // After a failure, too, only after as many entries more is it tried again.
@@ -67,20 +82,15 @@ impl<S: State> Shared<S> {
     }
 
     /// Writes the state after entry `id`, and deletes what it makes superfluous.
-    async fn snapshot(&self, state: &S, id: EntryId) -> Result<u64, EditLogError> {
-        let (mut rows, mut row_count, mut failed) = (Vec::new(), 0, None);
-        state.for_each_edit(&mut |edit| {
-            row_count += 1;
-            if let Err(error) = push_row(&mut rows, edit) {
-                failed = Some(error);
-            }
-        });
-        if let Some(error) = failed {
-            return Err(error);
-        }
-        let entry = Entry { row_count, rows: rows.into(), ..Entry::bare(EntryKind::Snapshot, random_bytes()?, id) };
+    async fn snapshot(&self, state: S, id: EntryId, is_large: bool) -> Result<u64, EditLogError> {
         let object = self.names.snapshot(id)?;
-        let bytes = entry.encode(&S::FORMAT, &object)?;
+        let bytes = if is_large {
+            let object = object.clone();
+            let encoded = tokio::task::spawn_blocking(move || encode(&state, id, &object)).await;
+            encoded.map_err(|_| self.stopped())??
+        } else {
+            encode(&state, id, &object)?
+        };
         let length = bytes.len() as u64;
         // Nobody else takes snapshots in our generation, and after each entry there is at most one.
         self.store.put(&object, bytes).await?;
@@ -111,9 +121,7 @@ impl<S: State> Shared<S> {
             named.id <= id && !is_claim && !is_seal
         };
         let superfluous: Vec<ObjectName> = named.into_iter().filter(|(named, _)| covered(named)).map(|(_, object)| object).collect();
-        for objects in superfluous.chunks(DELETES_AT_ONCE) {
-            try_join_all(objects.iter().map(|object| self.store.delete(object))).await?;
-        }
+        self.store.delete_all(&superfluous).await?;
         Ok(())
     }
 }

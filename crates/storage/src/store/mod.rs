@@ -22,6 +22,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use futures::future::try_join_all;
 use tokio::runtime::Handle;
 
 pub use blocking::BlockingStore;
@@ -31,6 +32,8 @@ pub use object_name::{ObjectName, ParseObjectNameError};
 
 /// Attempts at a request before its error is given to the caller.
 pub const ATTEMPTS_MAX: u32 = 6;
+/// Deletions that run at once.
+const DELETES_AT_ONCE: usize = 16;
 /// Pause after the first failed attempt; it doubles with each.
 const PAUSE_FIRST: Duration = Duration::from_millis(50);
 /// Longest pause between two attempts.
@@ -209,6 +212,14 @@ impl Store {
                 Err(error) => self.pause_or_fail("delete", name, error, &mut attempts).await?,
             }
         }
+    }
+
+    /// Removes all of `names`, a few at a time; none needs to exist.
+    pub async fn delete_all(&self, names: &[ObjectName]) -> Result<(), StoreError> {
+        for some in names.chunks(DELETES_AT_ONCE) {
+            try_join_all(some.iter().map(|name| self.delete(name))).await?;
+        }
+        Ok(())
     }
 
     /// All objects below the folder `prefix`, by name. Never on a hot path: a bucket answers slowly, a thousand names at a time.

@@ -168,6 +168,16 @@ pub enum TenantEdit {
         /// Its answer, JSON.
         answer: String,
     },
+    /// The highest TLI that was ever given, though its timeline may be gone.
+    TliGiven {
+        /// The TLI.
+        tli: u32,
+    },
+}
+
+impl TenantEdit {
+    /// How many kinds there are. A row of a kind at or above this was written by a newer release.
+    pub const KINDS: u32 = 13;
 }
 
 /// Who did what, when.
@@ -177,4 +187,16 @@ pub struct AuditRow {
     pub time: i64,
     /// What was done, in words.
     pub action: String,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_last_kind_is_counted() {
+        // Postcard writes a variant's number first. Whoever adds a kind after this one must count it, and name it here.
+        let row = postcard::to_stdvec(&TenantEdit::TliGiven { tli: 1 }).unwrap();
+        assert_eq!(u32::from(row[0]) + 1, TenantEdit::KINDS);
+    }
 }

@@ -4,7 +4,10 @@
 //! entry each, whose edits count together; since all are ordered in one log, they cannot race.
 
 mod edit;
+mod log;
+pub mod names;
 mod state;
 
 pub use edit::{Ancestor, AuditRow, FileContents, TenantEdit, TenantFacts, TimelineFacts};
+pub use log::{CreateTenantError, TenantLog, create_tenant, delete_objects, tenant_folder};
 pub use state::{EpochState, TenantError, TenantState, TimelineState};

@@ -307,6 +307,7 @@ impl TenantState {
                 }
             }
             TenantEdit::TenantRemoved => self.removed = true,
+            TenantEdit::TliGiven { tli } => self.tli_max = self.tli_max.max(*tli),
             TenantEdit::Audit(row) => {
                 self.audit.push_back(row.clone());
                 if self.audit.len() > AUDIT_ROWS_MAX {
@@ -356,6 +357,8 @@ impl TenantState {
                 }));
             }
         }
+        // After the timelines, whose own are not above it.
+        edits.push(TenantEdit::TliGiven { tli: self.tli_max });
         edits.extend(self.branches.iter().map(|(name, timeline)| TenantEdit::Branch { name: name.clone(), timeline: *timeline }));
         edits.extend(self.audit.iter().cloned().map(TenantEdit::Audit));
         let answers = self.idempotency.iter();
@@ -404,7 +407,9 @@ mod tests {
         let mut after = state.clone();
         state.delete_branch("dev").unwrap().iter().for_each(|edit| after.apply(edit).unwrap());
         assert!(after.branch("dev").is_err() && after.delete_branch("main").is_ok());
-        assert_eq!(after.next_tli().unwrap(), 3, "a TLI is never given again while the log remembers it");
+        let mut remembered = TenantState::default();
+        after.edits().iter().for_each(|edit| remembered.apply(edit).unwrap());
+        assert_eq!((after.next_tli(), remembered.next_tli()), (Ok(3), Ok(3)), "a TLI is never given again, a snapshot remembers it too");
     }
 
     #[test]
