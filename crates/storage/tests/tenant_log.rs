@@ -31,7 +31,7 @@ fn facts(name: &str) -> TenantFacts {
 
 fn first_timeline() -> (TimelineId, Vec<TenantEdit>) {
     let id = TimelineId::random().unwrap();
-    let timeline = TimelineFacts { id, ancestor: None, tli: 1, start: Lsn(0x150_0000), prev_record: Lsn(0x14F_FFC0), created: 0 };
+    let timeline = TimelineFacts { id, ancestor: None, tli: 1, start: Lsn(0x150_0000), created: 0 };
     (id, vec![TenantEdit::Timeline(timeline), TenantEdit::Branch { name: "main".parse().unwrap(), timeline: id }])
 }
 
@@ -41,7 +41,7 @@ async fn create_branch(log: &TenantLog, name: &str, parent: TimelineId) -> Resul
         state.check_free(&name)?;
         let start = Lsn(0x160_0000);
         let ancestor = Some(Ancestor { timeline: parent, lsn: start });
-        let timeline = TimelineFacts { id, ancestor, tli: state.next_tli()?, start, prev_record: Lsn(0x15F_FF00), created: 1 };
+        let timeline = TimelineFacts { id, ancestor, tli: state.next_tli()?, start, created: 1 };
         Ok((vec![TenantEdit::Timeline(timeline), TenantEdit::Branch { name: name.clone(), timeline: id }], id))
     })
     .await
