@@ -9,6 +9,7 @@ varve_testing::redo_tests!(
     heap_vacuum,
     heap_visibility,
     checksums,
+    free_space,
     generic,
     images_lz4,
     images_pglz,
@@ -19,4 +20,4 @@ varve_testing::redo_tests!(
     transactions,
 );
 
-varve_testing::redo_tests!(recovery: heap_basic, heap_freeze, heap_locks, heap_rows, heap_vacuum, heap_visibility);
+varve_testing::redo_tests!(recovery: free_space, heap_basic, heap_freeze, heap_locks, heap_rows, heap_vacuum, heap_visibility);

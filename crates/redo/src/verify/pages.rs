@@ -47,11 +47,11 @@ impl Pages {
         Some((&known.page, known.rmid))
     }
 
-    /// All pages that the WAL changed, and the resource manager that changed each last.
-    pub fn changed(&self) -> impl Iterator<Item = (RelFork, BlockNumber, &Page, u8)> {
-        self.relations.iter().flat_map(|(node, blocks)| {
-            blocks.iter().filter_map(|((fork, blkno), known)| Some((node.fork(*fork), *blkno, &*known.page, known.rmid?)))
-        })
+    /// All known pages, and the resource manager that changed each last; none if the WAL did not change it.
+    pub fn iter(&self) -> impl Iterator<Item = (RelFork, BlockNumber, &Page, Option<u8>)> {
+        self.relations
+            .iter()
+            .flat_map(|(node, blocks)| blocks.iter().map(|((fork, blkno), known)| (node.fork(*fork), *blkno, &*known.page, known.rmid)))
     }
 
     pub(super) fn know(&mut self, rel: RelFork, blkno: BlockNumber, page: &Page) {
