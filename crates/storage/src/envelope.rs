@@ -18,6 +18,7 @@
 //! a newer version, an unknown codec and a key that it lacks, each with an error that names the object.
 
 use bytes::{BufMut, Bytes, BytesMut};
+use serde::{Deserialize, Serialize};
 
 /// Bytes before the stored bytes.
 pub const HEADER_SIZE: usize = 28;
@@ -40,7 +41,8 @@ pub struct Format {
 }
 
 /// How content is compressed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 #[repr(u8)]
 pub enum Codec {
     /// As it is.

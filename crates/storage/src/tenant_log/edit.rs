@@ -8,24 +8,6 @@ use varve_postgres::Lsn;
 
 use crate::ids::{BranchName, TenantId, TenantName, TimelineId, WalLogId, WriterEpoch};
 
-/// LSNs stand in rows as their number.
-pub(super) mod lsn {
-    use serde::{Deserialize, Deserializer, Serializer};
-    use varve_postgres::Lsn;
-
-    pub(crate) fn serialize<S: Serializer>(lsn: &Lsn, serializer: S) -> Result<S::Ok, S::Error> {
-        if serializer.is_human_readable() { serializer.collect_str(lsn) } else { serializer.serialize_u64(lsn.0) }
-    }
-
-    pub(crate) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Lsn, D::Error> {
-        if deserializer.is_human_readable() {
-            let text = String::deserialize(deserializer)?;
-            return text.parse().map_err(serde::de::Error::custom);
-        }
-        u64::deserialize(deserializer).map(Lsn)
-    }
-}
-
 /// What a tenant is from its first day.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TenantFacts {
@@ -53,7 +35,7 @@ pub struct Ancestor {
     /// The timeline.
     pub timeline: TimelineId,
     /// The position at which this one leaves it.
-    #[serde(with = "lsn")]
+    #[serde(with = "crate::row_fields::lsn")]
     pub lsn: Lsn,
 }
 
@@ -67,7 +49,7 @@ pub struct TimelineFacts {
     /// Postgres timeline: unique in the tenant, above its ancestor's.
     pub tli: u32,
     /// Where its own history begins.
-    #[serde(with = "lsn")]
+    #[serde(with = "crate::row_fields::lsn")]
     pub start: Lsn,
     /// Microseconds since 2000-01-01 UTC.
     pub created: i64,
@@ -120,7 +102,7 @@ pub enum TenantEdit {
         /// Its number.
         epoch: WriterEpoch,
         /// Where it begins.
-        #[serde(with = "lsn")]
+        #[serde(with = "crate::row_fields::lsn")]
         lsn: Lsn,
         /// The WAL log that its bytes go to.
         wal_log: WalLogId,
@@ -132,7 +114,7 @@ pub enum TenantEdit {
         /// Its number.
         epoch: WriterEpoch,
         /// The end of its WAL.
-        #[serde(with = "lsn")]
+        #[serde(with = "crate::row_fields::lsn")]
         lsn: Lsn,
     },
     /// A file without WAL has new contents from `lsn` on.
@@ -142,7 +124,7 @@ pub enum TenantEdit {
         /// Path relative to the data directory.
         path: String,
         /// Head of the timeline when it was written.
-        #[serde(with = "lsn")]
+        #[serde(with = "crate::row_fields::lsn")]
         lsn: Lsn,
         /// What it holds.
         contents: FileContents,

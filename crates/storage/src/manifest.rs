@@ -1,0 +1,305 @@
+//! Manifests: which layers a timeline has, and up to where they cover its history.
+//!
+//! A manifest is an edit log ([`crate::edit_log`]) at `tenants/<tenant>/timelines/<timeline>/log/...`; its first entry comes with the timeline's first
+//! layer. Its owner writes it by the right by which it took over the tenant: a server that was replaced collides with the seal.
+//!
+//! **A sleeper must not add layers behind its successor's back**, for it may have ingested bytes that are void since. So a server that has
+//! taken the tenant over from another (generation 2 and up) claims the manifest when it opens the timeline, before it decides where the next
+//! writer epoch begins. In generation 1 there is no earlier owner, and a timeline without layers costs no object.
+
+use std::sync::Arc;
+
+use imbl::OrdMap;
+use serde::{Deserialize, Serialize};
+use tokio::sync::OnceCell;
+use varve_postgres::Lsn;
+
+use crate::edit_log::{ApplyError, EditLog, EditLogError, LogFormat, Ownership, State};
+use crate::envelope::{Codec, Format};
+use crate::ids::{Generation, LayerId, TenantId, TimelineId};
+use crate::key::Key;
+use crate::layer::LayerInfo;
+use crate::store::{ObjectName, ParseObjectNameError, Store};
+
+/// A layer as its timeline's manifest has it: all that is needed to find it, to know whether to read it, and to check it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LayerRow {
+    /// Identity within the tenant.
+    pub id: LayerId,
+    /// The object that holds it.
+    pub object: ObjectName,
+    /// Where in the object it begins.
+    pub offset: u64,
+    /// Its bytes.
+    pub length: u64,
+    /// Key of its first version.
+    #[serde(with = "crate::row_fields::key")]
+    pub first_key: Key,
+    /// Key of its last version.
+    #[serde(with = "crate::row_fields::key")]
+    pub last_key: Key,
+    /// Its versions are above this.
+    #[serde(with = "crate::row_fields::lsn")]
+    pub lsn_start: Lsn,
+    /// Its versions are at or below this.
+    #[serde(with = "crate::row_fields::lsn")]
+    pub lsn_end: Lsn,
+    /// Number of its versions.
+    pub versions: u64,
+    /// Generation that wrote it.
+    pub generation: Generation,
+    /// How its blocks are compressed.
+    pub codec: Codec,
+    /// Key that it is encrypted with; 0 = not.
+    pub key_id: u32,
+    /// CRC-32C of its bytes.
+    pub checksum: u32,
+}
+
+impl LayerRow {
+    /// The row of a layer that `generation` wrote as an object of its own.
+    pub fn of(info: &LayerInfo, object: ObjectName, generation: Generation) -> LayerRow {
+        let LayerInfo { id, first_key, last_key, lsn_start, lsn_end, versions, length, codec, checksum } = *info;
+        let (offset, key_id) = (0, 0);
+        LayerRow { id, object, offset, length, first_key, last_key, lsn_start, lsn_end, versions, generation, codec, key_id, checksum }
+    }
+
+    /// What a layer's reader needs to know of it.
+    pub fn info(&self) -> LayerInfo {
+        let LayerRow { id, first_key, last_key, lsn_start, lsn_end, versions, length, codec, checksum, .. } = *self;
+        LayerInfo { id, first_key, last_key, lsn_start, lsn_end, versions, length, codec, checksum }
+    }
+
+    /// Whether it holds relation blocks; else it holds everything but.
+    pub fn is_blocks(&self) -> bool {
+        self.first_key.is_block()
+    }
+}
+
+/// One row of a manifest's entry. Kinds are numbered in the order of this enum: new ones come at its end, and none is ever changed.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ManifestEdit {
+    /// A layer is there; it was uploaded before.
+    AddLayer(LayerRow),
+    /// A layer is not needed any more; its object is deleted afterwards.
+    RemoveLayer {
+        /// The layer.
+        id: LayerId,
+    },
+    /// Layers cover the whole history up to here.
+    Layered {
+        /// The position.
+        #[serde(with = "crate::row_fields::lsn")]
+        lsn: Lsn,
+    },
+}
+
+impl ManifestEdit {
+    /// How many kinds there are. A row of a kind at or above this was written by a newer release.
+    pub const KINDS: u32 = 3;
+}
+
+/// What a manifest says, all edits taken together. Cheap to clone.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ManifestState {
+    layers: OrdMap<LayerId, Arc<LayerRow>>,
+    layered: Lsn,
+}
+
+impl ManifestState {
+    /// The layers, by id.
+    pub fn layers(&self) -> impl Iterator<Item = &Arc<LayerRow>> {
+        self.layers.values()
+    }
+
+    /// The layer with this id.
+    pub fn layer(&self, id: LayerId) -> Option<&Arc<LayerRow>> {
+        self.layers.get(&id)
+    }
+
+    /// Number of layers.
+    pub fn layer_count(&self) -> usize {
+        self.layers.len()
+    }
+
+    /// Up to where layers cover the whole history; [`Lsn::INVALID`] where there are none yet.
+    pub fn layered(&self) -> Lsn {
+        self.layered
+    }
+}
+
+impl State for ManifestState {
+    type Edit = ManifestEdit;
+
+    const FORMAT: LogFormat = LogFormat {
+        entry: Format { magic: *b"VMFE", version: 1, what: "a manifest entry", content_bytes_max: 16 << 20 },
+        snapshot: Format { magic: *b"VMFS", version: 1, what: "a manifest snapshot", content_bytes_max: 1 << 30 },
+        edit_kinds: ManifestEdit::KINDS,
+    };
+
+    fn apply(&mut self, edit: &ManifestEdit) -> Result<(), ApplyError> {
+        match edit {
+            ManifestEdit::AddLayer(row) => {
+                if row.first_key > row.last_key || row.lsn_start >= row.lsn_end || row.first_key.is_block() != row.last_key.is_block() {
+                    let LayerRow { id, first_key, last_key, lsn_start, lsn_end, .. } = row;
+                    let message = format!("layer {id} has the impossible ranges {first_key}..={last_key}, {lsn_start}..{lsn_end}");
+                    return Err(ApplyError(message));
+                }
+                if self.layers.insert(row.id, Arc::new(row.clone())).is_some() {
+                    return Err(ApplyError(format!("layer {} is added twice", row.id)));
+                }
+            }
+            ManifestEdit::RemoveLayer { id } => {
+                if self.layers.remove(id).is_none() {
+                    return Err(ApplyError(format!("layer {id} is removed and is not there")));
+                }
+            }
+            ManifestEdit::Layered { lsn } => {
+                if *lsn < self.layered {
+                    return Err(ApplyError(format!("layers covered the history up to {}, and now only to {lsn}", self.layered)));
+                }
+                self.layered = *lsn;
+            }
+        }
+        Ok(())
+    }
+
+    fn for_each_edit(&self, emit: &mut dyn FnMut(&ManifestEdit)) {
+        for row in self.layers.values() {
+            emit(&ManifestEdit::AddLayer(LayerRow::clone(row)));
+        }
+        emit(&ManifestEdit::Layered { lsn: self.layered });
+    }
+}
+
+/// Folder of everything that is a timeline's; its manifest stands in `log` below it.
+///
+/// # Errors
+/// None in practice: an id is a good name.
+pub fn timeline_folder(tenant: TenantId, timeline: TimelineId) -> Result<ObjectName, ParseObjectNameError> {
+    format!("tenants/{tenant}/timelines/{timeline}").parse()
+}
+
+/// Object of a layer that `generation` writes for a timeline. The generation in the name keeps two owners from writing the same object.
+///
+/// # Errors
+/// None in practice: ids are good names.
+pub fn layer_object(
+    tenant: TenantId,
+    timeline: TimelineId,
+    generation: Generation,
+    layer: LayerId,
+) -> Result<ObjectName, ParseObjectNameError> {
+    timeline_folder(tenant, timeline)?.join(&format!("layers/{:08x}-{layer}", generation.0))
+}
+
+/// A timeline's manifest, open for writing. There must be one for a timeline in a process.
+#[derive(Debug)]
+pub struct Manifest {
+    store: Store,
+    folder: ObjectName,
+    owner: Ownership,
+    /// Empty as long as there is no object.
+    log: OnceCell<EditLog<ManifestState>>,
+}
+
+impl Manifest {
+    /// Opens the manifest of a timeline by the right of `owner`, who has taken over the tenant.
+    ///
+    /// # Errors
+    /// [`EditLogError::Fenced`] where somebody else has taken the tenant over; what cannot be read; the store's.
+    pub async fn open(store: &Store, tenant: TenantId, timeline: TimelineId, owner: Ownership) -> Result<Manifest, EditLogError> {
+        let folder = timeline_folder(tenant, timeline)?;
+        let manifest = Manifest { store: store.clone(), folder, owner, log: OnceCell::new() };
+        if owner.generation > Generation(1) || EditLog::<ManifestState>::exists(store, &manifest.folder).await? {
+            manifest.log().await?;
+        }
+        Ok(manifest)
+    }
+
+    async fn log(&self) -> Result<&EditLog<ManifestState>, EditLogError> {
+        self.log.get_or_try_init(|| EditLog::take_over_as(&self.store, &self.folder, self.owner)).await
+    }
+
+    /// What the manifest says, as far as it is durable.
+    pub fn state(&self) -> Arc<ManifestState> {
+        self.log.get().map_or_else(Arc::default, EditLog::state)
+    }
+
+    /// Makes edits visible and durable, all or none of them.
+    ///
+    /// # Errors
+    /// See [`EditLog::commit`].
+    pub async fn publish(&self, edits: Vec<ManifestEdit>) -> Result<(), EditLogError> {
+        self.log().await?.push(edits).await
+    }
+
+    /// Finds out whether somebody has taken the timeline over since. To be asked before an object is deleted for good.
+    ///
+    /// # Errors
+    /// [`EditLogError::Fenced`], or the store's.
+    pub async fn check_ownership(&self) -> Result<(), EditLogError> {
+        match self.log.get() {
+            Some(log) => log.check_ownership().await,
+            None => Ok(()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn row(id: u8) -> LayerRow {
+        LayerRow {
+            id: LayerId([id; 16]),
+            object: format!("tenants/t/timelines/l/layers/{id}").parse().unwrap(),
+            offset: 0,
+            length: 1000,
+            first_key: Key::FIRST_BLOCK,
+            last_key: Key::FIRST_BLOCK.next(),
+            lsn_start: Lsn(0x10),
+            lsn_end: Lsn(0x16B_3748),
+            versions: 2,
+            generation: Generation(3),
+            codec: Codec::Zstd,
+            key_id: 0,
+            checksum: 7,
+        }
+    }
+
+    fn after(edits: &[ManifestEdit]) -> Result<ManifestState, ApplyError> {
+        let mut state = ManifestState::default();
+        edits.iter().try_for_each(|edit| state.apply(edit)).map(|()| state)
+    }
+
+    #[test]
+    fn edits_that_do_not_fit_are_refused() {
+        let add = |id| ManifestEdit::AddLayer(row(id));
+        let layered = |lsn| ManifestEdit::Layered { lsn: Lsn(lsn) };
+        let remove = |id| ManifestEdit::RemoveLayer { id: LayerId([id; 16]) };
+        let state = after(&[add(1), add(2), layered(9), remove(1), layered(9)]).unwrap();
+        assert_eq!((state.layer_count(), state.layered()), (1, Lsn(9)));
+        let mut snapshot = Vec::new();
+        state.for_each_edit(&mut |edit| snapshot.push(edit.clone()));
+        assert_eq!(after(&snapshot).unwrap(), state, "a snapshot makes the same state");
+        assert!(after(&[add(1), add(1)]).is_err() && after(&[remove(1)]).is_err() && after(&[layered(9), layered(8)]).is_err());
+        let turned = LayerRow { lsn_end: Lsn(0x10), ..row(1) };
+        assert!(after(&[ManifestEdit::AddLayer(turned)]).unwrap_err().to_string().contains("impossible ranges"));
+    }
+
+    #[test]
+    fn rows_are_compact_and_are_shown_as_json() {
+        let edit = ManifestEdit::AddLayer(row(1));
+        let bytes = postcard::to_stdvec(&edit).unwrap();
+        assert!(bytes.len() < 120, "a row has {} bytes", bytes.len());
+        assert_eq!(postcard::from_bytes::<ManifestEdit>(&bytes).unwrap(), edit);
+        let json = serde_json::to_value(&edit).unwrap();
+        assert_eq!(json["add_layer"]["lsn_end"], "0/16B3748");
+        assert_eq!(json["add_layer"]["first_key"], "010000000000000000000000000000000000");
+        assert_eq!(serde_json::from_value::<ManifestEdit>(json).unwrap(), edit);
+        let row = postcard::to_stdvec(&ManifestEdit::Layered { lsn: Lsn(1) }).unwrap();
+        assert_eq!(u32::from(row[0]) + 1, ManifestEdit::KINDS, "whoever adds a kind counts it, and names it here");
+    }
+}
