@@ -154,10 +154,10 @@ impl Framer {
         if header.major != self.major {
             return wrong(format!("the page is of {:?}, expected {:?}", header.major, self.major));
         }
-        if let (Some(found), Some(expected)) = (header.system_identifier, self.system_identifier) {
-            if found != expected {
-                return wrong(format!("the page is of the cluster with system identifier {found}, expected {expected}"));
-            }
+        if let (Some(found), Some(expected)) = (header.system_identifier, self.system_identifier)
+            && found != expected
+        {
+            return wrong(format!("the page is of the cluster with system identifier {found}, expected {expected}"));
         }
         if header.overwrites_contrecord {
             self.partial.clear();
@@ -180,7 +180,7 @@ impl Framer {
         }
         let expected = match u32::from_le_bytes(*self.partial.first_chunk().unwrap_or(&[0; 4])) {
             _ if self.partial.is_empty() => 0,
-            total => total - self.partial.len() as u32,
+            total => total.saturating_sub(self.partial.len() as u32), // a start that is no multiple of 8 may cut a length
         };
         if header.remaining_len != expected {
             return wrong(format!("begins with {} bytes of an earlier record, expected {expected}", header.remaining_len));
@@ -233,10 +233,10 @@ impl Framer {
         if found != header.crc {
             return Err(WalError::Crc { lsn: start, found, expected: header.crc });
         }
-        if let Some(last) = self.last_record {
-            if header.prev != last {
-                return Err(wrong(format!("says that the record before is at {}, expected {last}", header.prev)));
-            }
+        if let Some(last) = self.last_record
+            && header.prev != last
+        {
+            return Err(wrong(format!("says that the record before is at {}, expected {last}", header.prev)));
         }
         let mut end = self.position.align();
         if header.rmid == rmgr::XLOG && header.info & 0xF0 == XLOG_SWITCH {
