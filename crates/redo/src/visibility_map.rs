@@ -110,3 +110,44 @@ fn cleared_heap_blocks(record: &Record) -> Option<([Option<u8>; 2], u8)> {
         _ => None,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use varve_postgres::page::ZERO_PAGE;
+
+    use super::*;
+
+    fn bits(page: &Page, heap_block: BlockNumber) -> u8 {
+        let (byte, shift) = place(heap_block / HEAP_BLOCKS_PER_PAGE, heap_block).unwrap();
+        page[byte] >> shift & VALID_BITS
+    }
+
+    #[test]
+    fn bits_are_set_and_cleared_block_by_block() {
+        let base = HEAP_BLOCKS_PER_PAGE * 5;
+        let mut page = ZERO_PAGE;
+        for heap_block in [base, base + 1, base + 6, base + HEAP_BLOCKS_PER_PAGE - 1] {
+            set(&mut page, 5, heap_block, 0xFF).unwrap();
+        }
+        assert_eq!((page::lower(&page), page::upper(&page)), (24, 8192), "a map page that was zeros is initialised");
+        assert_eq!((page[24], page[25], page[8191]), (0b0000_1111, 0b0011_0000, 0b1100_0000));
+        clear(&mut page, 5, &[base + 1], ALL_FROZEN).unwrap();
+        clear(&mut page, 5, &[base + 6, base + 7], VALID_BITS).unwrap();
+        assert_eq!((bits(&page, base), bits(&page, base + 1), bits(&page, base + 6)), (3, 1, 0));
+        assert!(set(&mut page, 5, base - 1, 1).is_err(), "a heap block of map page 4 must be refused on 5");
+    }
+
+    #[test]
+    fn a_truncation_clears_what_lies_behind_it() {
+        for heap_blocks in [0, 1, 3, 4, 5, 1000, HEAP_BLOCKS_PER_PAGE - 1] {
+            let mut page = [0xFF; BLCKSZ];
+            page::init(&mut page, 0);
+            page[24..].fill(0xFF);
+            truncate(&mut page, 0, heap_blocks).unwrap();
+            for heap_block in 0..HEAP_BLOCKS_PER_PAGE {
+                let expected = if heap_block < heap_blocks { 3 } else { 0 };
+                assert_eq!(bits(&page, heap_block), expected, "block {heap_block} of a heap cut to {heap_blocks}");
+            }
+        }
+    }
+}

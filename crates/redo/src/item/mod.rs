@@ -7,8 +7,6 @@
 //! Layout: 4 bytes a line pointer from [`PAGE_HEADER_SIZE`] to `pd_lower`; as a little-endian word, offset in bits 0 to 14, state in
 //! bits 15 and 16, length in bits 17 to 31. Line pointers are numbered from 1.
 
-#![allow(dead_code, reason = "the page functions that use the rest are being written")]
-
 use std::ops::Range;
 
 use varve_postgres::Page;
@@ -105,16 +103,6 @@ impl ItemId {
     /// `ItemIdIsNormal`.
     pub(crate) fn is_normal(self) -> bool {
         self.state() == ItemState::Normal
-    }
-
-    /// `ItemIdIsRedirected`.
-    pub(crate) fn is_redirect(self) -> bool {
-        self.state() == ItemState::Redirect
-    }
-
-    /// `ItemIdIsDead`.
-    pub(crate) fn is_dead(self) -> bool {
-        self.state() == ItemState::Dead
     }
 
     /// `ItemIdHasStorage`.
@@ -583,3 +571,6 @@ pub(crate) fn index_tuple_overwrite(page: &mut Page, offset: OffsetNumber, item:
     page.get_mut(start..start + item.len()).ok_or("the new tuple would end behind the page")?.copy_from_slice(item);
     Ok(())
 }
+
+#[cfg(test)]
+mod tests;
