@@ -25,7 +25,7 @@ fn key(i: u64) -> Key {
 }
 
 fn filled() -> Memtable {
-    let memtable = Memtable::new(Lsn(0), Instant::now(), MemoryBudget::new(1 << 30));
+    let memtable = Memtable::new(Lsn(0), Instant::now, MemoryBudget::new(1 << 30));
     for i in 0..RECORDS {
         let value = Value::Change { will_init: false, bytes: Bytes::from_static(&[7; 100]) };
         memtable.put(key(i), Lsn(i * 128), &value).expect("a memtable of 400,000 records is not full");

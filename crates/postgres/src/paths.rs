@@ -18,12 +18,13 @@ pub fn database_directory(spc: Oid, db: Oid, major: Major, catalog_version: u32)
 /// File `file_number` (1 GiB each) of a relation fork, relative to the data directory.
 pub fn relation_file(rel: RelFork, file_number: u32, major: Major, catalog_version: u32) -> String {
     let directory = database_directory(rel.node.spc, rel.node.db, major, catalog_version);
-    let suffix = rel.fork.suffix();
-    if file_number == 0 {
-        format!("{directory}/{}{suffix}", rel.node.rel)
-    } else {
-        format!("{directory}/{}{suffix}.{file_number}", rel.node.rel)
-    }
+    format!("{directory}/{}", relation_file_name(rel.node.rel, rel.fork, file_number))
+}
+
+/// Name of file `file_number` of a relation fork within its directory.
+pub fn relation_file_name(rel: Oid, fork: Fork, file_number: u32) -> String {
+    let suffix = fork.suffix();
+    if file_number == 0 { format!("{rel}{suffix}") } else { format!("{rel}{suffix}.{file_number}") }
 }
 
 /// A relation file's name without its directory.

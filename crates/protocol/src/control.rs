@@ -39,6 +39,10 @@ pub struct Begin {
     pub password_verifier: String,
     /// Databases, each (tablespace, database), whose directories the mount must show.
     pub databases: Vec<(u32, u32)>,
+    /// Tablespaces but for the two default ones.
+    pub tablespaces: Vec<u32>,
+    /// Postgres's catalog version, part of the names of directories in tablespaces.
+    pub catalog_version: u32,
     /// Blocks (tablespace, database, relation, fork, block) that a start reads, to be fetched in one batch.
     pub startup_blocks: Vec<(u32, u32, u32, u8, u32)>,
 }
@@ -60,6 +64,8 @@ pub struct Attach {
     pub socket_dir: String,
     /// Port, which also names the socket.
     pub port: u16,
+    /// `pg_current_wal_flush_lsn()`: everything it ever got acknowledged ends at or before.
+    pub flushed: String,
 }
 
 /// Answer to [`Attach`].

@@ -1,5 +1,6 @@
 //! What the tests of the other crates share: models to compare with, and things to start.
 
+pub mod acknowledged;
 pub mod dev;
 pub mod minio;
 pub mod naive_history;

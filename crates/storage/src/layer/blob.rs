@@ -5,6 +5,7 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use bytes::Bytes;
 use quick_cache::sync::Cache;
@@ -68,17 +69,24 @@ impl LocalBlob {
     }
 }
 
-impl LayerBlob for LocalBlob {
-    fn read_at(&self, offset: u64, length: usize) -> Result<Bytes, String> {
-        let read = || {
-            let mut bytes = vec![0; length];
-            self.files.open(&self.path)?.read_exact_at(&mut bytes, offset)?;
-            Ok(bytes)
-        };
-        read().map(Bytes::from).map_err(|error: io::Error| match error.kind() {
+impl LocalBlob {
+    fn try_read(&self, offset: u64, length: usize) -> io::Result<Bytes> {
+        let mut bytes = vec![0; length];
+        self.files.open(&self.path)?.read_exact_at(&mut bytes, offset)?;
+        Ok(Bytes::from(bytes))
+    }
+
+    fn problem(&self, offset: u64, length: usize, error: &io::Error) -> String {
+        match error.kind() {
             io::ErrorKind::UnexpectedEof => format!("the file {} ends before offset {}", self.path.display(), offset + length as u64),
             _ => format!("{}: {error}", self.path.display()),
-        })
+        }
+    }
+}
+
+impl LayerBlob for LocalBlob {
+    fn read_at(&self, offset: u64, length: usize) -> Result<Bytes, String> {
+        self.try_read(offset, length).map_err(|error| self.problem(offset, length, &error))
     }
 }
 
@@ -88,21 +96,36 @@ impl Drop for LocalBlob {
     }
 }
 
-/// An object in a bucket, read by ranges.
+/// An object in a bucket: read from a local copy as long as there is one, else by ranges.
 pub struct RemoteBlob {
     store: BlockingStore,
     object: ObjectName,
+    copy: LocalBlob,
+    copy_is_gone: AtomicBool,
 }
 
 impl RemoteBlob {
-    /// The object `object` of `store`.
-    pub fn new(store: BlockingStore, object: ObjectName) -> RemoteBlob {
-        RemoteBlob { store, object }
+    /// The object `object` of `store`, which may have a whole copy at `copy`.
+    pub fn new(store: BlockingStore, object: ObjectName, copy: PathBuf, files: Arc<OpenFiles>) -> RemoteBlob {
+        RemoteBlob { store, object, copy: LocalBlob::new(copy, files), copy_is_gone: AtomicBool::new(false) }
     }
 }
 
 impl LayerBlob for RemoteBlob {
     fn read_at(&self, offset: u64, length: usize) -> Result<Bytes, String> {
+        if !self.copy_is_gone.load(Ordering::Relaxed) {
+            match self.copy.try_read(offset, length) {
+                Ok(bytes) => return Ok(bytes),
+                Err(error) => {
+                    // The copy is a cache: whatever is wrong with it, the bucket has the truth.
+                    self.copy_is_gone.store(true, Ordering::Relaxed);
+                    if error.kind() != io::ErrorKind::NotFound {
+                        let problem = self.copy.problem(offset, length, &error);
+                        tracing::warn!(object = %self.object, problem, "the local copy of a layer cannot be read, the store is read instead");
+                    }
+                }
+            }
+        }
         self.store.get_range(&self.object, offset..offset + length as u64).map_err(|error| error.to_string())
     }
 }

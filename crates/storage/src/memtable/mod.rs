@@ -45,7 +45,8 @@ pub struct MemtableFull;
 /// See the module's doc.
 pub struct Memtable {
     start: Lsn,
-    created: Instant,
+    now: fn() -> Instant,
+    first_put: OnceLock<Instant>,
     /// None until the first put: most timelines are idle.
     shards: OnceLock<Box<[RwLock<Shard>; SHARDS]>>,
     ordered_keys: RwLock<BTreeSet<Key>>,
@@ -55,11 +56,12 @@ pub struct Memtable {
 }
 
 impl Memtable {
-    /// An empty memtable for what comes after `start`; its memory counts in `budget`.
-    pub fn new(start: Lsn, created: Instant, budget: Arc<MemoryBudget>) -> Memtable {
+    /// An empty memtable for what comes after `start`; its memory counts in `budget`, `now` tells the time.
+    pub fn new(start: Lsn, now: fn() -> Instant, budget: Arc<MemoryBudget>) -> Memtable {
         Memtable {
             start,
-            created,
+            now,
+            first_put: OnceLock::new(),
             shards: OnceLock::new(),
             ordered_keys: RwLock::default(),
             share: Share::new(budget),
@@ -73,9 +75,9 @@ impl Memtable {
         self.start
     }
 
-    /// When it was made.
-    pub fn created(&self) -> Instant {
-        self.created
+    /// When something was put for the first time.
+    pub fn first_put(&self) -> Option<Instant> {
+        self.first_put.get().copied()
     }
 
     /// The newest LSN at which something was put, or the start.
@@ -123,6 +125,7 @@ impl Memtable {
         }
         let shards = self.shards.get_or_init(|| {
             self.share.add(SHARDS * size_of::<RwLock<Shard>>());
+            self.first_put.get_or_init(self.now);
             Box::new(std::array::from_fn(|_| RwLock::default()))
         });
         let put = shards[Self::shard_number(&key)].write().put(key, lsn, kind, bytes)?;

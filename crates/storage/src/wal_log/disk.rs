@@ -104,7 +104,7 @@ impl LogFile for OsFile {
 
 impl LogDisk for Folder {
     fn create(&self, name: &str, size: u64) -> io::Result<Arc<dyn LogFile>> {
-        const ZEROS: [u8; 64 * 1024] = [0; 64 * 1024];
+        static ZEROS: [u8; 64 * 1024] = [0; 64 * 1024];
         let temporary = self.path.join(format!("{name}.new"));
         let file = File::options().create(true).truncate(true).read(true).write(true).open(&temporary)?;
         // Written, not merely allocated: an fsync must not have to convert extents.

@@ -111,10 +111,10 @@ impl Segments {
 
     fn new_file(&mut self, number: u64) -> io::Result<Arc<dyn LogFile>> {
         let name = file_name(number);
-        if self.spares.is_empty() {
-            if let Some(maker) = self.maker.take() {
-                self.spares.push(maker.join().map_err(|_| io::Error::other("the maker of spare segments has panicked"))??);
-            }
+        if self.spares.is_empty()
+            && let Some(maker) = self.maker.take()
+        {
+            self.spares.push(maker.join().map_err(|_| io::Error::other("the maker of spare segments has panicked"))??);
         }
         let file = match self.spares.pop() {
             Some((spare, file)) => {
@@ -199,12 +199,11 @@ fn check_torn(segment: &[u8], base: u64, offset: usize, end: u64, folder: &str, 
     while at + HEADER_SIZE <= segment.len() {
         // A cheap look before the checksum: the chunk's own position.
         let here = segment[at + 16..at + 24] == (base + at as u64).to_le_bytes();
-        if here {
-            if let Found::Chunk(header) = ChunkHeader::find(&segment[at..], base + at as u64) {
-                if header.synced > end {
-                    return Err(WalLogError::Damaged { folder: folder.to_owned(), file: end_file.to_owned(), offset: end % SEGMENT_SIZE });
-                }
-            }
+        if here
+            && let Found::Chunk(header) = ChunkHeader::find(&segment[at..], base + at as u64)
+            && header.synced > end
+        {
+            return Err(WalLogError::Damaged { folder: folder.to_owned(), file: end_file.to_owned(), offset: end % SEGMENT_SIZE });
         }
         at += 8;
     }

@@ -1,0 +1,152 @@
+//! Files that have no WAL and must outlive the compute: the mount tells what was written, and they go to the pageserver.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD as BASE64;
+use parking_lot::Mutex;
+use rustix::process::{Pid, Signal, kill_process};
+use tokio::sync::Notify;
+use varve_protocol::control::FileVersion;
+
+use crate::config;
+use crate::dirs::Dirs;
+use crate::mount::FileObserver;
+use crate::server::Server;
+
+/// Largest file that is kept; statistics of 100,000 relations are about 30 MB.
+const FILE_SIZE_MAX: usize = 64 * 1024 * 1024;
+/// Wait between tries to reach a server that is away.
+const RETRY_WAIT: Duration = Duration::from_millis(200);
+/// How long the end of a compute waits for uploads.
+const FLUSH_MAX: Duration = Duration::from_secs(30);
+
+#[derive(Debug, Default)]
+struct Shared {
+    /// Newest version of each file that was not uploaded yet: at most one a path.
+    pending: Mutex<BTreeMap<String, Option<Vec<u8>>>>,
+    changed: Notify,
+    idle: Notify,
+    hba: Mutex<Option<Dirs>>,
+    postmaster: Mutex<Option<u32>>,
+}
+
+/// Uploads files in the background, the last version of each.
+#[derive(Debug)]
+pub struct Uploader {
+    shared: Arc<Shared>,
+    task: tokio::task::JoinHandle<()>,
+}
+
+impl Uploader {
+    /// Starts the upload task; a throw-away compute (`keep` false) forgets what it writes.
+    pub fn start(server: Server, incarnation: u64, keep: bool) -> Uploader {
+        let shared = Arc::new(Shared::default());
+        let task = tokio::spawn(upload(shared.clone(), server, incarnation, keep));
+        Uploader { shared, task }
+    }
+
+    /// What the mount is given.
+    pub fn observer(&self) -> Arc<dyn FileObserver> {
+        Arc::new(Observer { shared: self.shared.clone() })
+    }
+
+    /// From now on a written `pg_hba.conf` is also taken into ours.
+    pub fn watch_hba(&self, dirs: &Dirs) {
+        *self.shared.hba.lock() = Some(dirs.clone());
+    }
+
+    /// Says which postmaster to tell when `pg_hba.conf` changed.
+    pub fn reload_with(&self, postmaster: u32) {
+        *self.shared.postmaster.lock() = Some(postmaster);
+    }
+
+    /// Waits until everything was uploaded, within a limit.
+    pub async fn flush(&self) {
+        let wait = async {
+            loop {
+                let idle = self.shared.idle.notified();
+                if self.shared.pending.lock().is_empty() {
+                    return;
+                }
+                self.shared.changed.notify_one();
+                idle.await;
+            }
+        };
+        if tokio::time::timeout(FLUSH_MAX, wait).await.is_err() {
+            tracing::warn!("settings or statistics of this compute could not be uploaded within {FLUSH_MAX:?}");
+        }
+    }
+}
+
+impl Drop for Uploader {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+struct Observer {
+    shared: Arc<Shared>,
+}
+
+impl FileObserver for Observer {
+    fn written(&self, path: &str, contents: Vec<u8>) {
+        if contents.len() > FILE_SIZE_MAX {
+            tracing::warn!(path, bytes = contents.len(), "not kept beyond this compute: larger than {FILE_SIZE_MAX} bytes");
+            return;
+        }
+        if path.starts_with("pg_replslot/varve/") {
+            return; // the WAL receiver's own, made anew at each start
+        }
+        if path == "pg_hba.conf" {
+            let text = String::from_utf8_lossy(&contents).into_owned();
+            if let Some(dirs) = &*self.shared.hba.lock()
+                && let Err(error) = dirs.write("pg_hba.conf", &config::pg_hba_conf(&text))
+            {
+                tracing::warn!(%error, "pg_hba.conf could not be taken over");
+            }
+            if let Some(pid) = self.shared.postmaster.lock().and_then(|pid| Pid::from_raw(pid as i32)) {
+                let _ = kill_process(pid, Signal::HUP);
+            }
+        }
+        self.shared.pending.lock().insert(path.to_owned(), Some(contents));
+        self.shared.changed.notify_one();
+    }
+
+    fn removed(&self, path: &str) {
+        // Postgres removes its statistics file once it has read it; the kept one serves the next start.
+        if path.starts_with("pg_stat/") || path.starts_with("pg_replslot/varve/") {
+            return;
+        }
+        self.shared.pending.lock().insert(path.to_owned(), None);
+        self.shared.changed.notify_one();
+    }
+}
+
+async fn upload(shared: Arc<Shared>, server: Server, incarnation: u64, keep: bool) {
+    loop {
+        let next = shared.pending.lock().first_key_value().map(|(path, contents)| (path.clone(), contents.clone()));
+        let Some((path, contents)) = next else {
+            shared.idle.notify_waiters();
+            shared.changed.notified().await;
+            continue;
+        };
+        if keep {
+            let version = FileVersion { incarnation, path: path.clone(), contents: contents.as_ref().map(|bytes| BASE64.encode(bytes)) };
+            match server.file(&version).await {
+                Ok(()) => {}
+                Err(error) if error.is_transient() => {
+                    tokio::time::sleep(RETRY_WAIT).await;
+                    continue;
+                }
+                Err(error) => tracing::warn!(path, %error, "a file was not kept"),
+            }
+        }
+        let mut pending = shared.pending.lock();
+        if pending.get(&path) == Some(&contents) {
+            pending.remove(&path);
+        }
+    }
+}

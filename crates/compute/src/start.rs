@@ -1,0 +1,159 @@
+//! From the pageserver's answer to a mounted data directory: the base backup's files, the mount, the blocks that every start reads.
+
+use std::fs::File;
+use std::io::{self, Read, Write as _};
+use std::os::unix::fs::{PermissionsExt as _, chown};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use varve_postgres::lsn::WAL_SEGMENT_SIZE;
+use varve_postgres::{Fork, Lsn, Major, RelFork, RelNode};
+use varve_protocol::client::{BaseBackup, BaseBackupOptions};
+use varve_protocol::connect::{ConnectConfig, Endpoint};
+use varve_protocol::control::Begin;
+
+use crate::config;
+use crate::dirs::Dirs;
+use crate::files::Uploader;
+use crate::mount::{InitialContent, InitialFile, Mount, MountConfig};
+use crate::page_source::PageSource;
+
+/// How long the page service may be silent while a base backup comes: it may have to ingest first.
+const BACKUP_SILENCE_MAX: Duration = Duration::from_secs(120);
+/// Largest file of a base backup that is held in memory: an SLRU-free backup has none beyond statistics.
+const FILE_SIZE_MAX: u64 = 256 * 1024 * 1024;
+
+/// Where the page service listens, as a client of it.
+pub(crate) fn page_service(begin: &Begin) -> io::Result<ConnectConfig> {
+    let (host, port) = begin
+        .page_service
+        .rsplit_once(':')
+        .and_then(|(host, port)| Some((host, port.parse::<u16>().ok()?)))
+        .ok_or_else(|| io::Error::other(format!("'{}' is not the address of a page service", begin.page_service)))?;
+    Ok(ConnectConfig::new(Endpoint::tcp(host, port), "varve"))
+}
+
+/// Fetches the base backup and mounts the data directory.
+pub(crate) async fn mount(begin: &Begin, dirs: &Dirs, uploader: &Arc<Uploader>) -> io::Result<Mount> {
+    let (begin, dirs, uploader) = (begin.clone(), dirs.clone(), uploader.clone());
+    tokio::task::spawn_blocking(move || mount_blocking(&begin, &dirs, &uploader)).await.map_err(io::Error::other)?
+}
+
+fn mount_blocking(begin: &Begin, dirs: &Dirs, uploader: &Uploader) -> io::Result<Mount> {
+    let started = Instant::now();
+    let lsn: Lsn = begin.base_lsn.parse().map_err(io::Error::other)?;
+    let connection = page_service(begin)?;
+    let options = BaseBackupOptions { no_slru: true, ..BaseBackupOptions::default() };
+    let backup = BaseBackup::start(&connection, &begin.tenant_id, &begin.timeline_id, Some(lsn), options, BACKUP_SILENCE_MAX)
+        .map_err(io::Error::other)?;
+    let files = unpack(backup, dirs)?;
+    let fetched = started.elapsed();
+    let users_hba = files.iter().find_map(|file| match &file.content {
+        InitialContent::File(bytes) if file.path == "pg_hba.conf" => Some(String::from_utf8_lossy(bytes).into_owned()),
+        _ => None,
+    });
+    dirs.write("pg_hba.conf", &config::pg_hba_conf(users_hba.as_deref().unwrap_or_default()))?;
+    let source = Arc::new(PageSource::new(connection, &begin.tenant_id, &begin.timeline_id, lsn));
+    let user = dirs.user();
+    let major = Major::from_number(begin.pg_version)
+        .ok_or_else(|| io::Error::other(format!("PostgreSQL {} is not supported by this varve", begin.pg_version)))?;
+    let name = format!("{}/{}", begin.tenant, begin.branch);
+    let mut config = MountConfig::new(&name, &dirs.pgdata(), &dirs.cache(), (major, begin.catalog_version), source);
+    config.uid = user.uid;
+    config.gid = user.gid;
+    config.initial_files = files;
+    config.databases = begin.databases.clone();
+    config.tablespaces = begin.tablespaces.clone();
+    config.observer = Some(uploader.observer());
+    let mount = Mount::start(config).map_err(io::Error::other)?;
+    let mounted = started.elapsed();
+    let blocks: Vec<(RelFork, u32)> = begin
+        .startup_blocks
+        .iter()
+        .filter_map(|(spc, db, rel, fork, block)| Some((RelNode { spc: *spc, db: *db, rel: *rel }.fork(Fork::from_number(*fork)?), *block)))
+        .collect();
+    mount.prefetch(&blocks).map_err(io::Error::other)?;
+    tracing::info!(
+        backup_ms = fetched.as_millis(),
+        mount_ms = (mounted - fetched).as_millis(),
+        prefetch_ms = (started.elapsed() - mounted).as_millis(),
+        "the data directory is there"
+    );
+    Ok(mount)
+}
+
+/// Takes the mount away.
+pub(crate) async fn unmount(mount: Mount, dirs: &Dirs) {
+    let dirs = dirs.clone();
+    let done = tokio::task::spawn_blocking(move || {
+        let result = mount.unmount();
+        dirs.unmount();
+        result
+    });
+    match done.await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => tracing::warn!(%error, "unmounting"),
+        Err(error) => tracing::warn!(%error, "unmounting"),
+    }
+}
+
+/// Takes the archive apart: WAL goes to plain disk, all else becomes the mount's initial files.
+fn unpack(backup: impl Read, dirs: &Dirs) -> io::Result<Vec<InitialFile>> {
+    let mut files = vec![InitialFile { path: "pg_wal".to_owned(), mode: 0o777, content: InitialContent::Symlink(dirs.pg_wal()) }];
+    let mut archive = tar::Archive::new(backup);
+    for entry in archive.entries()? {
+        let mut entry = entry?;
+        let path = entry.path()?.to_str().map(str::to_owned);
+        let path = path.ok_or_else(|| io::Error::other("the base backup holds a name that is no text"))?;
+        let path = path.trim_start_matches("./").trim_end_matches('/').to_owned();
+        let kind = entry.header().entry_type();
+        let mode = entry.header().mode()? & 0o777;
+        if path.is_empty() || path == "pg_wal" {
+            continue;
+        }
+        if let Some(name) = path.strip_prefix("pg_wal/") {
+            write_wal(&mut entry, name, kind.is_dir(), dirs)?;
+            continue;
+        }
+        let content = if kind.is_dir() {
+            InitialContent::Directory
+        } else if kind.is_symlink() {
+            let target = entry.link_name()?.map(std::borrow::Cow::into_owned);
+            InitialContent::Symlink(target.ok_or_else(|| io::Error::other(format!("{path} is a link to nowhere")))?)
+        } else {
+            let size = entry.size();
+            if size > FILE_SIZE_MAX {
+                return Err(io::Error::other(format!("the base backup's file {path} has {size} bytes, more than {FILE_SIZE_MAX}")));
+            }
+            let mut bytes = Vec::with_capacity(size as usize);
+            entry.read_to_end(&mut bytes)?;
+            InitialContent::File(Bytes::from(bytes))
+        };
+        files.push(InitialFile { path, mode, content });
+    }
+    Ok(files)
+}
+
+/// A file of `pg_wal`. Segments come without the zeros at their end and get their size here, as holes.
+fn write_wal(entry: &mut impl Read, name: &str, directory: bool, dirs: &Dirs) -> io::Result<()> {
+    if name.contains("..") {
+        return Err(io::Error::other(format!("the base backup holds the file pg_wal/{name}")));
+    }
+    let user = dirs.user();
+    let path: PathBuf = dirs.pg_wal().join(name);
+    if directory {
+        std::fs::create_dir_all(&path)?;
+        return chown(&path, Some(user.uid), Some(user.gid));
+    }
+    let mut file = File::create(&path)?;
+    let mut bytes = Vec::new();
+    entry.read_to_end(&mut bytes)?;
+    let end = bytes.iter().rposition(|byte| *byte != 0).map_or(0, |last| last + 1);
+    file.write_all(&bytes[..end])?;
+    let is_segment = name.len() == 24 && name.bytes().all(|byte| byte.is_ascii_hexdigit());
+    file.set_len(if is_segment { WAL_SEGMENT_SIZE } else { bytes.len() as u64 })?;
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600))?;
+    chown(&path, Some(user.uid), Some(user.gid))
+}

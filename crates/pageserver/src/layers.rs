@@ -1,0 +1,140 @@
+//! Where histories come from: the shared resources of the engine, a timeline's layers, and a template's.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use varve_postgres::{Lsn, Major};
+use varve_storage::block_cache::BlockCache;
+use varve_storage::budget::MemoryBudget;
+use varve_storage::edit_log::Ownership;
+use varve_storage::ids::{Generation, TenantId, TimelineId};
+use varve_storage::layer::blob::OpenFiles;
+use varve_storage::manifest::{LayerRow, Manifest};
+use varve_storage::page_cache::PageCache;
+use varve_storage::store::Store;
+use varve_storage::tenant_log::TimelineState;
+use varve_storage::timeline::{LayerChange, MEMTABLE_BYTES_MAX, NamedLayer, Resources, Timeline, TimelineSpec};
+
+use crate::error::ServerError;
+use crate::templates::Template;
+use crate::timeline::OpenContext;
+
+/// Layer files that are open at a time.
+const OPEN_FILES_MAX: usize = 512;
+/// Part of the cache that holds blocks of layers; the rest holds pages.
+const BLOCK_CACHE_SHARE: u64 = 4;
+
+/// The engine's shared parts, with caches of `cache_bytes` and memtables of at most `memtable_bytes` together.
+///
+/// # Errors
+/// When the folder for copies of layers cannot be made.
+pub fn resources(
+    store: &Store,
+    runtime: &tokio::runtime::Handle,
+    cache_dir: std::path::PathBuf,
+    cache_bytes: u64,
+    memtable_bytes: u64,
+) -> Result<Resources, ServerError> {
+    std::fs::create_dir_all(&cache_dir).map_err(|error| ServerError::internal(format!("cannot make {}: {error}", cache_dir.display())))?;
+    Ok(Resources {
+        block_cache: BlockCache::new((cache_bytes / BLOCK_CACHE_SHARE) as usize),
+        page_cache: PageCache::new((cache_bytes - cache_bytes / BLOCK_CACHE_SHARE) as usize),
+        memtable_budget: MemoryBudget::new(memtable_bytes as usize),
+        memtable_bytes_max: MEMTABLE_BYTES_MAX,
+        files: OpenFiles::new(OPEN_FILES_MAX),
+        store: store.blocking(runtime.clone()),
+        cache_dir,
+        now: Instant::now,
+    })
+}
+
+/// A timeline's history, and what writes its manifest if there is one.
+pub(crate) struct OpenedHistory {
+    pub(crate) history: Arc<Timeline>,
+    pub(crate) layered: Lsn,
+    pub(crate) manifest: Manifest,
+}
+
+/// Opens the history of a timeline: its manifest's layers, the template's where it has no ancestor.
+pub(crate) async fn open_history(
+    context: &OpenContext,
+    tenant: TenantId,
+    major: Major,
+    state: &TimelineState,
+    ancestor: Option<(Arc<Timeline>, Lsn)>,
+    template: &Template,
+    ownership: Ownership,
+) -> Result<OpenedHistory, ServerError> {
+    let manifest = Manifest::open(&context.store, tenant, state.facts.id, ownership).await?;
+    let (mut layers, mut layered) = (Vec::new(), state.facts.start);
+    if ancestor.is_none() {
+        layers.extend(template.facts().layers.iter().map(named));
+    }
+    let published = manifest.state();
+    layers.extend(published.layers().map(|row| named(row)));
+    layered = layered.max(published.layered());
+    let spec = TimelineSpec {
+        tenant,
+        id: state.facts.id,
+        major,
+        generation: ownership.generation,
+        ancestor,
+        start: if layers_begin_at_zero(state) { Lsn::INVALID } else { state.facts.start },
+        layered,
+    };
+    Ok(OpenedHistory { history: Timeline::open(spec, context.resources.clone(), layers), layered, manifest })
+}
+
+/// A tenant's first timeline has the template's versions, which lie at its very start, as its own.
+fn layers_begin_at_zero(state: &TimelineState) -> bool {
+    state.facts.ancestor.is_none()
+}
+
+fn named(row: &LayerRow) -> NamedLayer {
+    NamedLayer { info: row.info(), object: row.object.clone() }
+}
+
+/// A history that becomes a template.
+pub(crate) struct TemplateHistory {
+    timeline: Arc<Timeline>,
+}
+
+impl TemplateHistory {
+    /// An empty history of `major`.
+    pub(crate) fn new(context: &OpenContext, major: Major) -> Result<TemplateHistory, ServerError> {
+        let random = |error| ServerError::internal(error);
+        let spec = TimelineSpec {
+            tenant: TEMPLATE_TENANT,
+            id: TimelineId::random().map_err(random)?,
+            major,
+            generation: Generation(1),
+            ancestor: None,
+            start: Lsn::INVALID,
+            layered: Lsn::INVALID,
+        };
+        Ok(TemplateHistory { timeline: Timeline::open(spec, context.resources.clone(), Vec::new()) })
+    }
+
+    /// Where the import writes.
+    pub(crate) fn timeline(&self) -> &Timeline {
+        &self.timeline
+    }
+
+    /// Everything as uploaded layers. Blocks.
+    pub(crate) fn into_layers(self) -> Result<Vec<LayerRow>, ServerError> {
+        let mut rows = Vec::new();
+        self.timeline.freeze_if(0, Duration::ZERO);
+        loop {
+            let mut publish = |change: &LayerChange| {
+                rows.extend(change.add.iter().map(|layer| LayerRow::of(&layer.info, layer.object.clone(), Generation(1))));
+                Ok(())
+            };
+            if self.timeline.flush(&mut publish).map_err(ServerError::internal)?.is_none() {
+                return Ok(rows);
+            }
+        }
+    }
+}
+
+/// Templates are kept as if they were those of one tenant that nobody can name or delete.
+const TEMPLATE_TENANT: TenantId = TenantId([0; 16]);

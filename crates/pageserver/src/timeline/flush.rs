@@ -1,0 +1,108 @@
+//! From memory to the store: when a memtable is frozen, and who turns it into layers.
+//!
+//! One flush of a timeline runs at a time, on a thread that may block. A memtable is frozen when it is large, when it is old (so that the
+//! compute need not keep its WAL for long, and `remote_apply` does not wait), or when somebody needs everything in the store.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use varve_postgres::Lsn;
+use varve_storage::manifest::{LayerRow, ManifestEdit};
+use varve_storage::timeline::{LayerChange, MEMTABLE_BYTES_MAX, PublishError};
+
+use super::ServedTimeline;
+use crate::error::ServerError;
+
+/// Age at which even a small memtable is flushed.
+const MEMTABLE_AGE_MAX: Duration = Duration::from_secs(10);
+/// How long somebody who needs everything in the store waits for it.
+const FLUSH_WAIT_MAX: Duration = Duration::from_secs(240);
+
+impl ServedTimeline {
+    /// Whether a flush has something to do, or a memtable is to be frozen.
+    pub(super) fn flush_is_due(&self) -> bool {
+        self.history.frozen_memtables() > 0 || self.history.memtable_bytes() > 0
+    }
+
+    /// Freezes a memtable that is large or old, and sees to it that what is frozen is flushed. Never blocks for long.
+    pub(super) fn flush_if_due(self: &Arc<Self>, runtime: &tokio::runtime::Handle) {
+        self.history.freeze_if(MEMTABLE_BYTES_MAX, MEMTABLE_AGE_MAX);
+        self.spawn_flush(runtime);
+    }
+
+    /// Puts what is in memory into the store soon, without waiting for it.
+    pub fn flush_soon(self: &Arc<Self>) {
+        self.history.freeze_if(0, Duration::ZERO);
+        self.spawn_flush(&self.context.runtime);
+    }
+
+    fn spawn_flush(self: &Arc<Self>, runtime: &tokio::runtime::Handle) {
+        if self.history.frozen_memtables() == 0 || self.flushing.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        let timeline = self.clone();
+        runtime.spawn_blocking(move || {
+            timeline.flush_frozen();
+            timeline.flushing.store(false, Ordering::Release);
+        });
+    }
+
+    /// Flushes what is frozen, and tries again what fails until the timeline stops.
+    fn flush_frozen(&self) {
+        let mut publish = |change: &LayerChange| self.publish(change);
+        let give_up = || self.stopping.load(Ordering::Acquire);
+        self.history.flush_all(&mut publish, &give_up);
+    }
+
+    /// Makes a change of layers durable, and lets go of the WAL that the layers cover.
+    fn publish(&self, change: &LayerChange) -> Result<(), PublishError> {
+        let generation = self.ownership.generation;
+        let added = change.add.iter().map(|layer| ManifestEdit::AddLayer(LayerRow::of(&layer.info, layer.object.clone(), generation)));
+        let removed = change.remove.iter().map(|id| ManifestEdit::RemoveLayer { id: *id });
+        let edits = added.chain(removed).chain([ManifestEdit::Layered { lsn: change.layered }]).collect();
+        self.context.runtime.block_on(self.manifest.publish(edits)).map_err(|error| PublishError(error.to_string()))?;
+        self.update(|positions| positions.layered = positions.layered.max(change.layered));
+        self.wal.release(self.tenant, self.facts.id, change.layered);
+        Ok(())
+    }
+
+    /// Puts everything up to `lsn`, which is durable, into the store.
+    ///
+    /// # Errors
+    /// When ingest has stopped before, or the store does not take it in time.
+    pub async fn flush_up_to(self: &Arc<Self>, lsn: Lsn) -> Result<(), ServerError> {
+        let timeline = self.clone();
+        tokio::task::spawn_blocking(move || {
+            let deadline = Instant::now() + FLUSH_WAIT_MAX;
+            timeline.wait_own_applied(lsn, FLUSH_WAIT_MAX).map_err(ServerError::unavailable)?;
+            let mut positions = timeline.positions.lock();
+            while positions.layered < lsn {
+                drop(positions);
+                timeline.flush_soon();
+                positions = timeline.positions.lock();
+                if positions.layered >= lsn {
+                    break;
+                }
+                if Instant::now() > deadline || timeline.stopping.load(Ordering::Acquire) {
+                    return Err(ServerError::unavailable(format!(
+                        "the store has timeline {} up to {} only, not up to {lsn}: is it reachable?",
+                        timeline.name, positions.layered
+                    )));
+                }
+                timeline.changed.wait_for(&mut positions, Duration::from_millis(20));
+            }
+            Ok(())
+        })
+        .await
+        .map_err(ServerError::internal)?
+    }
+
+    /// Puts everything that is durable here into the store.
+    ///
+    /// # Errors
+    /// As [`ServedTimeline::flush_up_to`].
+    pub async fn flush_all(self: &Arc<Self>) -> Result<(), ServerError> {
+        self.flush_up_to(self.head()).await
+    }
+}

@@ -1,0 +1,101 @@
+//! The thread that ingests a timeline: WAL log in, versions out.
+//!
+//! It reads the WAL log, so that a restart and the live stream are one path, and so that memory is bounded by a read's size. It frames anew,
+//! with CRCs: what comes back from disk is checked like what came from the network.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use varve_postgres::Lsn;
+use varve_postgres::wal::Framer;
+
+use super::ServedTimeline;
+use crate::ingest::Ingest;
+
+/// Bytes of WAL that one read brings.
+const READ_SIZE: usize = 1024 * 1024;
+/// Records between two moments at which readers may see more.
+const RECORDS_BETWEEN_ADVANCES: usize = 256;
+/// How often an idle timeline looks whether it has something old to flush.
+const IDLE_WAIT: Duration = Duration::from_millis(500);
+/// Wait while memory is over its budget and flushes catch up.
+const MEMORY_WAIT: Duration = Duration::from_millis(5);
+
+impl ServedTimeline {
+    /// Starts the thread, which goes on where `applied` is.
+    pub(super) fn start_ingest(self: &Arc<Self>) -> std::io::Result<()> {
+        let timeline = self.clone();
+        let runtime = tokio::runtime::Handle::current();
+        let worker = std::thread::Builder::new().name("ingest".to_owned()).spawn(move || {
+            if let Err(reason) = timeline.ingest(&runtime) {
+                tracing::error!(timeline = timeline.name, reason, "ingest stopped; what came before stays readable");
+                timeline.update(|positions| positions.stopped = Some(reason));
+            }
+        })?;
+        *self.worker.lock() = Some(worker);
+        Ok(())
+    }
+
+    fn ingest(self: &Arc<Self>, runtime: &tokio::runtime::Handle) -> Result<(), String> {
+        let start = self.applied();
+        let mut framer = Framer::new(self.major, Some(self.system_identifier), start, None);
+        let mut ingest: Option<Ingest> = None;
+        loop {
+            self.flush_if_due(runtime);
+            let Some(head) = self.wait_for_wal(framer.position()) else { return Ok(()) };
+            let ingest = match &mut ingest {
+                Some(ingest) => ingest,
+                // Opened at the first record, so that an idle timeline reads nothing.
+                None => ingest.insert(Ingest::open(self.history.clone(), start).map_err(|error| error.to_string())?),
+            };
+            let room = head.0 - framer.position().0;
+            let bytes = self.wal.read(self.tenant, self.facts.id, framer.position(), READ_SIZE.min(room as usize));
+            let mut bytes = bytes.map_err(|error| error.to_string())?;
+            if bytes.is_empty() {
+                return Err(format!("the WAL log holds no bytes at {}, and its records end at {head}", framer.position()));
+            }
+            let mut records = 0;
+            while let Some(record) = framer.next_record(&mut bytes).map_err(|error| error.to_string())? {
+                if let Err(error) = ingest.record(&record) {
+                    return Err(error.to_string());
+                }
+                records += 1;
+                if records % RECORDS_BETWEEN_ADVANCES == 0 {
+                    self.advance(ingest)?;
+                }
+            }
+            self.advance(ingest)?;
+            while self.history.memory_over_budget() && !self.stopping.load(Ordering::Acquire) {
+                self.flush_if_due(runtime);
+                std::thread::sleep(MEMORY_WAIT);
+            }
+        }
+    }
+
+    fn advance(&self, ingest: &mut Ingest) -> Result<(), String> {
+        ingest.advance().map_err(|error| error.to_string())?;
+        let end = ingest.end();
+        self.update(|positions| positions.applied = positions.applied.max(end));
+        Ok(())
+    }
+
+    /// Waits until there is WAL beyond `position`; gives head, or nothing when it is time to end. Comes back now and then for a flush.
+    fn wait_for_wal(self: &Arc<Self>, position: Lsn) -> Option<Lsn> {
+        let mut positions = self.positions.lock();
+        loop {
+            if self.stopping.load(Ordering::Acquire) {
+                return None;
+            }
+            if positions.head > position {
+                return Some(positions.head);
+            }
+            let deadline = Instant::now() + IDLE_WAIT;
+            if self.changed.wait_until(&mut positions, deadline).timed_out() && self.flush_is_due() {
+                drop(positions);
+                self.flush_if_due(&self.context.runtime);
+                positions = self.positions.lock();
+            }
+        }
+    }
+}

@@ -1,0 +1,181 @@
+//! Flushing: the oldest frozen memtable becomes layers.
+//!
+//! Written, checked, uploaded, published, and only then dropped from memory. A crash before the publishing leaves objects that nothing refers to; after
+//! it, the layers. What was written is remembered, so trying again after a failed upload or publishing does not write again.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+use std::time::Duration;
+
+use varve_postgres::Lsn;
+
+use super::layer_file::{LAYER_BYTES_TARGET, LayerFiles, WriteError, WrittenLayer, upload};
+use super::{Frozen, NamedLayer, Timeline, View, open_layer};
+use crate::chain::{ChainLength, Version, image, page_number};
+use crate::envelope::Codec;
+use crate::history::HistoryError;
+use crate::ids::LayerId;
+use crate::key::Key;
+use crate::layer_map::LayerMap;
+
+/// Pause after a flush that failed; it doubles with each further failure.
+const PAUSE_FIRST: Duration = Duration::from_secs(1);
+/// Longest pause between two attempts.
+const PAUSE_MAX: Duration = Duration::from_secs(30);
+
+/// A change of a timeline's layers, to be published as one edit of its manifest.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct LayerChange {
+    /// Layers that come.
+    pub add: Vec<NamedLayer>,
+    /// Layers that go.
+    pub remove: Vec<LayerId>,
+    /// Everything up to here is in layers, once this is published.
+    pub layered: Lsn,
+}
+
+/// Why a change could not be published.
+#[derive(Debug, Clone, thiserror::Error)]
+#[error("{0}")]
+pub struct PublishError(pub String);
+
+/// Publishes a change of layers: when it returns, the change is durable, or has certainly not happened.
+pub type Publish<'a> = dyn FnMut(&LayerChange) -> Result<(), PublishError> + 'a;
+
+/// A flush that failed. The memtable stays, nothing is lost.
+#[derive(Debug, thiserror::Error)]
+pub enum FlushError {
+    /// The layers could not be written or uploaded.
+    #[error(transparent)]
+    Write(#[from] WriteError),
+    /// What was to be written could not be read.
+    #[error(transparent)]
+    Read(#[from] HistoryError),
+    /// The manifest could not be written.
+    #[error("the layers could not be published: {0}")]
+    Publish(#[from] PublishError),
+}
+
+/// Layers that are written and wait to be published.
+pub(super) struct WrittenLayers {
+    end: Lsn,
+    layers: Vec<WrittenLayer>,
+}
+
+impl Timeline {
+    /// Turns the oldest frozen memtable into layers and publishes them. What was published; `None` if nothing is frozen. May block for long.
+    ///
+    /// # Errors
+    /// When the layers cannot be written, uploaded or published; to be called again later.
+    pub fn flush(&self, publish: &mut Publish<'_>) -> Result<Option<LayerChange>, FlushError> {
+        let mut written = self.flush.lock();
+        let Some(frozen) = self.view.load().frozen.last().cloned() else { return Ok(None) };
+        let layers = match written.take() {
+            Some(layers) if layers.end == frozen.end => layers.layers,
+            _ => self.write_memtable(&frozen)?,
+        };
+        let WrittenLayers { layers, .. } = written.insert(WrittenLayers { end: frozen.end, layers });
+        upload(&self.resources, layers)?;
+        let change = LayerChange { add: layers.iter().map(|layer| layer.named.clone()).collect(), remove: Vec::new(), layered: frozen.end };
+        publish(&change)?;
+        *written = None;
+        self.install(&change);
+        let (count, bytes) = (change.add.len(), change.add.iter().map(|layer| layer.info.length).sum::<u64>());
+        tracing::debug!(tenant = %self.spec.tenant, timeline = %self.spec.id, layered = %change.layered, layers = count, bytes, "a memtable was flushed");
+        Ok(Some(change))
+    }
+
+    /// Flushes all frozen memtables, and tries again what fails, with growing pauses, until `give_up` says to stop. Whether all were flushed.
+    pub fn flush_all(&self, publish: &mut Publish<'_>, give_up: &dyn Fn() -> bool) -> bool {
+        let mut pause = PAUSE_FIRST;
+        loop {
+            match self.flush(publish) {
+                Ok(None) => return true,
+                Ok(Some(_)) => pause = PAUSE_FIRST,
+                Err(error) => {
+                    tracing::warn!(tenant = %self.spec.tenant, timeline = %self.spec.id, %error, ?pause, "a flush failed, it is tried again");
+                    // In small steps, so that a server that shuts down need not wait.
+                    let steps = pause.as_millis() / 100;
+                    for _ in 0..steps {
+                        if give_up() {
+                            return false;
+                        }
+                        std::thread::sleep(Duration::from_millis(100));
+                    }
+                    pause = (pause * 2).min(PAUSE_MAX);
+                }
+            }
+            if give_up() {
+                return false;
+            }
+        }
+    }
+
+    fn write_memtable(&self, frozen: &Frozen) -> Result<Vec<WrittenLayer>, FlushError> {
+        let memtable = &frozen.memtable;
+        let range = (memtable.start(), frozen.end);
+        let mut files = LayerFiles::new(&self.spec, &self.resources, range, Codec::Lz4, LAYER_BYTES_TARGET);
+        for key in memtable.sorted_keys() {
+            let versions = self.bound_chain(key, live_versions(memtable.versions_of(&key)))?;
+            for version in &versions {
+                files.push(&key, version)?;
+            }
+        }
+        Ok(files.finish()?)
+    }
+
+    /// Gives a page's chain images where it is too long without. Most have them already; this is for those that could not be made in time.
+    fn bound_chain(&self, key: Key, versions: Vec<Version>) -> Result<Vec<Version>, HistoryError> {
+        let mut length = ChainLength::default();
+        let mut wanted = Vec::new();
+        for (i, version) in versions.iter().enumerate().rev() {
+            length.add(&version.value);
+            if length.wants_image() {
+                wanted.push(i);
+                length = ChainLength::default();
+            }
+        }
+        if wanted.is_empty() || page_number(key).is_none() {
+            return Ok(versions);
+        }
+        let mut bounded = versions;
+        // From the newest to the oldest, each before the version that it is made of.
+        for i in wanted.into_iter().rev() {
+            let Some(lsn) = bounded.get(i).map(|version| version.lsn) else { continue };
+            let Some(floor) = self.floor_of_page(key, lsn)? else { continue };
+            match self.pages(&[(key, floor)], lsn) {
+                Ok(mut pages) => {
+                    if let Some(page) = pages.pop().flatten() {
+                        bounded.insert(i, Version { lsn, value: image(page.page()) });
+                    }
+                }
+                // Readers will hear it, too. The chain is what there is.
+                Err(error) => tracing::warn!(tenant = %self.spec.tenant, timeline = %self.spec.id, %key, %error, "a long chain stays long"),
+            }
+        }
+        Ok(live_versions(bounded))
+    }
+
+    /// Makes a published change visible to readers, and drops the memtable that it has made superfluous.
+    pub(super) fn install(&self, change: &LayerChange) {
+        let add: Vec<_> = change.add.iter().map(|named| Arc::new(open_layer(&self.resources, named.clone()))).collect();
+        let remove: HashSet<LayerId> = change.remove.iter().copied().collect();
+        let _changing = self.view_lock.lock();
+        let view = self.view.load_full();
+        let layers: LayerMap = view.layers.with(&add, &remove);
+        let frozen = view.frozen.iter().filter(|frozen| frozen.end > change.layered).cloned().collect();
+        let layered = view.layered.max(change.layered);
+        self.view.store(Arc::new(View { active: Arc::clone(&view.active), frozen, layers: Arc::new(layers), layered }));
+    }
+}
+
+/// Leaves out, of versions newest first, what a later one at the same LSN has made superfluous.
+fn live_versions(versions: Vec<Version>) -> Vec<Version> {
+    let mut live: Vec<Version> = Vec::with_capacity(versions.len());
+    for version in versions {
+        if live.last().is_none_or(|newer| newer.lsn != version.lsn || !newer.value.is_base()) {
+            live.push(version);
+        }
+    }
+    live
+}

@@ -1,0 +1,271 @@
+//! A timeline: one history, read at any LSN and written at its end.
+//!
+//! What it has, newest first: the memtable that is being written, frozen ones that wait to become layers, and layers. What it does not have itself, its
+//! ancestor has, up to the branch point. All of that is one immutable [`View`], swapped when a memtable is frozen, flushed, or when layers are merged; a
+//! read takes the view once and is done with locks, except a memtable's own.
+//!
+//! - [`read`]: pages and values at an LSN; [`scan`]: keys in order;
+//! - [`write`]: puts, and what they lead to: images in long chains, freezing;
+//! - [`flush`]: a frozen memtable becomes layers, is uploaded, published, and dropped.
+//!
+//! Invariants: readers ask for LSNs that are applied; everything at or below [`Timeline::layered_lsn`] is in layers that are published; memtables and
+//! layers tile the LSNs above the branch point without gap or overlap, but for the inputs of a merge that is being published.
+
+mod flush;
+mod layer_file;
+mod progress;
+mod read;
+mod scan;
+mod write;
+
+use std::fmt;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Instant;
+
+use arc_swap::ArcSwap;
+use parking_lot::Mutex;
+use varve_postgres::{Lsn, Major};
+
+use crate::block_cache::BlockCache;
+use crate::budget::MemoryBudget;
+use crate::ids::{Generation, LayerId, TenantId, TimelineId};
+use crate::layer::blob::{LayerBlob, LocalBlob, OpenFiles, RemoteBlob};
+use crate::layer::{Layer, LayerInfo};
+use crate::layer_map::LayerMap;
+use crate::memtable::Memtable;
+use crate::page_cache::PageCache;
+use crate::size_cache::SizeCache;
+use crate::store::{BlockingStore, ObjectName, ParseObjectNameError};
+
+pub use flush::{FlushError, LayerChange, Publish, PublishError};
+pub use layer_file::WriteError;
+pub use progress::WaitError;
+pub use read::{PageRef, ReadError};
+
+use flush::WrittenLayers;
+use progress::Progress;
+use write::Writer;
+
+/// Memory of a memtable at which it is frozen, unless told otherwise.
+pub const MEMTABLE_BYTES_MAX: usize = 64 << 20;
+
+/// What all timelines of a pageserver share.
+pub struct Resources {
+    /// Contents of layer blocks.
+    pub block_cache: Arc<BlockCache>,
+    /// Materialised pages.
+    pub page_cache: Arc<PageCache>,
+    /// Memory of all memtables.
+    pub memtable_budget: Arc<MemoryBudget>,
+    /// Memory of one memtable at which it is frozen.
+    pub memtable_bytes_max: usize,
+    /// Layer files that are open.
+    pub files: Arc<OpenFiles>,
+    /// Where layers live.
+    pub store: BlockingStore,
+    /// Folder for local copies of layers whose store is a bucket. It must exist.
+    pub cache_dir: PathBuf,
+    /// Tells the time.
+    pub now: fn() -> Instant,
+}
+
+/// What a timeline is, beside its layers.
+#[derive(Clone)]
+pub struct TimelineSpec {
+    /// Its tenant.
+    pub tenant: TenantId,
+    /// Its id.
+    pub id: TimelineId,
+    /// The major whose WAL it is made of.
+    pub major: Major,
+    /// The pageserver's ownership, in the names of what it writes.
+    pub generation: Generation,
+    /// The timeline that this one branched off, and where.
+    pub ancestor: Option<(Arc<Timeline>, Lsn)>,
+    /// Where its own history begins: the branch point, or for a root the LSN before its first version.
+    pub start: Lsn,
+    /// Everything up to here is in the layers given.
+    pub layered: Lsn,
+}
+
+/// A layer as the manifest names it.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct NamedLayer {
+    /// The layer.
+    pub info: LayerInfo,
+    /// Its object.
+    pub object: ObjectName,
+}
+
+/// A frozen memtable and the LSN up to which it has everything.
+struct Frozen {
+    memtable: Arc<Memtable>,
+    end: Lsn,
+}
+
+/// What a timeline has of its own.
+struct View {
+    active: Arc<Memtable>,
+    /// Newest first.
+    frozen: Vec<Arc<Frozen>>,
+    layers: Arc<LayerMap>,
+    /// Everything up to here is in `layers`.
+    layered: Lsn,
+}
+
+/// See the module's doc.
+pub struct Timeline {
+    spec: TimelineSpec,
+    resources: Arc<Resources>,
+    view: ArcSwap<View>,
+    /// Whoever changes the view holds this, or `writer`, which comes first.
+    view_lock: Mutex<()>,
+    progress: Progress,
+    writer: Mutex<Writer>,
+    sizes: SizeCache,
+    /// Whoever flushes holds this; within, what was written and is not yet published.
+    flush: Mutex<Option<WrittenLayers>>,
+}
+
+impl Timeline {
+    /// The timeline `spec` with the layers that its manifest names. Reads nothing.
+    pub fn open(spec: TimelineSpec, resources: Arc<Resources>, layers: Vec<NamedLayer>) -> Arc<Timeline> {
+        let layers = layers.into_iter().map(|named| Arc::new(open_layer(&resources, named))).collect();
+        let applied = spec.layered.max(spec.start);
+        let active = Arc::new(Memtable::new(applied, resources.now, Arc::clone(&resources.memtable_budget)));
+        let view = View { active: Arc::clone(&active), frozen: Vec::new(), layers: Arc::new(LayerMap::new(layers)), layered: applied };
+        Arc::new(Timeline {
+            progress: Progress::new(spec.id, applied),
+            spec,
+            resources,
+            view: ArcSwap::from_pointee(view),
+            view_lock: Mutex::new(()),
+            writer: Mutex::new(Writer::new(active)),
+            sizes: SizeCache::default(),
+            flush: Mutex::new(None),
+        })
+    }
+
+    /// Its tenant.
+    pub fn tenant(&self) -> TenantId {
+        self.spec.tenant
+    }
+
+    /// Its id.
+    pub fn id(&self) -> TimelineId {
+        self.spec.id
+    }
+
+    /// The timeline that it branched off, and where.
+    pub fn ancestor(&self) -> Option<(&Arc<Timeline>, Lsn)> {
+        self.spec.ancestor.as_ref().map(|(ancestor, lsn)| (ancestor, *lsn))
+    }
+
+    /// Where its own history begins.
+    pub fn start(&self) -> Lsn {
+        self.spec.start
+    }
+
+    /// The newest LSN that can be read.
+    pub fn applied(&self) -> Lsn {
+        self.progress.applied()
+    }
+
+    /// Everything up to here is in published layers.
+    pub fn layered_lsn(&self) -> Lsn {
+        self.view.load().layered
+    }
+
+    /// Memory of its memtables.
+    pub fn memtable_bytes(&self) -> usize {
+        let view = self.view.load();
+        view.active.memory_bytes() + view.frozen.iter().map(|frozen| frozen.memtable.memory_bytes()).sum::<usize>()
+    }
+
+    /// Whether the memtables of all timelines together take more memory than they should: then ingest pauses until flushes have caught up.
+    pub fn memory_over_budget(&self) -> bool {
+        self.resources.memtable_budget.is_over()
+    }
+
+    /// Number and bytes of its own layers.
+    pub fn layer_stats(&self) -> (usize, u64) {
+        let layers = Arc::clone(&self.view.load().layers);
+        layers.layers().fold((0, 0), |(count, bytes), layer| (count + 1, bytes + layer.info().length))
+    }
+
+    /// The layers that it has of its own, in no particular order.
+    pub fn layers(&self) -> Vec<NamedLayer> {
+        let layers = Arc::clone(&self.view.load().layers);
+        let named = |layer: &Arc<Layer>| Some(NamedLayer { info: layer.info().clone(), object: layer.object().parse().ok()? });
+        layers.layers().filter_map(named).collect()
+    }
+
+    /// Waits until `lsn` is applied.
+    ///
+    /// # Errors
+    /// When that does not happen before `deadline`, or never will.
+    pub async fn wait_applied(&self, lsn: Lsn, deadline: Instant) -> Result<(), WaitError> {
+        self.progress.wait(lsn, deadline).await
+    }
+
+    /// The same for a plain thread.
+    ///
+    /// # Errors
+    /// As [`Self::wait_applied`].
+    pub fn wait_applied_blocking(&self, lsn: Lsn, deadline: Instant) -> Result<(), WaitError> {
+        self.progress.wait_blocking(lsn, deadline)
+    }
+
+    /// Stops the timeline: nothing more is put, who waits hears `reason`. What is applied stays readable.
+    pub fn stop(&self, reason: String) {
+        tracing::warn!(tenant = %self.spec.tenant, timeline = %self.spec.id, applied = %self.applied(), reason, "the timeline is stopped");
+        self.progress.stop(reason);
+    }
+
+    /// Why it stopped, if it did.
+    pub fn stopped(&self) -> Option<&str> {
+        self.progress.stopped()
+    }
+
+    /// Gives back what an idle timeline need not hold.
+    pub fn shrink(&self) {
+        self.sizes.clear();
+    }
+}
+
+impl fmt::Debug for Timeline {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "timeline {} of tenant {}", self.spec.id, self.spec.tenant)
+    }
+}
+
+/// Name of the object of layer `layer` of a timeline.
+///
+/// # Errors
+/// None in practice: ids and numbers make names.
+pub fn layer_object(
+    tenant: TenantId,
+    timeline: TimelineId,
+    layer: LayerId,
+    generation: Generation,
+) -> Result<ObjectName, ParseObjectNameError> {
+    format!("tenants/{tenant}/timelines/{timeline}/layers/{layer}-{generation}").parse()
+}
+
+/// A layer to be read: in place where the store is a folder; else from the local copy if there is one, and from the bucket.
+fn open_layer(resources: &Resources, named: NamedLayer) -> Layer {
+    let NamedLayer { info, object } = named;
+    let files = Arc::clone(&resources.files);
+    let blob: Box<dyn LayerBlob> = match resources.store.store().local_path(&object) {
+        Some(path) => Box::new(LocalBlob::new(path, files)),
+        None => {
+            let copy = resources.cache_dir.join(object.as_str());
+            Box::new(RemoteBlob::new(resources.store.clone(), object.clone(), copy, files))
+        }
+    };
+    Layer::new(info, object.to_string(), blob)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,148 @@
+//! Clients that commit without pause and remember what was acknowledged, to ask later whether it is all there.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use anyhow::{Context as _, ensure};
+use tokio_postgres::{AsyncMessage, NoTls};
+
+/// How long a client waits for one answer before it connects anew. Commits wait as long as a server restarts.
+const ANSWER_MAX: Duration = Duration::from_secs(30);
+
+/// Writers on one database; each inserts (writer, 0), (writer, 1), ... one a transaction.
+#[derive(Debug)]
+pub struct Writers {
+    conninfo: String,
+    stop: Arc<AtomicBool>,
+    /// For each writer: rows acknowledged.
+    acknowledged: Vec<Arc<AtomicU64>>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Writers {
+    /// Makes the table and starts `n` writers on `conninfo`.
+    ///
+    /// # Errors
+    /// When the table cannot be made.
+    pub fn start(conninfo: &str, n: usize) -> anyhow::Result<Writers> {
+        crate::dev::psql(
+            conninfo,
+            "CREATE TABLE IF NOT EXISTS acknowledged (writer int, n bigint, filler text DEFAULT repeat('x', 100), PRIMARY KEY (writer, n))",
+        )?;
+        let stop = Arc::new(AtomicBool::new(false));
+        let mut writers = Writers { conninfo: conninfo.to_owned(), stop: stop.clone(), acknowledged: Vec::new(), threads: Vec::new() };
+        for writer in 0..n {
+            let (conninfo, stop, count) = (conninfo.to_owned(), stop.clone(), Arc::new(AtomicU64::new(0)));
+            writers.acknowledged.push(count.clone());
+            writers.threads.push(std::thread::spawn(move || {
+                let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+                if let Ok(runtime) = runtime {
+                    runtime.block_on(write(&conninfo, writer as i32, &stop, &count));
+                }
+            }));
+        }
+        Ok(writers)
+    }
+
+    /// Rows acknowledged so far, of all writers.
+    pub fn total(&self) -> u64 {
+        self.acknowledged.iter().map(|count| count.load(Ordering::SeqCst)).sum()
+    }
+
+    /// Waits until `more` further rows were acknowledged.
+    ///
+    /// # Errors
+    /// When that takes longer than `limit`.
+    pub fn wait_for(&self, more: u64, limit: Duration) -> anyhow::Result<()> {
+        let (target, deadline) = (self.total() + more, std::time::Instant::now() + limit);
+        while self.total() < target {
+            ensure!(std::time::Instant::now() < deadline, "within {limit:?} only {} of {target} rows were acknowledged", self.total());
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        Ok(())
+    }
+
+    /// Stops the writers and gives each one's count of acknowledged rows.
+    pub fn stop(mut self) -> Acknowledged {
+        self.stop.store(true, Ordering::SeqCst);
+        for thread in self.threads.drain(..) {
+            let _ = thread.join();
+        }
+        let counts = self.acknowledged.iter().map(|count| count.load(Ordering::SeqCst)).collect();
+        Acknowledged { conninfo: self.conninfo.clone(), counts }
+    }
+}
+
+impl Drop for Writers {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::SeqCst);
+    }
+}
+
+/// What was acknowledged.
+#[derive(Clone, Debug)]
+pub struct Acknowledged {
+    /// Where it was written.
+    pub conninfo: String,
+    /// For each writer: rows 0 to this, exclusively.
+    pub counts: Vec<u64>,
+}
+
+impl Acknowledged {
+    /// Asks the database at `conninfo` whether each acknowledged row is there.
+    ///
+    /// # Errors
+    /// When one is missing: which.
+    pub fn check(&self, conninfo: &str) -> anyhow::Result<()> {
+        for (writer, count) in self.counts.iter().enumerate() {
+            let sql = format!("SELECT count(*) FROM acknowledged WHERE writer = {writer} AND n < {count}");
+            let found: u64 = crate::dev::psql(conninfo, &sql)?.parse().context("a count")?;
+            ensure!(found == *count, "writer {writer} was acknowledged {count} rows, of which {found} are there");
+        }
+        Ok(())
+    }
+}
+
+async fn write(conninfo: &str, writer: i32, stop: &AtomicBool, count: &AtomicU64) {
+    while !stop.load(Ordering::SeqCst) {
+        let Ok(Ok((client, mut connection))) = tokio::time::timeout(ANSWER_MAX, tokio_postgres::connect(conninfo, NoTls)).await else {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+            continue;
+        };
+        let warned = Arc::new(AtomicBool::new(false));
+        let seen = warned.clone();
+        let driver = tokio::spawn(async move {
+            loop {
+                match std::future::poll_fn(|context| connection.poll_message(context)).await {
+                    Some(Ok(AsyncMessage::Notice(_))) => seen.store(true, Ordering::SeqCst),
+                    Some(Ok(_)) => {}
+                    _ => return,
+                }
+            }
+        });
+        while !stop.load(Ordering::SeqCst) {
+            let n = count.load(Ordering::SeqCst) as i64;
+            warned.store(false, Ordering::SeqCst);
+            // A row that was committed but not acknowledged may be there already.
+            let sql = "INSERT INTO acknowledged (writer, n) VALUES ($1, $2) ON CONFLICT DO NOTHING";
+            match tokio::time::timeout(ANSWER_MAX, client.execute(sql, &[&writer, &n])).await {
+                // Nothing was inserted: the row is visible but its commit may never have been acknowledged; write another to be sure.
+                Ok(Ok(0)) => {
+                    let sql = "UPDATE acknowledged SET filler = 'again' WHERE writer = $1 AND n = $2";
+                    match tokio::time::timeout(ANSWER_MAX, client.execute(sql, &[&writer, &n])).await {
+                        Ok(Ok(1)) if !warned.load(Ordering::SeqCst) => count.store(n as u64 + 1, Ordering::SeqCst),
+                        _ => break,
+                    };
+                }
+                Ok(Ok(_)) if !warned.load(Ordering::SeqCst) => count.store(n as u64 + 1, Ordering::SeqCst),
+                _ => break,
+            }
+        }
+        driver.abort();
+        if !stop.load(Ordering::SeqCst) {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+}

@@ -1,0 +1,127 @@
+//! The command line.
+
+mod branch;
+mod compute;
+mod dev;
+mod tenant;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::client::Client;
+
+/// A Postgres of its own for every tenant, with branches and restores that cost nothing.
+#[derive(Debug, Parser)]
+#[command(name = "varve", version, about)]
+pub(crate) struct Cli {
+    #[command(flatten)]
+    pub(crate) common: Common,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+/// Options of every command.
+#[derive(Debug, Args)]
+pub(crate) struct Common {
+    /// The server's admin address.
+    #[arg(long, global = true, env = "VARVE_URL", default_value = "http://127.0.0.1:9898")]
+    pub(crate) url: String,
+    /// Print one JSON value.
+    #[arg(long, global = true)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Run pageserver, page service and admin HTTP in this process.
+    Dev(dev::DevArgs),
+    /// Tenants: one for each customer.
+    #[command(subcommand)]
+    Tenant(tenant::TenantCommand),
+    /// Branches of a tenant: named, writable histories.
+    #[command(subcommand)]
+    Branch(branch::BranchCommand),
+    /// Computes: stock Postgres servers on a branch.
+    #[command(subcommand)]
+    Compute(compute::ComputeCommand),
+    /// Run psql on a branch's compute, which is started if need be.
+    Psql {
+        /// The branch, as tenant/branch.
+        branch: BranchPath,
+        /// Arguments for psql.
+        #[arg(last = true)]
+        args: Vec<String>,
+    },
+    /// Takes away what a compute whose process is gone left; started by the server.
+    #[command(hide = true)]
+    ComputeCleanup {
+        #[arg(long)]
+        id: String,
+        #[arg(long)]
+        home: PathBuf,
+    },
+    /// One compute's mount and supervisor; started by the server.
+    #[command(hide = true)]
+    ComputeProcess {
+        #[arg(long)]
+        server: String,
+        #[arg(long)]
+        id: String,
+        #[arg(long)]
+        home: PathBuf,
+    },
+}
+
+/// A branch as a person writes it: `tenant/branch`.
+#[derive(Clone, Debug)]
+pub(crate) struct BranchPath {
+    pub(crate) tenant: String,
+    pub(crate) branch: String,
+}
+
+impl std::str::FromStr for BranchPath {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.split_once('/') {
+            Some((tenant, branch)) if !tenant.is_empty() && !branch.is_empty() && !branch.contains('/') => {
+                Ok(BranchPath { tenant: tenant.to_owned(), branch: branch.to_owned() })
+            }
+            _ => Err(format!("'{text}' names no branch: write tenant/branch, such as acme/main")),
+        }
+    }
+}
+
+impl BranchPath {
+    /// Path of the branch in the API.
+    pub(crate) fn api(&self) -> String {
+        format!("tenants/{}/branches/{}", crate::client::segment(&self.tenant), crate::client::segment(&self.branch))
+    }
+}
+
+impl std::fmt::Display for BranchPath {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}/{}", self.tenant, self.branch)
+    }
+}
+
+pub(crate) async fn run(cli: Cli) -> anyhow::Result<ExitCode> {
+    let Common { url, json } = cli.common;
+    match cli.command {
+        Command::Dev(args) => dev::run(args).await?,
+        Command::Tenant(command) => tenant::run(command, &Client::new(&url)?, json).await?,
+        Command::Branch(command) => branch::run(command, &Client::new(&url)?, json).await?,
+        Command::Compute(command) => compute::run(command, &Client::new(&url)?, json).await?,
+        Command::Psql { branch, args } => return compute::psql(&branch, &args, &Client::new(&url)?).await,
+        Command::ComputeCleanup { id, home } => {
+            let user = varve_compute::dirs::User::for_postgres()?;
+            varve_compute::dirs::Dirs::existing(&home, &id, user).clean_up();
+        }
+        Command::ComputeProcess { server, id, home } => {
+            dev::log_to_stderr();
+            varve_compute::process::run(&varve_compute::process::ProcessConfig { server_url: server, id, home }).await?;
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,120 @@
+//! Bad input gets a clear error that names the thing and the remedy, and nothing is lost.
+
+use std::io::{Read as _, Write as _};
+use std::net::TcpStream;
+use std::time::Duration;
+
+use anyhow::ensure;
+use varve_testing::dev::{Dev, psql};
+
+const VARVE: &str = env!("CARGO_BIN_EXE_varve");
+
+fn says(text: &str, parts: &[&str]) -> anyhow::Result<()> {
+    for part in parts {
+        ensure!(text.contains(part), "expected the error to say '{part}', it says: {text}");
+    }
+    Ok(())
+}
+
+#[test]
+fn names_moments_and_ports() -> anyhow::Result<()> {
+    let dev = Dev::start(VARVE)?;
+    dev.json(&["tenant", "create", "acme"])?;
+    says(&dev.refused(&["tenant", "create", "acme"])?, &["acme"])?;
+    says(&dev.refused(&["tenant", "create", "No/Good"])?, &["No/Good"])?;
+    says(&dev.refused(&["tenant", "create", "old", "--pg-version", "9"])?, &["9"])?;
+    says(&dev.refused(&["tenant", "show", "nobody"])?, &["nobody"])?;
+    says(&dev.refused(&["branch", "show", "acme/nothing"])?, &["nothing"])?;
+    says(&dev.refused(&["branch", "show", "acme"])?, &["tenant/branch"])?;
+    says(&dev.refused(&["branch", "create", "acme/main"])?, &["main"])?;
+    says(&dev.refused(&["branch", "create", "acme/b", "--from", "nothing"])?, &["nothing"])?;
+    says(&dev.refused(&["branch", "create", "acme/b", "--lsn", "FF/0"])?, &["FF/0"])?;
+    says(&dev.refused(&["branch", "create", "acme/b", "--lsn", "0/10"])?, &["0/10"])?;
+    says(&dev.refused(&["branch", "create", "acme/b", "--lsn", "xyz"])?, &["xyz"])?;
+    says(&dev.refused(&["branch", "create", "acme/b", "--at", "2001-01-01T00:00:00Z"])?, &["2001-01-01"])?;
+    says(&dev.refused(&["branch", "create", "acme/b", "--at", "2999-01-01T00:00:00Z"])?, &["2999-01-01"])?;
+    says(&dev.refused(&["branch", "create", "acme/b", "--at", "soon"])?, &["soon"])?;
+    let taken = std::net::TcpListener::bind("127.0.0.1:0")?;
+    let port = taken.local_addr()?.port().to_string();
+    says(&dev.refused(&["compute", "start", "acme/main", "--port", &port])?, &[&port])?;
+    let branches = dev.json(&["branch", "list", "acme"])?;
+    ensure!(branches.as_array().is_some_and(|list| list.len() == 1), "refused calls leave nothing behind: {branches}");
+    let db = dev.compute("acme/main", &[])?;
+    psql(&db, "CREATE TABLE t (i int)")?;
+    Ok(())
+}
+
+#[test]
+fn a_second_server_on_the_same_folder() -> anyhow::Result<()> {
+    let dev = Dev::start(VARVE)?;
+    let output = dev.dev_command().args(["--http", "127.0.0.1:0", "--pages", "127.0.0.1:0"]).output();
+    // clap refuses options given twice, so name them anew.
+    drop(output);
+    let output = std::process::Command::new(VARVE)
+        .arg("dev")
+        .arg("--data")
+        .arg(dev.data())
+        .args(["--store", &dev.store(), "--http", "127.0.0.1:0", "--pages", "127.0.0.1:0"])
+        .output()?;
+    ensure!(!output.status.success(), "a second server on one folder must be refused");
+    says(&String::from_utf8_lossy(&output.stderr), &["in use"])
+}
+
+#[test]
+fn a_store_that_is_not_there() -> anyhow::Result<()> {
+    let folder = tempfile::tempdir()?;
+    let output = std::process::Command::new(VARVE)
+        .arg("dev")
+        .arg("--data")
+        .arg(folder.path())
+        .args(["--store", "s3://nothing/here", "--http", "127.0.0.1:0", "--pages", "127.0.0.1:0"])
+        .env("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+        .env("AWS_ACCESS_KEY_ID", "x")
+        .env("AWS_SECRET_ACCESS_KEY", "y")
+        .output()?;
+    ensure!(!output.status.success(), "a server whose store cannot be reached must not start");
+    says(&String::from_utf8_lossy(&output.stderr), &["s3://nothing"])
+}
+
+#[test]
+fn garbage_on_the_page_service() -> anyhow::Result<()> {
+    let dev = Dev::start(VARVE)?;
+    dev.json(&["tenant", "create", "acme"])?;
+    let db = dev.compute("acme/main", &[])?;
+    psql(&db, "CREATE TABLE t AS SELECT 1 AS i")?;
+    let garbage: [&[u8]; 5] = [
+        b"GET / HTTP/1.1\r\n\r\n",
+        &[0xFF; 64],
+        &[0, 0, 0, 8, 4, 210, 22, 47, b'Q', 0xFF, 0xFF, 0xFF, 0xFF],
+        &[0, 0, 0, 9, 0, 3, 0, 0, 0, b'd', 0xFF, 0xFF, 0xFF, 0xFF, 1, 2, 3],
+        &[0, 0],
+    ];
+    for bytes in garbage {
+        let mut socket = TcpStream::connect(("127.0.0.1", dev.pages_port()))?;
+        socket.set_read_timeout(Some(Duration::from_millis(500)))?;
+        socket.write_all(bytes)?;
+        let mut answer = [0; 512];
+        let _ = socket.read(&mut answer);
+    }
+    ensure!(psql(&db, "SELECT i FROM t")? == "1", "the server goes on");
+    dev.compute("acme/main", &[])?;
+    Ok(())
+}
+
+#[test]
+fn the_api_says_what_is_wrong_as_a_problem() -> anyhow::Result<()> {
+    let dev = Dev::start(VARVE)?;
+    let get = |path: &str| -> anyhow::Result<String> {
+        let address = dev.url().replace("http://", "");
+        let mut socket = TcpStream::connect(&address)?;
+        write!(socket, "GET {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n")?;
+        let mut answer = String::new();
+        socket.read_to_string(&mut answer)?;
+        Ok(answer)
+    };
+    let answer = get("/v1/tenants/nobody")?;
+    says(&answer, &["404", "application/problem+json", "unknown_tenant", "nobody"])?;
+    let document = get("/v1/openapi.json")?;
+    says(&document, &["\"openapi\":\"3.1", "/v1/tenants/{tenant}/branches", "/v1/computes/{id}"])?;
+    says(&get("/livez")?, &["200"])
+}

@@ -1,0 +1,164 @@
+//! From a running Postgres to a branch that you can query: what the README promises, through the CLI, on the local folder.
+
+use std::time::Duration;
+
+use anyhow::{Context as _, ensure};
+use varve_testing::dev::{Dev, free_port, program, psql};
+
+const VARVE: &str = env!("CARGO_BIN_EXE_varve");
+
+fn now_of(db: &str) -> anyhow::Result<String> {
+    psql(db, "SELECT to_char(clock_timestamp() AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.US\"Z\"')")
+}
+
+#[test]
+fn a_dropped_table_comes_back_on_a_branch_and_in_place() -> anyhow::Result<()> {
+    let dev = Dev::start(VARVE)?;
+    dev.json(&["tenant", "create", "acme"])?;
+    let db = dev.compute("acme/main", &[])?;
+    program("pgbench", &["-iq", "-s", "2", &db])?;
+    program("pgbench", &["-c", "2", "-t", "200", &db])?;
+    let rows = psql(&db, "SELECT count(*), sum(abalance) FROM pgbench_accounts")?;
+    std::thread::sleep(Duration::from_millis(20));
+    let moment = now_of(&db)?;
+    std::thread::sleep(Duration::from_millis(20));
+    psql(&db, "DROP TABLE pgbench_accounts")?;
+    psql(&db, "CREATE TABLE later (i int)")?;
+
+    let branch = dev.json(&["branch", "create", "acme/before", "--at", &moment])?;
+    ensure!(branch["parent"] == "main", "the branch's parent is main, got {branch}");
+    let branch_db = dev.compute("acme/before", &[])?;
+    let found = psql(&branch_db, "SELECT count(*), sum(abalance) FROM pgbench_accounts")?;
+    ensure!(found == rows, "the branch holds {rows}, got {found}");
+
+    // Parent and child change independently.
+    psql(&branch_db, "UPDATE pgbench_accounts SET abalance = 7 WHERE aid <= 10")?;
+    psql(&db, "INSERT INTO later VALUES (1)")?;
+    ensure!(psql(&branch_db, "SELECT to_regclass('later') IS NULL")? == "t", "what the parent did later is not on the branch");
+
+    dev.json(&["branch", "restore", "acme/main", "--at", &moment])?;
+    let found = psql(&db, "SELECT count(*), sum(abalance) FROM pgbench_accounts")?;
+    ensure!(found == rows, "after the restore, on the same port, main holds {rows}, got {found}");
+    psql(&db, "INSERT INTO pgbench_history SELECT 1, 1, 1, 1, now()")?;
+    let branches = dev.json(&["branch", "list", "acme"])?;
+    let names: Vec<&str> = branches.as_array().context("a list")?.iter().filter_map(|b| b["name"].as_str()).collect();
+    let old = names.iter().find(|name| name.starts_with("main_before_")).context("the old history stays as a branch")?;
+    let old_db = dev.compute(&format!("acme/{old}"), &[])?;
+    ensure!(psql(&old_db, "SELECT count(*) FROM later")? == "1", "the old history holds what was written last");
+    Ok(())
+}
+
+#[test]
+fn head_holds_every_commit_acknowledged_before_the_call() -> anyhow::Result<()> {
+    let dev = Dev::start(VARVE)?;
+    dev.json(&["tenant", "create", "acme"])?;
+    let db = dev.compute("acme/main", &[])?;
+    psql(&db, "CREATE TABLE t (i int)")?;
+    let mut parent = "main".to_owned();
+    for i in 0..8 {
+        psql(&db, &format!("INSERT INTO t VALUES ({i})"))?;
+        let name = format!("b{i}");
+        dev.json(&["branch", "create", &format!("acme/{name}"), "--lsn", "head"])?;
+        let db = dev.compute(&format!("acme/{name}"), &[])?;
+        let n = psql(&db, "SELECT count(*) FROM t")?;
+        ensure!(n == (i + 1).to_string(), "branch {name} holds {} rows, got {n}", i + 1);
+        if i == 3 {
+            psql(&db, "INSERT INTO t VALUES (100)")?;
+            parent = name;
+        }
+    }
+    // A branch of a branch.
+    dev.json(&["branch", "create", "acme/grandchild", "--from", &parent])?;
+    let db = dev.compute("acme/grandchild", &[])?;
+    ensure!(psql(&db, "SELECT count(*) FROM t WHERE i = 100")? == "1", "a branch of a branch holds the branch's own rows");
+    let refused = dev.refused(&["branch", "delete", &format!("acme/{parent}")])?;
+    ensure!(refused.contains("grandchild"), "deleting a branch with children names them: {refused}");
+    dev.json(&["compute", "stop", "acme/grandchild"])?;
+    dev.json(&["branch", "delete", "acme/grandchild"])?;
+    dev.json(&["branch", "rename", &format!("acme/{parent}"), "kept"])?;
+    ensure!(dev.json(&["branch", "show", "acme/kept"])?["name"] == "kept", "a renamed branch is found under its new name");
+    Ok(())
+}
+
+#[test]
+fn a_compute_of_the_past_is_thrown_away() -> anyhow::Result<()> {
+    let dev = Dev::start(VARVE)?;
+    dev.json(&["tenant", "create", "acme"])?;
+    let db = dev.compute("acme/main", &[])?;
+    psql(&db, "CREATE TABLE t AS SELECT 1 AS i")?;
+    let lsn = psql(&db, "SELECT pg_current_wal_lsn()")?;
+    psql(&db, "DROP TABLE t")?;
+    let past = dev.compute("acme/main", &["--lsn", &lsn])?;
+    ensure!(psql(&past, "SELECT i FROM t")? == "1", "the past shows the table");
+    psql(&past, "INSERT INTO t VALUES (2)")?;
+    ensure!(psql(&db, "SELECT to_regclass('t') IS NULL")? == "t", "what it writes does not reach the branch");
+    let again = dev.compute("acme/main", &["--lsn", &lsn])?;
+    ensure!(psql(&again, "SELECT count(*) FROM t")? == "1", "what a throw-away compute wrote is gone");
+    Ok(())
+}
+
+#[test]
+fn settings_statistics_and_port_outlive_a_compute() -> anyhow::Result<()> {
+    let dev = Dev::start(VARVE)?;
+    dev.json(&["tenant", "create", "acme"])?;
+    let port = free_port()?.to_string();
+    let db = dev.compute("acme/main", &["--port", &port])?;
+    ensure!(db.contains(&format!(":{port}/")), "the compute listens on the port that was asked for: {db}");
+    psql(&db, "ALTER SYSTEM SET work_mem = '7MB'")?;
+    psql(&db, "CREATE TABLE t AS SELECT generate_series(1, 1000) i")?;
+    psql(&db, "SELECT count(*) FROM t")?;
+    psql(&db, "SELECT pg_stat_force_next_flush()")?;
+    dev.json(&["compute", "stop", "acme/main"])?;
+    let db = dev.compute("acme/main", &[])?;
+    ensure!(psql(&db, "SHOW work_mem")? == "7MB", "ALTER SYSTEM outlives the compute");
+    let scans = psql(&db, "SELECT seq_scan >= 1 FROM pg_stat_user_tables WHERE relname = 't'")?;
+    ensure!(scans == "t", "statistics outlive the compute, got {scans}");
+    Ok(())
+}
+
+#[test]
+fn the_second_compute_fences_the_first() -> anyhow::Result<()> {
+    let dev = Dev::start(VARVE)?;
+    dev.json(&["tenant", "create", "acme"])?;
+    let first = dev.compute("acme/main", &[])?;
+    psql(&first, "CREATE TABLE t AS SELECT 1 AS i")?;
+    let second = dev.compute("acme/main", &[])?;
+    ensure!(psql(&second, "SELECT i FROM t")? == "1", "the second sees what the first committed");
+    psql(&second, "INSERT INTO t VALUES (2)")?;
+    let deadline = std::time::Instant::now() + Duration::from_secs(10);
+    while psql(&first, "SELECT 1").is_ok() {
+        ensure!(std::time::Instant::now() < deadline, "the first compute still answers, 10 s after it was fenced");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let list = dev.json(&["compute", "list"])?;
+    ensure!(list.as_array().is_some_and(|list| list.len() == 1), "one compute is left, got {list}");
+    Ok(())
+}
+
+#[test]
+fn tenants_are_apart_and_go_with_all_that_is_theirs() -> anyhow::Result<()> {
+    let dev = Dev::start(VARVE)?;
+    let one = dev.json(&["tenant", "create", "one"])?;
+    let two = dev.json(&["tenant", "create", "two", "--pg-version", "15"])?;
+    ensure!(one["system_identifier"] != two["system_identifier"], "each tenant has its own system identifier");
+    let (db1, db2) = (dev.compute("one/main", &[])?, dev.compute("two/main", &[])?);
+    psql(&db1, "CREATE TABLE only_one (i int)")?;
+    ensure!(psql(&db2, "SELECT to_regclass('only_one') IS NULL")? == "t", "tenants do not see each other's tables");
+    let password_of_two = db2.split([':', '@']).nth(2).context("a password in the URI")?;
+    let password_of_one = db1.split([':', '@']).nth(2).context("a password in the URI")?;
+    let stranger = db1.replace(password_of_one, password_of_two);
+    ensure!(psql(&stranger, "SELECT 1").is_err(), "one tenant's password does not open another's database");
+    let identifier = psql(&db1, "SELECT system_identifier FROM pg_control_system()")?;
+    ensure!(one["system_identifier"] == identifier.as_str(), "Postgres says system identifier {identifier}, the API {one}");
+    let refused = dev.refused(&["tenant", "delete", "one"])?;
+    ensure!(refused.contains("--yes"), "without a terminal, delete asks for --yes: {refused}");
+    dev.json(&["tenant", "delete", "one", "--yes"])?;
+    ensure!(psql(&db1, "SELECT 1").is_err(), "its computes stop");
+    let tenants = dev.json(&["tenant", "list"])?;
+    ensure!(tenants.as_array().is_some_and(|list| list.len() == 1), "one tenant is left, got {tenants}");
+    let id = one["id"].as_str().context("an id")?;
+    let left = program("find", &[&dev.store(), "-path", &format!("*{id}*"), "-type", "f", "-size", "+1k"])?;
+    ensure!(left.is_empty(), "its objects go, left are:\n{left}");
+    dev.json(&["tenant", "create", "one"])?;
+    Ok(())
+}
