@@ -128,6 +128,7 @@ impl<'a> Session<'a> {
             Command::Empty => backend::empty(b'I', &mut self.connection.output),
             Command::Set => backend::command_complete("SET", &mut self.connection.output),
             Command::PageStream { tenant, timeline } => {
+                tracing::info!(peer = %self.connection.peer, tenant, timeline, "page stream");
                 let timeline = match self.resolve(tenant, timeline).await? {
                     Ok(timeline) => timeline,
                     Err(error) => return Ok(Err(error)),
@@ -137,6 +138,7 @@ impl<'a> Session<'a> {
                 put_end(&mut self.connection.output);
             }
             Command::Backup { tenant, timeline, lsn, gzip, options } => {
+                tracing::info!(peer = %self.connection.peer, tenant, timeline, ?lsn, gzip, ?options, "base backup");
                 let timeline = match self.resolve(tenant, timeline).await? {
                     Ok(timeline) => timeline,
                     Err(error) => return Ok(Err(error)),
@@ -159,7 +161,9 @@ impl<'a> Session<'a> {
                 "internal error while looking for the timeline; the server's log has more",
             ))
         })?;
-        Ok(found.map_err(|error| ServerMessage::error(error.sqlstate(), error.to_string())))
+        Ok(found.map_err(|error| ServerMessage::error(error.sqlstate(), error.to_string())).inspect_err(|error| {
+            tracing::info!(peer = %self.connection.peer, %error, "page service command refused");
+        }))
     }
 }
 
