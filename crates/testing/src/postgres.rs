@@ -53,25 +53,52 @@ impl Postgres {
     /// # Errors
     /// When the major is not installed, or initdb fails.
     pub fn init(major: Major, initdb_args: &[&str], settings: &[(&str, &str)]) -> Result<Postgres> {
-        let dir = tempfile::Builder::new().prefix("varve-pg-").tempdir().context("making a temporary directory")?;
-        let postgres = Postgres { major, dir, running: false };
-        let (uid, gid) = postgres_user()?;
-        chown(postgres.dir.path(), Some(uid), Some(gid)).context("giving the temporary directory to postgres")?;
-        std::fs::set_permissions(postgres.dir.path(), std::fs::Permissions::from_mode(0o755))?;
+        let postgres = Postgres::bare(major)?;
         let mut initdb = postgres.command("initdb")?;
         initdb.arg("-D").arg(postgres.data_dir()).args(["-U", POSTGRES_USER, "-A", "trust", "--no-sync", "-E", "UTF8", "--locale=C"]);
         if major >= Major::V18 && !initdb_args.contains(&"--data-checksums") {
             initdb.arg("--no-data-checksums");
         }
         run(initdb.args(initdb_args))?;
-        let mut conf = format!("\nlisten_addresses = ''\nunix_socket_directories = '{}'\nfsync = off\n", postgres.dir.path().display());
+        postgres.configure(settings)?;
+        Ok(postgres)
+    }
+
+    /// A directory without a cluster, whose data directory is to be filled; then [`Self::own`] it and [`Self::configure`] it.
+    ///
+    /// # Errors
+    /// When the user that Postgres runs as is missing.
+    pub fn bare(major: Major) -> Result<Postgres> {
+        let dir = tempfile::Builder::new().prefix("varve-pg-").tempdir().context("making a temporary directory")?;
+        let postgres = Postgres { major, dir, running: false };
+        let (uid, gid) = postgres_user()?;
+        chown(postgres.dir.path(), Some(uid), Some(gid)).context("giving the temporary directory to postgres")?;
+        std::fs::set_permissions(postgres.dir.path(), std::fs::Permissions::from_mode(0o755))?;
+        Ok(postgres)
+    }
+
+    /// Gives the data directory, and all in it, to the user that Postgres runs as.
+    ///
+    /// # Errors
+    /// When that fails.
+    pub fn own(&self) -> Result<()> {
+        let (uid, gid) = postgres_user()?;
+        run(Command::new("chown").arg("-R").arg(format!("{uid}:{gid}")).arg(self.data_dir()))?;
+        std::fs::set_permissions(self.data_dir(), std::fs::Permissions::from_mode(0o700)).context("making the data directory private")
+    }
+
+    /// Adds these lines to its configuration, and those without which it does not run here.
+    ///
+    /// # Errors
+    /// When the configuration file cannot be written.
+    pub fn configure(&self, settings: &[(&str, &str)]) -> Result<()> {
+        let mut conf = format!("\nlisten_addresses = ''\nunix_socket_directories = '{}'\nfsync = off\n", self.dir.path().display());
         for (name, value) in settings {
             conf += &format!("{name} = {value}\n");
         }
-        let path = postgres.data_dir().join("postgresql.conf");
+        let path = self.data_dir().join("postgresql.conf");
         let text = std::fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
-        std::fs::write(&path, text + &conf).with_context(|| format!("writing {}", path.display()))?;
-        Ok(postgres)
+        std::fs::write(&path, text + &conf).with_context(|| format!("writing {}", path.display()))
     }
 
     /// Its major.

@@ -85,7 +85,7 @@ impl Ingest {
                 // The counters are those of when it began, so they are minima; object ids are told by records of their own.
                 self.fields.next_xid = self.fields.next_xid.max(checkpoint.next_xid);
                 self.advance_next_multi(checkpoint.next_multi, checkpoint.next_multi_offset);
-                if xid_precedes(self.fields.oldest_xid, checkpoint.oldest_xid) {
+                if !xid_precedes(checkpoint.oldest_xid, self.fields.oldest_xid) {
                     (self.fields.oldest_xid, self.fields.oldest_xid_db) = (checkpoint.oldest_xid, checkpoint.oldest_xid_db);
                 }
                 self.take_from_any_checkpoint(checkpoint);
@@ -123,7 +123,8 @@ impl Ingest {
     }
 
     fn take_from_any_checkpoint(&mut self, checkpoint: &CheckPoint) {
-        if precedes(self.fields.oldest_multi, checkpoint.oldest_multi) {
+        // Where they are the same, the database may still be another.
+        if !precedes(checkpoint.oldest_multi, self.fields.oldest_multi) {
             (self.fields.oldest_multi, self.fields.oldest_multi_db) = (checkpoint.oldest_multi, checkpoint.oldest_multi_db);
         }
         self.fields.full_page_writes = checkpoint.full_page_writes;

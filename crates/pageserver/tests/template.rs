@@ -1,0 +1,88 @@
+//! The template: stock `initdb`, taken in, and a server that starts on it under another tenant's identity.
+
+mod oracle;
+
+use std::fs;
+use std::path::Path;
+use std::sync::Arc;
+
+use anyhow::{Context, Result};
+use oracle::{Comparison, Loaded, servers};
+use varve_pageserver::template::{RunAs, TemplateError, import_data_directory, prepare_template, server_major};
+use varve_postgres::wal::synthesis::AncestorTimeline;
+use varve_postgres::{Lsn, Major};
+use varve_testing::naive_history::NaiveHistory;
+use varve_testing::postgres::{Postgres, bin_dir};
+
+/// The user that Postgres runs as here.
+fn run_as() -> Result<RunAs> {
+    let passwd = fs::read_to_string("/etc/passwd")?;
+    let entry: Vec<&str> = passwd.lines().find(|line| line.starts_with("postgres:")).context("no user 'postgres'")?.split(':').collect();
+    Ok(RunAs { uid: entry[2].parse()?, gid: entry[3].parse()? })
+}
+
+fn a_tenant_starts_on_the_template(major: Major) -> Result<()> {
+    let work = tempfile::tempdir()?;
+    // The other user must be able to get there.
+    fs::set_permissions(work.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
+    let template = prepare_template(&bin_dir(major)?, work.path(), Some(run_as()?))?;
+    assert_eq!((template.cluster.major, template.cluster.data_checksum_version), (major, 0));
+
+    let history = Arc::new(NaiveHistory::new(major, Lsn(8)));
+    let (mut calls, mut last) = (0, None);
+    let imported = import_data_directory(&template.data_dir, &*history, &mut |progress| {
+        calls += 1;
+        last = Some(progress);
+    })?;
+    let last = last.context("progress is told")?;
+    assert!(calls > 100 && last.done_bytes == last.total_bytes, "{calls} calls, the last says {last:?}");
+    assert_eq!(imported.cluster, template.cluster);
+    let loaded = Loaded { history, imported, boundaries: Vec::new(), logged_databases: Vec::new() };
+    Comparison::new(&loaded).data_directory(&template.data_dir)?;
+
+    // A tenant has its own identifier and timelines; the template's timeline is none of them.
+    let end = loaded.end();
+    let ancestors = vec![AncestorTimeline { tli: 1, switch: end }];
+    let timeline = servers::timeline(&*loaded.history, 7_400_000_000_000_000_001, 2, ancestors, end, (end, end))?;
+    let mut server = servers::from_backup(&*loaded.history, &loaded, &timeline, &[])?;
+    server.start()?;
+    let role = "SELECT rolsuper, rolreplication, rolcanlogin FROM pg_roles WHERE rolname = 'varve'";
+    assert_eq!(server.psql("postgres", role)?.trim(), "t|t|t");
+    let facts = "SELECT system_identifier, timeline_id, pg_encoding_to_char(encoding), datcollate \
+                 FROM pg_control_system(), pg_control_checkpoint(), pg_database WHERE datname = 'postgres'";
+    assert_eq!(server.psql("postgres", facts)?.trim(), "7400000000000000001|2|UTF8|C.UTF-8");
+    server.psql("postgres", "CREATE TABLE t AS SELECT generate_series(1, 1000) AS i")?;
+    server.psql("postgres", "CHECKPOINT")?;
+    servers::check(&server)?;
+    server.stop("fast")
+}
+
+#[test]
+fn a_tenant_starts_on_the_template_of_15() {
+    a_tenant_starts_on_the_template(Major::V15).unwrap();
+}
+
+#[test]
+fn errors_say_what_to_do() {
+    let nowhere = server_major(Path::new("/nonexistent/bin")).unwrap_err();
+    assert!(matches!(nowhere, TemplateError::NoPostgres { .. }) && nowhere.to_string().contains("/nonexistent/bin"), "{nowhere}");
+    let work = tempfile::tempdir().unwrap();
+    if rustix::process::geteuid().is_root() {
+        let root = prepare_template(&bin_dir(Major::V15).unwrap(), work.path(), None).unwrap_err();
+        assert!(matches!(root, TemplateError::Root) && root.to_string().contains("root"), "{root}");
+    }
+}
+
+#[test]
+fn a_cluster_that_runs_or_is_of_another_major_is_refused() {
+    let mut postgres = Postgres::init(Major::V15, &[], &[]).unwrap();
+    postgres.start().unwrap();
+    let history = NaiveHistory::new(Major::V15, Lsn(8));
+    let running = import_data_directory(&postgres.data_dir(), &history, &mut |_| {}).unwrap_err();
+    assert!(running.to_string().contains("in production") && running.to_string().contains("stop it"), "{running}");
+    postgres.stop("immediate").unwrap();
+    let crashed = import_data_directory(&postgres.data_dir(), &history, &mut |_| {}).unwrap_err();
+    assert!(matches!(crashed, TemplateError::NotShutDown { .. }), "{crashed}");
+    let other = import_data_directory(&postgres.data_dir(), &NaiveHistory::new(Major::V17, Lsn(8)), &mut |_| {}).unwrap_err();
+    assert!(matches!(other, TemplateError::OtherMajor { .. }), "{other}");
+}
