@@ -13,7 +13,7 @@ use varve_storage::manifest::{LayerRow, Manifest};
 use varve_storage::page_cache::PageCache;
 use varve_storage::store::Store;
 use varve_storage::tenant_log::TimelineState;
-use varve_storage::timeline::{LayerChange, MEMTABLE_BYTES_MAX, NamedLayer, Resources, Timeline, TimelineSpec};
+use varve_storage::timeline::{LayerChange, MEMTABLE_BYTES_MAX, Resources, Timeline, TimelineSpec};
 
 use crate::error::ServerError;
 use crate::templates::Template;
@@ -68,10 +68,10 @@ pub(crate) async fn open_history(
     let manifest = Manifest::open(&context.store, tenant, state.facts.id, ownership).await?;
     let (mut layers, mut layered) = (Vec::new(), state.facts.start);
     if ancestor.is_none() {
-        layers.extend(template.facts().layers.iter().map(named));
+        layers.extend(template.facts().layers.iter().cloned().map(Arc::new));
     }
     let published = manifest.state();
-    layers.extend(published.layers().map(|row| named(row)));
+    layers.extend(published.layers().cloned());
     layered = layered.max(published.layered());
     let spec = TimelineSpec {
         tenant,
@@ -88,10 +88,6 @@ pub(crate) async fn open_history(
 /// A tenant's first timeline has the template's versions, which lie at its very start, as its own.
 fn layers_begin_at_zero(state: &TimelineState) -> bool {
     state.facts.ancestor.is_none()
-}
-
-fn named(row: &LayerRow) -> NamedLayer {
-    NamedLayer { info: row.info(), object: row.object.clone() }
 }
 
 /// A history that becomes a template.
@@ -126,7 +122,7 @@ impl TemplateHistory {
         self.timeline.freeze_if(0, Duration::ZERO);
         loop {
             let mut publish = |change: &LayerChange| {
-                rows.extend(change.add.iter().map(|layer| LayerRow::of(&layer.info, layer.object.clone(), Generation(1))));
+                rows.extend(change.add.iter().cloned());
                 Ok(())
             };
             if self.timeline.flush(&mut publish).map_err(ServerError::internal)?.is_none() {

@@ -108,7 +108,6 @@ impl Tenant {
                     system_identifier,
                     state: &timeline,
                     history,
-                    ownership,
                     ancestor: below,
                     context,
                 })

@@ -158,7 +158,7 @@ mod tests {
             }
         }
         let (info, bytes) = writer.finish().unwrap();
-        Arc::new(Layer::new(info, id.to_string(), Box::new(Bytes::from(bytes))))
+        Arc::new(Layer::new(info, id.to_string(), 0, Box::new(Bytes::from(bytes))))
     }
 
     fn read(map: &LayerMap, number: u32, above: u64, upto: u64) -> Vec<(u64, u8)> {

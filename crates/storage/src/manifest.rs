@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::OnceCell;
 use varve_postgres::Lsn;
 
-use crate::edit_log::{ApplyError, EditLog, EditLogError, LogFormat, Ownership, State};
+use crate::edit_log::{ApplyError, CommitError, EditLog, EditLogError, LogFormat, Ownership, State};
 use crate::envelope::{Codec, Format};
 use crate::ids::{Generation, LayerId, TenantId, TimelineId};
 use crate::key::Key;
@@ -227,12 +227,24 @@ impl Manifest {
         self.log.get().map_or_else(Arc::default, EditLog::state)
     }
 
-    /// Makes edits visible and durable, all or none of them.
+    /// Makes edits visible and durable, all or none of them. What the manifest says already is left out, so a publishing whose outcome is not known
+    /// can be repeated.
     ///
     /// # Errors
     /// See [`EditLog::commit`].
-    pub async fn publish(&self, edits: Vec<ManifestEdit>) -> Result<(), EditLogError> {
-        self.log().await?.push(edits).await
+    pub async fn publish(&self, mut edits: Vec<ManifestEdit>) -> Result<(), EditLogError> {
+        let plan = |state: &ManifestState| {
+            edits.retain(|edit| match edit {
+                ManifestEdit::AddLayer(row) => state.layer(row.id).is_none_or(|known| **known != *row),
+                ManifestEdit::RemoveLayer { id } => state.layer(*id).is_some(),
+                ManifestEdit::Layered { lsn } => *lsn > state.layered(),
+            });
+            Ok::<_, std::convert::Infallible>((edits, ()))
+        };
+        self.log().await?.commit(plan).await.map_err(|error| match error {
+            CommitError::Log(error) => error,
+            CommitError::Refused(never) => match never {},
+        })
     }
 
     /// Finds out whether somebody has taken the timeline over since. To be asked before an object is deleted for good.

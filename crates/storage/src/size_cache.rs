@@ -18,22 +18,28 @@ const SHARDS: usize = 8;
 /// Entries in a shard at most; a shard that is full is emptied.
 const SHARD_ENTRIES_MAX: usize = 8192;
 
-#[derive(Default)]
 struct Shard {
     newest_put: Lsn,
     /// The newest size of each fork, and from which LSN on it holds.
     sizes: HashMap<Key, (Lsn, Option<Arc<LiveSize>>), BuildKeyHasher>,
 }
 
-/// See the module's doc. Empty, it takes no memory.
-#[derive(Default)]
+/// See the module's doc. Empty, it takes next to no memory.
 pub struct SizeCache {
+    opened_at: Lsn,
     shards: OnceLock<Box<[Mutex<Shard>; SHARDS]>>,
 }
 
 impl SizeCache {
+    /// An empty cache of a timeline that is at `applied`.
+    pub fn new(applied: Lsn) -> SizeCache {
+        SizeCache { opened_at: applied, shards: OnceLock::new() }
+    }
+
     fn shards(&self) -> &[Mutex<Shard>; SHARDS] {
-        self.shards.get_or_init(Box::default)
+        // Sizes may have been put up to there before the cache was made.
+        let shard = |_| Mutex::new(Shard { newest_put: self.opened_at, sizes: HashMap::default() });
+        self.shards.get_or_init(|| Box::new(std::array::from_fn(shard)))
     }
 
     fn shard(&self, key: &Key) -> &Mutex<Shard> {
@@ -104,10 +110,12 @@ mod tests {
 
     #[test]
     fn only_the_newest_size_is_kept_and_a_put_takes_it_out() {
-        let cache = SizeCache::default();
+        let cache = SizeCache::new(Lsn(40));
         let rel = RelNode { spc: 1663, db: 5, rel: 16384 }.fork(Fork::Main);
         let key = Key::relation_size(rel);
         assert_eq!(cache.get(rel, Lsn(100)), None);
+        cache.put(rel, Lsn(39), size(30, 6));
+        assert_eq!(cache.get(rel, Lsn(100)), None, "a read of what was the past already may not have seen the newest size");
         cache.put(rel, Lsn(100), size(50, 7));
         assert_eq!(cache.get(rel, Lsn(200)), Some(size(50, 7)));
         assert_eq!(cache.get(rel, Lsn(49)), None, "a read before the version goes the long way");

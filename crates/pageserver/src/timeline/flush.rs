@@ -8,7 +8,6 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use varve_postgres::Lsn;
-use varve_storage::manifest::{LayerRow, ManifestEdit};
 use varve_storage::timeline::{LayerChange, MEMTABLE_BYTES_MAX, PublishError};
 
 use super::ServedTimeline;
@@ -57,11 +56,7 @@ impl ServedTimeline {
 
     /// Makes a change of layers durable, and lets go of the WAL that the layers cover.
     fn publish(&self, change: &LayerChange) -> Result<(), PublishError> {
-        let generation = self.ownership.generation;
-        let added = change.add.iter().map(|layer| ManifestEdit::AddLayer(LayerRow::of(&layer.info, layer.object.clone(), generation)));
-        let removed = change.remove.iter().map(|id| ManifestEdit::RemoveLayer { id: *id });
-        let edits = added.chain(removed).chain([ManifestEdit::Layered { lsn: change.layered }]).collect();
-        self.context.runtime.block_on(self.manifest.publish(edits)).map_err(|error| PublishError(error.to_string()))?;
+        self.context.runtime.block_on(self.manifest.publish(change.edits())).map_err(|error| PublishError(error.to_string()))?;
         self.update(|positions| positions.layered = positions.layered.max(change.layered));
         self.wal.release(self.tenant, self.facts.id, change.layered);
         Ok(())

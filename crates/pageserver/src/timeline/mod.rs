@@ -23,7 +23,6 @@ use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
 use varve_postgres::{Lsn, Major};
-use varve_storage::edit_log::Ownership;
 use varve_storage::ids::{TenantId, TimelineId};
 use varve_storage::manifest::Manifest;
 use varve_storage::tenant_log::TimelineFacts;
@@ -69,7 +68,6 @@ pub struct ServedTimeline {
     /// Whether a flush runs.
     flushing: AtomicBool,
     manifest: Manifest,
-    ownership: Ownership,
 }
 
 impl ServedTimeline {

@@ -6,7 +6,6 @@ use std::sync::atomic::AtomicBool;
 use parking_lot::{Condvar, Mutex};
 use varve_postgres::wal::Framer;
 use varve_postgres::{Lsn, Major};
-use varve_storage::edit_log::Ownership;
 use varve_storage::ids::{TenantId, WalLogId, WriterEpoch};
 use varve_storage::store::Store;
 use varve_storage::tenant_log::TimelineState;
@@ -53,8 +52,6 @@ pub(crate) struct OpenTimeline<'a> {
     pub(crate) state: &'a TimelineState,
     /// The history, with the manifest's layers.
     pub(crate) history: OpenedHistory,
-    /// The right to write the tenant's logs.
-    pub(crate) ownership: Ownership,
     /// The ancestor, opened.
     pub(crate) ancestor: Option<(Arc<ServedTimeline>, Lsn)>,
     /// What is shared.
@@ -113,7 +110,6 @@ impl ServedTimeline {
             writer: tokio::sync::Mutex::new(writer),
             flushing: AtomicBool::new(false),
             manifest,
-            ownership: open.ownership,
         });
         served.start_ingest().map_err(|error| ServerError::internal(format!("cannot start a thread: {error}")))?;
         Ok(served)

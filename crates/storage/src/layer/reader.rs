@@ -24,6 +24,8 @@ const REQUEST_GAP_BYTES_MAX: u64 = 16 << 10;
 pub struct Layer {
     info: LayerInfo,
     object: String,
+    /// Where in the object it begins.
+    start: u64,
     blob: Box<dyn LayerBlob>,
     top: OnceLock<Top>,
 }
@@ -37,9 +39,9 @@ enum Progress {
 }
 
 impl Layer {
-    /// The layer that `info` tells of, in the object `object`, whose bytes `blob` reads.
-    pub fn new(info: LayerInfo, object: String, blob: Box<dyn LayerBlob>) -> Layer {
-        Layer { info, object, blob, top: OnceLock::new() }
+    /// The layer that `info` tells of, from `start` on in the object `object`, whose bytes `blob` reads.
+    pub fn new(info: LayerInfo, object: String, start: u64, blob: Box<dyn LayerBlob>) -> Layer {
+        Layer { info, object, start, blob, top: OnceLock::new() }
     }
 
     /// What is known of it without reading it.
@@ -61,7 +63,12 @@ impl Layer {
             let problem = format!("{length} bytes should be there, the object has {}", self.info.length);
             return Err(self.corrupt(offset, key, problem));
         }
-        self.blob.read_at(offset, length as usize).map_err(|problem| LayerError::Read { object: self.object.clone(), offset, key, problem })
+        self.blob.read_at(self.start.saturating_add(offset), length as usize).map_err(|problem| LayerError::Read {
+            object: self.object.clone(),
+            offset,
+            key,
+            problem,
+        })
     }
 
     fn top(&self, key: Option<Key>) -> Result<&Top, LayerError> {

@@ -31,7 +31,7 @@ fn write(model: &Model, codec: Codec, tiny: bool) -> (LayerInfo, Bytes) {
 }
 
 fn open(info: &LayerInfo, bytes: &Bytes) -> Arc<Layer> {
-    Arc::new(Layer::new(info.clone(), "a/layer".to_owned(), Box::new(bytes.clone())))
+    Arc::new(Layer::new(info.clone(), "a/layer".to_owned(), 0, Box::new(bytes.clone())))
 }
 
 fn expected(model: &Model, key: Key, above: Lsn, upto: Lsn) -> Vec<Version> {

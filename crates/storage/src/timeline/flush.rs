@@ -10,13 +10,13 @@ use std::time::Duration;
 use varve_postgres::Lsn;
 
 use super::layer_file::{LAYER_BYTES_TARGET, LayerFiles, WriteError, WrittenLayer, upload};
-use super::{Frozen, NamedLayer, Timeline, View, open_layer};
+use super::{Frozen, Timeline, View, open_layer};
 use crate::chain::{ChainLength, Version, image, page_number};
 use crate::envelope::Codec;
 use crate::history::HistoryError;
 use crate::ids::LayerId;
 use crate::key::Key;
-use crate::layer_map::LayerMap;
+use crate::manifest::{LayerRow, ManifestEdit};
 
 /// Pause after a flush that failed; it doubles with each further failure.
 const PAUSE_FIRST: Duration = Duration::from_secs(1);
@@ -27,11 +27,20 @@ const PAUSE_MAX: Duration = Duration::from_secs(30);
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct LayerChange {
     /// Layers that come.
-    pub add: Vec<NamedLayer>,
+    pub add: Vec<LayerRow>,
     /// Layers that go.
     pub remove: Vec<LayerId>,
     /// Everything up to here is in layers, once this is published.
     pub layered: Lsn,
+}
+
+impl LayerChange {
+    /// The change as edits of a manifest.
+    pub fn edits(&self) -> Vec<ManifestEdit> {
+        let add = self.add.iter().cloned().map(ManifestEdit::AddLayer);
+        let remove = self.remove.iter().map(|id| ManifestEdit::RemoveLayer { id: *id });
+        add.chain(remove).chain([ManifestEdit::Layered { lsn: self.layered }]).collect()
+    }
 }
 
 /// Why a change could not be published.
@@ -39,7 +48,7 @@ pub struct LayerChange {
 #[error("{0}")]
 pub struct PublishError(pub String);
 
-/// Publishes a change of layers: when it returns, the change is durable, or has certainly not happened.
+/// Publishes a change of layers: when it returns well, the change is durable. After an error it may be repeated, with the same change.
 pub type Publish<'a> = dyn FnMut(&LayerChange) -> Result<(), PublishError> + 'a;
 
 /// A flush that failed. The memtable stays, nothing is lost.
@@ -76,11 +85,11 @@ impl Timeline {
         };
         let WrittenLayers { layers, .. } = written.insert(WrittenLayers { end: frozen.end, layers });
         upload(&self.resources, layers)?;
-        let change = LayerChange { add: layers.iter().map(|layer| layer.named.clone()).collect(), remove: Vec::new(), layered: frozen.end };
+        let change = LayerChange { add: layers.iter().map(|layer| layer.row.clone()).collect(), remove: Vec::new(), layered: frozen.end };
         publish(&change)?;
         *written = None;
         self.install(&change);
-        let (count, bytes) = (change.add.len(), change.add.iter().map(|layer| layer.info.length).sum::<u64>());
+        let (count, bytes) = (change.add.len(), change.add.iter().map(|layer| layer.length).sum::<u64>());
         tracing::debug!(tenant = %self.spec.tenant, timeline = %self.spec.id, layered = %change.layered, layers = count, bytes, "a memtable was flushed");
         Ok(Some(change))
     }
@@ -158,11 +167,11 @@ impl Timeline {
 
     /// Makes a published change visible to readers, and drops the memtable that it has made superfluous.
     pub(super) fn install(&self, change: &LayerChange) {
-        let add: Vec<_> = change.add.iter().map(|named| Arc::new(open_layer(&self.resources, named.clone()))).collect();
+        let add: Vec<_> = change.add.iter().map(|row| Arc::new(open_layer(&self.resources, row))).collect();
         let remove: HashSet<LayerId> = change.remove.iter().copied().collect();
         let _changing = self.view_lock.lock();
         let view = self.view.load_full();
-        let layers: LayerMap = view.layers.with(&add, &remove);
+        let layers = view.layers.with(&add, &remove);
         let frozen = view.frozen.iter().filter(|frozen| frozen.end > change.layered).cloned().collect();
         let layered = view.layered.max(change.layered);
         self.view.store(Arc::new(View { active: Arc::clone(&view.active), frozen, layers: Arc::new(layers), layered }));

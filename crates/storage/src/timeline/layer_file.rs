@@ -12,12 +12,13 @@ use std::sync::Arc;
 use bytes::Bytes;
 use varve_postgres::Lsn;
 
-use super::{NamedLayer, Resources, TimelineSpec, layer_object, open_layer};
+use super::{Resources, TimelineSpec, open_layer};
 use crate::chain::Version;
 use crate::envelope::Codec;
 use crate::ids::{LayerId, RandomError};
 use crate::key::Key;
 use crate::layer::{LayerError, LayerWriter};
+use crate::manifest::{LayerRow, layer_object};
 use crate::store::{ObjectName, ParseObjectNameError, StoreError};
 
 /// Bytes of a layer after which the next key begins another one. An upload holds as much in memory.
@@ -60,7 +61,7 @@ fn io_error(path: &Path, action: &'static str) -> impl FnOnce(io::Error) -> Writ
 /// A layer that is written and checked.
 #[derive(Clone)]
 pub(super) struct WrittenLayer {
-    pub(super) named: NamedLayer,
+    pub(super) row: LayerRow,
     path: PathBuf,
     uploaded: bool,
 }
@@ -130,7 +131,7 @@ impl<'a> LayerFiles<'a> {
 
     fn begin_layer(&self) -> Result<Open, WriteError> {
         let id = LayerId::random()?;
-        let object = layer_object(self.spec.tenant, self.spec.id, id, self.spec.generation)?;
+        let object = layer_object(self.spec.tenant, self.spec.id, self.spec.generation, id)?;
         let (part, path) = match self.resources.store.store().local_path(&object) {
             Some(path) => (path.clone(), path),
             None => {
@@ -148,13 +149,13 @@ impl<'a> LayerFiles<'a> {
     fn finish_layer(&mut self) -> Result<(), WriteError> {
         let Some(Open { writer, object, part, path, .. }) = self.open.take() else { return Ok(()) };
         let finished = finish_file(writer, &part, &path).and_then(|info| {
-            let named = NamedLayer { info, object };
-            Arc::new(open_layer(self.resources, named.clone())).verify()?;
-            Ok(named)
+            let row = LayerRow::of(&info, object, self.spec.generation);
+            Arc::new(open_layer(self.resources, &row)).verify()?;
+            Ok(row)
         });
         match finished {
-            Ok(named) => {
-                self.written.push(WrittenLayer { named, path, uploaded: false });
+            Ok(row) => {
+                self.written.push(WrittenLayer { row, path, uploaded: false });
                 Ok(())
             }
             Err(error) => {
@@ -220,15 +221,15 @@ fn discard(path: &Path) {
 /// Puts into the bucket what is not there yet; a folder has it already.
 pub(super) fn upload(resources: &Resources, layers: &mut [WrittenLayer]) -> Result<(), WriteError> {
     for layer in layers.iter_mut().filter(|layer| !layer.uploaded) {
-        if resources.store.store().local_path(&layer.named.object).is_none() {
+        if resources.store.store().local_path(&layer.row.object).is_none() {
             let bytes = fs::read(&layer.path).map_err(io_error(&layer.path, "read it"))?;
             let checksum = crc32c::crc32c(&bytes);
-            if checksum != layer.named.info.checksum {
-                let problem = format!("its CRC-32C is {checksum:08x}, it should be {:08x}", layer.named.info.checksum);
-                let object = layer.named.object.to_string();
+            if checksum != layer.row.checksum {
+                let problem = format!("its CRC-32C is {checksum:08x}, it should be {:08x}", layer.row.checksum);
+                let object = layer.row.object.to_string();
                 return Err(LayerError::Corrupt { object, offset: 0, key: None, problem }.into());
             }
-            resources.store.put(&layer.named.object, Bytes::from(bytes))?;
+            resources.store.put(&layer.row.object, Bytes::from(bytes))?;
         }
         layer.uploaded = true;
     }

@@ -29,14 +29,15 @@ use varve_postgres::{Lsn, Major};
 
 use crate::block_cache::BlockCache;
 use crate::budget::MemoryBudget;
-use crate::ids::{Generation, LayerId, TenantId, TimelineId};
+use crate::ids::{Generation, TenantId, TimelineId};
+use crate::layer::Layer;
 use crate::layer::blob::{LayerBlob, LocalBlob, OpenFiles, RemoteBlob};
-use crate::layer::{Layer, LayerInfo};
 use crate::layer_map::LayerMap;
+use crate::manifest::LayerRow;
 use crate::memtable::Memtable;
 use crate::page_cache::PageCache;
 use crate::size_cache::SizeCache;
-use crate::store::{BlockingStore, ObjectName, ParseObjectNameError};
+use crate::store::BlockingStore;
 
 pub use flush::{FlushError, LayerChange, Publish, PublishError};
 pub use layer_file::WriteError;
@@ -89,15 +90,6 @@ pub struct TimelineSpec {
     pub layered: Lsn,
 }
 
-/// A layer as the manifest names it.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct NamedLayer {
-    /// The layer.
-    pub info: LayerInfo,
-    /// Its object.
-    pub object: ObjectName,
-}
-
 /// A frozen memtable and the LSN up to which it has everything.
 struct Frozen {
     memtable: Arc<Memtable>,
@@ -130,8 +122,8 @@ pub struct Timeline {
 
 impl Timeline {
     /// The timeline `spec` with the layers that its manifest names. Reads nothing.
-    pub fn open(spec: TimelineSpec, resources: Arc<Resources>, layers: Vec<NamedLayer>) -> Arc<Timeline> {
-        let layers = layers.into_iter().map(|named| Arc::new(open_layer(&resources, named))).collect();
+    pub fn open(spec: TimelineSpec, resources: Arc<Resources>, layers: impl IntoIterator<Item = Arc<LayerRow>>) -> Arc<Timeline> {
+        let layers = layers.into_iter().map(|row| Arc::new(open_layer(&resources, &row))).collect();
         let applied = spec.layered.max(spec.start);
         let active = Arc::new(Memtable::new(applied, resources.now, Arc::clone(&resources.memtable_budget)));
         let view = View { active: Arc::clone(&active), frozen: Vec::new(), layers: Arc::new(LayerMap::new(layers)), layered: applied };
@@ -142,7 +134,7 @@ impl Timeline {
             view: ArcSwap::from_pointee(view),
             view_lock: Mutex::new(()),
             writer: Mutex::new(Writer::new(active)),
-            sizes: SizeCache::default(),
+            sizes: SizeCache::new(applied),
             flush: Mutex::new(None),
         })
     }
@@ -194,13 +186,6 @@ impl Timeline {
         layers.layers().fold((0, 0), |(count, bytes), layer| (count + 1, bytes + layer.info().length))
     }
 
-    /// The layers that it has of its own, in no particular order.
-    pub fn layers(&self) -> Vec<NamedLayer> {
-        let layers = Arc::clone(&self.view.load().layers);
-        let named = |layer: &Arc<Layer>| Some(NamedLayer { info: layer.info().clone(), object: layer.object().parse().ok()? });
-        layers.layers().filter_map(named).collect()
-    }
-
     /// Waits until `lsn` is applied.
     ///
     /// # Errors
@@ -240,32 +225,15 @@ impl fmt::Debug for Timeline {
     }
 }
 
-/// Name of the object of layer `layer` of a timeline.
-///
-/// # Errors
-/// None in practice: ids and numbers make names.
-pub fn layer_object(
-    tenant: TenantId,
-    timeline: TimelineId,
-    layer: LayerId,
-    generation: Generation,
-) -> Result<ObjectName, ParseObjectNameError> {
-    format!("tenants/{tenant}/timelines/{timeline}/layers/{layer}-{generation}").parse()
-}
-
 /// A layer to be read: in place where the store is a folder; else from the local copy if there is one, and from the bucket.
-fn open_layer(resources: &Resources, named: NamedLayer) -> Layer {
-    let NamedLayer { info, object } = named;
+fn open_layer(resources: &Resources, row: &LayerRow) -> Layer {
     let files = Arc::clone(&resources.files);
-    let blob: Box<dyn LayerBlob> = match resources.store.store().local_path(&object) {
+    let blob: Box<dyn LayerBlob> = match resources.store.store().local_path(&row.object) {
         Some(path) => Box::new(LocalBlob::new(path, files)),
         None => {
-            let copy = resources.cache_dir.join(object.as_str());
-            Box::new(RemoteBlob::new(resources.store.clone(), object.clone(), copy, files))
+            let copy = resources.cache_dir.join(row.object.as_str());
+            Box::new(RemoteBlob::new(resources.store.clone(), row.object.clone(), copy, files))
         }
     };
-    Layer::new(info, object.to_string(), blob)
+    Layer::new(row.info(), row.object.to_string(), row.offset, blob)
 }
-
-#[cfg(test)]
-mod tests;

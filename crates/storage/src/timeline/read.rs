@@ -105,17 +105,16 @@ impl PageWalk {
             Some(Known::Page(page)) if page.version() <= upto && page.version() > above => {
                 self.lookup.above = page.known();
                 self.base = Some(page);
+                // What is learnt about this page is learnt about this timeline's, unless there is something newer above.
+                if self.lookup.newest().is_none() {
+                    self.owner = Some((timeline.spec.id, upto));
+                }
             }
             // A page at or below the floor is dead, but it says up to where there is no newer one.
             Some(Known::Page(page)) if page.version() <= upto => self.lookup.above = above.max(page.known()),
             _ => {}
         }
-        if self.lookup.above >= upto {
-            self.done = true;
-            if self.base.is_some() && self.owner.is_none() {
-                self.owner = Some((timeline.spec.id, upto));
-            }
-        }
+        self.done = self.lookup.above >= upto;
     }
 }
 
@@ -191,8 +190,8 @@ impl Timeline {
             timeline.gather(&mut lookups)?;
             for (walk, above) in walks.iter_mut().zip(above).filter(|(walk, _)| !walk.done) {
                 let found = walk.base.is_some() || walk.lookup.newest().is_some();
-                if walk.owner.is_none() && found {
-                    walk.owner = Some((timeline.spec.id, upto));
+                if found {
+                    walk.owner.get_or_insert((timeline.spec.id, upto));
                 }
                 // A page that a branch keeps may be known only up to somewhere before the branch point.
                 let is_based = walk.base.is_some() && above >= timeline.spec.start;
