@@ -102,15 +102,7 @@ impl Tenant {
             let below_history = below.as_ref().map(|(ancestor, lsn)| (ancestor.history().clone(), *lsn));
             let history = open_history(&context, tenant, major, &timeline, below_history, &self.template, ownership).await?;
             let served = tokio::task::spawn_blocking(move || {
-                ServedTimeline::open(OpenTimeline {
-                    tenant,
-                    major,
-                    system_identifier,
-                    state: &timeline,
-                    history,
-                    ancestor: below,
-                    context,
-                })
+                ServedTimeline::open(OpenTimeline { tenant, major, system_identifier, state: &timeline, history, ancestor: below, context })
             });
             let served = served.await.map_err(ServerError::internal)??;
             open.insert(id, served.clone());
