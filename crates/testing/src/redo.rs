@@ -295,6 +295,9 @@ fn compare_with_files(verifier: &Verifier, postgres: &Postgres, ending: Ending) 
         if (rel.fork == Fork::FreeSpaceMap || rmid == rmgr::SEQ) && ending != Ending::Recovery {
             continue;
         }
+        if verifier.pages().is_hollow_map(rel) && ending != Ending::Recovery {
+            continue;
+        }
         count += 1;
         let path = postgres.data_dir().join(relation_file(rel, blkno / BLOCKS_PER_FILE, major, catalog_version));
         let found = match read_block(&path, blkno % BLOCKS_PER_FILE)? {

@@ -105,6 +105,9 @@ impl Verifier {
                 match restore_image(record, block) {
                     Ok(page) => {
                         self.stats(record).images += 1;
+                        if rel.fork == Fork::VisibilityMap && image.hole_len > 0 {
+                            self.pages.note_hollow_map(rel);
+                        }
                         self.record_free_space(record, block, &page, true);
                         self.pages.put(rel, blkno, page, rmid);
                     }
@@ -140,7 +143,7 @@ impl Verifier {
                 }
             }
             (Ok(()), Some(truth)) => {
-                if let Some(difference) = self.compare(rmid, rel.fork, blkno, &before, &page, &truth) {
+                if let Some(difference) = self.compare(rmid, rel, blkno, &before, &page, &truth) {
                     self.mismatch(record, rel, blkno, difference);
                     page = truth;
                 } else {
@@ -185,8 +188,9 @@ impl Verifier {
         done.map_err(|error| error.to_string())
     }
 
-    fn compare(&self, rmid: u8, fork: Fork, blkno: BlockNumber, before: &Page, ours: &Page, truth: &Page) -> Option<Difference> {
-        match differences(self.major, rmid, fork, blkno, ours, truth, self.strict_visibility_map) {
+    fn compare(&self, rmid: u8, rel: RelFork, blkno: BlockNumber, before: &Page, ours: &Page, truth: &Page) -> Option<Difference> {
+        let strict_maps = self.strict_visibility_map && !self.pages.is_hollow_map(rel);
+        match differences(self.major, rmid, rel.fork, blkno, ours, truth, strict_maps) {
             Ok(at) if at.is_empty() => None,
             Ok(at) => Some(Difference::Bytes { at, before: Box::new(*before), ours: Box::new(*ours), truth: Box::new(*truth) }),
             Err(what) => Some(Difference::Failed(what)),

@@ -30,6 +30,8 @@ pub struct Pages {
     created: HashSet<RelNode>,
     /// Whether what is not known of any relation is zeros.
     pub(super) complete_base: bool,
+    /// Visibility maps whose images left out their bits.
+    hollow_maps: HashSet<RelFork>,
 }
 
 impl Pages {
@@ -56,6 +58,17 @@ impl Pages {
 
     pub(super) fn know(&mut self, rel: RelFork, blkno: BlockNumber, page: &Page) {
         self.relations.entry(rel.node).or_default().insert((rel.fork, blkno), Known { page: Box::new(*page), rmid: None });
+    }
+
+    /// Whether the images of this visibility map left out its bits. Postgres logs the maps of a database that it copies block by block
+    /// as if they were ordinary pages, whose bytes between `pd_lower` and `pd_upper` do not count; but in a map these are all. So redo
+    /// has fewer bits than the server that wrote the WAL, which is safe.
+    pub fn is_hollow_map(&self, rel: RelFork) -> bool {
+        self.hollow_maps.contains(&rel)
+    }
+
+    pub(super) fn note_hollow_map(&mut self, rel: RelFork) {
+        self.hollow_maps.insert(rel);
     }
 
     pub(super) fn put(&mut self, rel: RelFork, blkno: BlockNumber, page: Page, rmid: u8) {
