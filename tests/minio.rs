@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use anyhow::ensure;
 use varve_testing::acknowledged::Writers;
-use varve_testing::dev::{Dev, program, psql};
+use varve_testing::dev::{Dev, amcheck, program, psql};
 use varve_testing::minio::Minio;
 
 const VARVE: &str = env!("CARGO_BIN_EXE_varve");
@@ -32,7 +32,7 @@ fn the_bucket_is_the_database() -> anyhow::Result<()> {
         let db = dev.compute(branch, &[])?;
         acknowledged.check(&db)?;
         ensure!(psql(&db, "SELECT count(*) FROM pgbench_accounts")? == "300000", "{branch} holds what pgbench loaded");
-        program("pg_amcheck", &["--heapallindexed", "--install-missing", "--dbname", &db])?;
+        amcheck(&db)?;
     }
     Ok(())
 }

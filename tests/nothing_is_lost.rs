@@ -6,7 +6,7 @@ use anyhow::{Context as _, ensure};
 use rustix::process::Signal;
 use serde_json::Value;
 use varve_testing::acknowledged::Writers;
-use varve_testing::dev::{Dev, free_port, program, psql, signal};
+use varve_testing::dev::{Dev, amcheck, free_port, program, psql, signal};
 
 const VARVE: &str = env!("CARGO_BIN_EXE_varve");
 const BACK_MAX: Duration = Duration::from_secs(60);
@@ -38,7 +38,7 @@ fn survives(kill: impl Fn(&mut Dev, &str) -> anyhow::Result<()>) -> anyhow::Resu
         writers.wait_for(50, BACK_MAX).context("commits go on after the kill")?;
     }
     writers.stop().check(&db)?;
-    program("pg_amcheck", &["--heapallindexed", "--install-missing", "--dbname", &db])?;
+    amcheck(&db)?;
     Ok(())
 }
 
@@ -90,7 +90,7 @@ fn the_pageservers_disk_is_lost_after_a_clean_stop() -> anyhow::Result<()> {
     let db = dev.compute("acme/main", &[])?;
     acknowledged.check(&db)?;
     acknowledged.check(&dev.compute("acme/child", &[])?)?;
-    program("pg_amcheck", &["--heapallindexed", "--install-missing", "--dbname", &db])?;
+    amcheck(&db)?;
     Ok(())
 }
 
@@ -110,7 +110,7 @@ fn the_pageservers_disk_is_lost_while_computes_live() -> anyhow::Result<()> {
     dev.json(&["compute", "stop", "acme/main"])?;
     let db = dev.compute("acme/main", &[])?;
     acknowledged.check(&db)?;
-    program("pg_amcheck", &["--heapallindexed", "--install-missing", "--dbname", &db])?;
+    amcheck(&db)?;
     Ok(())
 }
 
@@ -128,7 +128,7 @@ fn two_computes_race_for_one_branch() -> anyhow::Result<()> {
     ensure!(started.iter().any(Option::is_some), "one of the racers wins");
     let winner = compute(&dev)?["conninfo"].as_str().context("a conninfo")?.to_owned();
     acknowledged.check(&winner)?;
-    program("pg_amcheck", &["--heapallindexed", "--install-missing", "--dbname", &winner])?;
+    amcheck(&winner)?;
     Ok(())
 }
 
@@ -150,6 +150,6 @@ fn a_frozen_compute_wakes_after_its_successor_wrote() -> anyhow::Result<()> {
     acknowledged.check(&successor)?;
     ensure!(psql(&successor, "SELECT count(*) FROM by_the_successor")? == "1000", "what the successor wrote is there");
     ensure!(psql(&db, "SELECT 1").is_err(), "the frozen compute does not serve once it wakes");
-    program("pg_amcheck", &["--heapallindexed", "--install-missing", "--dbname", &successor])?;
+    amcheck(&successor)?;
     Ok(())
 }

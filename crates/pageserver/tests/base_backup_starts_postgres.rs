@@ -29,7 +29,14 @@ const MOMENTS: usize = 6;
 
 fn pgbench(postgres: &Postgres, args: &[&str]) -> Command {
     let mut command = Command::new("/usr/lib/postgresql/15/bin/pgbench");
-    command.args(args).arg("-n").arg("-h").arg(postgres.dir()).args(["-U", "postgres", "bench"]).stdout(Stdio::null()).stderr(Stdio::null());
+    command
+        .args(args)
+        .arg("-n")
+        .arg("-h")
+        .arg(postgres.dir())
+        .args(["-U", "postgres", "bench"])
+        .stdout(Stdio::null())
+        .stderr(Stdio::null());
     command
 }
 

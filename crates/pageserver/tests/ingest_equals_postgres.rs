@@ -51,8 +51,7 @@ fn btree_and_hash() {
 
 #[test]
 fn other_indexes_and_sequences() {
-    let files =
-        ["gin_entry_tree", "gin_pending_list", "gin_posting_tree", "gist", "spgist", "brin", "generic", "sequences"];
+    let files = ["gin_entry_tree", "gin_pending_list", "gin_posting_tree", "gist", "spgist", "brin", "generic", "sequences"];
     compare_after(Major::V15, &files, &[]).unwrap();
 }
 

@@ -229,7 +229,10 @@ pub fn psql(conninfo: &str, sql: &str) -> anyhow::Result<String> {
 /// # Errors
 /// When it fails: with what it said.
 pub fn program(name: &str, args: &[&str]) -> anyhow::Result<String> {
-    let output = Command::new(name).args(args).stdin(Stdio::null()).output().with_context(|| format!("{name} cannot be run"))?;
+    // Debian puts wrappers of the common clients on the PATH, and not all programs.
+    let beside = Path::new("/usr/lib/postgresql/15/bin").join(name);
+    let name = if beside.exists() { beside.display().to_string() } else { name.to_owned() };
+    let output = Command::new(&name).args(args).stdin(Stdio::null()).output().with_context(|| format!("{name} cannot be run"))?;
     ensure!(output.status.success(), "{name} {} failed: {}", args.join(" "), String::from_utf8_lossy(&output.stderr));
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
@@ -248,4 +251,22 @@ impl Drop for Dev {
         // What a failed test left: processes that still work in our folder.
         let _ = Command::new("pkill").args(["-9", "-f", &self.folder.path().display().to_string()]).status();
     }
+}
+
+/// Runs `pg_amcheck --heapallindexed` on all databases of the server at `conninfo`, a URI as computes have it.
+///
+/// # Errors
+/// When it finds corruption: with what it said.
+pub fn amcheck(conninfo: &str) -> anyhow::Result<()> {
+    let parts: Vec<&str> = conninfo.trim_start_matches("postgresql://").split([':', '@', '/']).collect();
+    let [user, password, host, port, ..] = parts[..] else { bail!("{conninfo} is not the URI of a compute") };
+    let output = Command::new("/usr/lib/postgresql/15/bin/pg_amcheck")
+        .args(["--all", "--heapallindexed", "--install-missing"])
+        .envs([("PGUSER", user), ("PGPASSWORD", password), ("PGHOST", host), ("PGPORT", port)])
+        .stdin(Stdio::null())
+        .output()
+        .context("pg_amcheck cannot be run")?;
+    let said = [&output.stdout[..], &output.stderr[..]].concat();
+    ensure!(output.status.success() && said.is_empty(), "pg_amcheck found: {}", String::from_utf8_lossy(&said));
+    Ok(())
 }

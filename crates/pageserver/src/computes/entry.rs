@@ -32,6 +32,8 @@ pub struct ComputeRecord {
     pub lsn: Option<Lsn>,
     /// Whether it should run.
     pub should_run: bool,
+    /// Whether it has begun an incarnation: then a later compute fences it; else it will fence the others itself.
+    pub begun: bool,
     /// Process id of the compute process, with its start time; of the last that was started or attached.
     pub process: Option<(u32, String)>,
 }

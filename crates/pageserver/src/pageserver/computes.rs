@@ -140,6 +140,7 @@ impl Pageserver {
             port,
             lsn,
             should_run: true,
+            begun: false,
             process: None,
         };
         let entry = self.computes().add(record)?;
@@ -221,17 +222,19 @@ impl Pageserver {
     pub async fn begin_compute(&self, id: &str) -> Result<Begin, ServerError> {
         let entry = self.computes().get(id)?;
         let _turn = entry.turn.lock().await;
-        if !entry.should_run() {
-            return Err(ServerError::new(Code::Fenced, "this compute was told to end"));
-        }
         let record = entry.record();
         let tenant = self.tenant_by_id(record.tenant_id).await?;
         let served = tenant.timeline(record.timeline_id).await?;
+        // Of computes that race, each fences those that have begun before it: the last one writes.
+        let _beginning = served.beginning.lock().await;
+        if !entry.should_run() {
+            return Err(ServerError::new(Code::Fenced, "this compute was told to end"));
+        }
         let (lsn, epoch, standby_name) = match record.lsn {
             Some(lsn) => (lsn, None, None),
             None => {
                 for other in self.computes().of_timeline(tenant.id(), record.timeline_id) {
-                    if other.id() != id && other.record().lsn.is_none() && other.should_run() {
+                    if other.id() != id && other.record().lsn.is_none() && other.record().begun && other.should_run() {
                         self.fence(&other)?;
                     }
                 }
@@ -239,6 +242,7 @@ impl Pageserver {
                 (start.lsn, Some(start.epoch), Some(start.standby_name))
             }
         };
+        entry.change(|record| record.begun = true)?;
         entry.update(|status| {
             status.incarnation += 1;
             status.epoch = epoch;

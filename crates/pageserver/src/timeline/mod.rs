@@ -65,6 +65,8 @@ pub struct ServedTimeline {
     stopping: AtomicBool,
     worker: Mutex<Option<std::thread::JoinHandle<()>>>,
     writer: tokio::sync::Mutex<writer::Writer>,
+    /// Held by a compute that begins.
+    pub(crate) beginning: tokio::sync::Mutex<()>,
     /// Whether a flush runs.
     flushing: AtomicBool,
     manifest: Manifest,

@@ -108,6 +108,7 @@ impl ServedTimeline {
             stopping: AtomicBool::new(false),
             worker: Mutex::new(None),
             writer: tokio::sync::Mutex::new(writer),
+            beginning: tokio::sync::Mutex::new(()),
             flushing: AtomicBool::new(false),
             manifest,
         });

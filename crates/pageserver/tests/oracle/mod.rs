@@ -183,7 +183,12 @@ impl<'a> Comparison<'a> {
         self.control(dir, at.next_xid)?;
         self.two_phase(dir)?;
         if self.count > 0 {
-            bail!("{} differences between the data directory and the history at {}:\n{}", self.count, self.lsn, self.differences.join("\n"));
+            bail!(
+                "{} differences between the data directory and the history at {}:\n{}",
+                self.count,
+                self.lsn,
+                self.differences.join("\n")
+            );
         }
         Ok(())
     }
@@ -261,7 +266,12 @@ impl<'a> Comparison<'a> {
             }
             match differences(self.major, rmid, rel.fork, block, &ours, truth, true) {
                 Ok(at) if at.is_empty() => {}
-                Ok(at) => self.differs(format!("{rel} block {block} ({}) differs at {} offsets: {:?}", rmgr::name(rmid), at.len(), &at[..at.len().min(8)])),
+                Ok(at) => self.differs(format!(
+                    "{rel} block {block} ({}) differs at {} offsets: {:?}",
+                    rmgr::name(rmid),
+                    at.len(),
+                    &at[..at.len().min(8)]
+                )),
                 Err(what) => self.differs(format!("{rel} block {block} ({}): {what}", rmgr::name(rmid))),
             }
         }

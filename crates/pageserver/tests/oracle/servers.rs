@@ -79,7 +79,10 @@ pub fn recovered(major: varve_postgres::Major, initial: &Path, wal_dir: &Path, l
 pub fn dump(postgres: &Postgres) -> Result<String> {
     let text = run(Command::new("/usr/lib/postgresql/15/bin/pg_dumpall").arg("-d").arg(postgres.conninfo("postgres")))?;
     // Each dump has a random key in these lines.
-    Ok(text.lines().filter(|line| !line.starts_with("\\restrict") && !line.starts_with("\\unrestrict")).fold(String::new(), |all, line| all + line + "\n"))
+    Ok(text
+        .lines()
+        .filter(|line| !line.starts_with("\\restrict") && !line.starts_with("\\unrestrict"))
+        .fold(String::new(), |all, line| all + line + "\n"))
 }
 
 /// `pg_amcheck` of every database.
