@@ -128,6 +128,7 @@ fn frame(framer: &mut Framer, stream: &Bytes, cuts: &[usize]) -> Result<Vec<Fram
     while !rest.is_empty() {
         let mut piece = rest.split_to((*cuts.next().expect("a cut")).clamp(1, rest.len()));
         while let Some(record) = framer.next_record(&mut piece)? {
+            assert!(record.end == framer.framed() && record.end <= framer.position().align(), "a boundary is not ahead of what came");
             records.push(record);
         }
         assert!(piece.is_empty(), "without a record the input must be used up");

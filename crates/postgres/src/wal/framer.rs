@@ -16,7 +16,7 @@ const XLOG_SWITCH: u8 = 0x40;
 pub struct FramedRecord {
     /// Where it begins.
     pub start: Lsn,
-    /// Where it ends, rounded up to 8 bytes as Postgres does; the end of the segment for a segment switch.
+    /// Where it ends, rounded up to 8 bytes as Postgres does; the end of the segment for a segment switch, which is given when that has come.
     pub end: Lsn,
     /// The record without page headers.
     pub bytes: Bytes,
@@ -41,6 +41,8 @@ pub struct Framer {
     skip_until: Lsn,
     /// Bytes before this position are the rest of a segment after a switch: meaningless, page headers included.
     switched_until: Lsn,
+    /// The switch itself, which counts when that rest has come: then a boundary is never ahead of what is there.
+    switch: Option<FramedRecord>,
     partial: Vec<u8>,
     partial_start: Lsn,
     /// Whether the first page may begin in the middle of a record, which is skipped.
@@ -63,6 +65,7 @@ impl Framer {
             in_page_header: start.page_offset() == 0,
             skip_until: start,
             switched_until: start,
+            switch: None,
             partial: Vec::new(),
             partial_start: start,
             skip_first_continuation: false,
@@ -113,6 +116,11 @@ impl Framer {
                 let n = ((self.switched_until.0 - self.position.0) as usize).min(input.len());
                 self.take(input, n);
                 self.in_page_header = self.position.page_offset() == 0;
+                if self.position == self.switched_until
+                    && let Some(switch) = self.switch.take()
+                {
+                    return Ok(Some(self.count(switch)));
+                }
                 continue;
             }
             if self.in_page_header {
@@ -127,7 +135,11 @@ impl Framer {
                 continue;
             }
             if let Some(record) = self.take_record_bytes(input, page_left)? {
-                return Ok(Some(record));
+                if record.end > self.position.align() {
+                    self.switch = Some(record);
+                    continue;
+                }
+                return Ok(Some(self.count(record)));
             }
         }
         Ok(None)
@@ -245,8 +257,12 @@ impl Framer {
         }
         self.skip_until = self.position.align();
         self.in_page_header = self.position.page_offset() == 0;
-        self.last_record = Some(start);
-        self.framed = end;
         Ok(FramedRecord { start, end, bytes })
+    }
+
+    fn count(&mut self, record: FramedRecord) -> FramedRecord {
+        self.last_record = Some(record.start);
+        self.framed = record.end;
+        record
     }
 }
