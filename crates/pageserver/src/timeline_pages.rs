@@ -63,7 +63,17 @@ impl Pages {
                 self.timeline.first_lsn()
             )));
         }
-        self.timeline.wait_applied(wanted, ARRIVAL_WAIT_MAX).map_err(SourceError::NotReady)?;
+        self.timeline.wait_applied(wanted, ARRIVAL_WAIT_MAX).map_err(|what| {
+            // What has arrived and is not applied yet is worth another try. Waiting again does not help where ingest has stopped, or for what
+            // nobody wrote.
+            if self.timeline.stopped().is_some() {
+                SourceError::Failed(what)
+            } else if wanted > self.timeline.head() {
+                SourceError::NotFound(what)
+            } else {
+                SourceError::NotReady(what)
+            }
+        })?;
         Ok(if newest { self.timeline.applied() } else { wanted })
     }
 

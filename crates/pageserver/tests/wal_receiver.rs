@@ -144,6 +144,9 @@ fn a_receiver_that_is_killed_again_and_again_leaves_no_gap() {
         let go_on = ReceiverConfig { start: wal.framed(), last_record: wal.last_record(), base: start, ..config(&postgres, NAME, start) };
         let receiver = receive(go_on, &wal);
         thread::sleep(Duration::from_millis(50 + 37 * rounds % 400));
+        if rounds % 3 == 0 {
+            postgres.psql("postgres", "SELECT pg_switch_wal()").expect("a switch"); // 16 MiB that mean nothing are on their way
+        }
         outcome = receiver.join().expect("an outcome");
         rounds += 1;
     }
