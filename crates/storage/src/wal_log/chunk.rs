@@ -15,21 +15,25 @@
 //! | 32 | 16 | tenant |
 //! | 48 | 16 | timeline |
 //! | 64 | 8 | LSN of the first payload byte |
-//! | 72 | 4 | writer epoch |
-//! | 76 | 4 | CRC-32C of the 76 bytes before and the payload |
+//! | 72 | 8 | origin: the chunk's own position, or that of the chunk which it is a copy of |
+//! | 80 | 4 | writer epoch |
+//! | 84 | 4 | CRC-32C of the 84 bytes before and the payload |
+//!
+//! What a timeline that lags behind still needs of an old segment is copied to the log's head. A copy counts in the place of its origin: bytes
+//! that were appended later than the origin, but earlier than the copy, replace those of the copy.
 
 use varve_postgres::Lsn;
 
 use crate::ids::{TenantId, TimelineId, WriterEpoch};
 
 /// Bytes in a chunk's header.
-pub(super) const HEADER_SIZE: usize = 80;
+pub(super) const HEADER_SIZE: usize = 88;
 /// Most payload bytes in a chunk: what a scan must be able to hold.
 pub(super) const PAYLOAD_SIZE_MAX: usize = 1024 * 1024;
 
 const MAGIC: [u8; 4] = *b"VWLC";
 const VERSION: u8 = 1;
-const CRC_AT: usize = 76;
+const CRC_AT: usize = 84;
 
 /// A chunk's header.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,6 +44,7 @@ pub(super) struct ChunkHeader {
     pub(super) timeline: TimelineId,
     pub(super) epoch: WriterEpoch,
     pub(super) start: Lsn,
+    pub(super) origin: u64,
     pub(super) payload_len: u32,
 }
 
@@ -72,6 +77,7 @@ impl ChunkHeader {
         out.extend_from_slice(&self.tenant.0);
         out.extend_from_slice(&self.timeline.0);
         out.extend_from_slice(&self.start.0.to_le_bytes());
+        out.extend_from_slice(&self.origin.to_le_bytes());
         out.extend_from_slice(&self.epoch.0.to_le_bytes());
         let crc = crc32c::crc32c_append(crc32c::crc32c(&out[begin..]), payload);
         out.extend_from_slice(&crc.to_le_bytes());
@@ -106,7 +112,8 @@ impl ChunkHeader {
             tenant: TenantId(id_at(32)),
             timeline: TimelineId(id_at(48)),
             start: Lsn(u64_at(64)),
-            epoch: WriterEpoch(u32_at(72)),
+            origin: u64_at(72),
+            epoch: WriterEpoch(u32_at(80)),
             payload_len: payload_len as u32,
         })
     }

@@ -48,7 +48,7 @@ pub trait LogDisk: Send + Sync + fmt::Debug {
     /// Those of the file system.
     fn rename(&self, from: &str, to: &str) -> io::Result<()>;
 
-    /// Removes a file.
+    /// Durably removes a file.
     ///
     /// # Errors
     /// Those of the file system.
@@ -130,7 +130,8 @@ impl LogDisk for Folder {
     }
 
     fn remove(&self, name: &str) -> io::Result<()> {
-        std::fs::remove_file(self.path.join(name))
+        std::fs::remove_file(self.path.join(name))?;
+        self.sync_folder()
     }
 
     fn list(&self) -> io::Result<Vec<String>> {

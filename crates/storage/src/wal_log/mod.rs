@@ -6,136 +6,79 @@
 //!
 //! **Durability.** [`WalLog::append`] writes into the page cache, [`WalLog::sync`] makes durable: one caller runs `fdatasync` for all that
 //! have appended meanwhile. Nothing counts before its sync returned. After a failed sync nothing is ever acknowledged again by this
-//! process, for the kernel may have thrown the pages away.
+//! process, for the kernel may have thrown the pages away. A failed write, or a full disk, fails that append only.
 //!
 //! **Crash.** At open the log ends at the first place where no whole chunk stands. What stands behind it was never synced, unless a chunk
 //! there says that the log had been synced beyond that place: then the log is damaged, and it is refused with the file's name. The
-//! rest of the file is zeroed before anything is appended, so that nothing which was never acknowledged can come back. Everything found is
-//! fsynced before any position is reported: what was reread may only have been in the page cache.
+//! rest of the file is zeroed before anything is appended, so that nothing which was never acknowledged can come back. What is not known to
+//! be on disk is written again and fsynced before any position is reported: what was reread may only have been in the page cache.
+//!
+//! **Replacing.** Bytes that are sent again, because the stream had ended within a record, replace what the log has from their start on. So
+//! a caller must never append below what it acknowledged. It cannot below its epoch's start, nor below what layers cover.
 //!
 //! **Epochs.** Bytes at or beyond the start of a later writer epoch are void, now and after a crash: [`WalLog::attach`] is told the
 //! epochs from the tenant log. Appends must carry the newest epoch and join on.
+//!
+//! **Space.** A segment is freed once layers cover all that counts in it. What a timeline that lags behind still needs of an old segment
+//! [`WalLog::copy_laggards`] copies to the head.
+//!
+//! What is read is not checked here once more: each WAL record has its own CRC-32C, which its reader checks.
 
 mod chunk;
 mod disk;
+mod error;
 mod index;
 mod segments;
+#[cfg(test)]
+mod tests;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
 
 use bytes::{Bytes, BytesMut};
-use parking_lot::{Condvar, Mutex};
+use parking_lot::{Condvar, Mutex, MutexGuard};
 use varve_postgres::Lsn;
 
 pub use disk::{Folder, LogDisk, LogFile};
+pub use error::WalLogError;
 
 use crate::ids::{TenantId, TimelineId, WriterEpoch};
 use chunk::{ChunkHeader, HEADER_SIZE, PAYLOAD_SIZE_MAX, chunk_size};
-use index::{Run, TimelineIndex};
+use index::{LiveRuns, Run, TimelineIndex};
 use segments::Segments;
 
 /// Bytes in a segment file.
 pub const SEGMENT_SIZE: u64 = 16 * 1024 * 1024;
-
-/// What can go wrong in the WAL log.
-#[derive(Debug, Clone, thiserror::Error)]
-pub enum WalLogError {
-    /// The file system failed.
-    #[error(
-        "WAL log in {folder}: cannot {action}: {error}; nothing that was not yet acknowledged will be: free space or mend the disk, then restart"
-    )]
-    Io {
-        /// The log's folder.
-        folder: String,
-        /// What was tried.
-        action: String,
-        /// What the system said.
-        error: Arc<io::Error>,
-    },
-    /// Another process uses the folder.
-    #[error("{folder} is in use by another varve process: stop it, or name another folder with --data")]
-    InUse {
-        /// The folder.
-        folder: String,
-    },
-    /// A chunk that had been made durable is no longer whole.
-    #[error(
-        "WAL log in {folder}: file {file} is damaged at byte {offset}: acknowledged WAL stood there. Restore the file from a copy; or move \
-         the folder away and start without it: computes that still run then send again what the store lacks"
-    )]
-    Damaged {
-        /// The folder.
-        folder: String,
-        /// The segment file.
-        file: String,
-        /// Where no whole chunk stands.
-        offset: u64,
-    },
-    /// A chunk of a newer version.
-    #[error(
-        "WAL log in {folder}: file {file}, byte {offset}: a chunk that this version cannot read ({what}): use the newer varve that wrote it"
-    )]
-    Unsupported {
-        /// The folder.
-        folder: String,
-        /// The segment file.
-        file: String,
-        /// Where the chunk stands.
-        offset: u64,
-        /// What is not known.
-        what: String,
-    },
-    /// Bytes that do not join on.
-    #[error("WAL of timeline {timeline} in epoch {epoch} ends at {end}: bytes from {start} do not join on")]
-    Gap {
-        /// The timeline.
-        timeline: TimelineId,
-        /// The epoch that appends.
-        epoch: u32,
-        /// End of what there is.
-        end: Lsn,
-        /// Start of what was to be appended.
-        start: Lsn,
-    },
-    /// A writer whose epoch is over.
-    #[error("writer epoch {epoch} of timeline {timeline} is over: epoch {current} writes now")]
-    Fenced {
-        /// The timeline.
-        timeline: TimelineId,
-        /// The epoch that tried.
-        epoch: u32,
-        /// The epoch that may.
-        current: u32,
-    },
-    /// A timeline that was not attached.
-    #[error("timeline {timeline} is not attached to the WAL log")]
-    NotAttached {
-        /// The timeline.
-        timeline: TimelineId,
-    },
-    /// Bytes that were released or never there.
-    #[error("the WAL log does not hold WAL of timeline {timeline} at {lsn}")]
-    NotHeld {
-        /// The timeline.
-        timeline: TimelineId,
-        /// The first byte that was asked for.
-        lsn: Lsn,
-    },
-}
+/// An old segment is freed by copying where at most one part in so many of it still counts.
+const LAGGARD_SHARE: u64 = 4;
 
 type Owner = (TenantId, TimelineId);
 
+/// How a log works.
+#[derive(Clone, Copy, Debug)]
+pub struct WalLogOptions {
+    /// [`WalLog::is_over_limit`] from here on.
+    pub limit_bytes: u64,
+    /// Bytes in a segment file, a multiple of 8; always the same for one folder. Tests have small ones.
+    pub segment_bytes: u64,
+    /// Whether a thread makes spare segments ahead of use.
+    pub make_spares: bool,
+}
+
 /// A position in the log, up to which [`WalLog::sync`] makes durable.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct LogPosition(u64);
 
 #[derive(Debug)]
 struct State {
     segments: Segments,
     timelines: HashMap<Owner, TimelineIndex>,
+    live: LiveRuns,
+    /// Runs that others replace, each with the position up to which the log must be durable until it does not count any more: should
+    /// what replaces it be lost, it is still there, whole.
+    replaced: VecDeque<(u64, Run)>,
     /// Next byte to write.
     written: u64,
     /// Everything below is durable.
@@ -151,8 +94,15 @@ pub struct WalLog {
     disk: Arc<dyn LogDisk>,
     state: Mutex<State>,
     synced: Condvar,
-    limit_bytes: u64,
+    options: WalLogOptions,
     _lock: Option<std::fs::File>,
+}
+
+/// A run that is to be copied to the head.
+struct Laggard {
+    owner: Owner,
+    run: Run,
+    bytes: Vec<u8>,
 }
 
 impl WalLog {
@@ -170,7 +120,8 @@ impl WalLog {
         let lock = std::fs::File::create(folder.join("lock")).map_err(|error| io_error("make the lock file", error))?;
         rustix::fs::flock(&lock, rustix::fs::FlockOperation::NonBlockingLockExclusive)
             .map_err(|_| WalLogError::InUse { folder: folder.display().to_string() })?;
-        let mut log = Self::open_on(Arc::new(disk), limit_bytes)?;
+        let options = WalLogOptions { limit_bytes, segment_bytes: SEGMENT_SIZE, make_spares: true };
+        let mut log = Self::open_on(Arc::new(disk), options)?;
         log._lock = Some(lock);
         Ok(log)
     }
@@ -179,19 +130,31 @@ impl WalLog {
     ///
     /// # Errors
     /// As [`WalLog::open`].
-    pub fn open_on(disk: Arc<dyn LogDisk>, limit_bytes: u64) -> Result<WalLog, WalLogError> {
+    pub fn open_on(disk: Arc<dyn LogDisk>, options: WalLogOptions) -> Result<WalLog, WalLogError> {
         let mut timelines: HashMap<Owner, TimelineIndex> = HashMap::new();
-        let (segments, end) = Segments::open(disk.clone(), |header| {
+        let mut live = LiveRuns::new(options.segment_bytes);
+        let (segments, end) = Segments::open(disk.clone(), options, |header| {
             let run = Run {
                 start: header.start,
                 end: header.start + u64::from(header.payload_len),
                 epoch: header.epoch,
                 at: header.position + HEADER_SIZE as u64,
+                origin: header.origin,
             };
-            timelines.entry((header.tenant, header.timeline)).or_default().found(run);
+            timelines.entry((header.tenant, header.timeline)).or_default().found(run, &mut live);
         })?;
-        let state = State { segments, timelines, written: end, synced: end, syncing: false, failed: None, scratch: Vec::new() };
-        Ok(WalLog { disk, state: Mutex::new(state), synced: Condvar::new(), limit_bytes, _lock: None })
+        let state = State {
+            segments,
+            timelines,
+            live,
+            replaced: VecDeque::new(),
+            written: end,
+            synced: end,
+            syncing: false,
+            failed: None,
+            scratch: Vec::new(),
+        };
+        Ok(WalLog { disk, state: Mutex::new(state), synced: Condvar::new(), options, _lock: None })
     }
 
     /// Timelines of which the log holds bytes and that were not attached yet.
@@ -206,16 +169,14 @@ impl WalLog {
     /// # Errors
     /// [`WalLogError::NotHeld`] when bytes between `layered` and later ones that the log holds are missing.
     pub fn attach(&self, tenant: TenantId, timeline: TimelineId, epochs: &[(WriterEpoch, Lsn)], layered: Lsn) -> Result<Lsn, WalLogError> {
-        let mut state = self.state.lock();
+        let mut guard = self.state.lock();
+        let state = &mut *guard;
         let index = state.timelines.entry((tenant, timeline)).or_default();
-        if index.settled {
-            return Ok(index.end);
-        }
-        let mut settled = index.clone();
-        if let Some(lsn) = settled.settle(epochs, layered) {
+        if !index.settled
+            && let Some(lsn) = index.settle(epochs, layered, &mut state.live)
+        {
             return Err(WalLogError::NotHeld { timeline, lsn });
         }
-        *index = settled;
         Ok(index.end)
     }
 
@@ -225,16 +186,17 @@ impl WalLog {
     /// # Errors
     /// [`WalLogError::NotAttached`]; [`WalLogError::Fenced`] when a later epoch has begun; [`WalLogError::Gap`] when `lsn` lies beyond the end.
     pub fn start_epoch(&self, tenant: TenantId, timeline: TimelineId, epoch: WriterEpoch, lsn: Lsn) -> Result<(), WalLogError> {
-        let mut state = self.state.lock();
-        let index = Self::index(&mut state, tenant, timeline)?;
+        let mut guard = self.state.lock();
+        let state = &mut *guard;
+        let index = Self::index(&mut state.timelines, tenant, timeline)?;
         if epoch <= index.epoch {
             return Err(WalLogError::Fenced { timeline, epoch: epoch.0, current: index.epoch.0 });
         }
         if lsn > index.end {
             return Err(WalLogError::Gap { timeline, epoch: epoch.0, end: index.end, start: lsn });
         }
-        index.cut(lsn);
-        index.epoch = epoch;
+        index.cut(lsn).iter().for_each(|run| state.live.remove(run));
+        (index.epoch, index.epoch_start) = (epoch, lsn);
         Ok(())
     }
 
@@ -243,8 +205,7 @@ impl WalLog {
     /// # Errors
     /// [`WalLogError::NotAttached`].
     pub fn end(&self, tenant: TenantId, timeline: TimelineId) -> Result<Lsn, WalLogError> {
-        let mut state = self.state.lock();
-        Ok(Self::index(&mut state, tenant, timeline)?.end)
+        Ok(Self::index(&mut self.state.lock().timelines, tenant, timeline)?.end)
     }
 
     /// Makes everything durable that was appended.
@@ -256,15 +217,20 @@ impl WalLog {
         self.sync(position)
     }
 
-    fn index(state: &mut State, tenant: TenantId, timeline: TimelineId) -> Result<&mut TimelineIndex, WalLogError> {
-        state.timelines.get_mut(&(tenant, timeline)).filter(|index| index.settled).ok_or(WalLogError::NotAttached { timeline })
+    fn index(
+        timelines: &mut HashMap<Owner, TimelineIndex>,
+        tenant: TenantId,
+        timeline: TimelineId,
+    ) -> Result<&mut TimelineIndex, WalLogError> {
+        timelines.get_mut(&(tenant, timeline)).filter(|index| index.settled).ok_or(WalLogError::NotAttached { timeline })
     }
 
     /// Appends WAL bytes that begin at `start`. What the log has from there on, the beginning of a record that never became whole, they
     /// replace. Not durable before [`WalLog::sync`] up to the returned position.
     ///
     /// # Errors
-    /// [`WalLogError::Fenced`], [`WalLogError::Gap`], [`WalLogError::NotAttached`], or the file system's, after which no append succeeds.
+    /// [`WalLogError::Fenced`], [`WalLogError::Gap`], [`WalLogError::Settled`], [`WalLogError::NotAttached`]; the file system's, after which a
+    /// part of the bytes may have been appended, and the whole may be appended again.
     pub fn append(
         &self,
         tenant: TenantId,
@@ -273,51 +239,67 @@ impl WalLog {
         start: Lsn,
         bytes: &[u8],
     ) -> Result<LogPosition, WalLogError> {
-        let mut state = self.state.lock();
+        let mut guard = self.state.lock();
+        let state = &mut *guard;
         if let Some(error) = &state.failed {
             return Err(error.clone());
         }
-        let index = Self::index(&mut state, tenant, timeline)?;
+        let index = Self::index(&mut state.timelines, tenant, timeline)?;
         if epoch != index.epoch {
             return Err(WalLogError::Fenced { timeline, epoch: epoch.0, current: index.epoch.0 });
         }
-        let end = index.end;
-        if start > end {
-            return Err(WalLogError::Gap { timeline, epoch: epoch.0, end, start });
+        let floor = index.epoch_start.max(index.released);
+        if start < floor {
+            return Err(WalLogError::Settled { timeline, epoch: epoch.0, floor, start });
         }
-        index.cut(start);
-        let (mut start, mut rest) = (start, bytes);
+        if start > index.end {
+            return Err(WalLogError::Gap { timeline, epoch: epoch.0, end: index.end, start });
+        }
+        let (mut next, mut rest) = (start, bytes);
         while !rest.is_empty() {
-            let state = &mut *state;
-            let room = (SEGMENT_SIZE - state.written % SEGMENT_SIZE) as usize;
-            if room < chunk_size(8) {
-                // Too little for a chunk: the rest of the segment stays zero.
-                state.written = state.written.next_multiple_of(SEGMENT_SIZE);
-                continue;
-            }
-            let n = rest.len().min(PAYLOAD_SIZE_MAX).min((room - HEADER_SIZE) & !7);
-            let position = state.written;
-            let header = ChunkHeader { position, synced: state.synced, tenant, timeline, epoch, start, payload_len: n as u32 };
-            state.scratch.clear();
-            header.encode(&rest[..n], &mut state.scratch);
-            if let Err(error) = state.segments.write(position, &state.scratch) {
-                let error = self.io_error("write a chunk", error);
-                state.failed = Some(error.clone());
-                return Err(error);
-            }
-            state.written += state.scratch.len() as u64;
-            let run = Run { start, end: start + n as u64, epoch, at: position + HEADER_SIZE as u64 };
-            state.timelines.entry((tenant, timeline)).or_default().push(run);
-            start += n as u64;
-            rest = &rest[n..];
+            let run = self.write_chunk(state, (tenant, timeline), epoch, next, None, rest)?;
+            let index = Self::index(&mut state.timelines, tenant, timeline)?;
+            let until = state.written;
+            state.replaced.extend(index.cut(run.start).into_iter().map(|run| (until, run)));
+            index.push(run, &mut state.live);
+            rest = &rest[(run.end.0 - run.start.0) as usize..];
+            next = run.end;
         }
         Ok(LogPosition(state.written))
+    }
+
+    /// Writes as much of `bytes` as one chunk takes; `origin` is that of the run which it copies.
+    fn write_chunk(
+        &self,
+        state: &mut State,
+        (tenant, timeline): Owner,
+        epoch: WriterEpoch,
+        start: Lsn,
+        origin: Option<u64>,
+        bytes: &[u8],
+    ) -> Result<Run, WalLogError> {
+        let segment_bytes = self.options.segment_bytes;
+        let mut room = (segment_bytes - state.written % segment_bytes) as usize;
+        if room < chunk_size(8) {
+            // Too little for a chunk: the rest of the segment stays as it is.
+            state.written = state.written.next_multiple_of(segment_bytes);
+            room = segment_bytes as usize;
+        }
+        let n = bytes.len().min(PAYLOAD_SIZE_MAX).min((room - HEADER_SIZE) & !7);
+        let position = state.written;
+        let origin = origin.unwrap_or(position);
+        let header = ChunkHeader { position, synced: state.synced, tenant, timeline, epoch, start, origin, payload_len: n as u32 };
+        state.scratch.clear();
+        header.encode(&bytes[..n], &mut state.scratch);
+        state.segments.write(position, &state.scratch).map_err(|error| self.io_error("write a chunk", error))?;
+        state.written += state.scratch.len() as u64;
+        Ok(Run { start, end: start + n as u64, epoch, at: position + HEADER_SIZE as u64, origin })
     }
 
     /// Returns once everything up to `position` is durable.
     ///
     /// # Errors
-    /// [`WalLogError::Io`] when it cannot be made so; the log then refuses everything.
+    /// [`WalLogError::SyncFailed`] when it cannot be made so; the log then refuses everything.
     pub fn sync(&self, position: LogPosition) -> Result<(), WalLogError> {
         let mut state = self.state.lock();
         loop {
@@ -334,13 +316,11 @@ impl WalLog {
             state.syncing = true;
             let target = state.written;
             let files = state.segments.files(state.synced, target);
-            drop(state);
-            let result = files.iter().try_for_each(|file| file.sync());
-            state = self.state.lock();
+            let result = MutexGuard::unlocked(&mut state, || files.iter().try_for_each(|file| file.sync()));
             state.syncing = false;
             match result {
                 Ok(()) => state.synced = target,
-                Err(error) => state.failed = Some(self.io_error("fsync", error)),
+                Err(error) => state.failed = Some(WalLogError::SyncFailed { folder: self.disk.describe(), error: Arc::new(error) }),
             }
             self.synced.notify_all();
         }
@@ -351,69 +331,144 @@ impl WalLog {
     /// # Errors
     /// [`WalLogError::NotHeld`] when the bytes at `from` were released, [`WalLogError::NotAttached`], or the file system's.
     pub fn read(&self, tenant: TenantId, timeline: TimelineId, from: Lsn, max: usize) -> Result<Bytes, WalLogError> {
+        let not_held = WalLogError::NotHeld { timeline, lsn: from };
         let mut pieces = Vec::new();
+        let mut length = 0;
         {
             let mut guard = self.state.lock();
             let state = &mut *guard;
-            let synced = state.synced;
-            let index = Self::index(state, tenant, timeline)?;
+            let index = Self::index(&mut state.timelines, tenant, timeline)?;
             if from == index.end {
                 return Ok(Bytes::new());
             }
-            let runs = index.from(from).ok_or(WalLogError::NotHeld { timeline, lsn: from })?;
-            let (mut next, mut left) = (from, max);
-            for run in runs {
-                if left == 0 || run.start > next {
-                    break;
-                }
-                let skip = next.0 - run.start.0;
-                let n = (run.end.0 - next.0).min(left as u64);
+            for run in index.from(from).ok_or_else(|| not_held.clone())? {
+                let skip = from.0.saturating_sub(run.start.0);
+                let n = (run.end.0 - run.start.0 - skip).min((max - length) as u64);
                 let at = run.at + skip;
-                if at + n > synced {
+                if n == 0 || at + n > state.synced {
                     break;
                 }
-                pieces.push((at, n as usize));
-                next += n;
-                left -= n as usize;
+                let file = state.segments.file(at).ok_or_else(|| not_held.clone())?;
+                pieces.push((at, n as usize, file));
+                length += n as usize;
             }
         }
-        let mut out = BytesMut::zeroed(pieces.iter().map(|(_, n)| n).sum());
-        let mut filled = 0;
-        for (at, n) in pieces {
-            let file = self.state.lock().segments.file(at).ok_or(WalLogError::NotHeld { timeline, lsn: from + filled as u64 })?;
-            file.read_at(&mut out[filled..filled + n], at % SEGMENT_SIZE).map_err(|error| self.io_error("read", error))?;
-            filled += n;
+        let mut out = BytesMut::zeroed(length);
+        let mut rest = &mut out[..];
+        for (at, n, file) in &pieces {
+            let (piece, after) = rest.split_at_mut(*n);
+            file.read_at(piece, at % self.options.segment_bytes).map_err(|error| self.io_error("read", error))?;
+            rest = after;
         }
-        Ok(out.freeze())
+        // A segment that was freed meanwhile may hold new bytes already.
+        let state = self.state.lock();
+        if pieces.iter().all(|(at, ..)| state.segments.file(*at).is_some()) { Ok(out.freeze()) } else { Err(not_held) }
     }
 
     /// Layers cover everything of the timeline below `lsn`. Frees segments that nobody needs.
     pub fn release(&self, tenant: TenantId, timeline: TimelineId, lsn: Lsn) {
-        let mut state = self.state.lock();
+        let mut guard = self.state.lock();
+        let state = &mut *guard;
         if let Some(index) = state.timelines.get_mut(&(tenant, timeline)) {
-            index.release(lsn);
+            index.release(lsn, &mut state.live);
         }
-        self.free_segments(&mut state);
+        self.free_segments(state);
     }
 
     /// The timeline is gone: nothing of it is needed.
     pub fn forget(&self, tenant: TenantId, timeline: TimelineId) {
-        let mut state = self.state.lock();
-        state.timelines.remove(&(tenant, timeline));
-        self.free_segments(&mut state);
+        let mut guard = self.state.lock();
+        let state = &mut *guard;
+        if let Some(mut index) = state.timelines.remove(&(tenant, timeline)) {
+            index.forget(&mut state.live);
+        }
+        self.free_segments(state);
     }
 
     fn free_segments(&self, state: &mut State) {
-        let oldest = state.timelines.values().filter_map(TimelineIndex::oldest_needed).min().unwrap_or(state.synced);
-        let oldest = oldest.min(state.synced);
-        if let Err(error) = state.segments.free_below(oldest / SEGMENT_SIZE) {
+        while let Some((_, run)) = state.replaced.front().filter(|(until, _)| *until <= state.synced) {
+            state.live.remove(run);
+            state.replaced.pop_front();
+        }
+        let head = state.synced / self.options.segment_bytes;
+        let needed = state.live.first().map_or(head, |first| first.min(head));
+        if let Err(error) = state.segments.free_below(needed) {
             tracing::warn!(folder = self.disk.describe(), %error, "a WAL log segment could not be recycled; it stays");
         }
     }
 
+    /// Where the log takes more than half of its limit, and only a little of its oldest segment still counts: copies that little to the
+    /// head, so that the segment is freed. Returns the bytes copied; to be called again until that is 0. For a background thread.
+    ///
+    /// # Errors
+    /// The file system's, [`WalLogError::SyncFailed`]. Nothing is lost then: what was copied still stands where it stood.
+    pub fn copy_laggards(&self) -> Result<u64, WalLogError> {
+        let laggards = self.laggards()?;
+        let mut moves = Vec::with_capacity(laggards.len());
+        {
+            let mut guard = self.state.lock();
+            let state = &mut *guard;
+            for Laggard { owner, run, bytes } in laggards {
+                // What does not count any more may have been read after its segment had been freed, and must not come back.
+                if let Some(run) = state.timelines.get(&owner).and_then(|index| index.still(&run)) {
+                    let mut copies = Vec::with_capacity(1);
+                    let (mut next, mut rest) = (run.start, &bytes[..(run.end.0 - run.start.0) as usize]);
+                    while !rest.is_empty() {
+                        let copy = self.write_chunk(state, owner, run.epoch, next, Some(run.origin), rest)?;
+                        rest = &rest[(copy.end.0 - copy.start.0) as usize..];
+                        next = copy.end;
+                        copies.push(copy);
+                    }
+                    moves.push((owner, run, copies));
+                }
+            }
+        }
+        self.sync_all()?;
+        let mut guard = self.state.lock();
+        let state = &mut *guard;
+        let mut copied = 0;
+        for (owner, run, copies) in moves {
+            copied += run.end.0 - run.start.0;
+            if let Some(index) = state.timelines.get_mut(&owner) {
+                index.moved(&run, &copies, &mut state.live);
+            }
+        }
+        self.free_segments(state);
+        Ok(copied)
+    }
+
+    /// What counts in the oldest segment, if it is worth copying.
+    fn laggards(&self) -> Result<Vec<Laggard>, WalLogError> {
+        let segment_bytes = self.options.segment_bytes;
+        let (found, file) = {
+            let state = self.state.lock();
+            let Some(oldest) = state.segments.oldest() else { return Ok(Vec::new()) };
+            if state.segments.bytes() * 2 <= self.options.limit_bytes || oldest >= state.synced / segment_bytes {
+                return Ok(Vec::new());
+            }
+            let in_oldest = |run: &&Run| run.at / segment_bytes == oldest;
+            let of_timeline = |(owner, index): (&Owner, &TimelineIndex)| {
+                let runs = index.live().iter().filter(in_oldest);
+                runs.map(|run| (*owner, *run)).collect::<Vec<_>>()
+            };
+            let found: Vec<(Owner, Run)> = state.timelines.iter().flat_map(of_timeline).collect();
+            let bytes: u64 = found.iter().map(|(_, run)| run.end.0 - run.start.0).sum();
+            let Some(file) = state.segments.file(oldest * segment_bytes).filter(|_| bytes * LAGGARD_SHARE <= segment_bytes) else {
+                return Ok(Vec::new());
+            };
+            (found, file)
+        };
+        let read = |(owner, run): (Owner, Run)| {
+            let mut bytes = vec![0; (run.end.0 - run.start.0) as usize];
+            file.read_at(&mut bytes, run.at % segment_bytes).map_err(|error| self.io_error("read", error))?;
+            Ok(Laggard { owner, run, bytes })
+        };
+        found.into_iter().map(read).collect()
+    }
+
     /// Whether the log holds more than its limit, so that receivers stop reading until layers catch up.
     pub fn is_over_limit(&self) -> bool {
-        self.state.lock().segments.bytes() > self.limit_bytes
+        self.state.lock().segments.bytes() > self.options.limit_bytes
     }
 
     /// Bytes of all segments that are in use.
@@ -423,110 +478,5 @@ impl WalLog {
 
     fn io_error(&self, action: &str, error: io::Error) -> WalLogError {
         WalLogError::Io { folder: self.disk.describe(), action: action.to_owned(), error: Arc::new(error) }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    const TENANT: TenantId = TenantId([1; 16]);
-    const TIMELINE: TimelineId = TimelineId([2; 16]);
-    const BASE: Lsn = Lsn(0x100_0000);
-
-    fn bytes(from: Lsn, n: usize) -> Vec<u8> {
-        (0..n as u64).map(|i| ((from.0 + i) % 251) as u8).collect()
-    }
-
-    fn read_all(log: &WalLog, from: Lsn) -> Vec<u8> {
-        let mut out = Vec::new();
-        loop {
-            let more = log.read(TENANT, TIMELINE, from + out.len() as u64, 100_000).unwrap();
-            if more.is_empty() {
-                return out;
-            }
-            out.extend_from_slice(&more);
-        }
-    }
-
-    fn append(log: &WalLog, epoch: u32, from: Lsn, n: usize) -> Lsn {
-        let position = log.append(TENANT, TIMELINE, WriterEpoch(epoch), from, &bytes(from, n)).unwrap();
-        log.sync(position).unwrap();
-        from + n as u64
-    }
-
-    #[test]
-    fn what_was_synced_is_read_back_after_a_restart_and_segments_are_recycled() {
-        let folder = tempfile::tempdir().unwrap();
-        let epochs = [(WriterEpoch(1), BASE)];
-        let log = WalLog::open(folder.path(), u64::MAX).unwrap();
-        assert_eq!(log.attach(TENANT, TIMELINE, &epochs, BASE).unwrap(), BASE);
-        let mut end = BASE;
-        while end.0 - BASE.0 < 3 * SEGMENT_SIZE {
-            end = append(&log, 1, end, 300_001);
-        }
-        assert!(read_all(&log, BASE) == bytes(BASE, (end.0 - BASE.0) as usize), "the bytes read are those appended");
-        assert!(matches!(WalLog::open(folder.path(), 0), Err(WalLogError::InUse { .. })), "a second process is refused");
-        drop(log);
-        let log = WalLog::open(folder.path(), u64::MAX).unwrap();
-        assert_eq!(log.unattached(), vec![(TENANT, TIMELINE)]);
-        assert_eq!(log.attach(TENANT, TIMELINE, &epochs, BASE).unwrap(), end);
-        assert!(read_all(&log, BASE) == bytes(BASE, (end.0 - BASE.0) as usize), "the bytes are there after a restart");
-        let before = log.bytes();
-        log.release(TENANT, TIMELINE, end);
-        assert!(log.bytes() < before, "segments below the layers are freed");
-        assert!(matches!(log.read(TENANT, TIMELINE, BASE, 10), Err(WalLogError::NotHeld { .. })));
-        assert_eq!(append(&log, 1, end, 1000), end + 1000);
-    }
-
-    #[test]
-    fn bytes_of_an_older_epoch_are_void_from_the_next_ones_start() {
-        let folder = tempfile::tempdir().unwrap();
-        let log = WalLog::open(folder.path(), u64::MAX).unwrap();
-        log.attach(TENANT, TIMELINE, &[(WriterEpoch(1), BASE)], BASE).unwrap();
-        append(&log, 1, BASE, 1000);
-        log.start_epoch(TENANT, TIMELINE, WriterEpoch(2), BASE + 600).unwrap();
-        let refused = log.append(TENANT, TIMELINE, WriterEpoch(1), BASE + 600, &[0; 8]);
-        assert!(matches!(refused, Err(WalLogError::Fenced { current: 2, .. })));
-        let refused = log.append(TENANT, TIMELINE, WriterEpoch(2), BASE + 608, &[0; 8]);
-        assert!(matches!(refused, Err(WalLogError::Gap { .. })), "bytes that do not join on are refused");
-        let position = log.append(TENANT, TIMELINE, WriterEpoch(2), BASE + 600, &[7; 100]).unwrap();
-        log.sync(position).unwrap();
-        let expected = [bytes(BASE, 600), vec![7; 100]].concat();
-        assert!(read_all(&log, BASE) == expected);
-        drop(log);
-        let log = WalLog::open(folder.path(), u64::MAX).unwrap();
-        let end = log.attach(TENANT, TIMELINE, &[(WriterEpoch(1), BASE), (WriterEpoch(2), BASE + 600)], BASE).unwrap();
-        assert_eq!(end, BASE + 700);
-        assert!(read_all(&log, BASE) == expected, "void bytes stay void after a restart");
-    }
-
-    #[test]
-    fn a_torn_tail_is_dropped_and_damage_before_it_is_refused_by_name() {
-        let folder = tempfile::tempdir().unwrap();
-        let log = WalLog::open(folder.path(), u64::MAX).unwrap();
-        log.attach(TENANT, TIMELINE, &[], BASE).unwrap();
-        let mut end = BASE;
-        for _ in 0..3 {
-            end = append(&log, 0, end, 1000);
-        }
-        drop(log);
-        let path = folder.path().join("0000000000000000.wal");
-        let whole = std::fs::read(&path).unwrap();
-        let mut torn = whole.clone();
-        torn[2 * chunk_size(1000) + 500] ^= 1;
-        std::fs::write(&path, &torn).unwrap();
-        let log = WalLog::open(folder.path(), u64::MAX).unwrap();
-        assert_eq!(log.attach(TENANT, TIMELINE, &[], BASE).unwrap(), BASE + 2000, "the last chunk may have been torn by a crash");
-        drop(log);
-        let mut damaged = whole;
-        damaged[chunk_size(1000) + 500] ^= 1;
-        std::fs::write(&path, &damaged).unwrap();
-        match WalLog::open(folder.path(), u64::MAX) {
-            Err(WalLogError::Damaged { file, offset, .. }) => {
-                assert_eq!((file.as_str(), offset), ("0000000000000000.wal", chunk_size(1000) as u64));
-            }
-            other => panic!("a damaged chunk that had been acknowledged must be refused, got {other:?}"),
-        }
     }
 }

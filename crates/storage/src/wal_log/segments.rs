@@ -7,7 +7,7 @@ use std::thread::JoinHandle;
 
 use super::chunk::{ChunkHeader, Found, HEADER_SIZE, chunk_size};
 use super::disk::{LogDisk, LogFile};
-use super::{SEGMENT_SIZE, WalLogError};
+use super::{WalLogError, WalLogOptions};
 
 /// Freed segments that are kept for reuse; more are removed.
 const SPARES_MAX: usize = 4;
@@ -15,10 +15,13 @@ const SPARES_MAX: usize = 4;
 #[derive(Debug)]
 pub(super) struct Segments {
     disk: Arc<dyn LogDisk>,
+    segment_bytes: u64,
     files: BTreeMap<u64, Arc<dyn LogFile>>,
     spares: Vec<(String, Arc<dyn LogFile>)>,
     /// Number for the next spare's name.
     next_spare: u64,
+    /// Whether a spare is to be kept ready.
+    make_spares: bool,
     /// Makes one spare file, off the path of those who append.
     maker: Option<JoinHandle<io::Result<(String, Arc<dyn LogFile>)>>>,
 }
@@ -27,64 +30,87 @@ fn file_name(number: u64) -> String {
     format!("{number:016x}.wal")
 }
 
-/// Where the log ends within a segment, as far as a look at that segment alone tells.
-enum SegmentEnd {
-    /// It is full.
-    Full,
-    /// No whole chunk stands at this offset.
-    At(usize),
+/// Whether a file of this name is a spare segment, finished or not, or one that was never finished.
+fn is_left_over(name: &str) -> bool {
+    name.starts_with("spare-") || name.ends_with(".wal.new")
+}
+
+/// What the log's files held at open.
+struct Scan<'a> {
+    folder: &'a str,
+    segment_bytes: u64,
+    /// Where the log ends: no whole chunk stands there.
+    end: Option<u64>,
+    /// Up to here the log was known to be fsynced, by what stands in it.
+    synced: u64,
 }
 
 impl Segments {
     /// Opens the log's files, gives every whole chunk to `found` in log order, and returns where the log ends. Makes everything durable.
-    pub(super) fn open(disk: Arc<dyn LogDisk>, mut found: impl FnMut(&ChunkHeader)) -> Result<(Segments, u64), WalLogError> {
+    pub(super) fn open(
+        disk: Arc<dyn LogDisk>,
+        options: WalLogOptions,
+        mut found: impl FnMut(&ChunkHeader),
+    ) -> Result<(Segments, u64), WalLogError> {
+        let WalLogOptions { segment_bytes, make_spares, .. } = options;
         let folder = disk.describe();
         let io_error = |action: String, error| WalLogError::Io { folder: folder.clone(), action, error: Arc::new(error) };
-        let mut segments = Segments { disk: disk.clone(), files: BTreeMap::new(), spares: Vec::new(), next_spare: 0, maker: None };
+        let (files, spares) = (BTreeMap::new(), Vec::new());
+        let mut segments = Segments { disk: disk.clone(), segment_bytes, files, spares, next_spare: 0, make_spares, maker: None };
         for name in disk.list().map_err(|error| io_error("list the folder".to_owned(), error))? {
             let number = name.strip_suffix(".wal").filter(|stem| stem.len() == 16).and_then(|stem| u64::from_str_radix(stem, 16).ok());
             if let Some(number) = number {
                 let file = disk.open(&name).map_err(|error| io_error(format!("open {name}"), error))?;
                 segments.files.insert(number, file);
-            } else if name != "lock" {
-                // Spares, finished or not: cheaper to make anew than to trust.
+            } else if is_left_over(&name) {
+                // Cheaper to make anew than to trust.
                 disk.remove(&name).map_err(|error| io_error(format!("remove {name}"), error))?;
             }
         }
-        let mut end = None;
         let mut expected = segments.files.keys().next().copied().unwrap_or(0);
-        let mut buffer = vec![0; SEGMENT_SIZE as usize];
+        let mut scan = Scan { folder: &folder, segment_bytes, end: None, synced: expected * segment_bytes };
+        let mut buffer = vec![0; segment_bytes as usize];
         for (number, file) in &segments.files {
-            let name = file_name(*number);
-            let base = number * SEGMENT_SIZE;
-            file.sync().map_err(|error| io_error(format!("fsync {name}"), error))?;
-            file.read_at(&mut buffer, 0).map_err(|error| io_error(format!("read {name}"), error))?;
-            match end {
-                None if *number == expected => {
-                    if let SegmentEnd::At(offset) = scan(&buffer, base, &folder, &name, &mut found)? {
-                        end = Some(base + offset as u64);
-                        check_torn(&buffer, base, offset, base + offset as u64, &folder, &name)?;
-                    }
-                }
-                None => {
-                    let name = file_name(expected);
-                    return Err(WalLogError::Damaged { folder, file: name, offset: 0 });
-                }
-                Some(end) => check_torn(&buffer, base, 0, end, &folder, &file_name(end / SEGMENT_SIZE))?,
+            if scan.end.is_none() && *number != expected {
+                return Err(WalLogError::Damaged { folder, file: file_name(expected), offset: 0 });
             }
+            file.read_at(&mut buffer, 0).map_err(|error| io_error(format!("read {}", file_name(*number)), error))?;
+            scan.segment(&buffer, *number, &mut found)?;
             expected = number + 1;
         }
-        let end = end.unwrap_or(expected * SEGMENT_SIZE);
+        let Scan { end, synced, .. } = scan;
+        let end = end.unwrap_or(expected * segment_bytes);
+        segments.make_durable(synced.min(end), end).map_err(|error| io_error("make durable what it holds".to_owned(), error))?;
         segments.discard_behind(end).map_err(|error| io_error("clear what was not acknowledged".to_owned(), error))?;
         Ok((segments, end))
     }
 
+    /// Writes what stands from `synced` to `end` once more, and fsyncs it. An fsync alone does not do: where an earlier one has failed, the
+    /// kernel may take pages for clean that never reached the disk.
+    fn make_durable(&self, synced: u64, end: u64) -> io::Result<()> {
+        for (number, file) in self.files.range(synced / self.segment_bytes..) {
+            let base = number * self.segment_bytes;
+            let (from, to) = (synced.max(base) - base, end.min(base + self.segment_bytes).saturating_sub(base));
+            if from < to {
+                let mut bytes = vec![0; (to - from) as usize];
+                file.read_at(&mut bytes, from)?;
+                file.write_at(&bytes, from)?;
+            }
+            file.sync()?;
+        }
+        Ok(())
+    }
+
     /// Makes sure that nothing stands behind `end`, so that it cannot be taken for what will be written there.
     fn discard_behind(&mut self, end: u64) -> io::Result<()> {
-        let number = end / SEGMENT_SIZE;
+        let number = end / self.segment_bytes;
+        // The last first: should this be cut short, what is left still begins where nothing whole stands.
+        for (number, _) in self.files.split_off(&(number + 1)).into_iter().rev() {
+            self.disk.remove(&file_name(number))?;
+        }
         if let Some(file) = self.files.get(&number) {
-            let offset = end % SEGMENT_SIZE;
-            let mut rest = vec![0; (SEGMENT_SIZE - offset) as usize];
+            let offset = end % self.segment_bytes;
+            let mut rest = vec![0; (self.segment_bytes - offset) as usize];
             file.read_at(&mut rest, offset)?;
             if rest.iter().any(|byte| *byte != 0) {
                 rest.fill(0);
@@ -92,21 +118,18 @@ impl Segments {
                 file.sync()?;
             }
         }
-        for (number, _) in self.files.split_off(&(number + 1)) {
-            self.disk.remove(&file_name(number))?;
-        }
         Ok(())
     }
 
-    /// Writes `bytes`, which lie in one segment, at log position `position`.
+    /// Writes `bytes`, which lie in one segment, at log position `position`. After an error they may stand there in part.
     pub(super) fn write(&mut self, position: u64, bytes: &[u8]) -> io::Result<()> {
-        let number = position / SEGMENT_SIZE;
+        let number = position / self.segment_bytes;
         if !self.files.contains_key(&number) {
             let file = self.new_file(number)?;
             self.files.insert(number, file);
         }
         let file = self.files.get(&number).ok_or_else(|| io::Error::other("the segment is gone"))?;
-        file.write_at(bytes, position % SEGMENT_SIZE)
+        file.write_at(bytes, position % self.segment_bytes)
     }
 
     fn new_file(&mut self, number: u64) -> io::Result<Arc<dyn LogFile>> {
@@ -114,18 +137,22 @@ impl Segments {
         if self.spares.is_empty()
             && let Some(maker) = self.maker.take()
         {
-            self.spares.push(maker.join().map_err(|_| io::Error::other("the maker of spare segments has panicked"))??);
+            match maker.join() {
+                Ok(Ok(spare)) => self.spares.push(spare),
+                Ok(Err(error)) => tracing::warn!(folder = self.disk.describe(), %error, "no spare WAL log segment could be made"),
+                Err(_) => return Err(io::Error::other("the maker of spare segments has panicked")),
+            }
         }
         let file = match self.spares.pop() {
             Some((spare, file)) => {
                 self.disk.rename(&spare, &name)?;
                 file
             }
-            None => self.disk.create(&name, SEGMENT_SIZE)?,
+            None => self.disk.create(&name, self.segment_bytes)?,
         };
-        if self.spares.is_empty() && self.maker.is_none() {
-            let (disk, spare) = (self.disk.clone(), self.spare_name());
-            self.maker = Some(std::thread::spawn(move || disk.create(&spare, SEGMENT_SIZE).map(|file| (spare, file))));
+        if self.make_spares && self.spares.is_empty() && self.maker.is_none() {
+            let (disk, spare, size) = (self.disk.clone(), self.spare_name(), self.segment_bytes);
+            self.maker = Some(std::thread::spawn(move || disk.create(&spare, size).map(|file| (spare, file))));
         }
         Ok(file)
     }
@@ -137,24 +164,30 @@ impl Segments {
 
     /// The file that holds log position `position`.
     pub(super) fn file(&self, position: u64) -> Option<Arc<dyn LogFile>> {
-        self.files.get(&(position / SEGMENT_SIZE)).cloned()
+        self.files.get(&(position / self.segment_bytes)).cloned()
     }
 
     /// The files that hold positions `from..to`.
     pub(super) fn files(&self, from: u64, to: u64) -> Vec<Arc<dyn LogFile>> {
-        self.files.range(from / SEGMENT_SIZE..=to.saturating_sub(1) / SEGMENT_SIZE).map(|(_, file)| file.clone()).collect()
+        let numbers = from / self.segment_bytes..=to.saturating_sub(1) / self.segment_bytes;
+        self.files.range(numbers).map(|(_, file)| file.clone()).collect()
+    }
+
+    /// Number of the oldest segment in use.
+    pub(super) fn oldest(&self) -> Option<u64> {
+        self.files.keys().next().copied()
     }
 
     /// Gives up all segments below number `number`.
     pub(super) fn free_below(&mut self, number: u64) -> io::Result<()> {
-        while let Some(entry) = self.files.first_entry().filter(|entry| *entry.key() < number) {
-            let (old, file) = entry.remove_entry();
+        while let Some(old) = self.oldest().filter(|old| *old < number) {
             if self.spares.len() < SPARES_MAX {
                 let spare = self.spare_name();
                 self.disk.rename(&file_name(old), &spare)?;
-                self.spares.push((spare, file));
+                self.spares.extend(self.files.remove(&old).map(|file| (spare, file)));
             } else {
                 self.disk.remove(&file_name(old))?;
+                self.files.remove(&old);
             }
         }
         Ok(())
@@ -162,7 +195,7 @@ impl Segments {
 
     /// Bytes of all segments in use.
     pub(super) fn bytes(&self) -> u64 {
-        self.files.len() as u64 * SEGMENT_SIZE
+        self.files.len() as u64 * self.segment_bytes
     }
 }
 
@@ -174,38 +207,49 @@ impl Drop for Segments {
     }
 }
 
-/// Gives the chunks of a segment to `found` until it is full or no whole chunk stands there.
-fn scan(segment: &[u8], base: u64, folder: &str, name: &str, found: &mut impl FnMut(&ChunkHeader)) -> Result<SegmentEnd, WalLogError> {
-    let mut offset = 0;
-    while segment.len() - offset >= chunk_size(8) {
-        match ChunkHeader::find(&segment[offset..], base + offset as u64) {
-            Found::Chunk(header) => {
-                found(&header);
-                offset += chunk_size(header.payload_len as usize);
-            }
-            Found::Nothing => return Ok(SegmentEnd::At(offset)),
-            Found::Unsupported(what) => {
-                return Err(WalLogError::Unsupported { folder: folder.to_owned(), file: name.to_owned(), offset: offset as u64, what });
+impl Scan<'_> {
+    /// Gives the chunks of a segment to `found`, until no whole chunk stands where one should: there the log ends. What stands behind the end
+    /// was never made durable, unless it says otherwise.
+    fn segment(&mut self, segment: &[u8], number: u64, found: &mut impl FnMut(&ChunkHeader)) -> Result<(), WalLogError> {
+        let base = number * self.segment_bytes;
+        let mut offset = 0;
+        while self.end.is_none() && segment.len() - offset >= chunk_size(8) {
+            let position = base + offset as u64;
+            match ChunkHeader::find(&segment[offset..], position) {
+                Found::Chunk(header) => {
+                    self.synced = self.synced.max(header.synced);
+                    found(&header);
+                    offset += chunk_size(header.payload_len as usize);
+                }
+                Found::Nothing => self.end = Some(position),
+                Found::Unsupported(what) => {
+                    let (folder, file) = (self.folder.to_owned(), file_name(number));
+                    return Err(WalLogError::Unsupported { folder, file, offset: offset as u64, what });
+                }
             }
         }
+        match self.end {
+            Some(end) => self.check_torn(segment, base, offset, end),
+            None => Ok(()),
+        }
     }
-    Ok(SegmentEnd::Full)
-}
 
-/// The log seems to end at `end`, for no whole chunk stands there. That is a torn write, unless a chunk behind it (in `segment` from
-/// `offset` on) was written after the log had been made durable beyond `end`.
-fn check_torn(segment: &[u8], base: u64, offset: usize, end: u64, folder: &str, end_file: &str) -> Result<(), WalLogError> {
-    let mut at = offset;
-    while at + HEADER_SIZE <= segment.len() {
-        // A cheap look before the checksum: the chunk's own position.
-        let here = segment[at + 16..at + 24] == (base + at as u64).to_le_bytes();
-        if here
-            && let Found::Chunk(header) = ChunkHeader::find(&segment[at..], base + at as u64)
-            && header.synced > end
-        {
-            return Err(WalLogError::Damaged { folder: folder.to_owned(), file: end_file.to_owned(), offset: end % SEGMENT_SIZE });
+    /// The log seems to end at `end`, for no whole chunk stands there. That is a torn write, unless a chunk behind it (in `segment` from
+    /// `offset` on) was written after the log had been made durable beyond `end`.
+    fn check_torn(&self, segment: &[u8], base: u64, offset: usize, end: u64) -> Result<(), WalLogError> {
+        for at in (offset..segment.len().saturating_sub(HEADER_SIZE - 1)).step_by(8) {
+            let position = base + at as u64;
+            // A cheap look before the checksum: the chunk's own position.
+            if segment[at + 16..at + 24] != position.to_le_bytes() {
+                continue;
+            }
+            if let Found::Chunk(header) = ChunkHeader::find(&segment[at..], position)
+                && header.synced > end
+            {
+                let file = file_name(end / self.segment_bytes);
+                return Err(WalLogError::Damaged { folder: self.folder.to_owned(), file, offset: end % self.segment_bytes });
+            }
         }
-        at += 8;
+        Ok(())
     }
-    Ok(())
 }
