@@ -13,7 +13,7 @@ use varve_storage::manifest::{LayerRow, Manifest};
 use varve_storage::page_cache::PageCache;
 use varve_storage::store::Store;
 use varve_storage::tenant_log::TimelineState;
-use varve_storage::timeline::{LayerChange, MEMTABLE_BYTES_MAX, Resources, Timeline, TimelineSpec};
+use varve_storage::timeline::{LAYER_BYTES_TARGET, LayerChange, MEMTABLE_BYTES_MAX, Resources, Timeline, TimelineSpec};
 
 use crate::error::ServerError;
 use crate::templates::Template;
@@ -41,6 +41,7 @@ pub fn resources(
         page_cache: PageCache::new((cache_bytes - cache_bytes / BLOCK_CACHE_SHARE) as usize),
         memtable_budget: MemoryBudget::new(memtable_bytes as usize),
         memtable_bytes_max: MEMTABLE_BYTES_MAX,
+        layer_bytes_target: LAYER_BYTES_TARGET,
         files: OpenFiles::new(OPEN_FILES_MAX),
         store: store.blocking(runtime.clone()),
         cache_dir,

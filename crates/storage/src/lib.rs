@@ -7,6 +7,7 @@ pub mod block_cache;
 pub mod budget;
 pub mod chain;
 pub mod checkpoint_fields;
+pub mod compaction;
 pub mod database;
 pub mod edit_log;
 pub mod envelope;

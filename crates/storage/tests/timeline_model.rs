@@ -1,5 +1,5 @@
-//! The engine answers what the naive model answers: on branches, across freezes, flushes, failed publishings and reopening from the store, with
-//! truncations, drops of relations and of databases.
+//! The engine answers what the naive model answers: on branches, across freezes, flushes, failed publishings, merges, also interrupted ones, and
+//! reopening from the store, with truncations, drops of relations and of databases.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on must panic")]
 
@@ -83,6 +83,16 @@ enum Op {
         timeline: usize,
         publish_fails: bool,
     },
+    /// Freezes and flushes some times, with a few bytes written in between.
+    Flushes {
+        timeline: usize,
+        rel: u32,
+        times: u16,
+    },
+    Compact {
+        timeline: usize,
+        gives_up: bool,
+    },
     Reopen,
     Branch {
         timeline: usize,
@@ -110,6 +120,8 @@ fn op() -> impl Strategy<Value = Op> {
         1 => (timeline.clone(), 0u32..2).prop_map(|(timeline, db)| Op::DropDatabase { timeline, db }),
         3 => timeline.clone().prop_map(|timeline| Op::Freeze { timeline }),
         3 => (timeline.clone(), any::<bool>()).prop_map(|(timeline, publish_fails)| Op::Flush { timeline, publish_fails }),
+        2 => (timeline.clone(), 0..RELS, 1u16..6).prop_map(|(timeline, rel, times)| Op::Flushes { timeline, rel, times }),
+        3 => (timeline.clone(), any::<bool>()).prop_map(|(timeline, gives_up)| Op::Compact { timeline, gives_up }),
         1 => Just(Op::Reopen),
         1 => (timeline.clone(), 0u64..3000).prop_map(|(timeline, back)| Op::Branch { timeline, back }),
         4 => (timeline, 0u64..4000).prop_map(|(timeline, back)| Op::Check { timeline, back }),
@@ -145,6 +157,7 @@ fn resources(store: &Store, runtime: &Runtime, folder: &tempfile::TempDir) -> Ar
         page_cache: PageCache::new(40 * BLCKSZ),
         memtable_budget: MemoryBudget::new(1 << 30),
         memtable_bytes_max: 1 << 20,
+        layer_bytes_target: 2 << 10,
         files: OpenFiles::new(4),
         store: store.blocking(runtime.handle().clone()),
         cache_dir: folder.path().join("cache"),
@@ -155,7 +168,8 @@ fn resources(store: &Store, runtime: &Runtime, folder: &tempfile::TempDir) -> Ar
 impl World {
     fn new(bucket: bool) -> World {
         let runtime = Runtime::new().unwrap();
-        let folder = tempfile::tempdir().unwrap();
+        // In memory, where fsync costs nothing, if there is such a folder.
+        let folder = tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap();
         std::fs::create_dir(folder.path().join("cache")).unwrap();
         let store = if bucket { SimStore::new().reliable() } else { Store::open_folder(&folder.path().join("store")).unwrap() };
         let resources = resources(&store, &runtime, &folder);
@@ -243,22 +257,36 @@ impl World {
         self.advance(timeline, self.lsn);
     }
 
-    fn flush(&mut self, timeline: usize, mut publish_fails: bool) {
+    fn flush(&mut self, timeline: usize, publish_fails: bool) {
         let both = &mut self.timelines[timeline];
         let (published, layered) = (&mut both.published, &mut both.layered);
         let mut publish = |change: &LayerChange| {
-            if std::mem::take(&mut publish_fails) {
+            if publish_fails {
                 return Err(PublishError("as the test wants it".to_owned()));
             }
-            published.extend(change.add.iter().map(|row| (row.id, Arc::new(row.clone()))));
-            change.remove.iter().for_each(|id| drop(published.remove(id).expect("a layer that is removed was there")));
-            *layered = change.layered;
+            record(published, layered, change);
             Ok(())
         };
-        if both.engine.flush(&mut publish).is_err() {
-            both.engine.flush(&mut publish).expect("the second attempt succeeds");
-        }
+        // After a failure all stays as it was, for the next flush, or until everything is reopened.
+        let fails = publish_fails && both.engine.frozen_memtables() > 0;
+        assert_eq!(both.engine.flush(&mut publish).is_err(), fails);
         assert_eq!(both.engine.layered_lsn(), both.layered);
+    }
+
+    /// Merges what is due; if it gives up, after the first step of each merge.
+    fn compact(&mut self, timeline: usize, gives_up: bool) {
+        let both = &mut self.timelines[timeline];
+        let (published, layered) = (&mut both.published, &mut both.layered);
+        let mut publish = |change: &LayerChange| {
+            record(published, layered, change);
+            Ok(())
+        };
+        while both.engine.compact(&mut publish, &|| gives_up).unwrap() && !gives_up {}
+        both.engine.delete_retired(&mut || Ok(())).unwrap();
+        if !gives_up {
+            let (blocks, others) = both.engine.run_counts();
+            assert!(blocks < 12 && others < 12, "{blocks} runs of blocks and {others} others are left after merging");
+        }
     }
 
     fn run(&mut self, op: &Op) {
@@ -306,6 +334,14 @@ impl World {
                 self.timelines[timeline % count].engine.freeze_if(0, Duration::ZERO);
             }
             Op::Flush { timeline, publish_fails } => self.flush(timeline % count, publish_fails),
+            Op::Flushes { timeline, rel: number, times } => {
+                for i in 0..times {
+                    self.write(timeline % count, rel(number), u32::from(i) % BLOCKS, i * 7, 1 + i % 3, false);
+                    self.timelines[timeline % count].engine.freeze_if(0, Duration::ZERO);
+                    self.flush(timeline % count, false);
+                }
+            }
+            Op::Compact { timeline, gives_up } => self.compact(timeline % count, gives_up),
             Op::Reopen => self.reopen(),
             Op::Branch { timeline, back } => {
                 if count < TIMELINES_MAX {
@@ -376,6 +412,13 @@ impl World {
         let all = Key::FIRST_METADATA..Key::MAX;
         assert_eq!(scan(&**engine, all.clone()), scan(&**model, all), "all values at {lsn}");
     }
+}
+
+/// What a manifest does.
+fn record(published: &mut BTreeMap<LayerId, Arc<LayerRow>>, layered: &mut Lsn, change: &LayerChange) {
+    published.extend(change.add.iter().map(|row| (row.id, Arc::new(row.clone()))));
+    change.remove.iter().for_each(|id| drop(published.remove(id).expect("a layer that is removed was there")));
+    *layered = change.layered.max(*layered);
 }
 
 fn same_block(found: Result<Box<Page>, RelationError>, expected: &Result<Box<Page>, RelationError>, what: &str) {

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use varve_postgres::Lsn;
 
-use super::layer_file::{LAYER_BYTES_TARGET, LayerFiles, WriteError, WrittenLayer, upload};
+use super::layer_file::{LayerFiles, WriteError, WrittenLayer, upload};
 use super::{Frozen, Timeline, View, open_layer};
 use crate::chain::{ChainLength, Version, image, page_number};
 use crate::envelope::Codec;
@@ -30,7 +30,7 @@ pub struct LayerChange {
     pub add: Vec<LayerRow>,
     /// Layers that go.
     pub remove: Vec<LayerId>,
-    /// Everything up to here is in layers, once this is published.
+    /// Everything up to here is in layers, once this is published. Of two changes that are published at the same time the greater counts.
     pub layered: Lsn,
 }
 
@@ -123,7 +123,7 @@ impl Timeline {
     fn write_memtable(&self, frozen: &Frozen) -> Result<Vec<WrittenLayer>, FlushError> {
         let memtable = &frozen.memtable;
         let range = (memtable.start(), frozen.end);
-        let mut files = LayerFiles::new(&self.spec, &self.resources, range, Codec::Lz4, LAYER_BYTES_TARGET);
+        let mut files = LayerFiles::new(&self.spec, &self.resources, range, Codec::Lz4);
         for key in memtable.sorted_keys() {
             let versions = self.bound_chain(key, live_versions(memtable.versions_of(&key)))?;
             for version in &versions {

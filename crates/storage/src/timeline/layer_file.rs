@@ -21,8 +21,6 @@ use crate::layer::{LayerError, LayerWriter};
 use crate::manifest::{LayerRow, layer_object};
 use crate::store::{ObjectName, ParseObjectNameError, StoreError};
 
-/// Bytes of a layer after which the next key begins another one. An upload holds as much in memory.
-pub(super) const LAYER_BYTES_TARGET: u64 = 64 << 20;
 /// Bytes handed to the file system at once.
 const WRITE_BUFFER_BYTES: usize = 1 << 20;
 
@@ -83,27 +81,21 @@ pub(super) struct LayerFiles<'a> {
     lsn_start: Lsn,
     lsn_end: Lsn,
     codec: Codec,
-    bytes_target: u64,
     open: Option<Open>,
     written: Vec<WrittenLayer>,
 }
 
 impl<'a> LayerFiles<'a> {
-    pub(super) fn new(
-        spec: &'a TimelineSpec,
-        resources: &'a Resources,
-        (lsn_start, lsn_end): (Lsn, Lsn),
-        codec: Codec,
-        bytes_target: u64,
-    ) -> LayerFiles<'a> {
-        LayerFiles { spec, resources, lsn_start, lsn_end, codec, bytes_target, open: None, written: Vec::new() }
+    pub(super) fn new(spec: &'a TimelineSpec, resources: &'a Resources, (lsn_start, lsn_end): (Lsn, Lsn), codec: Codec) -> LayerFiles<'a> {
+        LayerFiles { spec, resources, lsn_start, lsn_end, codec, open: None, written: Vec::new() }
     }
 
     /// Adds a version. Blocks and everything else go into layers of their own.
     pub(super) fn push(&mut self, key: &Key, version: &Version) -> Result<(), WriteError> {
         let is_full = self.open.as_ref().is_some_and(|open| {
             let next_key = open.last_key.filter(|last| last != key);
-            next_key.is_some_and(|last| open.writer.written_bytes() >= self.bytes_target || last.is_block() != key.is_block())
+            next_key
+                .is_some_and(|last| open.writer.written_bytes() >= self.resources.layer_bytes_target || last.is_block() != key.is_block())
         });
         if is_full {
             self.finish_layer()?;
@@ -118,7 +110,17 @@ impl<'a> LayerFiles<'a> {
         Ok(pushed?)
     }
 
-    /// Layers finished so far, taken out.
+    /// Whether there are finished layers.
+    pub(super) fn has_written(&self) -> bool {
+        !self.written.is_empty()
+    }
+
+    /// The finished layers.
+    pub(super) fn written_mut(&mut self) -> &mut [WrittenLayer] {
+        &mut self.written
+    }
+
+    /// The finished layers, taken out: they are not removed any more, whatever happens.
     pub(super) fn take_written(&mut self) -> Vec<WrittenLayer> {
         std::mem::take(&mut self.written)
     }
@@ -146,7 +148,8 @@ impl<'a> LayerFiles<'a> {
         Ok(Open { writer, object, part, path, last_key: None })
     }
 
-    fn finish_layer(&mut self) -> Result<(), WriteError> {
+    /// Finishes the layer that is being written, if there is one.
+    pub(super) fn finish_layer(&mut self) -> Result<(), WriteError> {
         let Some(Open { writer, object, part, path, .. }) = self.open.take() else { return Ok(()) };
         let finished = finish_file(writer, &part, &path).and_then(|info| {
             let row = LayerRow::of(&info, object, self.spec.generation);

@@ -6,13 +6,15 @@
 //!
 //! - [`read`]: pages and values at an LSN; [`scan`]: keys in order;
 //! - [`write`]: puts, and what they lead to: images in long chains, freezing;
-//! - [`flush`]: a frozen memtable becomes layers, is uploaded, published, and dropped.
+//! - [`flush`]: a frozen memtable becomes layers, is uploaded, published, and dropped;
+//! - [`merge`]: neighbouring runs of layers become one.
 //!
 //! Invariants: readers ask for LSNs that are applied; everything at or below [`Timeline::layered_lsn`] is in layers that are published; memtables and
 //! layers tile the LSNs above the branch point without gap or overlap, but for the inputs of a merge that is being published.
 
 mod flush;
 mod layer_file;
+mod merge;
 mod progress;
 mod read;
 mod scan;
@@ -51,6 +53,9 @@ use write::Writer;
 /// Memory of a memtable at which it is frozen, unless told otherwise.
 pub const MEMTABLE_BYTES_MAX: usize = 64 << 20;
 
+/// Bytes of a layer after which the next key begins another one, unless told otherwise.
+pub const LAYER_BYTES_TARGET: u64 = 64 << 20;
+
 /// What all timelines of a pageserver share.
 pub struct Resources {
     /// Contents of layer blocks.
@@ -61,6 +66,8 @@ pub struct Resources {
     pub memtable_budget: Arc<MemoryBudget>,
     /// Memory of one memtable at which it is frozen.
     pub memtable_bytes_max: usize,
+    /// Bytes of a layer after which the next key begins another one. An upload holds as much in memory.
+    pub layer_bytes_target: u64,
     /// Layer files that are open.
     pub files: Arc<OpenFiles>,
     /// Where layers live.
@@ -118,6 +125,10 @@ pub struct Timeline {
     sizes: SizeCache,
     /// Whoever flushes holds this; within, what was written and is not yet published.
     flush: Mutex<Option<WrittenLayers>>,
+    /// Whoever merges layers holds this.
+    merge: Mutex<()>,
+    /// Merged layers, no longer in the view, whose objects are to be deleted once nobody reads them.
+    retired: Mutex<Vec<Arc<Layer>>>,
 }
 
 impl Timeline {
@@ -136,6 +147,8 @@ impl Timeline {
             writer: Mutex::new(Writer::new(active)),
             sizes: SizeCache::new(applied),
             flush: Mutex::new(None),
+            merge: Mutex::new(()),
+            retired: Mutex::default(),
         })
     }
 
