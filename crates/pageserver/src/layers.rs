@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use tokio::sync::Semaphore;
 use varve_postgres::{Lsn, Major};
 use varve_storage::block_cache::BlockCache;
 use varve_storage::budget::MemoryBudget;
@@ -13,7 +14,7 @@ use varve_storage::manifest::{LayerRow, Manifest};
 use varve_storage::page_cache::PageCache;
 use varve_storage::store::Store;
 use varve_storage::tenant_log::TimelineState;
-use varve_storage::timeline::{LAYER_BYTES_TARGET, LayerChange, MEMTABLE_BYTES_MAX, Resources, Timeline, TimelineSpec};
+use varve_storage::timeline::{LAYER_BYTES_TARGET, LayerChange, MEMTABLE_BYTES_MAX, MERGES_MAX, Resources, Timeline, TimelineSpec};
 
 use crate::error::ServerError;
 use crate::templates::Template;
@@ -42,6 +43,7 @@ pub fn resources(
         memtable_budget: MemoryBudget::new(memtable_bytes as usize),
         memtable_bytes_max: MEMTABLE_BYTES_MAX,
         layer_bytes_target: LAYER_BYTES_TARGET,
+        merge_slots: Semaphore::new(MERGES_MAX),
         files: OpenFiles::new(OPEN_FILES_MAX),
         store: store.blocking(runtime.clone()),
         cache_dir,

@@ -129,7 +129,7 @@ mod tests {
         let (mut sizes, mut random) = (Vec::new(), 1u64);
         for _ in 0..2000 {
             random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-            sizes.insert(0, 1 << (random >> 33) % 31);
+            sizes.insert(0, 1 << ((random >> 33) % 31));
             while let Some(plan) = plan_candidates(&runs(&sizes)) {
                 let (from, width) = (plan.inputs[0], plan.inputs.len());
                 let merged: u64 = sizes.drain(from..from + width).sum();

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use parking_lot::Mutex;
 use tokio::runtime::Runtime;
+use tokio::sync::Semaphore;
 use varve_postgres::slru::SlruKind;
 use varve_postgres::{BLCKSZ, Fork, Lsn, Major, RelFork, RelNode, page};
 use varve_redo::change::Change;
@@ -36,6 +37,9 @@ fn rel() -> RelFork {
     RelNode { spc: 1663, db: 5, rel: 16384 }.fork(Fork::Main)
 }
 
+/// Layers, and up to where they cover the history.
+type Published = (BTreeMap<LayerId, Arc<LayerRow>>, Lsn);
+
 /// A timeline, and a manifest that survives it.
 struct Bench {
     runtime: Runtime,
@@ -43,7 +47,7 @@ struct Bench {
     store: Store,
     resources: Arc<Resources>,
     timeline: Arc<Timeline>,
-    manifest: Arc<Mutex<(BTreeMap<LayerId, Arc<LayerRow>>, Lsn)>>,
+    manifest: Arc<Mutex<Published>>,
     lsn: Lsn,
 }
 
@@ -112,6 +116,7 @@ fn resources(runtime: &Runtime, folder: &tempfile::TempDir, store: &Store) -> Ar
         memtable_budget: MemoryBudget::new(1 << 20),
         memtable_bytes_max: 16 << 20,
         layer_bytes_target: 8 << 10,
+        merge_slots: Semaphore::new(1),
         files: OpenFiles::new(8),
         store: store.blocking(runtime.handle().clone()),
         cache_dir: folder.path().join("cache"),
@@ -119,7 +124,7 @@ fn resources(runtime: &Runtime, folder: &tempfile::TempDir, store: &Store) -> Ar
     })
 }
 
-fn open(resources: &Arc<Resources>, manifest: &(BTreeMap<LayerId, Arc<LayerRow>>, Lsn)) -> Arc<Timeline> {
+fn open(resources: &Arc<Resources>, manifest: &Published) -> Arc<Timeline> {
     let spec = TimelineSpec {
         tenant: TenantId([7; 16]),
         id: TimelineId([1; 16]),

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use proptest::prelude::*;
 use tokio::runtime::Runtime;
+use tokio::sync::Semaphore;
 use varve_postgres::slru::SlruKind;
 use varve_postgres::wal::rmgr;
 use varve_postgres::{BLCKSZ, Fork, Lsn, Major, Page, RelFork, RelNode, page};
@@ -158,6 +159,7 @@ fn resources(store: &Store, runtime: &Runtime, folder: &tempfile::TempDir) -> Ar
         memtable_budget: MemoryBudget::new(1 << 30),
         memtable_bytes_max: 1 << 20,
         layer_bytes_target: 2 << 10,
+        merge_slots: Semaphore::new(1),
         files: OpenFiles::new(4),
         store: store.blocking(runtime.handle().clone()),
         cache_dir: folder.path().join("cache"),

@@ -44,6 +44,7 @@ impl ServedTimeline {
         runtime.spawn_blocking(move || {
             timeline.flush_frozen();
             timeline.flushing.store(false, Ordering::Release);
+            timeline.spawn_compaction();
         });
     }
 
@@ -55,7 +56,7 @@ impl ServedTimeline {
     }
 
     /// Makes a change of layers durable, and lets go of the WAL that the layers cover.
-    fn publish(&self, change: &LayerChange) -> Result<(), PublishError> {
+    pub(super) fn publish(&self, change: &LayerChange) -> Result<(), PublishError> {
         self.context.runtime.block_on(self.manifest.publish(change.edits())).map_err(|error| PublishError(error.to_string()))?;
         self.update(|positions| positions.layered = positions.layered.max(change.layered));
         self.wal.release(self.tenant, self.facts.id, change.layered);

@@ -12,6 +12,7 @@
 //! **Writer.** At most one compute writes; see [`writer`]. **Ingest** reads the WAL log up to *head* only: what lies behind may be void
 //! tomorrow; see [`ingest_worker`].
 
+mod compaction;
 mod flush;
 mod ingest_worker;
 mod open;
@@ -69,6 +70,8 @@ pub struct ServedTimeline {
     pub(crate) beginning: tokio::sync::Mutex<()>,
     /// Whether a flush runs.
     flushing: AtomicBool,
+    /// Whether layers are being merged.
+    compacting: AtomicBool,
     manifest: Manifest,
 }
 

@@ -110,6 +110,7 @@ impl ServedTimeline {
             writer: tokio::sync::Mutex::new(writer),
             beginning: tokio::sync::Mutex::new(()),
             flushing: AtomicBool::new(false),
+            compacting: AtomicBool::new(false),
             manifest,
         });
         served.start_ingest().map_err(|error| ServerError::internal(format!("cannot start a thread: {error}")))?;

@@ -27,6 +27,7 @@ use std::time::Instant;
 
 use arc_swap::ArcSwap;
 use parking_lot::Mutex;
+use tokio::sync::Semaphore;
 use varve_postgres::{Lsn, Major};
 
 use crate::block_cache::BlockCache;
@@ -56,6 +57,9 @@ pub const MEMTABLE_BYTES_MAX: usize = 64 << 20;
 /// Bytes of a layer after which the next key begins another one, unless told otherwise.
 pub const LAYER_BYTES_TARGET: u64 = 64 << 20;
 
+/// Merges of layers that run at a time, unless told otherwise: each takes a core and some tens of megabytes.
+pub const MERGES_MAX: usize = 2;
+
 /// What all timelines of a pageserver share.
 pub struct Resources {
     /// Contents of layer blocks.
@@ -68,6 +72,8 @@ pub struct Resources {
     pub memtable_bytes_max: usize,
     /// Bytes of a layer after which the next key begins another one. An upload holds as much in memory.
     pub layer_bytes_target: u64,
+    /// One permit for each merge of layers that may run at a time; see [`MERGES_MAX`].
+    pub merge_slots: Semaphore,
     /// Layer files that are open.
     pub files: Arc<OpenFiles>,
     /// Where layers live.
