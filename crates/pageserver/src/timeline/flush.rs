@@ -60,7 +60,22 @@ impl ServedTimeline {
         self.context.runtime.block_on(self.manifest.publish(change.edits())).map_err(|error| PublishError(error.to_string()))?;
         self.update(|positions| positions.layered = positions.layered.max(change.layered));
         self.wal.release(self.tenant, self.facts.id, change.layered);
+        self.free_wal_log();
         Ok(())
+    }
+
+    /// Who fills the WAL log also moves out of its way what timelines that lag behind hold of its oldest segments.
+    fn free_wal_log(&self) {
+        loop {
+            match self.wal.copy_laggards() {
+                Ok(0) => return,
+                Ok(_) => {}
+                Err(error) => {
+                    tracing::warn!(timeline = self.name, %error, "what holds old segments of the WAL log could not be copied");
+                    return;
+                }
+            }
+        }
     }
 
     /// Puts everything up to `lsn`, which is durable, into the store.
