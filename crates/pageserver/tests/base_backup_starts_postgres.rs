@@ -88,16 +88,6 @@ fn equals_a_recovered_server(major: Major) -> Result<()> {
     Ok(())
 }
 
-#[test]
-fn a_backup_equals_a_server_recovered_to_the_same_lsn() {
-    equals_a_recovered_server(Major::V15).unwrap();
-}
-
-#[test]
-fn what_a_server_writes_after_its_base_backup_goes_on_the_timeline() {
-    goes_on(Major::V15).unwrap();
-}
-
 fn goes_on(major: Major) -> Result<()> {
     let (_postgres, loaded, _initial) = loaded(major)?;
     let range = (loaded.imported.end.end, loaded.end());
@@ -128,4 +118,23 @@ fn goes_on(major: Major) -> Result<()> {
     let said = String::from_utf8_lossy(&wal_dump.stderr);
     ensure!(said.contains("invalid record length") || said.is_empty(), "pg_waldump reads up to the end of WAL; it said {said}");
     Ok(())
+}
+
+macro_rules! for_each_major {
+    ($($name:ident: $check:ident;)*) => {
+        $(mod $name {
+            for_each_major!(@major $check postgres_14 V14 postgres_15 V15 postgres_16 V16 postgres_17 V17 postgres_18 V18);
+        })*
+    };
+    (@major $check:ident $($test:ident $major:ident)*) => {
+        $(#[test]
+        fn $test() {
+            super::$check(varve_postgres::Major::$major).unwrap();
+        })*
+    };
+}
+
+for_each_major! {
+    a_backup_equals_a_server_recovered_to_the_same_lsn: equals_a_recovered_server;
+    what_a_server_writes_after_its_base_backup_goes_on_the_timeline: goes_on;
 }

@@ -57,10 +57,18 @@ fn a_tenant_starts_on_the_template(major: Major) -> Result<()> {
     server.stop("fast")
 }
 
-#[test]
-fn a_tenant_starts_on_the_template_of_15() {
-    a_tenant_starts_on_the_template(Major::V15).unwrap();
+macro_rules! for_each_major {
+    ($($test:ident $major:ident)*) => {
+        mod a_tenant_starts_on_the_template_of {
+            $(#[test]
+            fn $test() {
+                super::a_tenant_starts_on_the_template(varve_postgres::Major::$major).unwrap();
+            })*
+        }
+    };
 }
+
+for_each_major! { postgres_14 V14 postgres_15 V15 postgres_16 V16 postgres_17 V17 postgres_18 V18 }
 
 #[test]
 fn errors_say_what_to_do() {

@@ -58,9 +58,11 @@ pub enum Ending {
 
 /// What the lines at the top of a SQL file say.
 #[derive(Debug, Default)]
-struct Preamble {
-    settings: Vec<(String, String)>,
-    initdb: Vec<String>,
+pub struct Preamble {
+    /// Settings, name and value.
+    pub settings: Vec<(String, String)>,
+    /// Arguments of initdb.
+    pub initdb: Vec<String>,
     from: Option<u32>,
     until: Option<u32>,
 }
@@ -87,7 +89,17 @@ impl Preamble {
         Ok(preamble)
     }
 
-    fn is_for(&self, major: Major) -> bool {
+    /// What the file `tests/sql/redo/<name>.sql` says.
+    ///
+    /// # Errors
+    /// When it cannot be read, or says what is none of these.
+    pub fn of_file(name: &str) -> Result<Preamble> {
+        let path = sql_path(name);
+        Self::read(&std::fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?)
+    }
+
+    /// Whether the file is for this major.
+    pub fn is_for(&self, major: Major) -> bool {
         self.from.is_none_or(|from| major.number() >= from) && self.until.is_none_or(|until| major.number() <= until)
     }
 }
