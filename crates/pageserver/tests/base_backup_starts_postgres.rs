@@ -3,6 +3,7 @@
 
 mod oracle;
 
+use std::fs;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 
@@ -44,8 +45,13 @@ fn load(postgres: &Postgres) -> Result<()> {
     postgres.psql("postgres", "CREATE DATABASE bench")?;
     servers::run(&mut pgbench(postgres, &["-i", "-s", "1", "-q"]))?;
     let mut bench = pgbench(postgres, &["-c", "3", "-T", "6"]).spawn().context("starting pgbench")?;
-    let mixed = concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/sql/ingest/mixed.sql");
-    postgres.psql_file("postgres", mixed.as_ref())?;
+    let mut mixed = fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/sql/ingest/mixed.sql"))?;
+    if postgres.major() < Major::V15 {
+        mixed = mixed.replace(" STRATEGY file_copy", "").replace(" STRATEGY wal_log", "");
+    }
+    let file = postgres.dir().join("mixed.sql");
+    fs::write(&file, mixed)?;
+    postgres.psql_file("postgres", &file)?;
     ensure!(bench.wait()?.success(), "pgbench runs beside the mix");
     Ok(())
 }
@@ -68,13 +74,15 @@ fn equals_a_recovered_server(major: Major) -> Result<()> {
     Comparison::new(&loaded).data_directory(&postgres.data_dir())?;
     let boundaries = &loaded.boundaries;
     let range = (loaded.imported.end.end, loaded.end());
+    // What runs by itself would take transaction ids and change statistics.
+    let still: Vec<_> = SETTINGS.into_iter().chain([("autovacuum", "off")]).collect();
     // Spread over the load, at places that differ from run to run with the load itself.
     for i in 0..MOMENTS {
         let lsn = boundaries[(i * 2 + 1) * (boundaries.len() - 2) / (MOMENTS * 2)];
         let timeline = servers::timeline(&*loaded.history, loaded.imported.system_identifier, 1, Vec::new(), lsn, range)?;
-        let mut ours = servers::from_backup(&*loaded.history, &loaded, &timeline, &SETTINGS)?;
+        let mut ours = servers::from_backup(&*loaded.history, &loaded, &timeline, &still)?;
         ours.start().with_context(|| format!("a backup at {lsn}"))?;
-        let theirs = servers::recovered(major, &initial.path().join("data"), &postgres.data_dir().join("pg_wal"), lsn, &SETTINGS)?;
+        let theirs = servers::recovered(major, &initial.path().join("data"), &postgres.data_dir().join("pg_wal"), lsn, &still)?;
         if let Some(difference) = servers::first_difference(&servers::dump(&ours)?, &servers::dump(&theirs)?) {
             anyhow::bail!("the dumps at {lsn} differ at {difference}");
         }
@@ -109,14 +117,17 @@ fn goes_on(major: Major) -> Result<()> {
     let mut on_branch = Loaded { history: branch, boundaries: Vec::new(), ..loaded };
     oracle::ingest(&ours, &mut on_branch)?;
     Comparison::new(&on_branch).data_directory(&ours.data_dir())?;
-    // The whole of it is one valid stream for Postgres's own tools.
-    let wal_dump = Command::new("/usr/lib/postgresql/15/bin/pg_waldump")
-        .arg("-q")
-        .args(["-t", "2", "-s", &lsn.to_string(), "-p"])
-        .arg(ours.data_dir().join("pg_wal"))
-        .output()?;
-    let said = String::from_utf8_lossy(&wal_dump.stderr);
-    ensure!(said.contains("invalid record length") || said.is_empty(), "pg_waldump reads up to the end of WAL; it said {said}");
+    if major == Major::V15 {
+        // For Postgres's own tools what stands before the base is the rest of a record that began earlier.
+        let wal_dump = Command::new("/usr/lib/postgresql/15/bin/pg_waldump")
+            .args(["-t", "2", "-s", &lsn.segment_start().to_string(), "-p"])
+            .arg(ours.data_dir().join("pg_wal"))
+            .output()?;
+        let (told, said) = (String::from_utf8_lossy(&wal_dump.stdout), String::from_utf8_lossy(&wal_dump.stderr));
+        let first = told.lines().find(|line| line.starts_with("rmgr:")).unwrap_or_default();
+        ensure!(first.contains("CHECKPOINT_SHUTDOWN"), "pg_waldump begins with our checkpoint; it printed {first}\n{said}");
+        ensure!(said.contains("invalid record length"), "pg_waldump reads up to the end of WAL; it said {said}");
+    }
     Ok(())
 }
 

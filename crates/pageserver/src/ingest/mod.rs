@@ -31,6 +31,9 @@ mod sizes;
 mod slru;
 mod transactions;
 
+#[cfg(test)]
+mod tests;
+
 use std::sync::Arc;
 
 use bytes::Bytes;

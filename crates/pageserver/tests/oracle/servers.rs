@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use varve_pageserver::base_backup::{Options, TimelineFacts, write_base_backup};
 use varve_pageserver::time::round_down;
-use varve_postgres::Lsn;
+use varve_postgres::{Lsn, Major};
 use varve_postgres::wal::synthesis::AncestorTimeline;
 use varve_storage::history::History;
 use varve_testing::postgres::Postgres;
@@ -47,7 +47,7 @@ pub fn from_backup(history: &impl History, loaded: &Loaded, timeline: &TimelineF
 }
 
 /// A running server that stock Postgres recovered from the cluster in `initial` and the WAL in `wal_dir` up to `lsn`.
-pub fn recovered(major: varve_postgres::Major, initial: &Path, wal_dir: &Path, lsn: Lsn, settings: &[(&str, &str)]) -> Result<Postgres> {
+pub fn recovered(major: Major, initial: &Path, wal_dir: &Path, lsn: Lsn, settings: &[(&str, &str)]) -> Result<Postgres> {
     let mut postgres = Postgres::bare(major)?;
     run(Command::new("cp").arg("-a").arg(initial).arg(postgres.data_dir()))?;
     let restore = format!("'cp \"{}/%f\" \"%p\"'", wal_dir.display());
@@ -75,14 +75,26 @@ pub fn recovered(major: varve_postgres::Major, initial: &Path, wal_dir: &Path, l
     Ok(postgres)
 }
 
-/// Everything in the cluster, as text.
+/// Everything in the cluster, as text: for each table, catalog and sequence of each database its rows' count and digest; and, where there is a
+/// `pg_dumpall` for it, the dump.
 pub fn dump(postgres: &Postgres) -> Result<String> {
-    let text = run(Command::new("/usr/lib/postgresql/15/bin/pg_dumpall").arg("-d").arg(postgres.conninfo("postgres")))?;
-    // Each dump has a random key in these lines.
-    Ok(text
-        .lines()
-        .filter(|line| !line.starts_with("\\restrict") && !line.starts_with("\\unrestrict"))
-        .fold(String::new(), |all, line| all + line + "\n"))
+    const TABLES: &str = "SELECT format('SELECT current_database(), %L, count(*), md5(string_agg(t::text, chr(10) ORDER BY t::text)) FROM %s t', \
+                          oid::regclass, oid::regclass) FROM pg_class WHERE relkind IN ('r', 'm', 'S') AND relpersistence <> 't' ORDER BY oid \\gexec\n";
+    let mut all = String::new();
+    for database in postgres.psql("postgres", "SELECT datname FROM pg_database WHERE datallowconn ORDER BY 1")?.lines() {
+        let file = postgres.dir().join("tables.sql");
+        fs::write(&file, TABLES)?;
+        all += &postgres.psql_file(database, &file)?;
+    }
+    if postgres.major() <= Major::V15 {
+        let text = run(Command::new("/usr/lib/postgresql/15/bin/pg_dumpall").arg("-d").arg(postgres.conninfo("postgres")))?;
+        // Each dump has a random key in these lines.
+        for line in text.lines().filter(|line| !line.starts_with("\\restrict") && !line.starts_with("\\unrestrict")) {
+            all += line;
+            all.push('\n');
+        }
+    }
+    Ok(all)
 }
 
 /// `pg_amcheck` of every database.
