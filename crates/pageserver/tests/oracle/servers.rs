@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use varve_pageserver::base_backup::{Options, TimelineFacts, write_base_backup};
 use varve_pageserver::time::round_down;
-use varve_postgres::{Lsn, Major};
 use varve_postgres::wal::synthesis::AncestorTimeline;
+use varve_postgres::{Lsn, Major};
 use varve_storage::history::History;
 use varve_testing::postgres::Postgres;
 
@@ -78,7 +78,7 @@ pub fn recovered(major: Major, initial: &Path, wal_dir: &Path, lsn: Lsn, setting
 /// Everything in the cluster, as text: for each table, catalog and sequence of each database its rows' count and digest; and, where there is a
 /// `pg_dumpall` for it, the dump.
 pub fn dump(postgres: &Postgres) -> Result<String> {
-    const TABLES: &str = "SELECT format('SELECT current_database(), %L, count(*), md5(string_agg(t::text, chr(10) ORDER BY t::text)) FROM %s t', \
+    const TABLES: &str = "SELECT format('SELECT current_database(), %L, count(*), md5(string_agg(t::text, chr(10) ORDER BY t::text)) FROM (SELECT * FROM %s) t', \
                           oid::regclass, oid::regclass) FROM pg_class WHERE relkind IN ('r', 'm', 'S') AND relpersistence <> 't' ORDER BY oid \\gexec\n";
     let mut all = String::new();
     for database in postgres.psql("postgres", "SELECT datname FROM pg_database WHERE datallowconn ORDER BY 1")?.lines() {
