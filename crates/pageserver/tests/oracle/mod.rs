@@ -231,7 +231,7 @@ impl<'a> Comparison<'a> {
                 pages.extend(fs::read(path)?.chunks_exact(BLCKSZ).map(|page| Page::try_from(page).expect("a page")));
             }
             match ours.get(rel) {
-                None if pages.iter().all(|page| is_unused(page)) => {} // a fork that was only ever extended
+                None if pages.iter().all(is_unused) => {} // a fork that was only ever extended
                 None => self.differs(format!("{rel} is on disk with {} blocks and not in the history", pages.len())),
                 Some(blocks) => self.fork(*rel, *blocks, &pages)?,
             }
