@@ -1,6 +1,6 @@
 //! The data directory as it is in the base.
 
-use std::{ffi::OsStr, sync::Arc};
+use std::{borrow::Cow, ffi::OsStr, sync::Arc};
 
 use fuser::Errno;
 use varve_postgres::{paths::database_directory, slru::SlruKind};
@@ -15,6 +15,8 @@ use super::{
     tree::{Tree, directory},
 };
 
+/// Where the tablespaces of the base are: `pg_tblspc/<oid>` is a symbolic link to `<mountpoint>/varve_tablespaces/<oid>`.
+const TABLESPACES: &str = "varve_tablespaces";
 /// Mode of directories, as `initdb` makes them.
 const DIRECTORY_MODE: u32 = 0o700;
 
@@ -28,15 +30,29 @@ pub(super) fn build(config: &MountConfig, files: Arc<FileContext>, observer: Opt
     builder.directory("global", Some(Listing::Relations { spc: varve_postgres::ids::GLOBAL_TABLESPACE, db: 0 }))?;
     for &(spc, db) in &config.databases {
         let path = database_directory(spc, db, config.major, config.catalog_version);
-        builder.directory(&path, Some(Listing::Relations { spc, db }))?;
+        builder.directory(&behind_link(&path), Some(Listing::Relations { spc, db }))?;
     }
+    builder.directory("pg_tblspc", None)?;
+    let mountpoint =
+        std::path::absolute(&config.mountpoint).map_err(|source| MountError::Mountpoint { path: config.mountpoint.clone(), source })?;
     for spc in &config.tablespaces {
-        builder.directory(&format!("pg_tblspc/{spc}/{}", config.major.tablespace_directory(config.catalog_version)), None)?;
+        builder.directory(&format!("{TABLESPACES}/{spc}/{}", config.major.tablespace_directory(config.catalog_version)), None)?;
+        let target = mountpoint.join(TABLESPACES).join(spc.to_string());
+        builder.add(&format!("pg_tblspc/{spc}"), 0o777, &InitialContent::Symlink(target))?;
     }
-    for file in &config.initial_files {
-        builder.add(&file.path, file.mode, &file.content)?;
+    let links: Vec<String> = config.tablespaces.iter().map(|spc| format!("pg_tblspc/{spc}")).collect();
+    for file in config.initial_files.iter().filter(|file| !links.contains(&file.path)) {
+        builder.add(&behind_link(&file.path), file.mode, &file.content)?;
     }
     Ok(tree)
+}
+
+/// A path of the data directory, with the link in `pg_tblspc` resolved.
+pub(super) fn behind_link(path: &str) -> Cow<'_, str> {
+    match path.strip_prefix("pg_tblspc/") {
+        Some(rest) => format!("{TABLESPACES}/{rest}").into(),
+        None => path.into(),
+    }
 }
 
 struct Builder<'a> {

@@ -45,17 +45,25 @@ pub(super) struct CacheFile {
     file: RwLock<Option<Arc<File>>>,
     exists: AtomicBool,
     used: AtomicBool,
+    /// The inode is gone: a straggler must not create the file again.
+    deleted: AtomicBool,
 }
 
 impl CacheFile {
     /// The (not yet existing) cache file of inode `ino`.
     pub(super) fn new(ino: u64) -> Arc<CacheFile> {
-        Arc::new(CacheFile { ino, file: RwLock::new(None), exists: AtomicBool::new(false), used: AtomicBool::new(false) })
+        let no = || AtomicBool::new(false);
+        Arc::new(CacheFile { ino, file: RwLock::new(None), exists: no(), used: no(), deleted: no() })
     }
 
     /// Number of the inode whose file it is.
     pub(super) fn ino(&self) -> u64 {
         self.ino
+    }
+
+    /// Whether the inode is gone.
+    pub(super) fn is_deleted(&self) -> bool {
+        self.deleted.load(Relaxed)
     }
 
     /// Whether the file was ever written to.
@@ -92,6 +100,9 @@ impl CacheDir {
             let mut opened = slot.file.write();
             if let Some(file) = &*opened {
                 return Ok(file.clone());
+            }
+            if slot.is_deleted() {
+                return Err(io::ErrorKind::NotFound.into());
             }
             let path = self.path(slot.ino);
             let exists = slot.exists();
@@ -134,6 +145,7 @@ impl CacheDir {
     pub(super) fn delete(&self, slot: &CacheFile) {
         let mut file = slot.file.write();
         *file = None;
+        slot.deleted.store(true, Relaxed);
         if slot.exists.swap(false, Release)
             && let Err(error) = fs::remove_file(self.path(slot.ino))
         {

@@ -53,11 +53,6 @@ impl AbsentCells {
         self.next_absent(self.clip(range)).is_some()
     }
 
-    /// Whether all cells of `range` are absent.
-    pub(super) fn all_absent(&self, range: Range<u64>) -> bool {
-        range.end <= u64::from(self.cells) && self.clip(range).all(|cell| self.is_absent(cell))
-    }
-
     /// The first absent cell of `range`.
     fn next_absent(&self, range: Range<u32>) -> Option<u32> {
         if range.is_empty() || self.absent == 0 {
@@ -171,10 +166,6 @@ mod tests {
                 }
                 prop_assert_eq!(absent.count() as usize, model.iter().filter(|absent| **absent).count());
                 prop_assert_eq!(absent.any(start..start + 40), (start..(start + 40).min(cells)).any(|cell| model[cell as usize]));
-                prop_assert_eq!(
-                    absent.all_absent(start..start + 5),
-                    start + 5 <= cells && (start..start + 5).all(|cell| model[cell as usize])
-                );
                 let runs: Vec<u64> = absent.runs(0..cells).into_iter().flatten().collect();
                 let expected: Vec<u64> = (0..cells).filter(|cell| model[*cell as usize]).collect();
                 prop_assert_eq!(runs, expected);

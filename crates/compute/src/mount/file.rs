@@ -1,10 +1,10 @@
 //! The contents of one regular file: what is here, what is still in the base, and how the one becomes the other.
 //!
 //! The cache file holds the present cells (see [`super::cells`]), with zeros where it has holes or ends early. Whoever needs an absent cell
-//! *takes off* for it: one call of the source for all that is needed, then the blocks that came are *installed*: under the file's lock, only
-//! cells that are still absent are written to the cache file and become present. A write makes its cells present under the same lock. So a
-//! fetch, however late it arrives, cannot overwrite anything newer; and a file without absent cells is read and written without any lock.
-//! Blocks that somebody already fetches are *in flight*: others wait for them to land instead of fetching them again.
+//! *takes off* for its block, in one call of the source for all that is needed; others wait for the blocks in flight instead of fetching them
+//! again. When the blocks have *landed*, in memory, all readers have them. Then they are *kept*: under the file's lock, those cells that are
+//! still absent are written to the cache file and become present. A write makes its cells present under the same lock. So a fetch, however
+//! late it lands, cannot overwrite anything newer; and a file without absent cells is read and written without any lock.
 
 use std::{
     cell::RefCell,
@@ -74,15 +74,20 @@ pub(super) struct FileData {
 
 struct Blocks {
     absent: AbsentCells,
-    /// Disjoint runs of blocks that somebody fetches.
-    in_flight: Vec<Range<u32>>,
+    /// Disjoint runs of blocks that somebody fetches or is about to keep.
+    in_flight: Vec<Leg>,
 }
 
-/// Where the bytes of a read are.
-enum Found<'a> {
-    InCache,
-    /// All in these bytes, which are still to be installed.
-    Fetched(Flight<'a>, Bytes),
+/// A run of blocks in flight, with its contents once it has landed.
+struct Leg {
+    run: Range<u32>,
+    contents: Option<Bytes>,
+}
+
+/// Contents of absent cells: those from `start` on, a multiple of a cell.
+struct Piece {
+    start: u64,
+    bytes: Bytes,
 }
 
 impl FileData {
@@ -145,21 +150,28 @@ impl FileData {
         }
         context.counters.bytes_read.fetch_add(end - offset, Relaxed);
         context.startup_set.note(&self.base, blocks_of(offset, end));
-        match self.find(context, offset, end) {
-            Err(error) => reply(Err(error)),
-            Ok(Found::InCache) => with_buffer((end - offset) as usize, |buffer| match self.read_cache(context, offset, buffer) {
-                Ok(()) => reply(Ok(buffer)),
+        let (pieces, flight) = match self.find(context, cells_of(offset, end)) {
+            Ok(found) => found,
+            Err(error) => return reply(Err(error)),
+        };
+        let answer = match pieces.as_slice() {
+            [piece] if piece.start <= offset && piece.end() >= end => {
+                reply(Ok(&piece.bytes[(offset - piece.start) as usize..(end - piece.start) as usize]))
+            }
+            _ => with_buffer((end - offset) as usize, |buffer| match self.read_cache(context, offset, buffer) {
+                Ok(()) => {
+                    pieces.iter().for_each(|piece| piece.overlay(offset, buffer));
+                    reply(Ok(buffer))
+                }
                 Err(error) => reply(Err(error)),
             }),
-            Ok(Found::Fetched(flight, bytes)) => {
-                let start = (offset % BLOCK_BYTES) as usize;
-                let answer = reply(Ok(&bytes[start..start + (end - offset) as usize]));
-                if let Err(error) = flight.install(context, &[bytes]) {
-                    tracing::warn!("cannot keep fetched blocks in the cache, they will be fetched again: {error}");
-                }
-                answer
-            }
+        };
+        if let Some(flight) = flight
+            && let Err(error) = flight.keep(context)
+        {
+            tracing::warn!("cannot keep fetched blocks in the cache, they will be fetched again: {error}");
         }
+        answer
     }
 
     /// The whole file.
@@ -178,55 +190,60 @@ impl FileData {
         }
     }
 
-    /// Finds bytes `start..end`, which are not empty; fetches what is absent.
-    fn find(&self, context: &FileContext, start: u64, end: u64) -> io::Result<Found<'_>> {
-        let cells = cells_of(start, end);
-        while self.absent.load(Acquire) > 0 {
-            let Some(flight) = self.take_off(cells.clone()) else { break };
-            let fetched = flight.fetch(context)?;
-            match fetched.as_slice() {
-                [bytes] if flight.carries_all && bytes.len() as u64 >= end - start / BLOCK_BYTES * BLOCK_BYTES => {
-                    let bytes = bytes.clone();
-                    return Ok(Found::Fetched(flight, bytes));
-                }
-                _ => flight.install(context, &fetched)?,
-            }
+    /// The contents of those of `cells` that are absent, fetched if need be. What was fetched here is still to be kept.
+    fn find(&self, context: &FileContext, cells: Range<u64>) -> io::Result<(Vec<Piece>, Option<Flight<'_>>)> {
+        if self.absent.load(Acquire) == 0 {
+            return Ok((Vec::new(), None));
         }
-        Ok(Found::InCache)
-    }
-
-    /// Claims the blocks of the absent cells among `cells` that nobody fetches yet; where all are fetched by others, waits for them. `None`:
-    /// no cell is absent any more.
-    fn take_off(&self, cells: Range<u64>) -> Option<Flight<'_>> {
+        let mut flight: Option<Flight<'_>> = None;
         let mut blocks = self.blocks.lock();
         loop {
-            let wanted = blocks.absent.blocks(cells.clone());
-            if wanted.is_empty() {
-                return None;
-            }
-            let runs = without(&wanted, &blocks.in_flight);
-            if runs.is_empty() {
+            let unclaimed = blocks.unclaimed(&blocks.absent.blocks(cells.clone()));
+            if !unclaimed.is_empty() {
+                let mut claimed = self.claim_runs(&mut blocks, unclaimed);
+                drop(blocks);
+                claimed.fetch(context)?;
+                match &mut flight {
+                    Some(flight) => flight.join(claimed),
+                    None => flight = Some(claimed),
+                }
+                blocks = self.blocks.lock();
+            } else if let Some(pieces) = blocks.pieces(cells.clone()) {
+                return Ok((pieces, flight));
+            } else {
                 self.landed.wait(&mut blocks);
-                continue;
             }
-            let carries_all = runs.len() == 1 && runs == wanted && blocks.absent.all_absent(cells);
-            blocks.in_flight.extend(runs.iter().cloned());
-            return Some(Flight { file: self, runs, carries_all });
         }
     }
 
-    /// Claims those of `wanted` that are absent and that nobody fetches yet.
+    fn claim_runs(&self, blocks: &mut Blocks, runs: Vec<Range<u32>>) -> Flight<'_> {
+        blocks.in_flight.extend(runs.iter().map(|run| Leg { run: run.clone(), contents: None }));
+        Flight { file: self, runs, contents: Vec::new() }
+    }
+
+    /// Claims those of the blocks `wanted` that are absent and that nobody fetches yet.
     pub(super) fn claim(&self, wanted: &[Range<u32>]) -> Option<Flight<'_>> {
         let mut blocks = self.blocks.lock();
-        let cells_per_block = u64::from(CELLS_PER_BLOCK);
-        let cells_of_run = |run: &Range<u32>| u64::from(run.start) * cells_per_block..u64::from(run.end) * cells_per_block;
-        let absent: Vec<Range<u32>> = wanted.iter().flat_map(|run| blocks.absent.blocks(cells_of_run(run))).collect();
-        let runs = without(&absent, &blocks.in_flight);
-        if runs.is_empty() {
-            return None;
+        let absent: Vec<Range<u32>> = wanted.iter().flat_map(|run| blocks.absent.blocks(cells_of_blocks(run))).collect();
+        let runs = blocks.unclaimed(&absent);
+        (!runs.is_empty()).then(|| self.claim_runs(&mut blocks, runs))
+    }
+
+    /// Writes `piece` to the cache file wherever nothing newer is there.
+    fn keep(&self, context: &FileContext, piece: &Piece) -> io::Result<()> {
+        let file = match context.cache.open(&self.cache) {
+            // Unlinked while the blocks were on their way.
+            Err(_) if self.cache.is_deleted() => return Ok(()),
+            file => file?,
+        };
+        let mut blocks = self.blocks.lock();
+        for cells in blocks.absent.runs(cells_of(piece.start, piece.end())) {
+            let from = (cells.start * CELL_BYTES - piece.start) as usize;
+            let to = ((cells.end * CELL_BYTES - piece.start) as usize).min(piece.bytes.len());
+            file.write_all_at(&piece.bytes[from..to], cells.start * CELL_BYTES)?;
+            self.make_present(&mut blocks, cells);
         }
-        blocks.in_flight.extend(runs.iter().cloned());
-        Some(Flight { file: self, runs, carries_all: false })
+        Ok(())
     }
 
     /// Reads from the cache file; what it does not have is zero.
@@ -261,10 +278,8 @@ impl FileData {
             let blocks = self.blocks.lock();
             let Some(cell) = self.absent_edge(&blocks, start, end) else { return Ok(blocks) };
             drop(blocks);
-            if let Some(flight) = self.take_off(cell..cell + 1) {
-                let fetched = flight.fetch(context)?;
-                flight.install(context, &fetched)?;
-            }
+            let (pieces, _flight) = self.find(context, cell..cell + 1)?;
+            pieces.iter().try_for_each(|piece| self.keep(context, piece))?;
         }
     }
 
@@ -323,41 +338,93 @@ impl FileData {
     }
 }
 
-/// Blocks of a file that this thread fetches. When it is dropped, nobody fetches them any more.
+impl Blocks {
+    /// Those of the runs `wanted` that are not in flight.
+    fn unclaimed(&self, wanted: &[Range<u32>]) -> Vec<Range<u32>> {
+        self.in_flight.iter().fold(wanted.to_vec(), |left, leg| without(left, &leg.run))
+    }
+
+    /// The contents of the absent ones of `cells`, if all have landed.
+    fn pieces(&self, cells: Range<u64>) -> Option<Vec<Piece>> {
+        let mut pieces = Vec::new();
+        for absent in self.absent.runs(cells) {
+            let mut at = absent.start;
+            while at < absent.end {
+                let leg = self.in_flight.iter().find(|leg| cells_of_blocks(&leg.run).contains(&at))?;
+                let leg_cells = cells_of_blocks(&leg.run);
+                let until = absent.end.min(leg_cells.end);
+                let contents = leg.contents.as_ref()?;
+                let offset = |cell: u64| (((cell - leg_cells.start) * CELL_BYTES) as usize).min(contents.len());
+                pieces.push(Piece { start: at * CELL_BYTES, bytes: contents.slice(offset(at)..offset(until)) });
+                at = until;
+            }
+        }
+        Some(pieces)
+    }
+}
+
+impl Piece {
+    fn end(&self) -> u64 {
+        self.start + self.bytes.len() as u64
+    }
+
+    /// Puts the piece into `buffer`, which starts at `offset` of the file.
+    fn overlay(&self, offset: u64, buffer: &mut [u8]) {
+        let from = self.start.max(offset);
+        let to = self.end().min(offset + buffer.len() as u64);
+        if from < to {
+            buffer[(from - offset) as usize..(to - offset) as usize]
+                .copy_from_slice(&self.bytes[(from - self.start) as usize..(to - self.start) as usize]);
+        }
+    }
+}
+
+/// Blocks of a file that this thread fetches or is about to keep. When it is dropped, it does so no more.
 pub(super) struct Flight<'a> {
     file: &'a FileData,
     runs: Vec<Range<u32>>,
-    /// Whether all cells that were asked for are absent, and among these blocks.
-    carries_all: bool,
+    /// The contents of each run, once they have landed.
+    contents: Vec<Bytes>,
 }
 
-impl Flight<'_> {
+impl<'a> Flight<'a> {
     /// The runs of blocks.
     pub(super) fn runs(&self) -> &[Range<u32>] {
         &self.runs
     }
 
     /// Asks the base for them.
-    fn fetch(&self, context: &FileContext) -> io::Result<Vec<Bytes>> {
-        let fetched = self.file.base.fetch(&context.source, &self.runs)?;
+    fn fetch(&mut self, context: &FileContext) -> io::Result<()> {
+        let contents = self.file.base.fetch(&context.source, &self.runs)?;
         if !matches!(self.file.base, Base::Memory(_)) {
             context.counters.count_fetch(self.runs.iter().map(ExactSizeIterator::len).sum());
         }
-        Ok(fetched)
+        self.land(contents);
+        Ok(())
     }
 
-    /// Keeps the contents of the runs, wherever nothing newer is there.
-    pub(super) fn install(self, context: &FileContext, contents: &[Bytes]) -> io::Result<()> {
-        let file = context.cache.open(&self.file.cache)?;
-        for (run, bytes) in self.runs.iter().zip(contents) {
-            let run_start = u64::from(run.start) * BLOCK_BYTES;
-            let mut blocks = self.file.blocks.lock();
-            for cells in blocks.absent.runs(cells_of(run_start, run_start + bytes.len() as u64)) {
-                let from = (cells.start * CELL_BYTES - run_start) as usize;
-                let to = ((cells.end * CELL_BYTES - run_start) as usize).min(bytes.len());
-                file.write_all_at(&bytes[from..to], cells.start * CELL_BYTES)?;
-                self.file.make_present(&mut blocks, cells);
+    /// The contents of the runs are there: all readers may have them.
+    pub(super) fn land(&mut self, contents: Vec<Bytes>) {
+        let mut blocks = self.file.blocks.lock();
+        for (run, contents) in self.runs.iter().zip(&contents) {
+            if let Some(leg) = blocks.in_flight.iter_mut().find(|leg| leg.run == *run) {
+                leg.contents = Some(contents.clone());
             }
+        }
+        self.contents = contents;
+        self.file.landed.notify_all();
+    }
+
+    /// Takes over the blocks of another flight of the same file.
+    fn join(&mut self, mut other: Flight<'a>) {
+        self.runs.append(&mut other.runs);
+        self.contents.append(&mut other.contents);
+    }
+
+    /// Keeps what landed, wherever nothing newer is there.
+    pub(super) fn keep(self, context: &FileContext) -> io::Result<()> {
+        for (run, contents) in self.runs.iter().zip(&self.contents) {
+            self.file.keep(context, &Piece { start: u64::from(run.start) * BLOCK_BYTES, bytes: contents.clone() })?;
         }
         Ok(())
     }
@@ -366,19 +433,19 @@ impl Flight<'_> {
 impl Drop for Flight<'_> {
     fn drop(&mut self) {
         let mut blocks = self.file.blocks.lock();
-        blocks.in_flight.retain(|run| !self.runs.contains(run));
+        blocks.in_flight.retain(|leg| !self.runs.contains(&leg.run));
         self.file.landed.notify_all();
     }
 }
 
-/// The parts of the runs `wanted` that are in none of `taken`.
-fn without(wanted: &[Range<u32>], taken: &[Range<u32>]) -> Vec<Range<u32>> {
-    let mut left = wanted.to_vec();
-    for taken in taken {
-        let cut = |run: Range<u32>| [run.start..run.end.min(taken.start), run.start.max(taken.end)..run.end];
-        left = left.into_iter().flat_map(cut).filter(|run| !run.is_empty()).collect();
-    }
-    left
+fn cells_of_blocks(blocks: &Range<u32>) -> Range<u64> {
+    u64::from(blocks.start) * u64::from(CELLS_PER_BLOCK)..u64::from(blocks.end) * u64::from(CELLS_PER_BLOCK)
+}
+
+/// The parts of the runs `left` that are not in `taken`.
+fn without(left: Vec<Range<u32>>, taken: &Range<u32>) -> Vec<Range<u32>> {
+    let cut = |run: Range<u32>| [run.start..run.end.min(taken.start), run.start.max(taken.end)..run.end];
+    left.into_iter().flat_map(cut).filter(|run| !run.is_empty()).collect()
 }
 
 thread_local! {

@@ -9,7 +9,7 @@ use std::{
     process,
     sync::mpsc,
     thread,
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
 use rustix::mount::{UnmountFlags, unmount};
@@ -31,7 +31,11 @@ const DIRTY_SHARE_PERCENT: u32 = 50;
 
 /// Checks that FUSE can be used here.
 pub(super) fn check_device() -> Result<(), MountError> {
-    match fs::OpenOptions::new().read(true).write(true).open(DEVICE) {
+    check_device_at(DEVICE)
+}
+
+fn check_device_at(device: &str) -> Result<(), MountError> {
+    match fs::OpenOptions::new().read(true).write(true).open(device) {
         Ok(_) => Ok(()),
         Err(source) => {
             let advice = match source.kind() {
@@ -103,8 +107,9 @@ pub fn remove_stale_mount(mountpoint: &Path) -> Result<bool, MountError> {
 
 /// Whether a process serves the mount. One that does not answer in time counts as one: it may be stopped only.
 fn answers(mountpoint: &Path) -> bool {
-    // A name that the kernel cannot know yet, so that the process has to be asked.
-    let probe = mountpoint.join(format!(".varve-probe-{}", process::id()));
+    // A name that the kernel does not know yet, not even as one that does not exist: so the process has to be asked.
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    let probe = mountpoint.join(format!(".varve-probe-{}-{}", process::id(), now.as_nanos()));
     let (done, answer) = mpsc::channel();
     thread::spawn(move || {
         let dead = fs::symlink_metadata(probe).is_err_and(|error| {
@@ -115,25 +120,15 @@ fn answers(mountpoint: &Path) -> bool {
     answer.recv_timeout(ANSWER_WITHIN).unwrap_or(true)
 }
 
-/// Ends a mount that is still in use: whoever uses it gets errors from now on.
-pub(super) fn detach(mountpoint: &Path, device: Option<u64>) -> io::Result<()> {
-    if let Some(device) = device {
-        // The connection's name is the minor number of the mount's device.
-        let abort = format!("/sys/fs/fuse/connections/{}/abort", rustix::fs::minor(device));
-        if let Err(error) = fs::write(&abort, "1") {
-            tracing::debug!("cannot write {abort}: {error}");
-        }
-    }
-    Ok(unmount(mountpoint, UnmountFlags::DETACH)?)
-}
-
-/// Device number of the mount.
-pub(super) fn device_of(mountpoint: &Path) -> Option<u64> {
-    fs::symlink_metadata(mountpoint).ok().map(|meta| meta.dev())
+/// Ends a mount that is still in use: whoever uses it gets errors from now on. `FORCE` ends the kernel's connection to this process, and all
+/// requests that wait; `DETACH` alone would wait for the last user.
+pub(super) fn detach(mountpoint: &Path) -> io::Result<()> {
+    Ok(unmount(mountpoint, UnmountFlags::FORCE | UnmountFlags::DETACH)?)
 }
 
 /// Sets what the kernel lets be set only after mounting. Where that is not allowed the mount works all the same.
-pub(super) fn tune(device: u64) {
+pub(super) fn tune(mountpoint: &Path) {
+    let Ok(device) = fs::symlink_metadata(mountpoint).map(|meta| meta.dev()) else { return };
     let dir = PathBuf::from(format!("/sys/class/bdi/{}:{}", rustix::fs::major(device), rustix::fs::minor(device)));
     for (setting, value) in [("read_ahead_kb", READ_AHEAD_KB), ("max_ratio", DIRTY_SHARE_PERCENT), ("strict_limit", 0)] {
         if let Err(error) = fs::write(dir.join(setting), value.to_string()) {
@@ -160,6 +155,12 @@ mod tests {
         let (path, kind, source) = parse_mount(line).unwrap();
         assert_eq!((path.to_str(), kind.as_str(), source.as_str()), (Some("/srv/a b"), "fuse", "varve"));
         assert!(parse_mount("41 29 0:35 / /srv").is_none());
+    }
+
+    #[test]
+    fn without_fuse_the_error_says_what_to_do() {
+        let error = check_device_at("/dev/no-fuse-here").unwrap_err().to_string();
+        assert!(error.contains("modprobe fuse") && error.contains("--materialize"), "{error}");
     }
 
     #[test]

@@ -16,27 +16,28 @@
 //! - **Patient**: while the pageserver is away, what is here is read and written as always, and first touches wait.
 //!
 //! What lies outside: `pg_wal` (a symbolic link among the initial files, to plain disk), and tablespaces that a user creates with a location
-//! of his own while the compute runs. Tablespaces of the base are directories in `pg_tblspc`, which Postgres accepts where it finds them
-//! (they are what `allow_in_place_tablespaces` creates): `pg_tablespace_location` gives their relative path.
+//! of his own while the compute runs. Tablespaces of the base are directories of the mount, to which `pg_tblspc/<oid>` links. Directories in
+//! `pg_tblspc` itself would do for a compute, but a backup taken from it would not start: recovery panics at anything but links there.
 //!
 //! Must never know: Postgres's processes, WAL, branches, or how the page service is spoken to.
 
 mod base;
+mod build;
 mod cache;
 mod cells;
 mod directory;
 mod file;
+#[cfg(test)]
+mod file_tests;
 mod filesystem;
 mod host;
 mod node;
 mod observer;
+mod prefetch;
 mod source;
 mod startup_set;
 mod tree;
 mod workers;
-
-mod build;
-mod prefetch;
 
 use std::{
     io,
@@ -44,8 +45,9 @@ use std::{
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
+        mpsc,
     },
-    thread,
+    thread::{self, JoinHandle},
     time::Duration,
 };
 
@@ -229,11 +231,12 @@ pub struct MountStatistics {
 /// A mounted data directory. Dropped, it is unmounted.
 pub struct Mount {
     mountpoint: PathBuf,
-    device: Option<u64>,
     version: (Major, u32),
     tree: Arc<Tree>,
     failure: Arc<Failure>,
     closing: Arc<AtomicBool>,
+    /// Threads that keep what was fetched ahead.
+    keepers: Mutex<Vec<JoinHandle<()>>>,
     session: Mutex<Option<BackgroundSession>>,
 }
 
@@ -269,13 +272,10 @@ impl Mount {
         };
         let filesystem = DataDirectory::new(tree.clone(), failure.clone(), WAITING_THREADS_MAX, Box::new(ended));
         let session = serve(filesystem, &mountpoint).map_err(mountpoint_error)?;
-        let device = host::device_of(&mountpoint);
-        if let Some(device) = device {
-            host::tune(device);
-        }
+        host::tune(&mountpoint);
         tracing::info!(mount = config.name, "mounted {}", mountpoint.display());
         let version = (config.major, config.catalog_version);
-        Ok(Mount { mountpoint, device, version, tree, failure, closing, session: Mutex::new(Some(session)) })
+        Ok(Mount { mountpoint, version, tree, failure, closing, keepers: Mutex::default(), session: Mutex::new(Some(session)) })
     }
 
     /// Where the data directory is.
@@ -289,9 +289,23 @@ impl Mount {
         self.tree.files.startup_set.blocks()
     }
 
-    /// Fetches blocks before they are needed. What is here already, newer or not, stays as it is; what does not exist is passed over.
+    /// Fetches blocks before they are needed; they can be read when this returns. What is here already, newer or not, stays as it is; what does
+    /// not exist is passed over.
     pub fn prefetch(&self, blocks: &[(RelFork, u32)]) -> Result<(), MountError> {
-        prefetch::prefetch(&self.tree, self.version, blocks).map_err(MountError::Prefetch)
+        let (tree, version, blocks) = (self.tree.clone(), self.version, blocks.to_vec());
+        let (landed, wait) = mpsc::channel();
+        let keeper = thread::Builder::new().name("mount-prefetch".to_owned()).spawn(move || {
+            host::become_file_system_thread();
+            prefetch::prefetch(&tree, version, &blocks, |result| {
+                // Nobody waits only if the caller's thread is gone.
+                let _ = landed.send(result);
+            });
+        });
+        let mut keepers = self.keepers.lock();
+        keepers.retain(|keeper| !keeper.is_finished());
+        keepers.push(keeper.map_err(MountError::Thread)?);
+        drop(keepers);
+        wait.recv().unwrap_or_else(|_| Err(io::Error::other("the thread that fetches panicked"))).map_err(MountError::Prefetch)
     }
 
     /// Waits until the observer was told of all files that changed so far.
@@ -329,6 +343,11 @@ impl Mount {
         self.closing.store(true, Ordering::Release);
         let unmounted = self.leave(session);
         self.tree.files.source.close();
+        for keeper in self.keepers.lock().drain(..) {
+            if keeper.join().is_err() {
+                tracing::error!("a thread that keeps blocks fetched ahead panicked");
+            }
+        }
         if let Some(observer) = &self.tree.observer {
             observer.close();
         }
@@ -348,7 +367,7 @@ impl Mount {
                 Err(error) => {
                     tracing::warn!("{} is still in use ({error}): its users get errors from now on", self.mountpoint.display());
                     self.tree.files.source.close();
-                    host::detach(&self.mountpoint, self.device)?;
+                    host::detach(&self.mountpoint)?;
                     break;
                 }
             }

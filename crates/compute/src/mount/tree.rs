@@ -38,6 +38,7 @@ pub(super) struct Tree {
 }
 
 /// What is made by [`Tree::create`].
+#[derive(Clone, Copy)]
 pub(super) enum New<'a> {
     File,
     Directory,
@@ -111,15 +112,14 @@ impl Tree {
         let pending = dir.lock_listing();
         let Some(listing) = *pending else { return Ok(()) };
         let files = self.ask_for(listing)?;
-        let mut ino = self.nodes.issue(files.len() as u64);
+        let first = self.nodes.issue(files.len() as u64);
         let mut entries = dir.entries.write();
         entries.reserve(files.len());
-        for (name, base) in files {
+        for (ino, (name, base)) in (first..).zip(files) {
             let name: Name = Arc::from(OsStr::new(&name));
             if entries.get(&name).is_none() {
                 entries.put(name, ino, Target::Unseen(base));
             }
-            ino += 1;
         }
         drop(entries);
         dir.set_listed(pending);
@@ -143,13 +143,12 @@ impl Tree {
     }
 
     /// Puts a new object into a directory. The kernel is told of it.
-    pub(super) fn create(&self, parent: &Node, name: &OsStr, meta: Meta, new: New<'_>) -> Result<Arc<Node>, Errno> {
+    pub(super) fn create(&self, parent: &Node, name: &OsStr, mut meta: Meta, new: New<'_>) -> Result<Arc<Node>, Errno> {
         check_name(name)?;
         let dir = directory(parent)?;
         self.list(dir)?;
         let ino = self.nodes.issue(1);
         let name: Name = Arc::from(name);
-        let mut meta = meta;
         let content = match new {
             New::File => Content::File(FileData::new(ino, Base::None)),
             New::Symlink(target) => Content::Symlink(target.to_owned()),

@@ -4,6 +4,7 @@
 
 pub(crate) mod cluster;
 pub(crate) mod server;
+pub(crate) mod synthetic;
 
 use std::{
     path::PathBuf,

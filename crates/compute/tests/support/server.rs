@@ -67,7 +67,7 @@ impl Server {
     /// Runs a program of Postgres that must succeed; gives what it prints.
     pub(crate) fn run(&self, program: &str, args: &[&str]) -> String {
         let output = self.command(program).args(args).output().expect("it runs");
-        self.check(&format!("{program} {args:?}"), output)
+        self.check(&format!("{program} {args:?}"), &output)
     }
 
     /// Runs SQL that must succeed, gives what psql prints.
@@ -85,7 +85,7 @@ impl Server {
         }
     }
 
-    fn check(&self, what: &str, output: Output) -> String {
+    fn check(&self, what: &str, output: &Output) -> String {
         let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
         assert!(output.status.success(), "{what} should succeed:\n{out}{err}\nPostgres's log:\n{}", self.log());
         out.into_owned()
@@ -94,7 +94,7 @@ impl Server {
     pub(crate) fn stop(&mut self, mode: &str) {
         let output = self.command("pg_ctl").args(["stop", "-w", "-m", mode]).arg("-D").arg(&self.data).output().expect("pg_ctl runs");
         self.running = false;
-        self.check("pg_ctl stop", output);
+        self.check("pg_ctl stop", &output);
     }
 
     pub(crate) fn postmaster_pid(&self) -> i32 {
