@@ -4,7 +4,7 @@
 //! partitions and says what the layer is. A lookup in a layer that is not in memory thus reads top, one partition and one data block, whatever the
 //! layer's size.
 //!
-//! Both refer to what they point to by [`Handle`]s, 39 bytes: first key (18) and LSN `u64` of its first version, a byte that is 1 if versions of that
+//! Both refer to what they point to by [`Handle`]s, 43 bytes: first key (18) and LSN `u64` of its first version, a byte that is 1 if versions of that
 //! key are also at the end of what comes before, offset in the object `u64` and length `u32` with envelope, and the CRC-32C `u32` that ends the
 //! envelope, so that a sound block in the wrong place is noticed.
 //!
