@@ -137,26 +137,35 @@ async fn a_name_has_one_owner_whatever_fails() {
 }
 
 #[tokio::test]
+async fn ten_thousand_branches() {
+    many_branches(10_000).await;
+}
+
+#[tokio::test]
+#[ignore = "takes half a minute: cargo test -p varve-storage --test tenant_log -- --ignored --nocapture"]
 async fn a_hundred_thousand_branches() {
-    const BRANCHES: usize = 100_000;
+    many_branches(100_000).await;
+}
+
+async fn many_branches(count: usize) {
     let sim = SimStore::new();
     let (main, first_day) = first_timeline();
     let log = create_tenant(&sim.reliable(), facts("acme"), first_day).await.unwrap();
     let mut slowest = Duration::ZERO;
     let began = Instant::now();
-    for number in 1..BRANCHES {
+    for number in 1..count {
         let one = Instant::now();
         create_branch(&log, &format!("branch-{number}"), main).await.unwrap();
         slowest = slowest.max(one.elapsed());
     }
-    let each = began.elapsed() / BRANCHES as u32;
+    let each = began.elapsed() / count as u32;
     let began = Instant::now();
     let next = TenantLog::take_over(&sim.reliable(), &tenant_folder(log.state().facts().unwrap().id).unwrap()).await.unwrap().unwrap();
     let opened = began.elapsed();
-    assert_eq!(next.state().branch_count(), BRANCHES);
-    assert_eq!(next.state().next_tli().unwrap() as usize, BRANCHES + 1);
+    assert_eq!(next.state().branch_count(), count);
+    assert_eq!(next.state().next_tli().unwrap() as usize, count + 1);
     let stored: usize = sim.objects().values().map(bytes::Bytes::len).sum();
-    println!("{BRANCHES} branches: {each:?} each with all snapshots, slowest {slowest:?}, opened in {opened:?}, {stored} bytes stored");
+    println!("{count} branches: {each:?} each with all snapshots, slowest {slowest:?}, opened in {opened:?}, {stored} bytes stored");
     assert!(each < Duration::from_millis(1), "creating a branch must take less than 1 ms of CPU, it took {each:?}");
     assert!(sim.objects().len() < 3_000, "snapshots bound the log's length, there are {} objects", sim.objects().len());
 }

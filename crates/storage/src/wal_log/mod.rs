@@ -133,7 +133,7 @@ impl WalLog {
     pub fn open_on(disk: Arc<dyn LogDisk>, options: WalLogOptions) -> Result<WalLog, WalLogError> {
         let mut timelines: HashMap<Owner, TimelineIndex> = HashMap::new();
         let mut live = LiveRuns::new(options.segment_bytes);
-        let (segments, end) = Segments::open(disk.clone(), options, |header| {
+        let (segments, end) = Segments::open(&disk, options, |header| {
             let run = Run {
                 start: header.start,
                 end: header.start + u64::from(header.payload_len),

@@ -12,18 +12,21 @@ use super::{WalLogError, WalLogOptions};
 /// Freed segments that are kept for reuse; more are removed.
 const SPARES_MAX: usize = 4;
 
+/// A segment that is ready for use, and its name.
+type Spare = (String, Arc<dyn LogFile>);
+
 #[derive(Debug)]
 pub(super) struct Segments {
     disk: Arc<dyn LogDisk>,
     segment_bytes: u64,
     files: BTreeMap<u64, Arc<dyn LogFile>>,
-    spares: Vec<(String, Arc<dyn LogFile>)>,
+    spares: Vec<Spare>,
     /// Number for the next spare's name.
     next_spare: u64,
     /// Whether a spare is to be kept ready.
     make_spares: bool,
     /// Makes one spare file, off the path of those who append.
-    maker: Option<JoinHandle<io::Result<(String, Arc<dyn LogFile>)>>>,
+    maker: Option<JoinHandle<io::Result<Spare>>>,
 }
 
 fn file_name(number: u64) -> String {
@@ -48,7 +51,7 @@ struct Scan<'a> {
 impl Segments {
     /// Opens the log's files, gives every whole chunk to `found` in log order, and returns where the log ends. Makes everything durable.
     pub(super) fn open(
-        disk: Arc<dyn LogDisk>,
+        disk: &Arc<dyn LogDisk>,
         options: WalLogOptions,
         mut found: impl FnMut(&ChunkHeader),
     ) -> Result<(Segments, u64), WalLogError> {
