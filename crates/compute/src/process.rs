@@ -161,6 +161,9 @@ async fn incarnation(server: &Server, begin: &Begin, dirs: &Dirs, terminate: &mu
         }
     };
     *ran = true;
+    if begin.startup_blocks.is_empty() {
+        start::tell_startup_blocks(server, &mount);
+    }
     uploader.reload_with(postgres.pid());
     let end = serve(server, begin, dirs, &mut postgres, terminate).await;
     let end = match end {

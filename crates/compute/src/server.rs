@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use varve_protocol::control::{Attach, Attached, Begin, Ended, FileVersion, Orders, Problem};
+use varve_protocol::control::{Attach, Attached, Begin, Ended, FileVersion, Orders, Problem, StartupBlocks};
 
 /// A call that did not succeed.
 #[derive(Debug, thiserror::Error)]
@@ -103,6 +103,14 @@ impl Server {
     /// [`ServerError`].
     pub async fn ended(&self, ended: &Ended) -> Result<(), ServerError> {
         self.post("ended", ended, Duration::from_secs(120)).await
+    }
+
+    /// Tells which blocks a start reads.
+    ///
+    /// # Errors
+    /// [`ServerError`].
+    pub async fn startup_blocks(&self, blocks: &StartupBlocks) -> Result<(), ServerError> {
+        self.post("startup-blocks", blocks, Duration::from_secs(60)).await
     }
 
     /// Uploads a file that has no WAL.

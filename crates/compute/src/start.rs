@@ -12,13 +12,14 @@ use varve_postgres::lsn::WAL_SEGMENT_SIZE;
 use varve_postgres::{Fork, Lsn, Major, RelFork, RelNode};
 use varve_protocol::client::{BaseBackup, BaseBackupOptions};
 use varve_protocol::connect::{ConnectConfig, Endpoint};
-use varve_protocol::control::Begin;
+use varve_protocol::control::{Begin, StartupBlocks};
 
 use crate::config;
 use crate::dirs::Dirs;
 use crate::files::Uploader;
 use crate::mount::{InitialContent, InitialFile, Mount, MountConfig};
 use crate::page_source::PageSource;
+use crate::server::Server;
 
 /// How long the page service may be silent while a base backup comes: it may have to ingest first.
 const BACKUP_SILENCE_MAX: Duration = Duration::from_secs(120);
@@ -82,6 +83,18 @@ fn mount_blocking(begin: &Begin, dirs: &Dirs, uploader: &Uploader) -> io::Result
         "the data directory is there"
     );
     Ok(mount)
+}
+
+/// Tells the pageserver what this start read, so that later ones of the same template get it in one batch.
+pub(crate) fn tell_startup_blocks(server: &Server, mount: &Mount) {
+    let named = |(rel, block): (RelFork, u32)| (rel.node.spc, rel.node.db, rel.node.rel, rel.fork.number(), block);
+    let blocks = StartupBlocks { blocks: mount.touched_blocks().into_iter().map(named).collect() };
+    let server = server.clone();
+    tokio::spawn(async move {
+        if let Err(error) = server.startup_blocks(&blocks).await {
+            tracing::info!(%error, "the blocks that a start reads are not known to the pageserver");
+        }
+    });
 }
 
 /// Takes the mount away.

@@ -7,8 +7,10 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use parking_lot::RwLock;
 use serde::{Deserialize, Serialize};
 use varve_postgres::{Lsn, Major};
+use varve_protocol::control::BlockName;
 use varve_storage::manifest::LayerRow;
 use varve_storage::store::{ObjectName, Store};
 
@@ -18,6 +20,8 @@ use crate::layers::TemplateHistory;
 use crate::template::{RunAs, import_data_directory, prepare_template};
 use crate::timeline::OpenContext;
 
+/// Most blocks that a start is given in one batch; a stock one reads about 100.
+const STARTUP_BLOCKS_MAX: usize = 1000;
 /// Version of `template.json`.
 const FORMAT_VERSION: u32 = 1;
 
@@ -32,9 +36,6 @@ pub struct TemplateFacts {
     pub end: Lsn,
     /// Its layers.
     pub layers: Vec<LayerRow>,
-    /// Blocks that a start of Postgres reads: tablespace, database, relation, fork, block.
-    #[serde(default)]
-    pub startup_blocks: Vec<(u32, u32, u32, u8, u32)>,
 }
 
 mod lsn_text {
@@ -55,6 +56,8 @@ mod lsn_text {
 pub struct Template {
     name: String,
     facts: TemplateFacts,
+    /// Blocks that a start of Postgres reads, learnt from the first one; an object of its own, without which starts are merely slower.
+    startup_blocks: RwLock<Vec<BlockName>>,
 }
 
 impl Template {
@@ -69,8 +72,8 @@ impl Template {
     }
 
     /// Blocks that a start of Postgres reads.
-    pub fn startup_blocks(&self) -> Vec<(u32, u32, u32, u8, u32)> {
-        self.facts.startup_blocks.clone()
+    pub fn startup_blocks(&self) -> Vec<BlockName> {
+        self.startup_blocks.read().clone()
     }
 }
 
@@ -140,7 +143,7 @@ impl Templates {
         let json = serde_json::to_vec_pretty(&facts).map_err(ServerError::internal)?;
         self.store.put(&facts_object(&name)?, json.into()).await?;
         self.store.put(&pointer, name.clone().into()).await?;
-        let template = Arc::new(Template { name: name.clone(), facts });
+        let template = Arc::new(Template { name: name.clone(), facts, startup_blocks: RwLock::default() });
         known.insert(name, template.clone());
         Ok(template)
     }
@@ -168,9 +171,28 @@ impl Templates {
                 facts.format_version
             )));
         }
-        let template = Arc::new(Template { name: name.to_owned(), facts });
+        let learnt = self.store.get_optional(&startup_object(name)?).await?;
+        let startup_blocks = learnt.and_then(|bytes| serde_json::from_slice(&bytes).ok()).unwrap_or_default();
+        let template = Arc::new(Template { name: name.to_owned(), facts, startup_blocks: RwLock::new(startup_blocks) });
         known.insert(name.to_owned(), template.clone());
         Ok(template)
+    }
+
+    /// Keeps what the first start of a template's Postgres read.
+    ///
+    /// # Errors
+    /// When the store does not take it.
+    pub async fn learn_startup_blocks(&self, template: &Template, mut blocks: Vec<BlockName>) -> Result<(), ServerError> {
+        blocks.truncate(STARTUP_BLOCKS_MAX);
+        {
+            let mut known = template.startup_blocks.write();
+            if !known.is_empty() {
+                return Ok(());
+            }
+            known.clone_from(&blocks);
+        }
+        let json = serde_json::to_vec(&blocks).map_err(ServerError::internal)?;
+        Ok(self.store.put(&startup_object(&template.name)?, json.into()).await?)
     }
 
     /// Runs `initdb` and takes what it made into layers.
@@ -185,13 +207,7 @@ impl Templates {
             let history = TemplateHistory::new(&context, major)?;
             let imported = import_data_directory(&made.data_dir, history.timeline(), &mut |_| {}).map_err(ServerError::internal)?;
             let layers = history.into_layers()?;
-            Ok(TemplateFacts {
-                format_version: FORMAT_VERSION,
-                cluster: imported.cluster,
-                end: imported.end.end,
-                layers,
-                startup_blocks: Vec::new(),
-            })
+            Ok(TemplateFacts { format_version: FORMAT_VERSION, cluster: imported.cluster, end: imported.end.end, layers })
         });
         let facts = facts.await.map_err(ServerError::internal)??;
         tracing::info!(version, elapsed_ms = started.elapsed().as_millis(), "template made");
@@ -201,6 +217,10 @@ impl Templates {
 
 fn facts_object(name: &str) -> Result<ObjectName, ServerError> {
     format!("templates/{name}/template.json").parse().map_err(ServerError::internal)
+}
+
+fn startup_object(name: &str) -> Result<ObjectName, ServerError> {
+    format!("templates/{name}/startup.json").parse().map_err(ServerError::internal)
 }
 
 /// Object that names the template for new tenants of a version.

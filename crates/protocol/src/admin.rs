@@ -145,6 +145,15 @@ pub struct Compute {
     pub error: Option<String>,
 }
 
+/// The server itself.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct Server {
+    /// Its version.
+    pub version: String,
+    /// Address of its page service, `host:port`.
+    pub page_service: String,
+}
+
 /// A moment of a branch.
 #[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
 pub struct Moment {

@@ -44,7 +44,7 @@ pub struct Begin {
     /// Postgres's catalog version, part of the names of directories in tablespaces.
     pub catalog_version: u32,
     /// Blocks (tablespace, database, relation, fork, block) that a start reads, to be fetched in one batch.
-    pub startup_blocks: Vec<(u32, u32, u32, u8, u32)>,
+    pub startup_blocks: Vec<BlockName>,
 }
 
 /// Body of `POST /v1/computes/{id}/attach`: Postgres runs.
@@ -96,6 +96,16 @@ pub struct Orders {
     pub incarnation: u64,
     /// Number of the server process; when it changed, attach again.
     pub server_run: String,
+}
+
+/// A block by name: tablespace, database, relation, fork, block.
+pub type BlockName = (u32, u32, u32, u8, u32);
+
+/// Body of `POST /v1/computes/{id}/startup-blocks`: what a start of Postgres read before it answered, in that order.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct StartupBlocks {
+    /// The blocks.
+    pub blocks: Vec<BlockName>,
 }
 
 /// Body of `POST /v1/computes/{id}/ended`.

@@ -28,7 +28,8 @@ use super::routes;
         routes::start_compute,
         routes::list_computes,
         routes::show_compute,
-        routes::stop_compute
+        routes::stop_compute,
+        routes::show_server
     )
 )]
 struct Document;

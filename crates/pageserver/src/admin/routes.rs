@@ -8,8 +8,10 @@ use axum::http::{StatusCode, header};
 use axum::response::IntoResponse;
 use serde::Deserialize;
 use serde_json::{Value, json};
-use varve_protocol::admin::{Branch, BranchChange, Compute, Moment, NewBranch, NewCompute, NewTenant, Restore, Restored, Tenant};
-use varve_protocol::control::{Attach, Attached, Begin, Ended, FileVersion, Orders};
+use varve_protocol::admin::{
+    Branch, BranchChange, Compute, Moment, NewBranch, NewCompute, NewTenant, Restore, Restored, Server as ServerFacts, Tenant,
+};
+use varve_protocol::control::{Attach, Attached, Begin, Ended, FileVersion, Orders, StartupBlocks};
 
 use super::Body;
 use crate::error::ServerError;
@@ -24,6 +26,12 @@ type Created<T> = Result<(StatusCode, Json<T>), ServerError>;
 pub(crate) struct MomentQuery {
     lsn: Option<String>,
     at: Option<String>,
+}
+
+/// Shows the server itself.
+#[utoipa::path(get, path = "/v1/server", responses((status = 200, body = ServerFacts)))]
+pub(super) async fn show_server(State(server): Server) -> Json<ServerFacts> {
+    Json(server.facts())
 }
 
 /// Lists the tenants.
@@ -161,6 +169,10 @@ pub(super) async fn attach(State(server): Server, Path(id): Path<String>, Body(b
 
 pub(super) async fn ended(State(server): Server, Path(id): Path<String>, Body(body): Body<Ended>) -> Answer<()> {
     server.compute_ended(&id, body).await.map(Json)
+}
+
+pub(super) async fn startup_blocks(State(server): Server, Path(id): Path<String>, Body(body): Body<StartupBlocks>) -> Answer<()> {
+    server.learn_startup_blocks(&id, body.blocks).await.map(Json)
 }
 
 /// Where a waiting compute stands.

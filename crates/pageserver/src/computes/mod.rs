@@ -43,7 +43,9 @@ impl Computes {
             }
             match std::fs::read(&path).map_err(|e| e.to_string()).and_then(|b| serde_json::from_slice(&b).map_err(|e| e.to_string())) {
                 Ok(record) => {
-                    let record: ComputeRecord = record;
+                    let mut record: ComputeRecord = record;
+                    // The last server was killed before it had started the process: that is still to be done.
+                    record.process.get_or_insert((0, String::new()));
                     entries.insert(record.id.clone(), Arc::new(ComputeEntry::new(record, path)));
                 }
                 Err(error) => tracing::error!(file = %path.display(), error, "a compute's file cannot be read and is left alone"),

@@ -7,7 +7,7 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use varve_postgres::Lsn;
 use varve_protocol::admin::{Compute, NewCompute};
-use varve_protocol::control::{Attach, Attached, Begin, Desired, Ended, FileVersion, Orders};
+use varve_protocol::control::{Attach, Attached, Begin, BlockName, Desired, Ended, FileVersion, Orders};
 use varve_storage::ids::WriterEpoch;
 use varve_storage::tenant_log::{FileContents, TenantEdit};
 
@@ -254,7 +254,10 @@ impl Pageserver {
         let (databases, tablespaces) = {
             let served = served.clone();
             tokio::task::spawn_blocking(move || {
-                served.wait_applied(lsn, START_MAX).map_err(ServerError::unavailable)?;
+                served.wait_applied(lsn, START_MAX).map_err(|reason| match served.stopped() {
+                    Some(_) => ServerError::internal(reason), // waiting will not help
+                    None => ServerError::unavailable(reason),
+                })?;
                 let history = &**served.history();
                 let places = databases(history, lsn).and_then(|found| Ok((found, tablespaces(history, lsn)?)));
                 places.map_err(ServerError::internal)
@@ -363,6 +366,16 @@ impl Pageserver {
         Ok(())
     }
 
+    /// A compute tells which blocks its start read: later starts of the same template get them in one batch.
+    ///
+    /// # Errors
+    /// [`ServerError`].
+    pub async fn learn_startup_blocks(&self, id: &str, blocks: Vec<BlockName>) -> Result<(), ServerError> {
+        let entry = self.computes().get(id)?;
+        let tenant = self.tenant_by_id(entry.record().tenant_id).await?;
+        self.templates().learn_startup_blocks(tenant.template(), blocks).await
+    }
+
     /// What a compute is to do; waits while that is what it does already.
     ///
     /// # Errors
@@ -414,7 +427,8 @@ impl Pageserver {
     /// Starts again the computes that should run and whose process is gone. Called now and then.
     pub(super) async fn watch_computes(&self) {
         for entry in self.computes().all() {
-            if !entry.should_run() || entry.process_runs() {
+            // Without a process it is just being started.
+            if !entry.should_run() || entry.record().process.is_none() || entry.process_runs() {
                 continue;
             }
             let Ok(_turn) = entry.turn.try_lock() else { continue };

@@ -146,7 +146,13 @@ impl Pageserver {
         let tenants: Vec<_> = self.tenants.lock().await.values().cloned().collect();
         for tenant in tenants {
             for timeline in tenant.all_opened().await {
-                if let Err(error) = timeline.flush_all().await {
+                // No acknowledgement from here on; then all that was acknowledged can be put into the store.
+                let ended = timeline.end_epoch().await.map(drop);
+                let flushed = match ended {
+                    Ok(()) => timeline.flush_all().await,
+                    failed => failed,
+                };
+                if let Err(error) = flushed {
                     tracing::warn!(timeline = %timeline.id(), %error, "not all is in the store; the WAL log keeps the rest");
                 }
             }
@@ -225,6 +231,11 @@ impl Pageserver {
 
     fn spawner(&self) -> &Spawner {
         &self.config.spawner
+    }
+
+    /// What the API says of the server itself.
+    pub fn facts(&self) -> varve_protocol::admin::Server {
+        varve_protocol::admin::Server { version: env!("CARGO_PKG_VERSION").to_owned(), page_service: self.page_service_address() }
     }
 
     fn page_service_address(&self) -> String {

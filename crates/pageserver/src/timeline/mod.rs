@@ -34,6 +34,9 @@ pub use open::OpenContext;
 pub(crate) use open::OpenTimeline;
 pub use writer::{ComputeAddress, EpochStart, Tail};
 
+/// How long a timeline that stops waits for a flush that has begun to give up.
+const FLUSH_END_MAX: Duration = Duration::from_secs(10);
+
 /// Where a timeline stands.
 #[derive(Clone, Debug)]
 struct Positions {
@@ -164,6 +167,10 @@ impl ServedTimeline {
         self.stopping.store(true, Ordering::Release);
         self.changed.notify_all();
         self.writer.lock().await.end_stream().await;
+        let deadline = Instant::now() + FLUSH_END_MAX;
+        while self.flushing.load(Ordering::Acquire) && Instant::now() < deadline {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
         let worker = self.worker.lock().take();
         if let Some(worker) = worker {
             let _ = tokio::task::spawn_blocking(move || worker.join()).await;

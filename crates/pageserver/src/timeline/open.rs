@@ -91,8 +91,13 @@ impl ServedTimeline {
         };
         let name = format!("{tenant}/{timeline}");
         tracing::info!(timeline = name, %head, layered = %layered, ?tail, "opened");
-        let writer =
-            Writer { epoch: open.state.epochs.last().map_or(WriterEpoch(0), |last| last.epoch), tail, standby_name: None, receiver: None };
+        let writer = Writer {
+            epoch: open.state.epochs.last().map_or(WriterEpoch(0), |last| last.epoch),
+            tail,
+            standby_name: None,
+            receiver: None,
+            stream_over: Arc::default(),
+        };
         let served = Arc::new(ServedTimeline {
             tenant,
             name,

@@ -9,7 +9,7 @@
 //! epoch. Until then the tail is [`Tail::Unknown`].
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -62,6 +62,8 @@ pub(super) struct Writer {
     /// Random, bound to this epoch and this process: nobody else can release its commits.
     pub(super) standby_name: Option<String>,
     pub(super) receiver: Option<Receiver<Sink>>,
+    /// Tells the sink of that receiver not to wait for anything any more.
+    pub(super) stream_over: Arc<AtomicBool>,
 }
 
 impl std::fmt::Debug for Writer {
@@ -74,6 +76,7 @@ impl Writer {
     /// Ends the stream: nothing is acknowledged after this.
     pub(super) async fn end_stream(&mut self) {
         if let Some(receiver) = self.receiver.take() {
+            self.stream_over.store(true, Ordering::Release);
             let _ = tokio::task::spawn_blocking(move || receiver.join().map(drop)).await;
         }
         self.standby_name = None;
@@ -159,13 +162,12 @@ impl ServedTimeline {
                 format!("writer epoch {} of timeline {} is over: epoch {} writes now", epoch.0, self.id(), writer.epoch.0),
             ));
         }
-        if let Some(old) = writer.receiver.take() {
-            let _ = tokio::task::spawn_blocking(move || old.join().map(drop)).await;
-        }
         let name = match &writer.standby_name {
             Some(name) => name.clone(),
             None => standby_name()?,
         };
+        writer.end_stream().await;
+        writer.stream_over = Arc::default();
         writer.standby_name = Some(name.clone());
         let start = self.head();
         let endpoint = Endpoint::unix(&address.socket_dir, address.port);
@@ -184,7 +186,8 @@ impl ServedTimeline {
             synchronous_standby_names: Some(name.clone()),
             slot: Some(SlotConfig { name: "varve".to_owned(), interval: SLOT_INTERVAL }),
         };
-        let sink = Sink { timeline: self.clone(), epoch, position: None, appended: start, framed: start };
+        let over = writer.stream_over.clone();
+        let sink = Sink { timeline: self.clone(), epoch, position: None, appended: start, framed: start, over };
         let receiver = Receiver::spawn(config, sink).map_err(|error| ServerError::internal(format!("cannot start a thread: {error}")))?;
         writer.receiver = Some(receiver);
         if writer.tail == Tail::Unknown {
@@ -285,12 +288,17 @@ pub(super) struct Sink {
     appended: Lsn,
     /// End of the last whole record that was appended.
     framed: Lsn,
+    /// Whether the stream has ended.
+    over: Arc<AtomicBool>,
 }
 
 impl WalSink for Sink {
     fn append(&mut self, start: Lsn, bytes: Bytes) -> Result<(), SinkError> {
         let t = &self.timeline;
-        while t.wal.is_over_limit() && !t.stopping.load(Ordering::Acquire) {
+        while t.wal.is_over_limit() {
+            if self.over.load(Ordering::Acquire) || t.stopping.load(Ordering::Acquire) {
+                return Err(SinkError("the stream ended while the WAL log was at its limit".to_owned()));
+            }
             // The socket is not read meanwhile: commits wait until layers have caught up.
             std::thread::sleep(LIMIT_WAIT);
         }

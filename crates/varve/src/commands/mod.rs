@@ -1,8 +1,10 @@
 //! The command line.
 
+mod bench;
 mod branch;
 mod compute;
 mod dev;
+mod materialize;
 mod tenant;
 
 use std::path::PathBuf;
@@ -54,6 +56,11 @@ pub(crate) enum Command {
         #[arg(last = true)]
         args: Vec<String>,
     },
+    /// Download a branch at a moment as a plain data directory, for any stock Postgres.
+    Materialize(materialize::MaterializeArgs),
+    /// Measure a running server.
+    #[command(subcommand)]
+    Bench(bench::BenchCommand),
     /// Takes away what a compute whose process is gone left; started by the server.
     #[command(hide = true)]
     ComputeCleanup {
@@ -114,6 +121,8 @@ pub(crate) async fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Branch(command) => branch::run(command, &Client::new(&url)?, json).await?,
         Command::Compute(command) => compute::run(command, &Client::new(&url)?, json).await?,
         Command::Psql { branch, args } => return compute::psql(&branch, &args, &Client::new(&url)?).await,
+        Command::Materialize(args) => materialize::run(args, &Client::new(&url)?, json).await?,
+        Command::Bench(command) => bench::run(command, &Client::new(&url)?, json).await?,
         Command::ComputeCleanup { id, home } => {
             let user = varve_compute::dirs::User::for_postgres()?;
             varve_compute::dirs::Dirs::existing(&home, &id, user).clean_up();
