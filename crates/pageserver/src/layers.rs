@@ -10,11 +10,14 @@ use varve_storage::budget::MemoryBudget;
 use varve_storage::edit_log::Ownership;
 use varve_storage::ids::{Generation, TenantId, TimelineId};
 use varve_storage::layer::blob::OpenFiles;
+use varve_storage::layer::range_cache::RangeCache;
 use varve_storage::manifest::{LayerRow, Manifest};
 use varve_storage::page_cache::PageCache;
 use varve_storage::store::Store;
 use varve_storage::tenant_log::TimelineState;
-use varve_storage::timeline::{LAYER_BYTES_TARGET, LayerChange, MEMTABLE_BYTES_MAX, MERGES_MAX, Resources, Timeline, TimelineSpec};
+use varve_storage::timeline::{
+    LAYER_BYTES_TARGET, LayerChange, MEMTABLE_BYTES_MAX, MERGES_MAX, RANGE_CACHE_BYTES_MAX, Resources, Timeline, TimelineSpec,
+};
 
 use crate::error::ServerError;
 use crate::templates::Template;
@@ -45,6 +48,7 @@ pub fn resources(
         layer_bytes_target: LAYER_BYTES_TARGET,
         merge_slots: Semaphore::new(MERGES_MAX),
         files: OpenFiles::new(OPEN_FILES_MAX),
+        ranges: RangeCache::new(cache_dir.clone(), RANGE_CACHE_BYTES_MAX),
         store: store.blocking(runtime.clone()),
         cache_dir,
         now: Instant::now,

@@ -22,6 +22,7 @@ use varve_storage::ids::{Generation, LayerId, TenantId, TimelineId};
 use varve_storage::key::Key;
 use varve_storage::layer::Layer;
 use varve_storage::layer::blob::{LocalBlob, OpenFiles};
+use varve_storage::layer::range_cache::RangeCache;
 use varve_storage::manifest::LayerRow;
 use varve_storage::page_cache::PageCache;
 use varve_storage::relation_size::RelationSize;
@@ -118,6 +119,7 @@ fn resources(runtime: &Runtime, folder: &tempfile::TempDir, store: &Store) -> Ar
         layer_bytes_target: 8 << 10,
         merge_slots: Semaphore::new(1),
         files: OpenFiles::new(8),
+        ranges: RangeCache::new(folder.path().join("cache"), 1 << 20),
         store: store.blocking(runtime.handle().clone()),
         cache_dir: folder.path().join("cache"),
         now: Instant::now,
@@ -242,13 +244,33 @@ fn a_wiped_cache_folder_costs_time_and_nothing_else() {
         }
         bench.check_blocks(bench.lsn, 3);
     }
-    // A copy that was cut is not believed, either.
+    assert!(bench.resources.ranges.used_bytes() > 0, "what was read of the bucket is kept");
+    // A copy that was cut is not believed, and neither is one that was damaged.
     bench.write_blocks(4);
     bench.flush();
     let row = bench.manifest.lock().0.values().find(|row| row.first_key.is_block() && row.lsn_end == bench.lsn).unwrap().clone();
     std::fs::File::options().write(true).open(bench.folder.path().join("cache").join(row.object.as_str())).unwrap().set_len(100).unwrap();
     bench.reopen();
     bench.check_blocks(bench.lsn, 4);
+    bench.write_blocks(5);
+    bench.flush();
+    for row in bench.manifest.lock().0.values().filter(|row| row.first_key.is_block() && row.lsn_end == bench.lsn) {
+        let path = bench.folder.path().join("cache").join(row.object.as_str());
+        let mut bytes = std::fs::read(&path).unwrap();
+        bytes.iter_mut().step_by(500).for_each(|byte| *byte ^= 1);
+        std::fs::write(&path, bytes).unwrap();
+    }
+    bench.reopen();
+    bench.check_blocks(bench.lsn, 5);
+    // In the bucket itself nothing is forgiven.
+    for row in bench.manifest.lock().0.values().filter(|row| row.first_key.is_block() && row.lsn_end == bench.lsn) {
+        let mut bytes = bucket.objects()[&row.object].to_vec();
+        bytes.iter_mut().step_by(500).for_each(|byte| *byte ^= 1);
+        bucket.set(&row.object, Some(bytes.into()));
+    }
+    bench.reopen();
+    let error = bench.timeline.blocks(&[(rel(), 0)], bench.lsn).map(drop).unwrap_err();
+    assert!(error.to_string().contains("is corrupt at offset"), "{error}");
 }
 
 #[test]

@@ -23,6 +23,7 @@ use varve_storage::history::{History, HistoryWriter};
 use varve_storage::ids::{Generation, LayerId, TenantId, TimelineId};
 use varve_storage::key::Key;
 use varve_storage::layer::blob::OpenFiles;
+use varve_storage::layer::range_cache::RangeCache;
 use varve_storage::manifest::LayerRow;
 use varve_storage::page_cache::PageCache;
 use varve_storage::relation::{self, RelationError};
@@ -161,6 +162,7 @@ fn resources(store: &Store, runtime: &Runtime, folder: &tempfile::TempDir) -> Ar
         layer_bytes_target: 2 << 10,
         merge_slots: Semaphore::new(1),
         files: OpenFiles::new(4),
+        ranges: RangeCache::new(folder.path().join("cache"), 1 << 20),
         store: store.blocking(runtime.handle().clone()),
         cache_dir: folder.path().join("cache"),
         now: Instant::now,

@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use bytes::Bytes;
 use quick_cache::sync::Cache;
 
+use super::range_cache::RangeCache;
 use crate::store::{BlockingStore, ObjectName};
 
 /// Reads ranges of an object. May block.
@@ -19,6 +20,11 @@ pub trait LayerBlob: Send + Sync {
     /// # Errors
     /// Why they cannot be had.
     fn read_at(&self, offset: u64, length: usize) -> Result<Bytes, String>;
+
+    /// What was read is not sound: forgets copies of the object, so that the next read sees the object itself. Whether there were any.
+    fn forget_copies(&self) -> bool {
+        false
+    }
 }
 
 /// Files kept open, the least useful closed when there are too many: an idle tenant holds none for long.
@@ -96,18 +102,21 @@ impl Drop for LocalBlob {
     }
 }
 
-/// An object in a bucket: read from a local copy as long as there is one, else by ranges.
+/// An object in a bucket: read from a whole local copy as long as there is one, else by ranges, which are kept on local disk for a while.
 pub struct RemoteBlob {
     store: BlockingStore,
     object: ObjectName,
+    /// Where what is read of the object ends.
+    end: u64,
     copy: LocalBlob,
     copy_is_gone: AtomicBool,
+    ranges: Arc<RangeCache>,
 }
 
 impl RemoteBlob {
-    /// The object `object` of `store`, which may have a whole copy at `copy`.
-    pub fn new(store: BlockingStore, object: ObjectName, copy: PathBuf, files: Arc<OpenFiles>) -> RemoteBlob {
-        RemoteBlob { store, object, copy: LocalBlob::new(copy, files), copy_is_gone: AtomicBool::new(false) }
+    /// The object `object` of `store`, of which nothing behind `end` is read, and which may have a whole copy.
+    pub fn new(store: BlockingStore, object: ObjectName, end: u64, copy: LocalBlob, ranges: Arc<RangeCache>) -> RemoteBlob {
+        RemoteBlob { store, object, end, copy, copy_is_gone: AtomicBool::new(false), ranges }
     }
 }
 
@@ -126,7 +135,13 @@ impl LayerBlob for RemoteBlob {
                 }
             }
         }
-        self.store.get_range(&self.object, offset..offset + length as u64).map_err(|error| error.to_string())
+        let fetch = |range| self.store.get_range(&self.object, range).map_err(|error| error.to_string());
+        self.ranges.read(&self.object, offset..offset + length as u64, self.end, fetch)
+    }
+
+    fn forget_copies(&self) -> bool {
+        let had_copy = !self.copy_is_gone.swap(true, Ordering::Relaxed);
+        self.ranges.forget(&self.object) | had_copy
     }
 }
 

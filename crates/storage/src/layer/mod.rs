@@ -20,6 +20,7 @@ pub mod blob;
 pub mod block;
 mod filter;
 pub mod index;
+pub mod range_cache;
 mod reader;
 mod writer;
 

@@ -71,10 +71,26 @@ impl Layer {
         })
     }
 
+    /// Tries `read` again if what it read is corrupt and may have been a damaged copy.
+    fn distrusting_copies<T>(&self, read: impl Fn() -> Result<T, LayerError>) -> Result<T, LayerError> {
+        match read() {
+            Err(LayerError::Corrupt { offset, problem, .. }) if self.blob.forget_copies() => {
+                tracing::warn!(object = self.object, offset, problem, "the local copy of a layer is damaged, the store is read instead");
+                read()
+            }
+            result => result,
+        }
+    }
+
     fn top(&self, key: Option<Key>) -> Result<&Top, LayerError> {
         if let Some(top) = self.top.get() {
             return Ok(top);
         }
+        let top = self.distrusting_copies(|| self.load_top(key))?;
+        Ok(self.top.get_or_init(|| top))
+    }
+
+    fn load_top(&self, key: Option<Key>) -> Result<Top, LayerError> {
         let tail_length = TAIL_BYTES.min(self.info.length);
         let tail_offset = self.info.length - tail_length;
         let tail = self.read_at(tail_offset, tail_length, key)?;
@@ -93,7 +109,7 @@ impl Layer {
         let content = open_envelope(&TOP, &self.object, footer.top_checksum, &bytes).map_err(problem)?;
         let top = Top::decode(&content).ok_or_else(|| problem("its top is malformed".to_owned()))?;
         self.check_top(&top).map_err(problem)?;
-        Ok(self.top.get_or_init(|| top))
+        Ok(top)
     }
 
     /// That the object is the layer that it should be.
@@ -126,7 +142,7 @@ impl Layer {
         if let Some(partition) = cache.partition(self.info.id, handle.offset) {
             return Ok(partition);
         }
-        let partition = Arc::new(self.load_partition(handle, key)?);
+        let partition = Arc::new(self.distrusting_copies(|| self.load_partition(handle, key))?);
         cache.put_partition(self.info.id, handle.offset, Arc::clone(&partition));
         Ok(partition)
     }
@@ -140,8 +156,10 @@ impl Layer {
         if let Some(content) = cache.content(self.info.id, handle.offset) {
             return Ok(content);
         }
-        let bytes = self.read_at(handle.offset, u64::from(handle.length), key)?;
-        let content = self.open_block(handle, key, &bytes)?;
+        let content = self.distrusting_copies(|| {
+            let bytes = self.read_at(handle.offset, u64::from(handle.length), key)?;
+            self.open_block(handle, key, &bytes)
+        })?;
         cache.put_content(self.info.id, handle.offset, content.clone());
         Ok(content)
     }
@@ -223,7 +241,8 @@ impl Layer {
             let bytes = self.read_at(first.offset, end - first.offset, key)?;
             for block in together {
                 let start = (block.offset - first.offset) as usize;
-                let content = self.open_block(block, key, &bytes.slice(start..start + block.length as usize))?;
+                // What is damaged is read again, alone, by whoever wants it.
+                let Ok(content) = self.open_block(block, key, &bytes.slice(start..start + block.length as usize)) else { continue };
                 // A block that was stored as it is would keep all that was read with it in memory.
                 let is_view = bytes.as_ptr_range().contains(&content.as_ptr()) && count > 1;
                 cache.put_content(self.info.id, block.offset, if is_view { Bytes::copy_from_slice(&content) } else { content });
@@ -347,7 +366,7 @@ impl LayerIter {
             let Some(handle) = partitions.get(self.next_partition) else { return Ok(false) };
             let partition = match &self.from {
                 Some((_, cache)) => layer.partition(cache, handle, None)?,
-                None => Arc::new(layer.load_partition(handle, None)?),
+                None => Arc::new(layer.distrusting_copies(|| layer.load_partition(handle, None))?),
             };
             self.next_partition += 1;
             self.next_block = match &self.from {
@@ -379,6 +398,13 @@ impl LayerIter {
         }
         let (offset, bytes) = &self.ahead;
         let start = (handle.offset - offset) as usize;
-        self.layer.open_block(handle, None, &bytes.slice(start..start + handle.length as usize))
+        let layer = &self.layer;
+        match layer.open_block(handle, None, &bytes.slice(start..start + handle.length as usize)) {
+            Err(LayerError::Corrupt { .. }) => layer.distrusting_copies(|| {
+                let bytes = layer.read_at(handle.offset, u64::from(handle.length), None)?;
+                layer.open_block(handle, None, &bytes)
+            }),
+            result => result,
+        }
     }
 }

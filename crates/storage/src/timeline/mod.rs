@@ -35,6 +35,7 @@ use crate::budget::MemoryBudget;
 use crate::ids::{Generation, TenantId, TimelineId};
 use crate::layer::Layer;
 use crate::layer::blob::{LayerBlob, LocalBlob, OpenFiles, RemoteBlob};
+use crate::layer::range_cache::RangeCache;
 use crate::layer_map::LayerMap;
 use crate::manifest::LayerRow;
 use crate::memtable::Memtable;
@@ -57,6 +58,9 @@ pub const MEMTABLE_BYTES_MAX: usize = 64 << 20;
 /// Bytes of a layer after which the next key begins another one, unless told otherwise.
 pub const LAYER_BYTES_TARGET: u64 = 64 << 20;
 
+/// Bytes of layers in a bucket that are kept on local disk after they were read by ranges, unless told otherwise.
+pub const RANGE_CACHE_BYTES_MAX: u64 = 2 << 30;
+
 /// Merges of layers that run at a time, unless told otherwise: each takes a core and some tens of megabytes.
 pub const MERGES_MAX: usize = 2;
 
@@ -76,6 +80,8 @@ pub struct Resources {
     pub merge_slots: Semaphore,
     /// Layer files that are open.
     pub files: Arc<OpenFiles>,
+    /// Parts of layers that were read from a bucket.
+    pub ranges: Arc<RangeCache>,
     /// Where layers live.
     pub store: BlockingStore,
     /// Folder for local copies of layers whose store is a bucket. It must exist.
@@ -250,8 +256,9 @@ fn open_layer(resources: &Resources, row: &LayerRow) -> Layer {
     let blob: Box<dyn LayerBlob> = match resources.store.store().local_path(&row.object) {
         Some(path) => Box::new(LocalBlob::new(path, files)),
         None => {
-            let copy = resources.cache_dir.join(row.object.as_str());
-            Box::new(RemoteBlob::new(resources.store.clone(), row.object.clone(), copy, files))
+            let copy = LocalBlob::new(resources.cache_dir.join(row.object.as_str()), files);
+            let end = row.offset.saturating_add(row.length);
+            Box::new(RemoteBlob::new(resources.store.clone(), row.object.clone(), end, copy, Arc::clone(&resources.ranges)))
         }
     };
     Layer::new(row.info(), row.object.to_string(), row.offset, blob)
