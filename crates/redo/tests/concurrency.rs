@@ -4,7 +4,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 use varve_postgres::Major;
-use varve_testing::postgres::Postgres;
+use varve_testing::postgres::{Postgres, is_skipped};
 use varve_testing::redo::{Ending, init, redo_workload};
 
 const SETTINGS: [(&str, &str); 7] = [
@@ -54,6 +54,9 @@ fn pgbench(postgres: &Postgres, args: &[&str]) -> Result<()> {
 }
 
 fn many_sessions(major: Major, ending: Ending) {
+    if is_skipped(major) {
+        return;
+    }
     let redone = init(major, &[], &SETTINGS).and_then(|mut postgres| {
         redo_workload(&mut postgres, ending, false, |postgres| {
             let script = postgres.dir().join("script.sql");

@@ -15,6 +15,7 @@ varve_testing::redo_tests!(
     images_pglz,
     images_zstd,
     sequences,
+    server,
     storage,
     storage_file_copy,
     transactions,

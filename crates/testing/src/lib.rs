@@ -7,5 +7,6 @@ pub mod naive_history;
 pub mod postgres;
 pub mod random;
 pub mod redo;
+pub mod redo_coverage;
 pub mod sim_disk;
 pub mod sim_store;

@@ -39,6 +39,16 @@ pub fn bin_dir(major: Major) -> Result<PathBuf> {
         .with_context(|| format!("{major:?} is not installed: run scripts/postgres-majors, or apt-get install postgresql-{major}"))
 }
 
+/// Whether tests of `major` are to be left out: it is not installed, and `VARVE_TEST_SKIP_MAJORS=1` says that this is no fault.
+pub fn is_skipped(major: Major) -> bool {
+    let skipped =
+        major != Major::V15 && std::env::var_os("VARVE_TEST_SKIP_MAJORS").is_some_and(|value| value == "1") && bin_dir(major).is_err();
+    if skipped {
+        println!("{major:?} is not installed, and VARVE_TEST_SKIP_MAJORS=1 leaves out its tests");
+    }
+    skipped
+}
+
 /// A scratch cluster.
 #[derive(Debug)]
 pub struct Postgres {

@@ -19,7 +19,7 @@ use varve_postgres::wal::{Framer, Record, rmgr};
 use varve_postgres::{BLCKSZ, BlockNumber, Fork, Lsn, Major, Page, RelNode};
 use varve_redo::verify::{Report, Verifier, file_differences};
 
-use crate::postgres::{Postgres, wal_segments};
+use crate::postgres::{Postgres, is_skipped, wal_segments};
 
 /// Line of a SQL file before which the server is stopped and started once more.
 const RESTART: &str = "--! restart\n";
@@ -130,6 +130,9 @@ pub fn assert_recovered(major: Major, name: &str) -> Report {
 
 #[track_caller]
 fn assert_no_mismatch(major: Major, name: &str, ending: Ending) -> Report {
+    if is_skipped(major) {
+        return Report::default();
+    }
     match redo_sql_file(major, name, ending) {
         Ok(report) => {
             assert!(report.mismatch_count == 0, "{name}.sql on {major:?}: expected pages as Postgres has them\n{report}");

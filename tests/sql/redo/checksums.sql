@@ -1,6 +1,7 @@
 --! initdb --data-checksums
 --! full_page_writes = on
 --! wal_log_hints = on
+--! wal_level = replica
 -- With checksums, hint bits and maps come as full-page images, and setting a visibility bit moves the heap page's LSN.
 CREATE TABLE h (id int PRIMARY KEY, a text);
 INSERT INTO h SELECT i, repeat('h', i % 100) FROM generate_series(1, 3000) i;

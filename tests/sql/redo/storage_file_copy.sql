@@ -1,6 +1,6 @@
 --! from 15
 -- The same as storage.sql, with databases made by copying files.
-COPY (SELECT 1) TO PROGRAM 'mkdir varve_space';
+COPY (SELECT 1) TO PROGRAM 'cat > /dev/null; mkdir varve_space';
 SELECT current_setting('data_directory') || '/varve_space' AS space \gset
 CREATE TABLESPACE space LOCATION :'space';
 CREATE TABLE here (id int PRIMARY KEY, a text) TABLESPACE space;

@@ -23,6 +23,7 @@ SELECT pg_replication_origin_create('here');
 SELECT pg_replication_origin_session_setup('here');
 BEGIN; SELECT pg_replication_origin_xact_setup('0/1234567', now()); UPDATE x SET a = 'from elsewhere'; COMMIT;
 SELECT pg_replication_origin_session_reset();
+SELECT pg_replication_origin_advance('here', '0/2345678');
 SELECT pg_replication_origin_drop('here');
 -- A catalog table rewritten while a logical slot needs its old rows.
 SELECT slot_name FROM pg_create_logical_replication_slot('slot', 'pgoutput');
