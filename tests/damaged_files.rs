@@ -29,7 +29,7 @@ fn two_tenants() -> anyhow::Result<(Dev, String)> {
     for tenant in ["acme", "other"] {
         dev.json(&["tenant", "create", tenant])?;
         let db = dev.compute(&format!("{tenant}/main"), &[])?;
-        psql(&db, "CREATE TABLE t AS SELECT i, repeat('x', 100) AS filler FROM generate_series(1, 20000) i")?;
+        psql(&db, "CREATE TABLE t AS SELECT i, md5(i::text) || md5((-i)::text) AS filler FROM generate_series(1, 20000) i")?;
         dev.json(&["compute", "stop", &format!("{tenant}/main")])?;
     }
     let acme = dev.json(&["tenant", "show", "acme"])?;

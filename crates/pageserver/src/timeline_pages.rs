@@ -27,7 +27,7 @@ const ARRIVAL_WAIT_MAX: Duration = Duration::from_secs(60);
 impl From<RelationError> for SourceError {
     fn from(error: RelationError) -> SourceError {
         match error {
-            RelationError::History(error) => SourceError::Failed(error.to_string()),
+            RelationError::History(error) => error.into(),
             other => SourceError::NotFound(other.to_string()),
         }
     }
@@ -35,6 +35,7 @@ impl From<RelationError> for SourceError {
 
 impl From<HistoryError> for SourceError {
     fn from(error: HistoryError) -> SourceError {
+        tracing::error!(%error, "a history cannot be read; nothing of it is served");
         SourceError::Failed(error.to_string())
     }
 }

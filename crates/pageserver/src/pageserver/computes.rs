@@ -221,6 +221,19 @@ impl Pageserver {
     /// [`ServerError`].
     pub async fn begin_compute(&self, id: &str) -> Result<Begin, ServerError> {
         let entry = self.computes().get(id)?;
+        let begun = self.begin(id, &entry).await;
+        if let Err(error) = begun.as_ref().map_err(Clone::clone).map(drop)
+            && error.code != Code::Unavailable
+            && entry.should_run()
+        {
+            // Trying again will not help: it fails, and says why, until an operator has done something about it.
+            entry.change(|record| record.should_run = false)?;
+            entry.update(|status| status.phase = Phase::Failed(error.detail.clone()));
+        }
+        begun
+    }
+
+    async fn begin(&self, id: &str, entry: &Arc<ComputeEntry>) -> Result<Begin, ServerError> {
         let _turn = entry.turn.lock().await;
         let record = entry.record();
         let tenant = self.tenant_by_id(record.tenant_id).await?;
