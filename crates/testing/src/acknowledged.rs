@@ -11,6 +11,9 @@ use tokio_postgres::{AsyncMessage, NoTls};
 /// How long a client waits for one answer before it connects anew. Commits wait as long as a server restarts.
 const ANSWER_MAX: Duration = Duration::from_secs(30);
 
+/// How long a server that was killed may take to answer again.
+const BACK_MAX: Duration = Duration::from_secs(60);
+
 /// Writers on one database; each inserts (writer, 0), (writer, 1), ... one a transaction.
 #[derive(Debug)]
 pub struct Writers {
@@ -98,7 +101,15 @@ impl Acknowledged {
     pub fn check(&self, conninfo: &str) -> anyhow::Result<()> {
         for (writer, count) in self.counts.iter().enumerate() {
             let sql = format!("SELECT count(*) FROM acknowledged WHERE writer = {writer} AND n < {count}");
-            let found: u64 = crate::dev::psql(conninfo, &sql)?.parse().context("a count")?;
+            // What was killed may take a moment to be gone, and its successor another one to be there.
+            let deadline = std::time::Instant::now() + BACK_MAX;
+            let found = loop {
+                match crate::dev::psql(conninfo, &sql) {
+                    Err(_) if std::time::Instant::now() < deadline => std::thread::sleep(Duration::from_millis(100)),
+                    answer => break answer?,
+                }
+            };
+            let found: u64 = found.parse().context("a count")?;
             ensure!(found == *count, "writer {writer} was acknowledged {count} rows, of which {found} are there");
         }
         Ok(())
