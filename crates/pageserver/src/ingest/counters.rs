@@ -127,6 +127,11 @@ impl Ingest {
         if !precedes(checkpoint.oldest_multi, self.fields.oldest_multi) {
             (self.fields.oldest_multi, self.fields.oldest_multi_db) = (checkpoint.oldest_multi, checkpoint.oldest_multi_db);
         }
+        // Redo only follows truncations here, but the primary forgets old timestamps before it truncates.
+        let (known, oldest) = (self.fields.oldest_commit_ts_xid, checkpoint.oldest_commit_ts_xid);
+        if known != 0 && oldest != 0 && precedes(known, oldest) {
+            self.fields.oldest_commit_ts_xid = oldest;
+        }
         self.fields.full_page_writes = checkpoint.full_page_writes;
         self.fields_changed = true;
     }

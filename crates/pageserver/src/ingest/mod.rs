@@ -134,6 +134,9 @@ impl Ingest {
         if framed.end <= self.end || framed.start < self.end {
             return Err(IngestError::OutOfOrder { start: framed.start, end: framed.end, expected: self.end });
         }
+        if self.applied == self.end {
+            self.sizes.shrink();
+        }
         let record = Record::decode(&framed.bytes, framed.start, framed.end, self.major)?;
         self.advance_next_xid(record.header.xid);
         let time = self.dispatch(&record)?;
@@ -194,7 +197,6 @@ impl Ingest {
         }
         self.history.advance(self.end);
         self.applied = self.end;
-        self.sizes.shrink();
         Ok(())
     }
 }
