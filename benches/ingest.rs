@@ -1,4 +1,5 @@
-//! Ingest of a pgbench run's WAL by a stock Postgres, into a history that keeps nothing: what a record costs before it reaches the memtable.
+//! Ingest of a pgbench run's WAL by a stock Postgres, into a history that keeps nothing: what a record costs before it
+//! reaches the memtable. As on a compute, full-page writes are off.
 //!
 //! `INGEST_BENCH_SCALE` and `INGEST_BENCH_TRANSACTIONS` set how much WAL there is.
 
@@ -64,7 +65,7 @@ fn number(variable: &str, default: u32) -> u32 {
 
 /// The history before a pgbench run, and the run's records.
 fn pgbench_wal() -> (Arc<NaiveHistory>, Lsn, Vec<FramedRecord>) {
-    let settings = [("wal_keep_size", "'16GB'"), ("max_wal_size", "'8GB'"), ("autovacuum", "on"), ("shared_buffers", "'256MB'")];
+    let settings = [("wal_keep_size", "'16GB'"), ("max_wal_size", "'8GB'"), ("full_page_writes", "off"), ("shared_buffers", "'256MB'")];
     let mut postgres = Postgres::init(Major::V15, &[], &settings).expect("a Postgres 15");
     postgres.start().expect("it starts");
     let pgbench = |args: &[&str]| {
@@ -106,13 +107,8 @@ fn ingest(criterion: &mut Criterion) {
     let (before, start, records) = pgbench_wal();
     let bytes: u64 = records.iter().map(|record| record.bytes.len() as u64).sum();
     let run = || {
-        let history = Arc::new(Discard {
-            before: before.clone(),
-            start,
-            puts: AtomicU64::new(0),
-            bytes: AtomicU64::new(0),
-            last: RwLock::new(None),
-        });
+        let history =
+            Arc::new(Discard { before: before.clone(), start, puts: AtomicU64::new(0), bytes: AtomicU64::new(0), last: RwLock::new(None) });
         let mut ingest = Ingest::open(history.clone(), start).expect("an ingest");
         let begun = Instant::now();
         for (i, record) in records.iter().enumerate() {

@@ -85,7 +85,10 @@ fn run_transactions() -> Result<()> {
     let mut loaded = oracle::import(&postgres)?;
     postgres.start()?;
     postgres.psql("postgres", "CREATE TABLE t (id int PRIMARY KEY, a text)")?;
-    postgres.psql("postgres", "BEGIN; INSERT INTO t VALUES (1, 'prepared before'); SAVEPOINT s; INSERT INTO t VALUES (2, 'too'); PREPARE TRANSACTION 'before'")?;
+    postgres.psql(
+        "postgres",
+        "BEGIN; INSERT INTO t VALUES (1, 'prepared before'); SAVEPOINT s; INSERT INTO t VALUES (2, 'too'); PREPARE TRANSACTION 'before'",
+    )?;
     let many = "DO $$ BEGIN FOR i IN 10 .. 700 LOOP INSERT INTO t VALUES (i, 'own transaction'); COMMIT; END LOOP; END $$";
     postgres.psql("postgres", many)?;
     postgres.psql("postgres", "BEGIN; INSERT INTO t VALUES (3, 'prepared after'); PREPARE TRANSACTION 'after'")?;
@@ -140,7 +143,10 @@ fn run_multixacts() -> Result<()> {
     let mut loaded = oracle::import(&postgres)?;
     postgres.start()?;
     postgres.psql_file("postgres", &sql_path("heap_locks"))?;
-    postgres.psql("postgres", "BEGIN; SELECT count(*) FROM l WHERE id IN (SELECT id FROM l WHERE id > 250 FOR KEY SHARE); PREPARE TRANSACTION 'p'")?;
+    postgres.psql(
+        "postgres",
+        "BEGIN; SELECT count(*) FROM l WHERE id IN (SELECT id FROM l WHERE id > 250 FOR KEY SHARE); PREPARE TRANSACTION 'p'",
+    )?;
     postgres.psql("postgres", "BEGIN; SELECT count(*) FROM l WHERE id IN (SELECT id FROM l WHERE id > 250 FOR SHARE); COMMIT")?;
     postgres.psql("postgres", "UPDATE l SET a = 'under locks' WHERE id > 250")?;
     postgres.stop("fast")?;

@@ -45,7 +45,10 @@ fn run() -> Result<()> {
     ours.start()?;
     ours.psql("postgres", "CREATE EXTENSION pg_freespacemap")?;
     let free = number(&ours, "SELECT sum(avail) FROM pg_freespace('t')")?;
-    ensure!(free > blocks_before * 2000, "the map knows of the space that VACUUM freed; it knows of {free} bytes in {blocks_before} blocks");
+    ensure!(
+        free > blocks_before * 2000,
+        "the map knows of the space that VACUUM freed; it knows of {free} bytes in {blocks_before} blocks"
+    );
     let beyond = number(&ours, "SELECT count(*) FROM pg_freespace('cut') WHERE avail > 0")?;
     ensure!(beyond > cut_before / 2, "the map of a table that was cut knows of the space that is left: {beyond} blocks of {cut_before}");
     ours.psql("postgres", "INSERT INTO t SELECT i, repeat('y', 100) FROM generate_series(1, 25000) i")?;

@@ -122,7 +122,10 @@ fn the_server_crashes_and_recovers() {
         postgres.psql("postgres", "CREATE TABLE t (id int PRIMARY KEY, a text)")?;
         for round in 0..3 {
             postgres.psql("postgres", &format!("INSERT INTO t SELECT i, 'round' FROM generate_series({round}000, {round}999) i"))?;
-            postgres.psql("postgres", "BEGIN; UPDATE t SET a = 'prepared'; SAVEPOINT s; DELETE FROM t WHERE id % 2 = 0; PREPARE TRANSACTION 'p'")?;
+            postgres.psql(
+                "postgres",
+                "BEGIN; UPDATE t SET a = 'prepared'; SAVEPOINT s; DELETE FROM t WHERE id % 2 = 0; PREPARE TRANSACTION 'p'",
+            )?;
             postgres.stop("immediate")?;
             postgres.start()?;
             postgres.psql("postgres", if round % 2 == 0 { "COMMIT PREPARED 'p'" } else { "ROLLBACK PREPARED 'p'" })?;
