@@ -391,3 +391,30 @@ fn what_was_read_once_is_answered_from_memory_also_on_a_branch() {
     assert_eq!((warm(&main, 4), warm(&branch, 4)), (Some(false), Some(true)));
     assert_eq!(branch.layer_stats(), (0, 0), "a branch that was not flushed has no layers");
 }
+
+#[test]
+fn what_an_ancestor_has_not_applied_yet_is_not_taken_for_absent() {
+    let mut bench = Bench::new(None);
+    bench.write_blocks(1);
+    let main = Arc::clone(&bench.timeline);
+    // A branch of WAL that is durable, and not ingested yet.
+    let branch_lsn = bench.lsn + 8;
+    let spec = TimelineSpec {
+        tenant: main.tenant(),
+        id: TimelineId([2; 16]),
+        major: Major::V15,
+        generation: Generation(1),
+        ancestor: Some((Arc::clone(&main), branch_lsn)),
+        start: branch_lsn,
+        layered: branch_lsn,
+    };
+    let branch = Timeline::open(spec, Arc::clone(&bench.resources), []);
+    let read = || branch.blocks(&[(rel(), 3)], branch_lsn).map(|pages| pages.into_iter().next().unwrap().unwrap()[..] == image(3, 2)[..]);
+    let error = read().unwrap_err().to_string();
+    assert!(error.contains("is applied up to"), "{error}");
+    assert!(branch.scan(Key::FIRST_METADATA, Key::MAX, branch_lsn, &mut |_, _| Ok(())).is_err());
+    assert!(branch.block_if_warm(rel(), 3, branch_lsn).is_none());
+    bench.write_blocks(2);
+    assert_eq!(bench.lsn, branch_lsn);
+    assert!(read().unwrap(), "the version that came later is the branch's");
+}

@@ -119,8 +119,9 @@ impl PageWalk {
 }
 
 impl Timeline {
-    /// That `lsn` is applied.
-    fn check_applied(&self, lsn: Lsn) -> Result<(), ReadError> {
+    /// That `lsn` is applied. To be asked of each ancestor, too: a branch can be made of WAL that its ancestor has not ingested yet, and what is not
+    /// applied must not be taken for absent.
+    pub(super) fn check_applied(&self, lsn: Lsn) -> Result<(), ReadError> {
         let applied = self.applied();
         if lsn <= applied { Ok(()) } else { Err(ReadError::NotApplied { timeline: self.spec.id, lsn, applied }) }
     }
@@ -173,7 +174,7 @@ impl Timeline {
         Ok(pages)
     }
 
-    fn walk_pages(&self, walks: &mut [PageWalk], lsn: Lsn) -> Result<(), LayerError> {
+    fn walk_pages(&self, walks: &mut [PageWalk], lsn: Lsn) -> Result<(), ReadError> {
         let (mut timeline, mut upto) = (self, lsn);
         for _ in 0..ANCESTORS_MAX {
             let mut open = false;
@@ -185,6 +186,7 @@ impl Timeline {
             if !open {
                 return Ok(());
             }
+            timeline.check_applied(upto)?;
             let above: Vec<Lsn> = walks.iter().map(|walk| walk.lookup.above).collect();
             let mut lookups: Vec<&mut Lookup> = walks.iter_mut().filter(|walk| !walk.done).map(|walk| &mut walk.lookup).collect();
             timeline.gather(&mut lookups)?;
@@ -244,6 +246,9 @@ impl Timeline {
         let mut lookup = Lookup::new(key, floor, lsn);
         for _ in 0..ANCESTORS_MAX {
             let known = timeline.resources.page_cache.get(timeline.spec.id, key)?;
+            if timeline.check_applied(upto).is_err() {
+                return None;
+            }
             let view = timeline.view.load();
             let base = match &known {
                 Known::Page(page) if page.version() > upto => return None,
@@ -295,6 +300,7 @@ impl Timeline {
             if open.is_empty() || floor >= upto {
                 break;
             }
+            timeline.check_applied(upto)?;
             open.iter_mut().for_each(|lookup| lookup.upto = upto);
             timeline.gather(&mut open)?;
             let Some((ancestor, branch_lsn)) = &timeline.spec.ancestor else { break };

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use varve_postgres::Lsn;
 
-use super::Timeline;
+use super::{ReadError, Timeline};
 use crate::block_cache::BlockCache;
 use crate::chain::page_number;
 use crate::history::{HistoryError, Visit};
@@ -85,7 +85,7 @@ impl Source {
 
 impl Timeline {
     pub(super) fn scan_values(&self, from: Key, to: Key, floor: Lsn, lsn: Lsn, visit: &mut Visit<'_>) -> Result<(), HistoryError> {
-        let mut sources = self.sources(from, to, lsn).map_err(|error| HistoryError(error.to_string()))?;
+        let mut sources = self.sources(from, to, lsn)?;
         loop {
             let batch = next_keys(&mut sources, to).map_err(|error| HistoryError(error.to_string()))?;
             if batch.is_empty() {
@@ -101,10 +101,11 @@ impl Timeline {
     }
 
     /// Every place that may have keys in `from..to` with a version at or below `lsn`.
-    fn sources(&self, from: Key, to: Key, lsn: Lsn) -> Result<Vec<Source>, LayerError> {
+    fn sources(&self, from: Key, to: Key, lsn: Lsn) -> Result<Vec<Source>, ReadError> {
         let mut sources = Vec::new();
         let (mut timeline, mut upto) = (self, lsn);
         loop {
+            timeline.check_applied(upto)?;
             let view = timeline.view.load_full();
             let memtables = std::iter::once(&view.active).chain(view.frozen.iter().map(|frozen| &frozen.memtable));
             for memtable in memtables.filter(|memtable| memtable.start() < upto) {
