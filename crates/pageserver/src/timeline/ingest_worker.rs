@@ -19,6 +19,8 @@ const READ_SIZE: usize = 1024 * 1024;
 const RECORDS_BETWEEN_ADVANCES: usize = 256;
 /// How often an idle timeline looks whether it has something old to flush.
 const IDLE_WAIT: Duration = Duration::from_millis(500);
+/// How often a timeline whose ancestors lag looks whether it should end.
+const ANCESTOR_WAIT: Duration = Duration::from_millis(500);
 /// Wait while memory is over its budget and flushes catch up.
 const MEMORY_WAIT: Duration = Duration::from_millis(5);
 
@@ -47,7 +49,12 @@ impl ServedTimeline {
             let ingest = match &mut ingest {
                 Some(ingest) => ingest,
                 // Opened at the first record, so that an idle timeline reads nothing.
-                None => ingest.insert(Ingest::open(self.history.clone(), start).map_err(|error| error.to_string())?),
+                None => {
+                    if !self.wait_for_ancestors(start)? {
+                        return Ok(());
+                    }
+                    ingest.insert(Ingest::open(self.history.clone(), start).map_err(|error| error.to_string())?)
+                }
             };
             let room = head.0 - framer.position().0;
             let bytes = self.wal.read(self.tenant, self.facts.id, framer.position(), READ_SIZE.min(room as usize));
@@ -71,6 +78,25 @@ impl ServedTimeline {
                 std::thread::sleep(MEMORY_WAIT);
             }
         }
+    }
+
+    /// Waits until the ancestors have applied what this timeline shows of their history: after a restart all ingest their WAL at the same time. Whether
+    /// they have; if not, it is time to end.
+    fn wait_for_ancestors(&self, start: Lsn) -> Result<bool, String> {
+        let Some((ancestor, branch_lsn)) = &self.ancestor else { return Ok(true) };
+        while !self.stopping.load(Ordering::Acquire) {
+            match ancestor.wait_applied(start.min(*branch_lsn), ANCESTOR_WAIT) {
+                Ok(()) => return Ok(true),
+                Err(reason) if ancestor.has_stopped() => return Err(reason),
+                Err(_) => {}
+            }
+        }
+        Ok(false)
+    }
+
+    /// Whether its ingest, or that of an ancestor, has stopped.
+    fn has_stopped(&self) -> bool {
+        self.stopped().is_some() || self.ancestor.as_ref().is_some_and(|(ancestor, _)| ancestor.has_stopped())
     }
 
     fn advance(&self, ingest: &mut Ingest) -> Result<(), String> {
