@@ -35,7 +35,7 @@ fn run() -> Result<()> {
     let blocks_before = number(&postgres, "SELECT pg_relation_size('t') / 8192")?;
     let cut_before = number(&postgres, "SELECT pg_relation_size('cut') / 8192")?;
     postgres.stop("fast")?;
-    oracle::ingest(&postgres, &mut loaded)?;
+    oracle::ingest_in_one_go(&postgres, &mut loaded)?;
 
     let (end, range) = (loaded.end(), (loaded.imported.end.end, loaded.end()));
     let branch = Arc::new(loaded.history.branch(end)?);

@@ -63,6 +63,15 @@ pub fn import(postgres: &Postgres) -> Result<Loaded> {
 
 /// Ingests what the stopped cluster has written since.
 pub fn ingest(postgres: &Postgres, loaded: &mut Loaded) -> Result<()> {
+    ingest_opened_every(RECORDS_BETWEEN_OPENS, postgres, loaded)
+}
+
+/// Likewise by one ingest, which forgets nothing: what it only collects as a hint is lost when another begins.
+pub fn ingest_in_one_go(postgres: &Postgres, loaded: &mut Loaded) -> Result<()> {
+    ingest_opened_every(usize::MAX, postgres, loaded)
+}
+
+fn ingest_opened_every(records: usize, postgres: &Postgres, loaded: &mut Loaded) -> Result<()> {
     let start = loaded.end();
     let mut ingest = Ingest::open(loaded.history.clone(), start)?;
     each_record(postgres.major(), &postgres.data_dir().join("pg_wal"), start, &mut |record| {
@@ -77,7 +86,7 @@ pub fn ingest(postgres: &Postgres, loaded: &mut Loaded) -> Result<()> {
         if loaded.boundaries.len().is_multiple_of(BATCH_RECORDS) {
             ingest.advance()?;
         }
-        if loaded.boundaries.len().is_multiple_of(RECORDS_BETWEEN_OPENS) {
+        if loaded.boundaries.len().is_multiple_of(records) {
             // One that begins anew must know all that it needs from the history.
             ingest = Ingest::open(loaded.history.clone(), ingest.end())?;
         }
