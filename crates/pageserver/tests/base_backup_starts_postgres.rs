@@ -105,6 +105,9 @@ fn goes_on(major: Major) -> Result<()> {
     let timeline = servers::timeline(&*loaded.history, loaded.imported.system_identifier, 2, ancestors, lsn, range)?;
     let mut ours = servers::from_backup(&*branch, &loaded, &timeline, &SETTINGS)?;
     ours.start()?;
+    let slot = ours.psql("postgres", "SELECT restart_lsn, active, wal_status FROM pg_replication_slots WHERE slot_name = 'varve'")?;
+    ensure!(slot.trim() == format!("{lsn}|f|reserved"), "the slot that came along keeps WAL from {lsn} on; it is {slot}");
+    ensure!(ours.psql("postgres", "SHOW work_mem")?.trim() == "7MB", "settings of ALTER SYSTEM come along");
     ours.psql("postgres", "CREATE TABLE on_the_branch AS SELECT i, md5(i::text) FROM generate_series(1, 3000) i; CHECKPOINT")?;
     servers::run(&mut pgbench(&ours, &["-c", "3", "-T", "3"]))?;
     // A crash, and recovery from the checkpoint that we made up or a later one.

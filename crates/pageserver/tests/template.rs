@@ -3,11 +3,13 @@
 mod oracle;
 
 use std::fs;
+use std::io::Read;
 use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use oracle::{Comparison, Loaded, servers};
+use varve_pageserver::base_backup::{Options, write_base_backup};
 use varve_pageserver::template::{RunAs, TemplateError, import_data_directory, prepare_template, server_major};
 use varve_postgres::wal::synthesis::AncestorTimeline;
 use varve_postgres::{Lsn, Major};
@@ -44,6 +46,17 @@ fn a_tenant_starts_on_the_template(major: Major) -> Result<()> {
     let end = loaded.end();
     let ancestors = vec![AncestorTimeline { tli: 1, switch: end }];
     let timeline = servers::timeline(&*loaded.history, 7_400_000_000_000_000_001, 2, ancestors, end, (end, end))?;
+    let tar_of = |gzip| -> Result<Vec<u8>> {
+        let mut out = Vec::new();
+        let options = Options { gzip, ..servers::whole_directory() };
+        write_base_backup(&*loaded.history, &loaded.imported.cluster, &timeline, &options, &mut out)?;
+        Ok(out)
+    };
+    let (plain, compressed) = (tar_of(false)?, tar_of(true)?);
+    let mut unpacked = Vec::new();
+    flate2::read::GzDecoder::new(&compressed[..]).read_to_end(&mut unpacked)?;
+    assert!(unpacked == plain, "the compressed backup is the plain one");
+    assert!(compressed.len() < plain.len() / 4, "{} bytes became {}", plain.len(), compressed.len());
     let mut server = servers::from_backup(&*loaded.history, &loaded, &timeline, &[])?;
     server.start()?;
     let role = "SELECT rolsuper, rolreplication, rolcanlogin FROM pg_roles WHERE rolname = 'varve'";

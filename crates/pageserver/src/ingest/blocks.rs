@@ -3,7 +3,7 @@
 use bytes::Bytes;
 use varve_postgres::wal::{Block, Record, records, rmgr};
 use varve_postgres::{BlockNumber, Fork, RelFork};
-use varve_redo::change::{BlockRecord, Change};
+use varve_redo::change::{Change, encode_block_record};
 use varve_redo::visibility_map::visibility_map_clears;
 use varve_storage::key::Key;
 use varve_storage::value::Value;
@@ -46,8 +46,7 @@ impl Ingest {
         if !varve_redo::is_supported(self.major, rmid, info) {
             return Err(IngestError::Unsupported { rmid, info, lsn });
         }
-        let bytes = Change::Record(BlockRecord::trim(record, block)).encode();
-        Ok(Some(Value::Change { will_init: block.will_init, bytes }))
+        Ok(Some(Value::Change { will_init: block.will_init, bytes: encode_block_record(record, block) }))
     }
 
     fn clear_visibility(&mut self, record: &Record, map: RelFork, page: BlockNumber, change: &Change) -> Result<(), IngestError> {

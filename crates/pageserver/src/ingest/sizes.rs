@@ -9,6 +9,7 @@ use varve_redo::change::Change;
 use varve_redo::visibility_map::HEAP_BLOCKS_PER_PAGE;
 use varve_storage::history::{History, HistoryError};
 use varve_storage::key::Key;
+use varve_storage::key_hash::BuildKeyHasher;
 use varve_storage::relation::live_size;
 use varve_storage::relation_size::RelationSize;
 use varve_storage::value::Value;
@@ -29,13 +30,14 @@ pub(super) struct CachedSize {
 /// See the module's doc.
 #[derive(Debug, Default)]
 pub(super) struct SizeCache {
-    forks: HashMap<RelFork, CachedSize>,
+    /// By the fork's size key.
+    forks: HashMap<Key, CachedSize, BuildKeyHasher>,
 }
 
 impl SizeCache {
     /// The fork's size. Nothing that is written and not yet applied is ever missing here, so what is missing can be read at `applied`.
     pub(super) fn get(&mut self, history: &(impl History + ?Sized), rel: RelFork, applied: Lsn) -> Result<&mut CachedSize, HistoryError> {
-        match self.forks.entry(rel) {
+        match self.forks.entry(Key::relation_size(rel)) {
             std::collections::hash_map::Entry::Occupied(entry) => Ok(entry.into_mut()),
             std::collections::hash_map::Entry::Vacant(entry) => {
                 let size = live_size(history, rel, applied)?.map(|live| live.size).unwrap_or_default();
@@ -46,13 +48,14 @@ impl SizeCache {
 
     /// Forgets a database's forks in a tablespace: their sizes changed behind the cache.
     pub(super) fn forget(&mut self, spc: Oid, db: Oid) {
-        self.forks.retain(|rel, _| rel.node.spc != spc || rel.node.db != db);
+        let (from, to) = Key::relation_sizes_of(spc, db);
+        self.forks.retain(|key, _| *key < from || *key >= to);
     }
 
     /// Keeps the cache within its bound; called when everything is applied.
     pub(super) fn shrink(&mut self) {
         if self.forks.len() > FORKS_MAX {
-            self.forks = HashMap::new();
+            self.forks = HashMap::default();
         }
     }
 }

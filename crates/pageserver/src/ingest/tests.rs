@@ -17,6 +17,8 @@ use varve_storage::wal_index::{Boundary, WalIndexBuilder, page_of};
 use varve_testing::naive_history::NaiveHistory;
 
 use super::{Ingest, IngestError};
+use crate::base_backup::{Options, TimelineFacts, write_base_backup};
+use crate::cluster::ClusterFacts;
 use crate::time::{self, Moment, TimeError};
 
 const START: Lsn = Lsn(0x0100_0028);
@@ -253,5 +255,50 @@ proptest! {
         prop_assert_eq!(reopened.index.last().end, end);
         let checkpoint = history.get(Key::checkpoint(), end).unwrap();
         prop_assert!(checkpoint.is_some());
+    }
+}
+
+/// A checkpoint of any numbers, then records of any contents.
+fn any_records() -> impl Strategy<Value = Vec<(u8, u8, u32, Vec<u8>)>> {
+    let data = proptest::collection::vec(any::<u8>(), 0..120);
+    let small = (any::<u32>(), any::<u32>(), 0u32..4, proptest::collection::vec(any::<u32>(), 0..8)).prop_map(|(a, b, count, rest)| {
+        // Counts where records have them, so that more of them parse.
+        [a, b, count].into_iter().chain(rest).flat_map(u32::to_le_bytes).collect()
+    });
+    let checkpoint = proptest::collection::vec(any::<u8>(), 88);
+    let record = prop_oneof![
+        2 => (0u8..22, any::<u8>(), any::<u32>(), data),
+        4 => (prop_oneof![Just(1u8), Just(2), Just(3), Just(4), Just(5), Just(6), Just(8), Just(18), Just(19)], any::<u8>(), any::<u32>(), small),
+        1 => (Just(rmgr::XLOG), prop_oneof![Just(0x00u8), Just(0x10)], any::<u32>(), checkpoint),
+    ];
+    proptest::collection::vec(record, 1..40)
+}
+
+proptest! {
+    #[test]
+    fn any_record_is_ingested_or_refused_and_a_backup_of_what_comes_of_it_can_be_made(records in any_records()) {
+        let history = begun();
+        let mut stream = Stream::new();
+        let mut ingest = Ingest::open(history.clone(), START).unwrap();
+        for (rmid, info, xid, data) in records {
+            let record = stream.record(rmid, info, xid, &data);
+            if ingest.record(&record).is_err() {
+                // Go on behind it, so that one bad record does not end the case.
+                stream = Stream { end: ingest.end() };
+                let Ok(again) = Ingest::open(history.clone(), history.applied()) else { break };
+                stream.end = stream.end.min(again.end());
+                ingest = again;
+                continue;
+            }
+            ingest.advance().unwrap();
+        }
+        let end = history.applied();
+        let base = time::round_down(&*history, end, START, end).unwrap();
+        let facts = TimelineFacts { system_identifier: 1, tli: 2, ancestors: Vec::new(), base, mock_authentication_nonce: [0; 32] };
+        let cluster =
+            ClusterFacts { major: Major::V15, catalog_version: 202_209_061, data_checksum_version: 0, default_char_signedness: true };
+        let options = Options { slru: true, ..Options::default() };
+        let backup = write_base_backup(&*history, &cluster, &facts, &options, std::io::sink());
+        prop_assert!(backup.is_ok(), "{backup:?}");
     }
 }

@@ -6,7 +6,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use varve_pageserver::base_backup::{Options, TimelineFacts, write_base_backup};
+use varve_pageserver::base_backup::{ExtraFile, Options, TimelineFacts, write_base_backup};
 use varve_pageserver::time::round_down;
 use varve_postgres::wal::synthesis::AncestorTimeline;
 use varve_postgres::{Lsn, Major};
@@ -32,9 +32,16 @@ pub fn timeline(
     Ok(TimelineFacts { system_identifier, tli, ancestors, base, mock_authentication_nonce: [7; 32] })
 }
 
+/// Everything, with a slot, and with a setting that `ALTER SYSTEM` made.
+pub fn whole_directory() -> Options {
+    let auto_conf = ExtraFile { path: "postgresql.auto.conf".to_owned(), bytes: b"work_mem = '7MB'\n".to_vec() };
+    let slot = Some("varve".to_owned());
+    Options { slru: true, relations: true, time_unix: 1_700_000_000, slot, extra_files: vec![auto_conf], gzip: false }
+}
+
 /// A stopped server whose data directory is a full backup of `history` at the timeline's base.
 pub fn from_backup(history: &impl History, loaded: &Loaded, timeline: &TimelineFacts, settings: &[(&str, &str)]) -> Result<Postgres> {
-    let options = Options { slru: true, relations: true, time_unix: 1_700_000_000, ..Options::default() };
+    let options = whole_directory();
     let mut tar = Vec::new();
     write_base_backup(history, &loaded.imported.cluster, timeline, &options, &mut tar)?;
     let postgres = Postgres::bare(history.major())?;
