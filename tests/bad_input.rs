@@ -118,3 +118,25 @@ fn the_api_says_what_is_wrong_as_a_problem() -> anyhow::Result<()> {
     says(&document, &["\"openapi\":\"3.1", "/v1/tenants/{tenant}/branches", "/v1/computes/{id}"])?;
     says(&get("/livez")?, &["200"])
 }
+
+#[test]
+fn a_user_who_takes_the_standby_name_away() -> anyhow::Result<()> {
+    let dev = Dev::start(VARVE)?;
+    dev.json(&["tenant", "create", "acme"])?;
+    let db = dev.compute("acme/main", &[])?;
+    let name = psql(&db, "SHOW synchronous_standby_names")?;
+    ensure!(!name.is_empty(), "a compute waits for its pageserver");
+    psql(&db, "ALTER SYSTEM SET synchronous_standby_names = ''")?;
+    psql(&db, "SELECT pg_reload_conf()")?;
+    let deadline = std::time::Instant::now() + Duration::from_secs(20);
+    loop {
+        let set = "SELECT count(*) FROM pg_file_settings WHERE name = 'synchronous_standby_names' AND sourcefile LIKE '%auto.conf'";
+        if psql(&db, set)? == "0" && psql(&db, "SHOW synchronous_standby_names")? == name {
+            break;
+        }
+        ensure!(std::time::Instant::now() < deadline, "expected synchronous_standby_names to be {name} again");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    psql(&db, "CREATE TABLE t (i int)")?;
+    Ok(())
+}

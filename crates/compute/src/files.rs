@@ -31,6 +31,24 @@ struct Shared {
     idle: Notify,
     hba: Mutex<Option<Dirs>>,
     postmaster: Mutex<Option<u32>>,
+    standby_names_taken: Notify,
+}
+
+impl Shared {
+    fn look_at(&self, path: &str, contents: &[u8]) {
+        if path == "postgresql.auto.conf" && sets_standby_names(contents) {
+            self.standby_names_taken.notify_one();
+        }
+    }
+}
+
+/// Whether a `postgresql.auto.conf` sets `synchronous_standby_names`, which it would do over our own configuration.
+fn sets_standby_names(contents: &[u8]) -> bool {
+    let text = String::from_utf8_lossy(contents);
+    text.lines().any(|line| {
+        let name = line.split(['=', ' ', '\t']).find(|word| !word.is_empty());
+        name.is_some_and(|name| name.eq_ignore_ascii_case("synchronous_standby_names"))
+    })
 }
 
 /// Uploads files in the background, the last version of each.
@@ -61,6 +79,16 @@ impl Uploader {
     /// Says which postmaster to tell when `pg_hba.conf` changed.
     pub fn reload_with(&self, postmaster: u32) {
         *self.shared.postmaster.lock() = Some(postmaster);
+    }
+
+    /// Waits until `ALTER SYSTEM` has set `synchronous_standby_names`, which is ours: commits would wait for nobody, or for somebody else.
+    pub async fn standby_names_taken(&self) {
+        self.shared.standby_names_taken.notified().await;
+    }
+
+    /// Looks for it in a file that the compute begins with.
+    pub fn look_at(&self, path: &str, contents: &[u8]) {
+        self.shared.look_at(path, contents);
     }
 
     /// Waits until everything was uploaded, within a limit.
@@ -111,6 +139,7 @@ impl FileObserver for Observer {
                 let _ = kill_process(pid, Signal::HUP);
             }
         }
+        self.shared.look_at(path, &contents);
         self.shared.pending.lock().insert(path.to_owned(), Some(contents));
         self.shared.changed.notify_one();
     }
@@ -148,5 +177,17 @@ async fn upload(shared: Arc<Shared>, server: Server, incarnation: u64, keep: boo
         if pending.get(&path) == Some(&contents) {
             pending.remove(&path);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_standby_name_in_the_settings_of_alter_system_is_seen() {
+        assert!(sets_standby_names(b"# Do not edit\nwork_mem = '4MB'\nsynchronous_standby_names = ''\n"));
+        assert!(sets_standby_names(b"  Synchronous_Standby_Names='x'"));
+        assert!(!sets_standby_names(b"# synchronous_standby_names = ''\napplication_name = 'synchronous_standby_names'\n"));
     }
 }

@@ -134,6 +134,16 @@ impl Postgres {
         Ok(client.query_one("SELECT pg_current_wal_flush_lsn()::text", &[]).await?.get(0))
     }
 
+    /// Takes `synchronous_standby_names` out of what `ALTER SYSTEM` has set, so that ours holds.
+    ///
+    /// # Errors
+    /// Those of the statement.
+    pub async fn take_back_standby_names(&self) -> Result<(), tokio_postgres::Error> {
+        self.client().await?.batch_execute("ALTER SYSTEM RESET synchronous_standby_names").await?;
+        self.reload();
+        Ok(())
+    }
+
     /// Makes Postgres read its configuration again.
     pub fn reload(&self) {
         self.signal(Signal::HUP);

@@ -165,7 +165,7 @@ async fn incarnation(server: &Server, begin: &Begin, dirs: &Dirs, terminate: &mu
         start::tell_startup_blocks(server, &mount);
     }
     uploader.reload_with(postgres.pid());
-    let end = serve(server, begin, dirs, &mut postgres, terminate).await;
+    let end = serve(server, begin, dirs, (&mut postgres, &uploader), terminate).await;
     let end = match end {
         Ok(End::Stopped { clean: true, reason }) => {
             let clean = postgres.stop().await;
@@ -181,7 +181,13 @@ async fn incarnation(server: &Server, begin: &Begin, dirs: &Dirs, terminate: &mu
     end
 }
 
-async fn serve(server: &Server, begin: &Begin, dirs: &Dirs, postgres: &mut Postgres, terminate: &mut Signal) -> Result<End, ProcessError> {
+async fn serve(
+    server: &Server,
+    begin: &Begin,
+    dirs: &Dirs,
+    (postgres, uploader): (&mut Postgres, &Uploader),
+    terminate: &mut Signal,
+) -> Result<End, ProcessError> {
     if let Err(error) = postgres.set_password(&begin.password_verifier).await {
         tracing::warn!(%error, "the tenant's password could not be set");
     }
@@ -208,6 +214,14 @@ async fn serve(server: &Server, begin: &Begin, dirs: &Dirs, postgres: &mut Postg
             _ = terminate.recv() => {
                 orders.abort();
                 return Ok(End::Stopped { clean: true, reason: "told to end by a signal" });
+            }
+            () = uploader.standby_names_taken() => {
+                tracing::error!("synchronous_standby_names is varve's: what ALTER SYSTEM set it to is taken back");
+                if let Err(error) = postgres.take_back_standby_names().await {
+                    tracing::error!(%error, "commits may not wait for the pageserver");
+                    return Ok(End::Failed("synchronous_standby_names was set by ALTER SYSTEM and could not be taken back".to_owned()));
+                }
+                continue;
             }
             answer = &mut orders => answer.map_err(std::io::Error::other)?,
         };

@@ -55,6 +55,11 @@ fn mount_blocking(begin: &Begin, dirs: &Dirs, uploader: &Uploader) -> io::Result
         InitialContent::File(bytes) if file.path == "pg_hba.conf" => Some(String::from_utf8_lossy(bytes).into_owned()),
         _ => None,
     });
+    for file in &files {
+        if let InitialContent::File(bytes) = &file.content {
+            uploader.look_at(&file.path, bytes);
+        }
+    }
     dirs.write("pg_hba.conf", &config::pg_hba_conf(users_hba.as_deref().unwrap_or_default()))?;
     let source = Arc::new(PageSource::new(connection, &begin.tenant_id, &begin.timeline_id, lsn));
     let user = dirs.user();

@@ -45,6 +45,9 @@ pub fn router(pageserver: Arc<Pageserver>) -> Router {
         .route("/readyz", get(|| async { "ok\n" }))
         .route("/metrics", get(routes::metrics))
         .fallback(|| async { ServerError::new(Code::InvalidArgument, "there is no such address in this API; /v1/openapi.json lists all") })
+        .method_not_allowed_fallback(|| async {
+            ServerError::new(Code::InvalidArgument, "this address does not take this method; /v1/openapi.json says which it takes")
+        })
         .layer(DefaultBodyLimit::max(BODY_SIZE_MAX))
         .with_state(pageserver)
 }

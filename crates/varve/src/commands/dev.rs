@@ -55,7 +55,8 @@ fn version_and_folder(text: &str) -> Result<(u32, PathBuf), String> {
 /// Logs to standard error; RUST_LOG says how much.
 pub(crate) fn log_to_stderr() {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    let ansi = std::io::IsTerminal::is_terminal(&std::io::stderr());
+    tracing_subscriber::fmt().with_env_filter(filter).with_ansi(ansi).with_writer(std::io::stderr).init();
 }
 
 /// Binds a listener, or says which address cannot be had.
