@@ -17,10 +17,10 @@ use varve_testing::random::SeededRng;
 
 const VARVE: &str = env!("CARGO_BIN_EXE_varve");
 const SQL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/sql");
-/// LSNs that are compared.
+/// LSNs that are compared, unless `VARVE_TEST_LSNS` says how many.
 const LSNS: usize = 30;
-/// Times that are compared.
-const TIMES: usize = 10;
+/// Among so many LSNs comes one time.
+const LSNS_PER_TIME: usize = 3;
 /// Comparisons that run side by side.
 const LANES: usize = 2;
 /// Bytes in a WAL page, and of its header: that of a segment's first page, and of others.
@@ -183,20 +183,20 @@ fn between(before: &str, after: &str) -> anyhow::Result<Option<String>> {
 }
 
 /// Half of them record boundaries, half anywhere.
-fn random_lsns(loaded: &Loaded, random: &mut SeededRng) -> Vec<Moment> {
+fn random_lsns(loaded: &Loaded, random: &mut SeededRng, count: usize) -> Vec<Moment> {
     let (first, last) = (loaded.records[0].start, loaded.records[loaded.records.len() - 1].start);
     let boundary = |i: u64| boundary_before(loaded.records[i as usize].start);
     let any = |random: &mut SeededRng| Lsn(random.between(first.0, last.0));
     let one = |i| if i % 2 == 0 { boundary(random.below(loaded.records.len() as u64)) } else { any(random) };
-    (0..LSNS).map(one).map(Moment::Lsn).collect()
+    (0..count).map(one).map(Moment::Lsn).collect()
 }
 
 /// Half of them exactly when a transaction ended, half between two ends.
-fn random_times(loaded: &Loaded, random: &mut SeededRng) -> anyhow::Result<Vec<Moment>> {
+fn random_times(loaded: &Loaded, random: &mut SeededRng, count: usize) -> anyhow::Result<Vec<Moment>> {
     let times: Vec<&str> = loaded.records.iter().filter_map(WalDumpRecord::end_time).collect();
     ensure!(times.len() > 100, "{} transactions ended", times.len());
     let mut chosen = Vec::new();
-    while chosen.len() < TIMES {
+    while chosen.len() < count {
         let at = random.below(times.len() as u64 - 1) as usize;
         let time = if chosen.len().is_multiple_of(2) { Some(times[at].to_owned()) } else { between(times[at], times[at + 1])? };
         // Recovery stops only at a transaction that ended later.
@@ -209,8 +209,12 @@ fn random_times(loaded: &Loaded, random: &mut SeededRng) -> anyhow::Result<Vec<M
 fn branches_are_what_postgres_recovers_to() -> anyhow::Result<()> {
     let loaded = loaded()?;
     let mut random = SeededRng::new(u64::from(std::process::id()));
-    let mut moments = random_lsns(&loaded, &mut random);
-    moments.extend(random_times(&loaded, &mut random)?);
+    let lsns = match std::env::var("VARVE_TEST_LSNS") {
+        Ok(count) => count.parse().with_context(|| format!("VARVE_TEST_LSNS is a number, got {count:?}"))?,
+        Err(_) => LSNS,
+    };
+    let mut moments = random_lsns(&loaded, &mut random, lsns);
+    moments.extend(random_times(&loaded, &mut random, lsns / LSNS_PER_TIME)?);
     println!("{} records; {moments:?}", loaded.records.len());
     let lane = |lane: usize| {
         let mut mine = moments.iter().enumerate().skip(lane).step_by(LANES);

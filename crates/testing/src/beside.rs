@@ -221,7 +221,7 @@ pub enum Target {
 pub fn recovered(base: &Path, archive: &Path, target: &Target, settings: &[(&str, &str)]) -> anyhow::Result<Postgres> {
     let mut postgres = Postgres::bare(Major::V15)?;
     run(Command::new("cp").arg("-a").arg(base).arg(postgres.data_dir()))?;
-    let restore = format!("'test -e \"{0}/%f\" && ln -s \"{0}/%f\" \"%p\"'", archive.display());
+    let restore = format!("'test -e \"{0}/%f\" && cp \"{0}/%f\" \"%p\"'", archive.display());
     let (name, value) = match target {
         Target::Lsn(lsn) => ("recovery_target_lsn", format!("'{lsn}'")),
         Target::Time(time) => ("recovery_target_time", format!("'{time}'")),
