@@ -121,6 +121,12 @@ impl Observer {
     }
 }
 
+impl Drop for Observer {
+    fn drop(&mut self) {
+        self.close();
+    }
+}
+
 impl Shared {
     fn note(&self, path: Arc<str>, node: Option<Arc<Node>>) {
         let mut state = self.state.lock();
