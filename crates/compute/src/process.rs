@@ -173,6 +173,8 @@ async fn incarnation(server: &Server, begin: &Begin, dirs: &Dirs, terminate: &mu
             Ok(End::Stopped { clean, reason })
         }
         other => {
+            // Its processes cannot be killed while they wait for a pageserver that is away.
+            mount.stop_waiting();
             postgres.kill().await;
             other
         }

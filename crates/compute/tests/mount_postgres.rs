@@ -17,15 +17,17 @@ use varve_compute::mount::FileObserver;
 use varve_postgres::Major;
 use varve_testing::postgres::Postgres;
 
-const CATALOG_VERSION_15: u32 = 202_209_061;
-
 /// A stopped cluster in which `prepare` was run. The cluster lives as long as the first value.
 fn cluster(prepare: impl FnOnce(&Postgres)) -> (Postgres, Arc<StoppedCluster>) {
-    let mut origin = Postgres::init(Major::V15, &[], &[]).expect("a cluster");
+    cluster_of(Major::V15, prepare)
+}
+
+fn cluster_of(major: Major, prepare: impl FnOnce(&Postgres)) -> (Postgres, Arc<StoppedCluster>) {
+    let mut origin = Postgres::init(major, &[], &[]).expect("a cluster");
     origin.start().expect("it starts");
     prepare(&origin);
     origin.stop("fast").expect("it stops");
-    let source = StoppedCluster::new(&origin.data_dir(), Major::V15, CATALOG_VERSION_15);
+    let source = StoppedCluster::open(&origin.data_dir());
     (origin, source)
 }
 
@@ -291,4 +293,60 @@ fn settings_statistics_and_slots_are_observed() {
     assert!(has("pg_stat/pgstat.stat", ""), "statistics are written at a clean stop");
     server.start_again();
     assert!(!has("pg_stat/pgstat.stat", ""), "and taken at the start");
+}
+
+/// What each major does in ways of its own: 16 and later extend files with fallocate, 17 reads in streams, 18 reads asynchronously and copies
+/// files in the kernel.
+#[test]
+fn every_major_that_is_installed_runs_on_the_mount() {
+    for major in Major::ALL {
+        if varve_testing::postgres::bin_dir(major).is_err() {
+            println!("{major:?} is not installed: passed over");
+            continue;
+        }
+        let (_origin, source) = cluster_of(major, |origin| {
+            origin
+                .psql("postgres", "CREATE TABLE old AS SELECT g AS id, md5(g::text) AS t FROM generate_series(1, 30000) g")
+                .expect("a table");
+            origin.psql("postgres", "CREATE UNLOGGED TABLE fleeting AS SELECT generate_series(1, 1000) g").expect("a table");
+            origin.psql("postgres", "CREATE INDEX ON old (id)").expect("an index");
+            origin.psql("postgres", "VACUUM old").expect("vacuum");
+        });
+        let mounted = Mounted::start(&source, |_| {});
+        let mut server = mounted.postgres(&[("shared_buffers", "8MB"), ("full_page_writes", "on")]);
+        let sums = "SELECT count(*), sum(id), sum(length(t)) FROM old";
+        assert_eq!(server.psql("postgres", sums), "30000|450015000|960000", "{major:?}");
+        assert_eq!(server.psql("postgres", "SELECT count(*) FROM fleeting"), "0", "{major:?}");
+        server.psql(
+            "postgres",
+            "CREATE TABLE new AS SELECT * FROM old; CREATE INDEX ON new (t); UPDATE old SET t = t || 'x' WHERE id % 3 = 0",
+        );
+        server.psql("postgres", "VACUUM (ANALYZE) old");
+        server.psql("postgres", "INSERT INTO new SELECT id + 100000, t FROM new");
+        if major >= Major::V15 {
+            server.psql("postgres", "CREATE DATABASE logged TEMPLATE template0 STRATEGY wal_log");
+            let clone = if major >= Major::V18 { "SET file_copy_method = clone" } else { "SELECT 1" };
+            let mut psql = server.command("psql");
+            let copied = psql
+                .args(["-XqAt", "-v", "ON_ERROR_STOP=1", "-c", clone])
+                .args(["-c", "CREATE DATABASE copied TEMPLATE template0 STRATEGY file_copy"]);
+            assert!(copied.status().expect("psql runs").success(), "{major:?}");
+            assert_eq!(server.psql("copied", "SELECT count(*) > 300 FROM pg_class"), "t", "{major:?}");
+        }
+        let expected = server.psql("postgres", sums);
+        let new = server.psql("postgres", "SELECT count(*), sum(id) FROM new");
+        server.kill();
+        server.start_again();
+        assert_eq!(server.psql("postgres", sums), expected, "{major:?}");
+        assert_eq!(server.psql("postgres", "SELECT count(*), sum(id) FROM new"), new, "{major:?}");
+        check_with_amcheck(&server);
+        if major >= Major::V16 {
+            server.stop("fast");
+            let direct = mounted.postgres(&[("debug_io_direct", "data"), ("shared_buffers", "8MB")]);
+            assert_eq!(direct.psql("postgres", sums), expected, "{major:?} without the kernel's cache");
+            direct.psql("postgres", "INSERT INTO new SELECT id + 400000, t FROM new; CHECKPOINT");
+            check_with_amcheck(&direct);
+        }
+        assert!(mounted.mount().failure().is_none());
+    }
 }

@@ -344,3 +344,29 @@ fn appending_from_two_handles_keeps_the_size_right() {
         assert_eq!(fs::metadata(&path).expect("stat").len(), u64::from(n + 1) * 8);
     }
 }
+
+#[test]
+fn a_relation_of_several_gigabytes_is_cut_into_files() {
+    const BLOCKS_PER_FILE: u32 = 131_072;
+    let dir = scratch("large");
+    let source = synthetic_cluster(dir.path(), &[]);
+    for (name, blocks) in [("16384", BLOCKS_PER_FILE), ("16384.1", BLOCKS_PER_FILE), ("16384.2", 5)] {
+        let file = File::create(source.data_dir().join(format!("base/5/{name}"))).expect("a sparse file");
+        file.set_len(u64::from(blocks) * BLOCK as u64).expect("its size");
+        file.write_all_at(&block_contents(16384, blocks), 4 * BLOCK as u64).expect("one block of it");
+    }
+    let mounted = Mounted::start(&source, |_| {});
+    let size = |name: &str| fs::metadata(mounted.data().join(format!("base/5/{name}"))).map(|meta| meta.len());
+    assert_eq!(size("16384").expect("the first"), 1 << 30);
+    assert_eq!(size("16384.1").expect("the second"), 1 << 30);
+    assert_eq!(size("16384.2").expect("the last"), 5 * BLOCK as u64);
+    assert!(size("16384.3").is_err());
+    let second = open(&mounted.data().join("base/5/16384.1"));
+    rustix::fs::fadvise(&second, 0, None, Advice::Random).expect("fadvise");
+    assert!(read_block(&second, 4) == block_contents(16384, BLOCKS_PER_FILE));
+    assert!(read_block(&open(&mounted.data().join("base/5/16384.2")), 4) == block_contents(16384, 5));
+    assert!(read_block(&second, BLOCKS_PER_FILE - 1) == [0; BLOCK]);
+    let last = (relation(16384), 2 * BLOCKS_PER_FILE + 3);
+    mounted.mount().prefetch(&[last, (relation(16384), 7)]).expect("prefetch");
+    assert!(mounted.mount().touched_blocks().contains(&(relation(16384), BLOCKS_PER_FILE + 4)), "numbered within the whole fork");
+}

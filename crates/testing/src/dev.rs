@@ -203,6 +203,18 @@ impl Dev {
     }
 }
 
+/// Processes that name a path in `folder` on their command line.
+fn processes_with_argument_in(folder: &Path) -> Vec<u32> {
+    let names_folder = |pid: &u32| {
+        std::fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|line| {
+            line.split(|byte| *byte == 0).any(|argument| Path::new(&*String::from_utf8_lossy(argument)).starts_with(folder))
+        })
+    };
+    let entries = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+    let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    pids.filter(|pid| *pid != std::process::id()).filter(names_folder).collect()
+}
+
 /// Sends a signal to a process, which may be gone.
 pub fn signal(pid: u32, signal: rustix::process::Signal) {
     if let Some(pid) = rustix::process::Pid::from_raw(pid as i32) {
@@ -248,21 +260,20 @@ impl Drop for Dev {
             }
         }
         let _ = self.kill();
-        // What a failed test left: processes that still work in our folder.
-        let _ = Command::new("pkill").args(["-9", "-f", &self.folder.path().display().to_string()]).status();
+        // What a failed test left: processes that were started to work in our folder.
+        for pid in processes_with_argument_in(self.folder.path()) {
+            signal(pid, rustix::process::Signal::KILL);
+        }
     }
 }
 
-/// Runs `pg_amcheck --heapallindexed` on all databases of the server at `conninfo`, a URI as computes have it.
+/// Runs `pg_amcheck --heapallindexed` on all databases of the server at `conninfo`, a libpq URI or string.
 ///
 /// # Errors
 /// When it finds corruption: with what it said.
 pub fn amcheck(conninfo: &str) -> anyhow::Result<()> {
-    let parts: Vec<&str> = conninfo.trim_start_matches("postgresql://").split([':', '@', '/']).collect();
-    let [user, password, host, port, ..] = parts[..] else { bail!("{conninfo} is not the URI of a compute") };
     let output = Command::new("/usr/lib/postgresql/15/bin/pg_amcheck")
-        .args(["--all", "--heapallindexed", "--install-missing"])
-        .envs([("PGUSER", user), ("PGPASSWORD", password), ("PGHOST", host), ("PGPORT", port)])
+        .args(["--all", "--heapallindexed", "--install-missing", "--maintenance-db", conninfo])
         .stdin(Stdio::null())
         .output()
         .context("pg_amcheck cannot be run")?;

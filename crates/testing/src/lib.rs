@@ -1,7 +1,10 @@
 //! What the tests of the other crates share: models to compare with, and things to start.
 
 pub mod acknowledged;
+pub mod beside;
+pub mod comparison;
 pub mod dev;
+pub mod dump;
 pub mod minio;
 pub mod naive_history;
 pub mod postgres;

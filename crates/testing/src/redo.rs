@@ -242,7 +242,7 @@ pub fn verify_wal(verifier: &mut Verifier, major: Major, dir: &Path, start: Opti
                     let record = Record::decode(&framed.bytes, framed.start, framed.end, major)
                         .with_context(|| format!("decoding the record at {}", framed.start))?;
                     last = (record.header.rmid, record.kind());
-                    verifier.record(&record);
+                    verifier.record(&record)?;
                 }
                 Ok(None) => break,
                 Err(_) if last == (rmgr::XLOG, CHECKPOINT_SHUTDOWN) => break 'all, // whatever the file held before
@@ -289,7 +289,7 @@ fn know_directory(verifier: &mut Verifier, dir: &Path, spc: u32, db: u32) -> Res
         let rel = RelNode { spc, db, rel: name.rel }.fork(name.fork);
         let bytes = std::fs::read(entry.path()).with_context(|| format!("reading {}", entry.path().display()))?;
         for (block, page) in bytes.as_chunks::<BLCKSZ>().0.iter().enumerate() {
-            verifier.know(rel, name.file_number * BLOCKS_PER_FILE + block as BlockNumber, page);
+            verifier.know(rel, name.file_number * BLOCKS_PER_FILE + block as BlockNumber, page)?;
         }
     }
     Ok(())
@@ -300,7 +300,8 @@ fn compare_with_files(verifier: &Verifier, postgres: &Postgres, ending: Ending) 
     let (major, catalog_version) = (postgres.major(), control_file(postgres)?.catalog_version);
     let mut wrong = Vec::new();
     let mut count = 0;
-    for (rel, blkno, page, rmid) in verifier.pages().iter() {
+    for known in verifier.pages().iter() {
+        let (rel, blkno, page, rmid) = known?;
         let rmid = match rmid {
             // What was not redone may have hints that were set since; but no hints are in free-space maps.
             None if rel.fork != Fork::FreeSpaceMap => continue,
@@ -316,7 +317,7 @@ fn compare_with_files(verifier: &Verifier, postgres: &Postgres, ending: Ending) 
         count += 1;
         let path = postgres.data_dir().join(relation_file(rel, blkno / BLOCKS_PER_FILE, major, catalog_version));
         let found = match read_block(&path, blkno % BLOCKS_PER_FILE)? {
-            Some(block) => match file_differences(major, rmid, rel.fork, blkno, page, &block) {
+            Some(block) => match file_differences(major, rmid, rel.fork, blkno, &page, &block) {
                 Ok(at) if at.is_empty() => continue,
                 Ok(at) => format!("differs at {at:?}"),
                 Err(what) => what,

@@ -67,10 +67,10 @@ use self::{
 };
 pub use self::{filesystem::FailureCallback, host::remove_stale_mount, observer::FileObserver, source::BaseSource};
 
-/// Threads that take requests from the kernel. More did not pay on two CPUs; fewer would leave too few when some wait for the base.
-const REQUEST_THREADS: usize = 4;
-/// How many of them may wait for the base at a time; the others go on serving what is here.
-const WAITING_THREADS_MAX: usize = REQUEST_THREADS - 1;
+/// Threads that take requests from the kernel, at least: more do not pay on two CPUs, fewer would leave too few when some wait for the base.
+const REQUEST_THREADS_MIN: usize = 4;
+/// And at most; each has a buffer of 16 MiB, of which it uses as much as its largest request.
+const REQUEST_THREADS_MAX: usize = 16;
 /// How long [`Mount::unmount`] waits for whoever still uses the mount.
 const UNMOUNT_PATIENCE: Duration = Duration::from_secs(5);
 /// Wait between two attempts to unmount.
@@ -270,8 +270,11 @@ impl Mount {
                 }
             }
         };
-        let filesystem = DataDirectory::new(tree.clone(), failure.clone(), WAITING_THREADS_MAX, Box::new(ended));
-        let session = serve(filesystem, &mountpoint).map_err(mountpoint_error)?;
+        let cpus = thread::available_parallelism().map_or(REQUEST_THREADS_MIN, usize::from);
+        let threads = cpus.clamp(REQUEST_THREADS_MIN, REQUEST_THREADS_MAX);
+        // All but one may wait for the base; that one goes on serving what is here.
+        let filesystem = DataDirectory::new(tree.clone(), failure.clone(), threads - 1, Box::new(ended));
+        let session = serve(filesystem, &mountpoint, threads).map_err(mountpoint_error)?;
         host::tune(&mountpoint);
         tracing::info!(mount = config.name, "mounted {}", mountpoint.display());
         let version = (config.major, config.catalog_version);
@@ -314,6 +317,12 @@ impl Mount {
             Some(observer) => observer.flush().map_err(MountError::ChangesLost),
             None => Ok(()),
         }
+    }
+
+    /// Lets all that waits for a pageserver that is away fail now. A process that reads a first touch cannot be killed before it is answered,
+    /// so this comes before Postgres is stopped while the pageserver is away.
+    pub fn stop_waiting(&self) {
+        self.tree.files.source.close();
     }
 
     /// Why the mount fails, if it does.
@@ -385,12 +394,12 @@ impl Drop for Mount {
 }
 
 /// Mounts, and starts the threads that serve.
-fn serve(filesystem: DataDirectory, mountpoint: &Path) -> io::Result<BackgroundSession> {
+fn serve(filesystem: DataDirectory, mountpoint: &Path, threads: usize) -> io::Result<BackgroundSession> {
     let mut config = Config::default();
     config.mount_options =
         vec![MountOption::FSName(host::FILE_SYSTEM_NAME.to_owned()), MountOption::DefaultPermissions, MountOption::NoAtime];
     config.acl = SessionACL::All;
-    config.n_threads = Some(REQUEST_THREADS);
+    config.n_threads = Some(threads);
     config.clone_fd = true;
     // The threads inherit what makes them threads of a file system from the one that starts them.
     thread::scope(|scope| {

@@ -36,7 +36,7 @@ const FILE_BYTES_MAX: u64 = 256 << 20;
 /// How long a change rests before the file is read, so that a burst of writes is one.
 const SETTLE: Duration = Duration::from_millis(20);
 
-/// Whether a file must outlive the compute.
+/// Whether a file must outlive the compute: one that has no WAL. The progress of replication origins has, so it comes with the base backup.
 pub(super) fn is_observed(path: &str) -> bool {
     let parts: Vec<&str> = path.split('/').collect();
     match parts.as_slice() {
@@ -44,7 +44,6 @@ pub(super) fn is_observed(path: &str) -> bool {
         ["pg_stat", file] => !file.ends_with(".tmp"),
         // A slot is made, and dropped, under a name of its own.
         ["pg_replslot", slot, "state"] => !slot.ends_with(".tmp"),
-        ["pg_logical", "replorigin_checkpoint"] => true,
         ["pg_logical", "snapshots", file] => file.ends_with(".snap"),
         ["pg_logical", "mappings", file] => file.starts_with("map-"),
         _ => false,
@@ -119,6 +118,12 @@ impl Observer {
         {
             tracing::error!("the thread that tells of changed files panicked");
         }
+    }
+}
+
+impl Drop for Observer {
+    fn drop(&mut self) {
+        self.close();
     }
 }
 

@@ -44,6 +44,15 @@ pub(crate) struct StoppedCluster {
 
 impl StoppedCluster {
     /// The cluster in `data`, which was shut down cleanly.
+    pub(crate) fn open(data: &Path) -> Arc<StoppedCluster> {
+        let version = fs::read_to_string(data.join("PG_VERSION")).expect("PG_VERSION");
+        let major = version.trim().parse().ok().and_then(Major::from_number).expect("a major");
+        let control = fs::read(data.join("global/pg_control")).expect("pg_control");
+        let catalog_version = u32::from_le_bytes(control[12..16].try_into().expect("four bytes"));
+        StoppedCluster::new(data, major, catalog_version)
+    }
+
+    /// As [`StoppedCluster::open`], for a directory without a control file.
     pub(crate) fn new(data: &Path, major: Major, catalog_version: u32) -> Arc<StoppedCluster> {
         let meta = fs::metadata(data).expect("the cluster's data directory");
         Arc::new(StoppedCluster {
@@ -70,7 +79,7 @@ impl StoppedCluster {
         self.data.join(relation_file(rel, block / BLOCKS_PER_FILE, self.major, self.catalog_version))
     }
 
-    fn open(&self, path: String) -> io::Result<Arc<File>> {
+    fn file(&self, path: String) -> io::Result<Arc<File>> {
         if let Some(file) = self.files.lock().get(&path) {
             return Ok(file.clone());
         }
@@ -99,7 +108,7 @@ impl StoppedCluster {
         while block < first + count {
             let in_file = block % BLOCKS_PER_FILE;
             let here = (first + count - block).min(BLOCKS_PER_FILE - in_file);
-            let file = self.open(relation_file(rel, block / BLOCKS_PER_FILE, self.major, self.catalog_version))?;
+            let file = self.file(relation_file(rel, block / BLOCKS_PER_FILE, self.major, self.catalog_version))?;
             let start = into.len();
             into.resize(start + here as usize * BLOCK, 0);
             file.read_exact_at(&mut into[start..], u64::from(in_file) * BLOCK as u64)?;
@@ -231,7 +240,7 @@ impl BaseSource for StoppedCluster {
 
     fn read_slru(&self, kind: SlruKind, segno: u32, first: u32, count: u32) -> io::Result<Bytes> {
         self.answer()?;
-        let file = self.open(format!("{}/{}", kind.directory(), slru::segment_name(segno)))?;
+        let file = self.file(format!("{}/{}", kind.directory(), slru::segment_name(segno)))?;
         let mut bytes = vec![0; count as usize * BLOCK];
         file.read_exact_at(&mut bytes, u64::from(first) * BLOCK as u64)?;
         Ok(bytes.into())

@@ -22,6 +22,7 @@ pub(crate) struct Server {
     data: PathBuf,
     dir: PathBuf,
     options: String,
+    major: Major,
     uid: u32,
     gid: u32,
     running: bool,
@@ -38,7 +39,9 @@ impl Server {
         for (name, value) in SETTINGS.iter().chain(settings) {
             options += &format!(" -c {name}='{value}'");
         }
-        let mut server = Server { data: data.to_owned(), dir, options, uid: meta.uid(), gid: meta.gid(), running: false };
+        let version = fs::read_to_string(data.join("PG_VERSION")).expect("PG_VERSION");
+        let major = version.trim().parse().ok().and_then(Major::from_number).expect("a major");
+        let mut server = Server { data: data.to_owned(), dir, options, major, uid: meta.uid(), gid: meta.gid(), running: false };
         server.start_again();
         server
     }
@@ -58,7 +61,10 @@ impl Server {
 
     /// A program of Postgres, as the user that owns the data.
     pub(crate) fn command(&self, program: &str) -> Command {
-        let mut command = Command::new(bin_dir(Major::V15).expect("Postgres 15").join(program));
+        // The packages of other majors lack some programs; those of 15 work with all servers.
+        let own = bin_dir(self.major).expect("the programs of this major").join(program);
+        let program = if own.exists() { own } else { bin_dir(Major::V15).expect("Postgres 15").join(program) };
+        let mut command = Command::new(program);
         command.current_dir(&self.dir).uid(self.uid).gid(self.gid).stdin(Stdio::null());
         command.env("PGHOST", &self.dir).env("PGUSER", "postgres").env("PGDATABASE", "postgres");
         command

@@ -5,7 +5,7 @@ use std::io::{self, Read, Write};
 
 use bytes::Bytes;
 use varve_postgres::control::CheckPoint;
-use varve_postgres::ids::{DEFAULT_TABLESPACE, GLOBAL_TABLESPACE};
+use varve_postgres::ids::GLOBAL_TABLESPACE;
 use varve_postgres::page::{self, ZERO_PAGE};
 use varve_postgres::paths::{BLOCKS_PER_FILE, database_directory, relation_file};
 use varve_postgres::slru::{PAGES_PER_SEGMENT, SlruKind, segment_name};
@@ -67,7 +67,6 @@ impl StateAt {
             let (from, to) = Key::all_of_kind(first);
             history.scan(from, to, lsn, &mut |key, value| at.take(key, value))?;
         }
-        at.add_directories_of_relations(history)?;
         Ok(at)
     }
 
@@ -89,34 +88,6 @@ impl StateAt {
                 self.origins.push((origin, varve_storage::replication_origin::decode(&value).ok_or_else(|| malformed(key))?));
             }
             _ => return Err(malformed(key)),
-        }
-        Ok(())
-    }
-
-    /// A database has directories in other tablespaces by having relations there, without any record that says so.
-    fn add_directories_of_relations(&mut self, history: &(impl History + ?Sized)) -> Result<(), HistoryError> {
-        let others: Vec<Oid> =
-            self.tablespaces.keys().copied().filter(|spc| *spc != DEFAULT_TABLESPACE && *spc != GLOBAL_TABLESPACE).collect();
-        for spc in others {
-            let (from, _) = Key::relation_sizes_of(spc, 0);
-            let (_, to) = Key::relation_sizes_of(spc, Oid::MAX);
-            let mut databases = BTreeSet::new();
-            history.scan(from, to, self.lsn, &mut |key, _| {
-                if let Some(KeyKind::RelationSize { rel }) = key.kind() {
-                    databases.insert(rel.node.db);
-                }
-                Ok(())
-            })?;
-            for db in databases {
-                let mut any = false;
-                relation::list(history, spc, db, self.lsn, &mut |_, _| {
-                    any = true;
-                    Ok(())
-                })?;
-                if any {
-                    self.directories.insert((spc, db));
-                }
-            }
         }
         Ok(())
     }

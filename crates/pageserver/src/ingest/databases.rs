@@ -1,12 +1,15 @@
 //! Databases and tablespaces that come, are copied, and go.
+//!
+//! A database also gets a directory in another tablespace, without a record of its own, when its first relation is made there.
 
+use varve_postgres::ids::{DEFAULT_TABLESPACE, GLOBAL_TABLESPACE};
 use varve_postgres::wal::Record;
 use varve_postgres::wal::records::database::DatabaseRecord;
 use varve_postgres::wal::records::tablespace::TablespaceRecord;
-use varve_postgres::{Lsn, Oid, RelFork};
+use varve_postgres::{Lsn, Oid, RelFork, RelNode};
 use varve_storage::database::DatabaseEntry;
 use varve_storage::history::HistoryError;
-use varve_storage::key::Key;
+use varve_storage::key::{Key, KeyKind};
 use varve_storage::relation;
 use varve_storage::value::Value;
 
@@ -39,7 +42,27 @@ impl Ingest {
 
     fn put_database(&mut self, lsn: Lsn, spc: Oid, db: Oid, entry: DatabaseEntry) -> Result<(), IngestError> {
         self.sizes.forget(spc, db);
+        if entry.exists {
+            self.known_directories.insert((spc, db));
+        } else {
+            self.known_directories.remove(&(spc, db));
+        }
         Ok(self.put(Key::database(spc, db), lsn, Value::Image(entry.encode()))?)
+    }
+
+    /// A relation is made: its database has a directory in its tablespace from now on.
+    pub(super) fn note_directory(&mut self, node: RelNode, lsn: Lsn) -> Result<(), HistoryError> {
+        let directory = (node.spc, node.db);
+        if matches!(node.spc, DEFAULT_TABLESPACE | GLOBAL_TABLESPACE) || self.known_directories.contains(&directory) {
+            return Ok(());
+        }
+        let entry = relation::database(&*self.history, node.spc, node.db, self.applied)?.unwrap_or_default();
+        if !entry.exists {
+            let entry = DatabaseEntry { exists: true, ..entry };
+            self.put(Key::database(node.spc, node.db), lsn, Value::Image(entry.encode()))?;
+        }
+        self.known_directories.insert(directory);
+        Ok(())
     }
 
     /// Copies every fork of every relation, and the relation map, block by block: only the list of forks is held in memory.
@@ -71,8 +94,29 @@ impl Ingest {
     pub(super) fn ingest_tablespace(&mut self, record: &Record, parsed: TablespaceRecord) -> Result<(), IngestError> {
         let (spc, value) = match parsed {
             TablespaceRecord::Create { spc, path } => (spc, Value::Image(path.into_bytes().into())),
-            TablespaceRecord::Drop { spc } => (spc, Value::Absent),
+            TablespaceRecord::Drop { spc } => {
+                self.drop_directories(spc, record.end)?;
+                (spc, Value::Absent)
+            }
         };
         self.put(Key::tablespace(spc), record.end, value).map_err(HistoryError::into)
+    }
+
+    /// The empty directories of databases go with their tablespace.
+    fn drop_directories(&mut self, spc: Oid, lsn: Lsn) -> Result<(), IngestError> {
+        self.publish()?;
+        let mut directories = Vec::new();
+        self.history.scan(Key::database(spc, 0), Key::database(spc, Oid::MAX), self.applied, &mut |key, value| {
+            if let (Some(KeyKind::Database { db, .. }), Some(entry)) = (key.kind(), DatabaseEntry::decode(&value))
+                && entry.exists
+            {
+                directories.push(db);
+            }
+            Ok(())
+        })?;
+        for db in directories {
+            self.put_database(lsn, spc, db, DatabaseEntry { exists: false, floor: lsn })?;
+        }
+        Ok(())
     }
 }

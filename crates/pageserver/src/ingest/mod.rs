@@ -34,12 +34,13 @@ mod transactions;
 #[cfg(test)]
 mod tests;
 
+use std::collections::HashSet;
 use std::sync::Arc;
 
 use bytes::Bytes;
 use varve_postgres::wal::records::{self, RecordError};
 use varve_postgres::wal::{FramedRecord, Record, rmgr};
-use varve_postgres::{Lsn, Major, Timestamp};
+use varve_postgres::{Lsn, Major, Oid, Timestamp};
 use varve_storage::checkpoint_fields::CheckpointFields;
 use varve_storage::history::{HistoryError, HistoryWriter};
 use varve_storage::key::Key;
@@ -53,6 +54,9 @@ use sizes::SizeCache;
 use slru::SlruAreas;
 use transactions::OriginProgress;
 
+/// Directories of databases that are remembered; beyond it the memory starts anew.
+const DIRECTORIES_MAX: usize = 10_000;
+
 /// See the module's doc.
 pub struct Ingest {
     history: Arc<dyn HistoryWriter>,
@@ -62,6 +66,8 @@ pub struct Ingest {
     /// End of the last record; what lies between `applied` and here is written but not yet to be seen.
     end: Lsn,
     sizes: SizeCache,
+    /// Directories of databases that the history is known to have, applied or not.
+    known_directories: HashSet<(Oid, Oid)>,
     slru: SlruAreas,
     fields: CheckpointFields,
     fields_changed: bool,
@@ -87,6 +93,7 @@ impl Ingest {
             applied: at,
             end: at,
             sizes: SizeCache::default(),
+            known_directories: HashSet::new(),
             slru: SlruAreas::open(&*history, at)?,
             fields,
             fields_changed: false,
@@ -136,6 +143,9 @@ impl Ingest {
         }
         if self.applied == self.end {
             self.sizes.shrink();
+            if self.known_directories.len() > DIRECTORIES_MAX {
+                self.known_directories.clear();
+            }
         }
         let record = Record::decode(&framed.bytes, framed.start, framed.end, self.major)?;
         self.advance_next_xid(record.header.xid);

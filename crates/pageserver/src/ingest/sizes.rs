@@ -69,8 +69,12 @@ impl Ingest {
     /// Makes sure that the fork has `blocks` blocks.
     pub(super) fn extend(&mut self, rel: RelFork, blocks: u32, lsn: Lsn) -> Result<(), HistoryError> {
         let cached = self.sizes.get(&*self.history, rel, self.applied)?;
+        let existed = cached.size.exists;
         if cached.size.extend(blocks) {
             self.history.put(Key::relation_size(rel), lsn, Value::Image(cached.size.encode()))?;
+            if !existed {
+                self.note_directory(rel.node, lsn)?;
+            }
         }
         Ok(())
     }

@@ -17,7 +17,6 @@
 //!
 //! Beside it, on a thread and an ordinary connection of its own, [`slot`] keeps the slot that makes the primary retain what the store lacks.
 
-mod message;
 mod receiver;
 mod server_version;
 mod session;

@@ -7,9 +7,9 @@ use varve_postgres::Lsn;
 use varve_postgres::wal::{FramedRecord, Framer};
 use varve_protocol::ClientError;
 use varve_protocol::connect::blocking::{Connection, Received};
+use varve_protocol::wire::replication::{StandbyStatus, WalSenderMessage};
 use varve_protocol::wire::{BackendMessage, Frame, ServerMessage, backend::sqlstate, frontend};
 
-use super::message::{WalSenderMessage, put_status};
 use super::receiver::SessionEnd;
 use super::shared::{Positions, Shared};
 use super::{ReceiverError, WalSink};
@@ -244,7 +244,8 @@ impl<'a, S: WalSink> Stream<'a, S> {
 
     fn send_status(&mut self, ask: bool) -> Result<(), SessionEnd> {
         let Stream { connection, positions, .. } = self;
-        frontend::copy_data(connection.output(), |out| put_status(positions, ask, out));
+        let status = StandbyStatus { written: positions.flushed, flushed: positions.flushed, applied: positions.applied };
+        frontend::copy_data(connection.output(), |out| status.encode(ask, out));
         self.shared.send(|| connection.flush())??;
         self.shared.set_positions(*positions);
         self.told = Some((positions.flushed, positions.applied));

@@ -8,6 +8,7 @@ mod framer;
 pub mod image;
 mod page_header;
 mod record;
+pub mod record_type;
 pub mod records;
 pub mod rmgr;
 pub mod synthesis;

@@ -2,6 +2,7 @@
 
 mod auth;
 mod config;
+mod conninfo;
 mod input;
 mod socket;
 
@@ -9,6 +10,7 @@ pub mod blocking;
 
 pub use auth::{AuthStep, Authenticator};
 pub use config::{ConnectConfig, Endpoint};
+pub use conninfo::ParseConninfoError;
 pub use input::InputBuffer;
 pub use socket::{Socket, SocketCloser};
 

@@ -1,7 +1,8 @@
 //! Framing of the Postgres wire protocol, version 3, as far as a page service, its clients and a WAL receiver need it; both sides.
 //!
 //! [`startup`] is what comes first on a connection; [`frame`] cuts a stream into tagged messages; [`frontend`] holds the messages that a
-//! client sends, [`backend`] those that a server sends. Everything works on byte buffers and does no I/O, so that blocking and async code
+//! client sends, [`backend`] those that a server sends, [`replication`] what
+//! travels inside the COPY of a replication stream. Everything works on byte buffers and does no I/O, so that blocking and async code
 //! share it.
 //!
 //! Decoding never panics and allocates nothing that a length field merely announces: a frame longer than the reader's limit is refused when
@@ -10,6 +11,7 @@
 pub mod backend;
 pub mod frame;
 pub mod frontend;
+pub mod replication;
 pub mod startup;
 
 mod text;

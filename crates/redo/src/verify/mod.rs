@@ -1,25 +1,38 @@
 //! Checks the page functions against Postgres: redoes WAL that was written with `wal_consistency_checking = all`, in which each record
 //! carries its pages as they must be afterwards, and compares after masking as Postgres masks ([`crate::mask`]).
 //!
-//! [`Verifier`] keeps the pages that the WAL touched. What a block was before the WAL begins it can be told ([`Verifier::know`]); a block of a
-//! relation that the WAL created or truncated begins as zeros; a page that it cannot know is *adopted* from the record's image. Each
-//! change goes through its stored form, [`Change::encode`] and [`Change::decode`], so that this is tested too.
+//! [`Verifier`] keeps the pages that the WAL touched, as many as it may in memory, the others in an [`Overflow`]. What a block was before the WAL
+//! begins it is told ([`Verifier::know`]) or asks for ([`BasePages`]); a block of a relation that the WAL created or truncated begins as
+//! zeros; a page that it cannot know is *adopted* from the record's image. Each change goes through its stored form, [`Change::encode`] and
+//! [`Change::decode`], so that this is tested too.
 //!
 //! After a mismatch the record's image replaces the page, so that one fault is reported once.
 
+mod page_buffer;
+mod page_diff;
 mod pages;
 mod report;
 
 use std::time::Instant;
 
+use varve_postgres::wal::image::Image;
 use varve_postgres::wal::{Block, Record, rmgr};
 use varve_postgres::{BlockNumber, Fork, Major, Page, RelFork, page};
 
-pub use pages::Pages;
+pub use page_buffer::Overflow;
+pub use page_diff::PageDiff;
+pub use pages::{BasePages, Pages};
 pub use report::{Difference, Mismatch, Report, TypeStats};
+
+use pages::FollowError;
 
 use crate::change::{BlockRecord, Change};
 use crate::{apply, free_space_effect, free_space_map, mask, restore_image, visibility_map};
+
+/// Pages could not be read from where they are, or put there.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct StoreError(pub String);
 
 /// Redoes records and compares their pages. See the [module](self).
 #[derive(Debug)]
@@ -59,9 +72,26 @@ impl Verifier {
         self
     }
 
+    /// Takes what blocks were before the WAL begins from `base`.
+    #[must_use]
+    pub fn with_base(mut self, base: Box<dyn BasePages>) -> Verifier {
+        self.pages.set_base(base);
+        self
+    }
+
+    /// Keeps at most `pages_max` pages in memory, the others in `overflow`. To be called before the first page is known.
+    #[must_use]
+    pub fn with_limit(mut self, pages_max: usize, overflow: Box<dyn Overflow>) -> Verifier {
+        self.pages.set_limit(pages_max, overflow);
+        self
+    }
+
     /// Tells what a block was before the WAL begins.
-    pub fn know(&mut self, rel: RelFork, blkno: BlockNumber, page: &Page) {
-        self.pages.know(rel, blkno, page);
+    ///
+    /// # Errors
+    /// When there is no room for the page.
+    pub fn know(&mut self, rel: RelFork, blkno: BlockNumber, page: &Page) -> Result<(), StoreError> {
+        self.pages.put(rel, blkno, page, None)
     }
 
     /// What was found so far.
@@ -74,73 +104,72 @@ impl Verifier {
         &self.pages
     }
 
-    /// Redoes the next record.
-    pub fn record(&mut self, record: &Record) {
+    /// Redoes the next record. What is wrong with it is a mismatch in the report.
+    ///
+    /// # Errors
+    /// When pages cannot be read or kept; the verifier is then not to be used.
+    pub fn record(&mut self, record: &Record) -> Result<(), StoreError> {
         let stats = self.report.types.entry((record.header.rmid, record.kind())).or_default();
         stats.count += 1;
         stats.bytes += u64::from(record.header.total_len);
         for (rel, blkno, change) in visibility_map::visibility_map_clears(record, self.major) {
             // Postgres makes a map page that is not there when it pins it.
-            if let Some(mut page) = self.pages.base(rel, blkno) {
+            if let Some(mut page) = self.pages.before(rel, blkno)? {
                 match self.redo(record, blkno, &change, &mut page) {
-                    Ok(()) => self.pages.put(rel, blkno, page, record.header.rmid),
+                    Ok(()) => self.pages.put(rel, blkno, &page, Some(record.header.rmid))?,
                     Err(what) => self.mismatch(record, rel, blkno, Difference::Failed(what)),
                 }
             }
         }
         for block in &record.blocks {
-            self.block(record, block);
+            self.block(record, block)?;
         }
-        if let Err(what) = self.pages.follow(record, self.major, self.free_space_maps) {
-            let nowhere = RelFork { node: varve_postgres::RelNode { spc: 0, db: 0, rel: 0 }, fork: Fork::Main };
-            self.mismatch(record, nowhere, 0, Difference::Failed(what));
+        match self.pages.follow(record, self.major, self.free_space_maps) {
+            Ok(()) => Ok(()),
+            Err(FollowError::Store(error)) => Err(error),
+            Err(FollowError::Bad(what)) => {
+                let nowhere = RelFork { node: varve_postgres::RelNode { spc: 0, db: 0, rel: 0 }, fork: Fork::Main };
+                self.mismatch(record, nowhere, 0, Difference::Failed(what));
+                Ok(())
+            }
         }
     }
 
-    fn block(&mut self, record: &Record, block: &Block) {
+    fn block(&mut self, record: &Record, block: &Block) -> Result<(), StoreError> {
         let (rel, blkno, rmid) = (block.rel, block.blkno, record.header.rmid);
         let truth = match &block.image {
             None => None,
-            Some(image) if image.apply => {
-                match restore_image(record, block) {
-                    Ok(page) => {
-                        self.stats(record).images += 1;
-                        if rel.fork == Fork::VisibilityMap && image.hole_len > 0 {
-                            self.pages.note_hollow_map(rel);
-                        }
-                        self.record_free_space(record, block, &page, true);
-                        self.pages.put(rel, blkno, page, rmid);
-                    }
-                    Err(error) => self.mismatch(record, rel, blkno, Difference::Failed(error.to_string())),
-                }
-                return;
-            }
+            Some(image) if image.apply => return self.restore(record, block, image),
             Some(image) => match image.restore() {
                 Ok(mut page) => {
                     page::set_lsn(&mut page, record.end);
                     Some(page)
                 }
-                Err(what) => return self.mismatch(record, rel, blkno, Difference::Failed(what)),
+                Err(what) => {
+                    self.mismatch(record, rel, blkno, Difference::Failed(what));
+                    return Ok(());
+                }
             },
         };
-        let base = if block.will_init { Some(page::ZERO_PAGE) } else { self.pages.base(rel, blkno) };
-        let Some(mut page) = base else {
+        let before = if block.will_init { Some(page::ZERO_PAGE) } else { self.pages.before(rel, blkno)? };
+        let Some(before) = before else {
             if let Some(truth) = truth {
                 self.stats(record).adopted += 1;
-                self.pages.put(rel, blkno, truth, rmid);
+                self.pages.put(rel, blkno, &truth, Some(rmid))?;
             }
-            return;
+            return Ok(());
         };
-        let before = page;
+        let mut page = before;
         let change = Change::Record(BlockRecord::trim(record, block));
         let redone = self.redo(record, blkno, &change, &mut page);
         match (redone, truth) {
             (Err(what), truth) => {
                 self.mismatch(record, rel, blkno, Difference::Failed(what));
                 match truth {
-                    Some(truth) => self.pages.put(rel, blkno, truth, rmid),
+                    Some(truth) => self.pages.put(rel, blkno, &truth, Some(rmid))?,
                     None => self.pages.forget(rel, blkno),
                 }
+                return Ok(());
             }
             (Ok(()), Some(truth)) => {
                 if let Some(difference) = self.compare(rmid, rel, blkno, &before, &page, &truth) {
@@ -149,28 +178,47 @@ impl Verifier {
                 } else {
                     self.stats(record).compared += 1;
                 }
-                self.record_free_space(record, block, &page, false);
-                self.pages.put(rel, blkno, page, rmid);
             }
-            (Ok(()), None) => {
-                self.record_free_space(record, block, &page, false);
-                self.pages.put(rel, blkno, page, rmid);
+            (Ok(()), None) => {}
+        }
+        self.record_free_space(record, block, &page, false)?;
+        self.pages.put(rel, blkno, &page, Some(rmid))
+    }
+
+    /// Takes the record's image for the page.
+    fn restore(&mut self, record: &Record, block: &Block, image: &Image) -> Result<(), StoreError> {
+        let start = Instant::now();
+        let restored = restore_image(record, block);
+        let nanos = start.elapsed().as_nanos() as u64;
+        match restored {
+            Ok(page) => {
+                let stats = self.stats(record);
+                stats.images += 1;
+                stats.nanos += nanos;
+                if block.rel.fork == Fork::VisibilityMap && image.hole_len > 0 {
+                    self.pages.note_hollow_map(block.rel);
+                }
+                self.record_free_space(record, block, &page, true)?;
+                self.pages.put(block.rel, block.blkno, &page, Some(record.header.rmid))
+            }
+            Err(error) => {
+                self.mismatch(record, block.rel, block.blkno, Difference::Failed(error.to_string()));
+                Ok(())
             }
         }
     }
 
     /// Does to the free-space map what Postgres's redo of this block does.
-    fn record_free_space(&mut self, record: &Record, block: &Block, page: &Page, restored: bool) {
+    fn record_free_space(&mut self, record: &Record, block: &Block, page: &Page, restored: bool) -> Result<(), StoreError> {
         if !self.free_space_maps {
-            return;
+            return Ok(());
         }
-        if let Some(space) = free_space_effect(self.major, &BlockRecord::trim(record, block), page, restored) {
-            let map = block.rel.node.fork(Fork::FreeSpaceMap);
-            let (blkno, slot) = free_space_map::location(block.blkno);
-            let mut page = self.pages.base(map, blkno).unwrap_or(page::ZERO_PAGE);
-            free_space_map::set(&mut page, slot, free_space_map::category(space));
-            self.pages.put(map, blkno, page, record.header.rmid);
-        }
+        let Some(space) = free_space_effect(self.major, &BlockRecord::trim(record, block), page, restored) else { return Ok(()) };
+        let map = block.rel.node.fork(Fork::FreeSpaceMap);
+        let (blkno, slot) = free_space_map::location(block.blkno);
+        let mut page = self.pages.before(map, blkno)?.unwrap_or(page::ZERO_PAGE);
+        free_space_map::set(&mut page, slot, free_space_map::category(space));
+        self.pages.put(map, blkno, &page, Some(record.header.rmid))
     }
 
     fn redo(&mut self, record: &Record, blkno: BlockNumber, change: &Change, page: &mut Page) -> Result<(), String> {

@@ -1,4 +1,4 @@
-//! `varve bench`: what the page service does for a client.
+//! `varve bench`: what the page service does for a client, and how fast redo is.
 
 use std::time::{Duration, Instant};
 
@@ -32,6 +32,8 @@ pub(crate) enum BenchCommand {
         #[arg(long, default_value_t = 5)]
         seconds: u64,
     },
+    /// Redo of a server's WAL from a data directory on; needs no server.
+    Redo(super::bench_redo::RedoArgs),
 }
 
 fn relation(text: &str) -> Result<RelNode, String> {
@@ -54,7 +56,10 @@ impl Sequence {
 }
 
 pub(crate) async fn run(command: BenchCommand, client: &Client, as_json: bool) -> anyhow::Result<()> {
-    let BenchCommand::Pages { branch, relation, depth, seconds } = command;
+    let (branch, relation, depth, seconds) = match command {
+        BenchCommand::Redo(args) => return tokio::task::spawn_blocking(move || super::bench_redo::run(args, as_json)).await?,
+        BenchCommand::Pages { branch, relation, depth, seconds } => (branch, relation, depth, seconds),
+    };
     ensure!(depth > 0, "at least one request must be in flight");
     let server: Server = client.get("server").await?;
     let found: Branch = client.get(&branch.api()).await?;

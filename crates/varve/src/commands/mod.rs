@@ -1,11 +1,13 @@
 //! The command line.
 
 mod bench;
+mod bench_redo;
 mod branch;
 mod compute;
 mod dev;
 mod materialize;
 mod tenant;
+mod verify;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -58,9 +60,12 @@ pub(crate) enum Command {
     },
     /// Download a branch at a moment as a plain data directory, for any stock Postgres.
     Materialize(materialize::MaterializeArgs),
-    /// Measure a running server.
+    /// Measure a running server, or redo.
     #[command(subcommand)]
     Bench(bench::BenchCommand),
+    /// Check redo, or a branch's pages, against Postgres.
+    #[command(subcommand)]
+    Verify(verify::VerifyCommand),
     /// Takes away what a compute whose process is gone left; started by the server.
     #[command(hide = true)]
     ComputeCleanup {
@@ -123,6 +128,7 @@ pub(crate) async fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Psql { branch, args } => return compute::psql(&branch, &args, &Client::new(&url)?).await,
         Command::Materialize(args) => materialize::run(args, &Client::new(&url)?, json).await?,
         Command::Bench(command) => bench::run(command, &Client::new(&url)?, json).await?,
+        Command::Verify(command) => return verify::run(command, &Client::new(&url)?, json).await,
         Command::ComputeCleanup { id, home } => {
             let user = varve_compute::dirs::User::for_postgres()?;
             varve_compute::dirs::Dirs::existing(&home, &id, user).clean_up();

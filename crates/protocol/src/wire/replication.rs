@@ -5,23 +5,32 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use bytes::{Buf, BufMut, BytesMut};
 use varve_postgres::Lsn;
 
-use super::Positions;
-
 /// Seconds from 1970-01-01 to 2000-01-01.
 const POSTGRES_EPOCH: Duration = Duration::from_secs(946_684_800);
 
 /// A message from a walsender.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum WalSenderMessage<'a> {
-    /// `w`: WAL bytes, and where the first belongs.
-    XLogData { start: Lsn, data: &'a [u8] },
+pub enum WalSenderMessage<'a> {
+    /// `w`: WAL bytes.
+    XLogData {
+        /// Where the first byte belongs.
+        start: Lsn,
+        /// The bytes.
+        data: &'a [u8],
+    },
     /// `k`: still there.
-    Keepalive { reply_requested: bool },
+    Keepalive {
+        /// Whether the server wants a status at once.
+        reply_requested: bool,
+    },
 }
 
 impl<'a> WalSenderMessage<'a> {
-    /// The message in a `CopyData`'s body; what is wrong with it otherwise.
-    pub(super) fn decode(mut body: &'a [u8]) -> Result<WalSenderMessage<'a>, String> {
+    /// The message in a `CopyData`'s body.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub fn decode(mut body: &'a [u8]) -> Result<WalSenderMessage<'a>, String> {
         const XLOG_DATA_HEADER: usize = 24;
         const KEEPALIVE: usize = 17;
         match body.split_first() {
@@ -39,16 +48,30 @@ impl<'a> WalSenderMessage<'a> {
     }
 }
 
-/// Appends the body of a standby status update.
-pub(super) fn put_status(positions: &Positions, reply_requested: bool, out: &mut BytesMut) {
-    let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    let micros = u64::try_from(since_1970.saturating_sub(POSTGRES_EPOCH).as_micros()).unwrap_or_default();
-    out.put_u8(b'r');
-    out.put_u64(positions.flushed.0);
-    out.put_u64(positions.flushed.0);
-    out.put_u64(positions.applied.0);
-    out.put_u64(micros);
-    out.put_u8(u8::from(reply_requested));
+/// How far a standby is, for the server that sends to it. An invalid position says nothing: a standby whose flush position is invalid is never
+/// one that commits wait for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct StandbyStatus {
+    /// What it has.
+    pub written: Lsn,
+    /// What is durable.
+    pub flushed: Lsn,
+    /// What it has applied.
+    pub applied: Lsn,
+}
+
+impl StandbyStatus {
+    /// Appends the body of a standby status update.
+    pub fn encode(&self, reply_requested: bool, out: &mut BytesMut) {
+        let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let micros = u64::try_from(since_1970.saturating_sub(POSTGRES_EPOCH).as_micros()).unwrap_or_default();
+        out.put_u8(b'r');
+        out.put_u64(self.written.0);
+        out.put_u64(self.flushed.0);
+        out.put_u64(self.applied.0);
+        out.put_u64(micros);
+        out.put_u8(u8::from(reply_requested));
+    }
 }
 
 #[cfg(test)]
@@ -74,10 +97,9 @@ mod tests {
     #[test]
     fn a_status_has_postgres_layout() {
         let mut out = BytesMut::new();
-        let positions = Positions { received: Lsn(9), framed: Lsn(8), durable: Lsn(7), flushed: Lsn(6), applied: Lsn(5) };
-        put_status(&positions, true, &mut out);
+        StandbyStatus { written: Lsn(7), flushed: Lsn(6), applied: Lsn(5) }.encode(true, &mut out);
         assert_eq!(out.len(), 34);
-        assert_eq!(out[..25], [b'r', 0, 0, 0, 0, 0, 0, 0, 6, 0, 0, 0, 0, 0, 0, 0, 6, 0, 0, 0, 0, 0, 0, 0, 5]);
+        assert_eq!(out[..25], [b'r', 0, 0, 0, 0, 0, 0, 0, 7, 0, 0, 0, 0, 0, 0, 0, 6, 0, 0, 0, 0, 0, 0, 0, 5]);
         assert_eq!(out[33], 1);
         let micros = u64::from_be_bytes(*out[25..].first_chunk().expect("a time"));
         assert!((20..200).contains(&(micros / 1_000_000 / 86_400 / 365)), "{micros} us since 2000 is not now");

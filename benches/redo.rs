@@ -1,0 +1,149 @@
+//! What decoding of WAL and redo cost, on the WAL of a real server, which the bench lets write it first.
+
+#![allow(missing_docs, reason = "criterion's macros make undocumented functions")]
+
+use std::collections::{BTreeMap, HashMap};
+use std::hint::black_box;
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use bytes::Bytes;
+use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
+use varve_postgres::wal::record_type::record_type;
+use varve_postgres::wal::{Framer, Record, rmgr};
+use varve_postgres::{BlockNumber, Lsn, Major, Page, RelFork, page};
+use varve_redo::apply;
+use varve_redo::change::{BlockRecord, Change};
+use varve_testing::postgres::Postgres;
+use varve_testing::redo;
+use varve_verify::WalDirectory;
+use varve_verify::wal::{Next, WalSource as _};
+
+const MAJOR: Major = Major::V15;
+/// Changes of a kind that are measured together: their pages take 2 MB.
+const SAMPLES_MAX: usize = 256;
+/// Fewer say nothing.
+const SAMPLES_MIN: usize = 16;
+/// Files of the SQL corpus, one or more for each resource manager.
+const FILES: [&str; 9] = ["heap_rows", "heap_vacuum", "btree_splits", "hash", "gin_posting_tree", "gist", "spgist", "brin", "sequences"];
+
+/// A change, and the page that it is made to.
+struct Sample {
+    lsn: Lsn,
+    blkno: BlockNumber,
+    change: Change,
+    before: Box<Page>,
+}
+
+fn pgbench(postgres: &Postgres, args: &[&str]) -> Result<()> {
+    let output = postgres
+        .command("pgbench")?
+        .args(args)
+        .args(["-h", &postgres.dir().display().to_string(), "-U", "postgres", "postgres"])
+        .output()?;
+    ensure!(output.status.success(), "pgbench failed: {}", String::from_utf8_lossy(&output.stderr));
+    Ok(())
+}
+
+/// One segment of the WAL that pgbench makes a server write, without page images, and where it begins.
+fn plain_wal() -> Result<(Lsn, Bytes)> {
+    let mut postgres =
+        Postgres::init(MAJOR, &[], &[("full_page_writes", "off"), ("max_wal_size", "'4GB'"), ("synchronous_commit", "off")])?;
+    postgres.start()?;
+    pgbench(&postgres, &["-iq", "-s", "5"])?;
+    pgbench(&postgres, &["-c", "4", "-t", "6000"])?;
+    postgres.stop("fast")?;
+    let segments = postgres.wal_segments()?;
+    // The last but one is whole, and of the load's end.
+    let path = segments.iter().rev().nth(1).context("two segments of WAL")?;
+    Ok((start_of(path)?, std::fs::read(path)?.into()))
+}
+
+fn start_of(segment: &Path) -> Result<Lsn> {
+    let name = segment.file_name().and_then(|name| name.to_str()).context("a segment's name")?;
+    Ok(Lsn(u64::from_str_radix(&name[8..16], 16)? << 32 | u64::from_str_radix(&name[16..24], 16)? << 24))
+}
+
+/// Changes of each record type, with the pages before them, which the records before brought.
+fn samples() -> Result<BTreeMap<(u8, u8), Vec<Sample>>> {
+    let mut samples: BTreeMap<(u8, u8), Vec<Sample>> = BTreeMap::new();
+    for file in FILES {
+        let mut postgres = redo::init(MAJOR, &[], &[])?;
+        postgres.start()?;
+        postgres.psql_file("postgres", &redo::sql_path(file))?;
+        postgres.stop("fast")?;
+        let mut pages: HashMap<(RelFork, BlockNumber), Box<Page>> = HashMap::new();
+        let mut wal = WalDirectory::open(&postgres.data_dir())?;
+        while let Next::Record(framed) = wal.next()? {
+            let record = Record::decode(&framed.bytes, framed.start, framed.end, MAJOR)?;
+            for block in &record.blocks {
+                let before = match block.will_init {
+                    true => Some(Box::new(page::ZERO_PAGE)),
+                    false => pages.remove(&(block.rel, block.blkno)),
+                };
+                let Some(after) = block.image.as_ref().and_then(|image| image.restore().ok()) else { continue };
+                let kind = samples.entry((record.header.rmid, record.kind())).or_default();
+                if let Some(before) = before.filter(|_| kind.len() < SAMPLES_MAX) {
+                    let change = Change::Record(BlockRecord::trim(&record, block));
+                    let mut page = before.clone();
+                    if apply(MAJOR, record.end, block.blkno, &change, &mut page).is_ok() {
+                        kind.push(Sample { lsn: record.end, blkno: block.blkno, change, before });
+                    }
+                }
+                let mut after = Box::new(after);
+                page::set_lsn(&mut after, record.end);
+                pages.insert((block.rel, block.blkno), after);
+            }
+        }
+    }
+    Ok(samples)
+}
+
+fn decode(start: Lsn, bytes: &Bytes) -> usize {
+    let mut framer = Framer::from_page(MAJOR, None, start);
+    let mut input = bytes.clone();
+    let mut records = 0;
+    while let Ok(Some(framed)) = framer.next_record(&mut input) {
+        let record = Record::decode(&framed.bytes, framed.start, framed.end, MAJOR);
+        records += usize::from(black_box(record).is_ok());
+    }
+    records
+}
+
+fn benches(c: &mut Criterion) {
+    let (start, bytes) = plain_wal().expect("a server that writes WAL");
+    let records = decode(start, &bytes);
+    assert!(records > 1000, "a segment of pgbench's WAL has many records, it has {records}");
+    let mut group = c.benchmark_group("WAL");
+    group.sample_size(10).measurement_time(Duration::from_secs(3)).throughput(Throughput::Bytes(bytes.len() as u64));
+    group.bench_function("frame, check CRC and decode, bytes", |b| b.iter(|| decode(start, &bytes)));
+    group.throughput(Throughput::Elements(records as u64));
+    group.bench_function("frame, check CRC and decode, records", |b| b.iter(|| decode(start, &bytes)));
+    group.finish();
+
+    let mut group = c.benchmark_group("redo");
+    group.sample_size(10).measurement_time(Duration::from_millis(500)).warm_up_time(Duration::from_millis(100));
+    for ((rmid, info), samples) in samples().expect("a server that writes WAL") {
+        if samples.len() < SAMPLES_MIN {
+            continue;
+        }
+        group.throughput(Throughput::Elements(samples.len() as u64));
+        group.bench_function(format!("{} {}", rmgr::name(rmid), record_type(MAJOR, rmid, info)), |b| {
+            let pages = || samples.iter().map(|sample| sample.before.clone()).collect::<Vec<_>>();
+            b.iter_batched_ref(
+                pages,
+                |pages| {
+                    for (sample, page) in samples.iter().zip(pages) {
+                        let _ = black_box(apply(MAJOR, sample.lsn, sample.blkno, &sample.change, page));
+                    }
+                },
+                BatchSize::LargeInput,
+            );
+        });
+    }
+    group.finish();
+}
+
+criterion_group!(redo_benches, benches);
+criterion_main!(redo_benches);

@@ -1,0 +1,192 @@
+//! Redoes WAL from a data directory on, as fast as it can: what Postgres does in crash recovery, to be measured beside it.
+//!
+//! A window of segments is worked on at a time, in two steps. First each segment is framed and its records decoded, segments side by side
+//! ([`batch`]); what its records do is sorted into [`PARTITIONS`] by the page that it is done to. Then each partition's pages are redone, in
+//! the order of the WAL, partitions side by side ([`partition`]). A page belongs to one partition, so no page is ever shared between threads,
+//! and the outcome is the same whatever their number.
+//!
+//! All that Postgres's recovery does to pages is done: blocks, images, visibility maps, free-space maps, transaction status. Pages stay in memory, up to
+//! a limit; nothing is written.
+
+mod batch;
+mod partition;
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+use varve_postgres::lsn::WAL_SEGMENT_SIZE;
+use varve_postgres::{BLCKSZ, BlockNumber, Lsn, RelFork, page};
+use varve_redo::verify::file_differences;
+
+use crate::wal_directory::Segments;
+use crate::{DataDirectory, VerifyError};
+use batch::Batch;
+use partition::Partition;
+
+/// Groups that pages are divided into; several for each core, so that one that has more work than others does not hold all up.
+const PARTITIONS: usize = 16;
+/// Segments that are in memory at a time: 128 MiB of WAL, and the records made of it.
+const WINDOW_SEGMENTS: u64 = 8;
+
+/// What to redo, and how.
+#[derive(Debug, Clone)]
+pub struct RecoveryConfig {
+    /// The data directory to begin with, which was shut down.
+    pub base: PathBuf,
+    /// The `pg_wal` folder (or data directory) with the WAL written since.
+    pub wal: PathBuf,
+    /// Threads.
+    pub threads: usize,
+    /// Most pages to hold.
+    pub pages_max: usize,
+}
+
+/// Pages as they are at the end of WAL.
+#[derive(Debug)]
+pub struct Recovered {
+    /// Where redo began.
+    pub start: Lsn,
+    /// End of the last record.
+    pub end: Lsn,
+    /// Records.
+    pub records: u64,
+    /// Changes of pages and images taken.
+    pub changes: u64,
+    /// Wall time.
+    pub elapsed: Duration,
+    partitions: Vec<Partition>,
+    base: Arc<DataDirectory>,
+}
+
+/// Redoes all WAL behind the last checkpoint of the base.
+///
+/// # Errors
+/// When files cannot be read, a record cannot be redone, or the pages are too many.
+pub fn recover(config: &RecoveryConfig) -> Result<Recovered, VerifyError> {
+    let base = Arc::new(DataDirectory::open(&config.base)?);
+    let segments = Segments::list(&config.wal)?;
+    let start = base.checkpoint();
+    let pages_max = config.pages_max.div_ceil(PARTITIONS);
+    let partitions: Vec<Mutex<Partition>> = (0..PARTITIONS).map(|_| Mutex::new(Partition::new(base.clone(), pages_max))).collect();
+    let began = Instant::now();
+    let mut recovered =
+        Recovered { start, end: start, records: 0, changes: 0, elapsed: Duration::ZERO, partitions: Vec::new(), base: base.clone() };
+    let mut number = start.segment_number();
+    let mut ended = false;
+    while !ended {
+        let window = number..number + WINDOW_SEGMENTS;
+        let slots: Vec<Mutex<Option<Batch>>> = window.clone().map(|_| Mutex::default()).collect();
+        each(config.threads, slots.len(), |index| {
+            let number = number + index as u64;
+            let from = if number == start.segment_number() { start } else { Lsn(number * WAL_SEGMENT_SIZE) };
+            *slots[index].lock() = Batch::read(&segments, base.control(), from)?;
+            Ok(())
+        })?;
+        let mut batches = Vec::new();
+        for batch in slots {
+            // Whatever lies behind the end of WAL was written earlier.
+            match batch.into_inner() {
+                Some(batch) if !ended => {
+                    ended = batch.ended;
+                    batches.push(batch);
+                }
+                _ => ended = true,
+            }
+        }
+        for batch in &batches {
+            if batch.begins_behind(recovered.end) {
+                return Err(VerifyError::not_usable(
+                    &config.wal,
+                    format!("the record at {} does not follow the one before", recovered.end),
+                ));
+            }
+            recovered.end = recovered.end.max(batch.end);
+            recovered.records += batch.records.len() as u64;
+        }
+        each(config.threads, PARTITIONS, |index| {
+            let mut partition = partitions[index].lock();
+            batches.iter().try_for_each(|batch| partition.redo(batch, index))
+        })?;
+        partition::record_free_space(&partitions)?;
+        number = window.end;
+    }
+    recovered.partitions = partitions.into_iter().map(Mutex::into_inner).collect();
+    recovered.changes = recovered.partitions.iter().map(|partition| partition.changes).sum();
+    recovered.elapsed = began.elapsed();
+    Ok(recovered)
+}
+
+/// Calls `work` for each number below `count`, on so many threads; gives the first error.
+fn each(threads: usize, count: usize, work: impl Fn(usize) -> Result<(), VerifyError> + Sync) -> Result<(), VerifyError> {
+    let next = AtomicUsize::new(0);
+    let failed: Mutex<Option<VerifyError>> = Mutex::default();
+    let worker = || {
+        loop {
+            let index = next.fetch_add(1, Ordering::Relaxed);
+            if index >= count || failed.lock().is_some() {
+                return;
+            }
+            if let Err(error) = work(index) {
+                failed.lock().get_or_insert(error);
+            }
+        }
+    };
+    std::thread::scope(|scope| {
+        for _ in 1..threads.clamp(1, count.max(1)) {
+            scope.spawn(worker);
+        }
+        worker();
+    });
+    failed.into_inner().map_or(Ok(()), Err)
+}
+
+/// How many pages were compared with a recovered server's files, and which are not as they should be.
+#[derive(Debug, Default)]
+pub struct Comparison {
+    /// Pages compared.
+    pub pages: u64,
+    /// Pages that differ, and how.
+    pub differences: Vec<(RelFork, BlockNumber, String)>,
+}
+
+impl Recovered {
+    /// Pages in memory.
+    pub fn pages(&self) -> usize {
+        self.partitions.iter().map(Partition::len).sum()
+    }
+
+    /// Compares with the files of a server that did the same recovery and was shut down then, without doing anything else that matters.
+    ///
+    /// # Errors
+    /// When its files cannot be read.
+    pub fn compare(&self, dir: &Path) -> Result<Comparison, VerifyError> {
+        let theirs = DataDirectory::open(dir)?;
+        let mut comparison = Comparison::default();
+        let pages = self.partitions.iter().flat_map(Partition::pages);
+        for (rel, blkno, ours, rmid) in pages {
+            let mut file = [page::ZERO_PAGE];
+            theirs.read(rel, blkno, &mut file)?;
+            comparison.pages += 1;
+            let what = match file_differences(self.base.major(), rmid, rel.fork, blkno, ours, &file[0]) {
+                Ok(at) if at.is_empty() => continue,
+                Ok(at) => format!("differs at {:?}", &at[..at.len().min(16)]),
+                Err(what) => what,
+            };
+            comparison.differences.push((rel, blkno, what));
+        }
+        Ok(comparison)
+    }
+
+    /// Bytes of WAL that were redone.
+    pub fn bytes(&self) -> u64 {
+        self.end.distance_from(self.start)
+    }
+
+    /// Bytes of the pages in memory.
+    pub fn page_bytes(&self) -> u64 {
+        (self.pages() * BLCKSZ) as u64
+    }
+}

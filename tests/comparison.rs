@@ -1,0 +1,212 @@
+//! After a load of everything that an application does, all is the same: on the compute, in the page service, on a branch, in a full backup, on a
+//! plain standby that followed, and on the next compute. The oracle is Postgres: its dumps, its files, its redo.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, ensure};
+use serde_json::Value;
+use varve_postgres::{Lsn, Major};
+use varve_protocol::client::{BaseBackup, BaseBackupOptions};
+use varve_protocol::connect::{ConnectConfig, Endpoint};
+use varve_testing::beside::{Private, make_plain, wait_replayed};
+use varve_testing::comparison::{Comparison, DataDirectory, PageService};
+use varve_testing::dev::{Dev, amcheck, program, psql};
+use varve_testing::dump::{Sequences, dump, ensure_same};
+use varve_testing::postgres::Postgres;
+
+const VARVE: &str = env!("CARGO_BIN_EXE_varve");
+const SQL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/sql");
+/// How long the page service may be silent.
+const SILENCE_MAX: Duration = Duration::from_secs(60);
+/// How long background work of Postgres may take to end.
+const QUIET_MAX: Duration = Duration::from_secs(30);
+/// Settings of the plain servers.
+const PLAIN: [(&str, &str); 2] = [("shared_buffers", "'32MB'"), ("autovacuum", "off")];
+
+fn text(value: &Value, key: &str) -> anyhow::Result<String> {
+    Ok(value[key].as_str().with_context(|| format!("{value} has a {key}"))?.to_owned())
+}
+
+/// Runs a SQL file with psql.
+fn run_file(db: &str, name: &str) -> anyhow::Result<()> {
+    program("psql", &[db, "-Xq", "-v", "ON_ERROR_STOP=1", "-o", "/dev/null", "-f", &format!("{SQL}/{name}")])?;
+    Ok(())
+}
+
+/// pgbench in the background.
+fn pgbench(db: &str, args: &[&str]) -> anyhow::Result<Child> {
+    let mut command = Command::new("/usr/lib/postgresql/15/bin/pgbench");
+    command.args(args).arg(db).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+    command.spawn().context("pgbench cannot be run")
+}
+
+fn finish(bench: Child) -> anyhow::Result<()> {
+    let output = bench.wait_with_output()?;
+    ensure!(output.status.success(), "pgbench failed: {}", String::from_utf8_lossy(&output.stderr));
+    Ok(())
+}
+
+/// Everything at once, and then once more in an order that leaves nothing for later.
+fn load(db: &str) -> anyhow::Result<()> {
+    program("pgbench", &["-iq", "-s", "2", db])?;
+    psql(db, "CREATE TABLE locked (id int PRIMARY KEY, a int DEFAULT 0); INSERT INTO locked SELECT generate_series(1, 20)")?;
+    psql(db, "CREATE TABLE points_at (locked int REFERENCES locked)")?;
+    let tpcb = pgbench(db, &["-n", "-c", "2", "-T", "12"])?;
+    let lockers = pgbench(db, &["-n", "-c", "5", "-T", "12", "-f", &format!("{SQL}/comparison/lockers.pgbench")])?;
+    run_file(db, "ingest/mixed.sql")?;
+    run_file(db, "comparison/application.sql")?;
+    psql(db, "VACUUM (FREEZE) locked")?;
+    finish(tpcb)?;
+    finish(lockers)?;
+    program("vacuumdb", &["--all", "--quiet", "--analyze", "--maintenance-db", db])?;
+    Ok(())
+}
+
+/// Lets background work of Postgres end, makes a checkpoint, and gives the end of WAL.
+fn quiet(db: &str) -> anyhow::Result<Lsn> {
+    psql(db, "ALTER SYSTEM SET autovacuum = off")?;
+    psql(db, "SELECT pg_reload_conf()")?;
+    let deadline = Instant::now() + QUIET_MAX;
+    while psql(db, "SELECT count(*) FROM pg_stat_activity WHERE backend_type LIKE 'autovacuum worker'")? != "0" {
+        ensure!(Instant::now() < deadline, "autovacuum still works after {QUIET_MAX:?}");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    psql(db, "CHECKPOINT")?;
+    psql(db, "SELECT pg_current_wal_flush_lsn()")?.parse().context("an LSN")
+}
+
+fn copy(from: &Path, to: &Path) -> anyhow::Result<DataDirectory> {
+    let (from, to) = (from.display().to_string(), to.display().to_string());
+    program("cp", &["-a", &from, &to])?;
+    DataDirectory::open(Path::new(&to))
+}
+
+/// A tenant and its compute, which was started once more so that settings took effect.
+fn start() -> anyhow::Result<(Dev, Value)> {
+    let dev = Dev::start(VARVE)?;
+    dev.json(&["tenant", "create", "acme"])?;
+    let db = dev.compute("acme/main", &[])?;
+    for (name, value) in [("max_prepared_transactions", "20"), ("track_commit_timestamp", "on"), ("autovacuum_naptime", "'1s'")] {
+        psql(&db, &format!("ALTER SYSTEM SET {name} = {value}"))?;
+    }
+    dev.json(&["compute", "stop", "acme/main"])?;
+    let compute = dev.json(&["compute", "start", "acme/main"])?;
+    Ok((dev, compute))
+}
+
+/// Object ids of databases that were made by copying block by block.
+fn logged_databases(db: &str) -> anyhow::Result<BTreeSet<u32>> {
+    let oids = psql(db, "SELECT oid FROM pg_database WHERE datname IN ('logged', 'collated')")?;
+    Ok(oids.lines().filter_map(|oid| oid.parse().ok()).collect())
+}
+
+/// Fetches a backup and unpacks it.
+fn backup(dev: &Dev, tenant: &str, timeline: &str, lsn: Lsn, options: BaseBackupOptions, to: &Path) -> anyhow::Result<()> {
+    let config = ConnectConfig::new(Endpoint::tcp("127.0.0.1", dev.pages_port()), "test");
+    let stream = BaseBackup::start(&config, tenant, timeline, Some(lsn), options, SILENCE_MAX)?;
+    std::fs::create_dir(to)?;
+    tar::Archive::new(stream).unpack(to).context("unpacking the backup")
+}
+
+/// A running plain server on a full backup.
+fn from_full_backup(dev: &Dev, tenant: &str, timeline: &str, lsn: Lsn) -> anyhow::Result<(Postgres, DataDirectory)> {
+    let mut postgres = Postgres::bare(Major::V15)?;
+    backup(dev, tenant, timeline, lsn, BaseBackupOptions { full: true, ..BaseBackupOptions::default() }, &postgres.data_dir())?;
+    let directory = copy(&postgres.data_dir(), &postgres.dir().join("as it came"))?;
+    make_plain(&postgres, &PLAIN)?;
+    postgres.start()?;
+    Ok((postgres, directory))
+}
+
+/// Counters and small files must be the same in a full backup at the LSN of a checkpoint.
+fn compare_small_things(truth: &DataDirectory, ours: &DataDirectory) -> anyhow::Result<()> {
+    let (expected, found) = (truth.control().checkpoint_copy, ours.control().checkpoint_copy);
+    let counters = |c: &varve_postgres::control::CheckPoint| {
+        let ids = [("next_xid", c.next_xid), ("next_oid", c.next_oid.into()), ("next_multi", c.next_multi.into())];
+        let more = [("next_multi_offset", c.next_multi_offset.into()), ("oldest_xid", c.oldest_xid.into())];
+        let oldest = [("oldest_xid_db", c.oldest_xid_db.into()), ("oldest_multi", c.oldest_multi.into())];
+        let last = [("oldest_multi_db", c.oldest_multi_db.into()), ("oldest_commit_ts_xid", c.oldest_commit_ts_xid.into())];
+        [&ids[..], &more, &oldest, &last, &[("newest_commit_ts_xid", u64::from(c.newest_commit_ts_xid))]].concat()
+    };
+    ensure!(counters(&expected) == counters(&found), "counters are {:?}, expected {:?}", counters(&found), counters(&expected));
+    let (expected, found) = (truth.small_files()?, ours.small_files()?);
+    let names = |files: &std::collections::BTreeMap<String, Vec<u8>>| files.keys().cloned().collect::<Vec<_>>();
+    ensure!(names(&expected) == names(&found), "small files are {:?}, expected {:?}", names(&found), names(&expected));
+    for (path, bytes) in &expected {
+        ensure!(found.get(path) == Some(bytes), "{path} differs from the server's");
+    }
+    Ok(())
+}
+
+#[test]
+fn the_same_everywhere() -> anyhow::Result<()> {
+    let (dev, compute) = start()?;
+    let db = text(&compute, "conninfo")?;
+    let private = Private::of(&compute)?;
+    let mut standby = private.standby(&PLAIN)?;
+    let before_load: Lsn = psql(&db, "SELECT pg_current_wal_flush_lsn()")?.parse()?;
+    load(&db)?;
+    let lsn = quiet(&db)?;
+
+    // What the compute has on disk, now that nobody writes and everything was written out.
+    let folder = tempfile::tempdir()?;
+    let disk = copy(&private.data_dir(), &folder.path().join("compute"))?;
+    let expected = dump(&db)?;
+    let prepared = "SELECT transaction, gid, owner, database FROM pg_prepared_xacts ORDER BY gid";
+    let expected_prepared = psql(&db, prepared)?;
+    ensure!(expected_prepared.lines().count() == 2, "two transactions stay prepared, got {expected_prepared}");
+    let lossy = logged_databases(&db)?;
+    let branch = dev.json(&["branch", "create", "acme/child", "--lsn", &lsn.to_string()])?;
+    ensure!(branch["branch_lsn"] == lsn.to_string().as_str(), "the branch begins at the checkpoint's end {lsn}, got {branch}");
+
+    // Every block, from the page service.
+    let tenant = text(&dev.json(&["tenant", "show", "acme"])?, "id")?;
+    let main = text(&dev.json(&["branch", "show", "acme/main"])?, "timeline_id")?;
+    let child = text(&branch, "timeline_id")?;
+    for timeline in [&main, &child] {
+        let pages = PageService::new(dev.pages_port(), &tenant, timeline, lsn);
+        let compared = Comparison::new(&disk, &pages).lossy_maps_in(&lossy).run()?;
+        println!("{compared} pages of the compute are as the page service has them");
+    }
+    let pages = PageService::new(dev.pages_port(), &tenant, &main, before_load);
+    ensure!(Comparison::new(&disk, &pages).run().is_err(), "the comparison finds no difference from what was there before the load");
+
+    // A plain standby that followed the same primary, whose redo is Postgres's own.
+    wait_replayed(&standby, lsn)?;
+    ensure_same(&expected, &dump(&standby.conninfo("postgres"))?, Sequences::LoggedAhead).context("the standby, beside the compute")?;
+    let of_standby = dump(&standby.conninfo("postgres"))?;
+    standby.stop("fast")?;
+    let standby_disk = DataDirectory::open(&standby.data_dir())?;
+    let pages = PageService::new(dev.pages_port(), &tenant, &main, lsn);
+    let compared = Comparison::new(&standby_disk, &pages).run()?;
+    println!("{compared} pages of the standby are as the page service has them");
+
+    // A full backup, which plain Postgres starts on.
+    let (full, directory) = from_full_backup(&dev, &tenant, &main, lsn)?;
+    Comparison::new(&disk, &directory).lossy_maps_in(&lossy).run().context("the full backup beside the compute")?;
+    compare_small_things(&disk, &directory).context("the full backup beside the compute")?;
+    ensure_same(&of_standby, &dump(&full.conninfo("postgres"))?, Sequences::Exact).context("the full backup beside the standby")?;
+    amcheck(&full.conninfo("postgres")).context("the full backup")?;
+    backup(&dev, &tenant, &main, lsn, BaseBackupOptions::default(), &folder.path().join("base backup"))?;
+
+    // A branch, and the next compute of the same branch.
+    let branch_db = dev.compute("acme/child", &[])?;
+    ensure_same(&of_standby, &dump(&branch_db)?, Sequences::Exact).context("the branch beside the standby")?;
+    ensure_same(&expected, &dump(&branch_db)?, Sequences::LoggedAhead).context("the branch beside the compute")?;
+    dev.json(&["compute", "stop", "acme/main"])?;
+    let db = dev.compute("acme/main", &[])?;
+    ensure_same(&expected, &dump(&db)?, Sequences::LoggedAhead).context("the next compute beside the one before")?;
+    for db in [&db, &branch_db] {
+        ensure!(psql(db, prepared)? == expected_prepared, "prepared transactions are {expected_prepared} on every copy");
+        ensure!(psql(db, "SELECT count(*) FROM scratch")? == "0", "unlogged tables are empty where the WAL was redone");
+        for gid in ["stays", "stays, with locks"] {
+            psql(db, &format!("COMMIT PREPARED '{gid}'"))?;
+        }
+        program("pgbench", &["-n", "-c", "2", "-t", "200", db])?;
+        amcheck(db)?;
+    }
+    Ok(())
+}

@@ -1,0 +1,227 @@
+//! A branch at any LSN, or at any time, is what stock Postgres recovers to there.
+//!
+//! The oracle has nothing of ours: a base backup of the compute, its WAL as `pg_receivewal` gets it, record boundaries as `pg_waldump` prints
+//! them, and `recovery_target_lsn` and `recovery_target_time`.
+
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+
+use anyhow::{Context as _, ensure};
+use serde_json::Value;
+use varve_postgres::Lsn;
+use varve_testing::beside::{Archive, Private, Target, WalDumpRecord, recovered};
+use varve_testing::dev::{Dev, program, psql};
+use varve_testing::dump::{Sequences, dump, ensure_same};
+use varve_testing::postgres::Postgres;
+use varve_testing::random::SeededRng;
+
+const VARVE: &str = env!("CARGO_BIN_EXE_varve");
+const SQL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/sql");
+/// LSNs that are compared, unless `VARVE_TEST_LSNS` says how many.
+const LSNS: usize = 30;
+/// Among so many LSNs comes one time.
+const LSNS_PER_TIME: usize = 3;
+/// Comparisons that run side by side.
+const LANES: usize = 2;
+/// Bytes in a WAL page, and of its header: that of a segment's first page, and of others.
+const WAL_PAGE: u64 = 8192;
+const LONG_HEADER: u64 = 40;
+const SHORT_HEADER: u64 = 24;
+/// Settings of the recovered servers.
+const PLAIN: [(&str, &str); 3] = [("shared_buffers", "'32MB'"), ("autovacuum", "off"), ("wal_recycle", "off")];
+
+/// A moment as a person gives it.
+#[derive(Debug)]
+enum Moment {
+    Lsn(Lsn),
+    /// As Postgres prints it, in UTC.
+    Time(String),
+}
+
+/// A load that is over, with all that recovery needs.
+struct Loaded {
+    dev: Dev,
+    base: Postgres,
+    archive: Archive,
+    /// Records from the base backup's end on.
+    records: Vec<WalDumpRecord>,
+}
+
+fn spawn(program: &str, args: &[&str]) -> anyhow::Result<Child> {
+    let program = Path::new("/usr/lib/postgresql/15/bin").join(program);
+    Command::new(&program)
+        .args(args)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .with_context(|| format!("{} cannot be run", program.display()))
+}
+
+fn load(db: &str) -> anyhow::Result<()> {
+    program("pgbench", &["-iq", db])?;
+    psql(db, "CREATE TABLE locked (id int PRIMARY KEY, a int DEFAULT 0); INSERT INTO locked SELECT generate_series(1, 20)")?;
+    psql(db, "CREATE TABLE points_at (locked int REFERENCES locked)")?;
+    let lockers = format!("{SQL}/comparison/lockers.pgbench");
+    let mut beside = [
+        spawn("pgbench", &["-n", "-c", "2", "-T", "4", "-R", "300", db])?,
+        spawn("pgbench", &["-n", "-c", "3", "-T", "4", "-R", "200", "-f", &lockers, db])?,
+    ];
+    for file in ["ingest/mixed.sql", "comparison/application.sql"] {
+        program("psql", &[db, "-Xq", "-v", "ON_ERROR_STOP=1", "-o", "/dev/null", "-f", &format!("{SQL}/{file}")])?;
+    }
+    for child in &mut beside {
+        ensure!(child.wait()?.success(), "pgbench runs beside the mix");
+    }
+    Ok(())
+}
+
+fn loaded() -> anyhow::Result<Loaded> {
+    let dev = Dev::start(VARVE)?;
+    dev.json(&["tenant", "create", "acme"])?;
+    let db = dev.compute("acme/main", &[])?;
+    for (name, value) in [("max_prepared_transactions", "20"), ("track_commit_timestamp", "on"), ("autovacuum_naptime", "'1s'")] {
+        psql(&db, &format!("ALTER SYSTEM SET {name} = {value}"))?;
+    }
+    dev.json(&["compute", "stop", "acme/main"])?;
+    let compute: Value = dev.json(&["compute", "start", "acme/main"])?;
+    let db = compute["conninfo"].as_str().context("a compute has a conninfo")?;
+    let private = Private::of(&compute)?;
+    let mut archive = private.archive()?;
+    let base = private.base_backup(&[])?;
+    let from: Lsn = psql(db, "SELECT pg_current_wal_flush_lsn()")?.parse().context("an LSN")?;
+    load(db)?;
+    let end: Lsn = psql(db, "SELECT pg_current_wal_flush_lsn()")?.parse().context("an LSN")?;
+    archive.finish(&private, end)?;
+    let records = archive.records(1, from, end)?;
+    ensure!(records.len() > 1000, "the load wrote {} records", records.len());
+    Ok(Loaded { dev, base, archive, records })
+}
+
+/// Where the first record at or after a boundary begins: behind the page's header.
+fn first_record_at(boundary: Lsn) -> Lsn {
+    if !boundary.0.is_multiple_of(WAL_PAGE) {
+        return boundary;
+    }
+    let header = if boundary.segment_offset() == 0 { LONG_HEADER } else { SHORT_HEADER };
+    Lsn(boundary.0 + header)
+}
+
+/// Where the record before the one that begins at `start` ends.
+fn boundary_before(start: Lsn) -> Lsn {
+    let page = Lsn(start.0 - start.0 % WAL_PAGE);
+    if start.0 > page.0 && start <= first_record_at(page) { page } else { start }
+}
+
+impl Loaded {
+    /// The boundary that a branch at `lsn` must begin at: the end of the last record that ends at or before it.
+    fn round_down(&self, lsn: Lsn) -> Lsn {
+        let begun = self.records.partition_point(|record| boundary_before(record.start) <= lsn);
+        boundary_before(self.records[begun.saturating_sub(1)].start)
+    }
+
+    /// Compares a branch at a moment with a server that Postgres recovered to it.
+    fn compare(&self, name: &str, moment: [&str; 2], target: &Target) -> anyhow::Result<()> {
+        let theirs = recovered(&self.base.data_dir(), self.archive.dir(), target, &PLAIN)?;
+        let branch = self.dev.json(&["branch", "create", &format!("acme/{name}"), moment[0], moment[1]])?;
+        if let Target::Lsn(expected) = target {
+            ensure!(branch["branch_lsn"] == expected.to_string().as_str(), "the branch begins at {expected}, got {branch}");
+        }
+        let branch = format!("acme/{name}");
+        let ours = self.dev.compute(&branch, &[])?;
+        let theirs_conninfo = theirs.conninfo("postgres");
+        let (expected, found) = std::thread::scope(|scope| {
+            let expected = scope.spawn(|| dump(&theirs_conninfo));
+            let found = dump(&ours);
+            (expected.join(), found)
+        });
+        let expected = expected.map_err(|_| anyhow::anyhow!("dumping panicked"))?;
+        ensure_same(&expected?, &found?, Sequences::Exact)?;
+        let prepared = "SELECT transaction, gid, owner, database FROM pg_prepared_xacts ORDER BY gid";
+        let (expected, found) = (theirs.psql("postgres", prepared)?, psql(&ours, prepared)?);
+        ensure!(expected.trim_end() == found, "prepared transactions are {found}, expected {expected}");
+        self.dev.json(&["compute", "stop", &branch])?;
+        Ok(())
+    }
+
+    fn check(&self, name: &str, moment: &Moment) -> anyhow::Result<()> {
+        match moment {
+            Moment::Lsn(lsn) => {
+                let boundary = self.round_down(*lsn);
+                self.compare(name, ["--lsn", &lsn.to_string()], &Target::Lsn(boundary))
+                    .with_context(|| format!("a branch at {lsn}, which is {boundary}"))
+            }
+            Moment::Time(time) => {
+                let rfc3339 = format!("{}Z", time.replace(' ', "T"));
+                self.compare(name, ["--at", &rfc3339], &Target::Time(format!("{time}+00"))).with_context(|| format!("a branch at {time}"))
+            }
+        }
+    }
+}
+
+/// Microseconds since the first hour of the day, of a time as Postgres prints it; the load does not pass midnight unnoticed.
+fn microseconds(time: &str) -> anyhow::Result<i64> {
+    let (_, clock) = time.split_once(' ').context("a date and a time")?;
+    let parse = || {
+        let mut parts = clock.split([':', '.']);
+        let mut next = || parts.next().and_then(|part| part.parse::<i64>().ok());
+        Some(((next()? * 60 + next()?) * 60 + next()?) * 1_000_000 + next().unwrap_or(0))
+    };
+    parse().with_context(|| format!("{time} is a time"))
+}
+
+/// A time between the ends of two transactions that follow each other, if there is one.
+fn between(before: &str, after: &str) -> anyhow::Result<Option<String>> {
+    let (a, b) = (microseconds(before)?, microseconds(after)?);
+    if b - a < 2 {
+        return Ok(None);
+    }
+    let middle = (a + b) / 2;
+    let (seconds, micros) = (middle / 1_000_000, middle % 1_000_000);
+    let date = before.split(' ').next().unwrap_or_default();
+    Ok(Some(format!("{date} {:02}:{:02}:{:02}.{micros:06}", seconds / 3600, seconds / 60 % 60, seconds % 60)))
+}
+
+/// Half of them record boundaries, half anywhere.
+fn random_lsns(loaded: &Loaded, random: &mut SeededRng, count: usize) -> Vec<Moment> {
+    let (first, last) = (loaded.records[0].start, loaded.records[loaded.records.len() - 1].start);
+    let boundary = |i: u64| boundary_before(loaded.records[i as usize].start);
+    let any = |random: &mut SeededRng| Lsn(random.between(first.0, last.0));
+    let one = |i| if i % 2 == 0 { boundary(random.below(loaded.records.len() as u64)) } else { any(random) };
+    (0..count).map(one).map(Moment::Lsn).collect()
+}
+
+/// Half of them exactly when a transaction ended, half between two ends.
+fn random_times(loaded: &Loaded, random: &mut SeededRng, count: usize) -> anyhow::Result<Vec<Moment>> {
+    let times: Vec<&str> = loaded.records.iter().filter_map(WalDumpRecord::end_time).collect();
+    ensure!(times.len() > 100, "{} transactions ended", times.len());
+    let mut chosen = Vec::new();
+    while chosen.len() < count {
+        let at = random.below(times.len() as u64 - 1) as usize;
+        let time = if chosen.len().is_multiple_of(2) { Some(times[at].to_owned()) } else { between(times[at], times[at + 1])? };
+        // Recovery stops only at a transaction that ended later.
+        chosen.extend(time.filter(|time| times[times.len() - 1] > time.as_str()).map(Moment::Time));
+    }
+    Ok(chosen)
+}
+
+#[test]
+fn branches_are_what_postgres_recovers_to() -> anyhow::Result<()> {
+    let loaded = loaded()?;
+    let mut random = SeededRng::new(u64::from(std::process::id()));
+    let lsns = match std::env::var("VARVE_TEST_LSNS") {
+        Ok(count) => count.parse().with_context(|| format!("VARVE_TEST_LSNS is a number, got {count:?}"))?,
+        Err(_) => LSNS,
+    };
+    let mut moments = random_lsns(&loaded, &mut random, lsns);
+    moments.extend(random_times(&loaded, &mut random, lsns / LSNS_PER_TIME)?);
+    println!("{} records; {moments:?}", loaded.records.len());
+    let lane = |lane: usize| {
+        let mut mine = moments.iter().enumerate().skip(lane).step_by(LANES);
+        mine.try_for_each(|(i, moment)| loaded.check(&format!("b{i}"), moment))
+    };
+    std::thread::scope(|scope| {
+        let lanes: Vec<_> = (0..LANES).map(|i| scope.spawn(move || lane(i))).collect();
+        lanes.into_iter().try_for_each(|lane| lane.join().map_err(|_| anyhow::anyhow!("a comparison panicked"))?)
+    })
+}

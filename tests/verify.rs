@@ -1,0 +1,253 @@
+//! `varve verify` finds nothing where nothing is wrong, and finds and names what is.
+
+use std::os::unix::fs::FileExt as _;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context as _, ensure};
+use serde_json::Value;
+use varve_postgres::Major;
+use varve_testing::dev::{Dev, program, psql};
+use varve_testing::postgres::Postgres;
+use varve_testing::redo;
+
+const VARVE: &str = env!("CARGO_BIN_EXE_varve");
+
+/// Work that touches tables, indexes, sequences and maps.
+const WORK: &str = "
+CREATE TABLE work (id serial PRIMARY KEY, word text);
+CREATE INDEX ON work USING hash (word);
+INSERT INTO work (word) SELECT md5(i::text) FROM generate_series(1, 3000) i;
+UPDATE work SET word = word || 'x' WHERE id % 3 = 0;
+DELETE FROM work WHERE id % 5 = 0;
+VACUUM work;
+TRUNCATE work;
+INSERT INTO work (word) SELECT md5(i::text) FROM generate_series(1, 500) i;";
+
+/// Runs [`WORK`], statement by statement.
+fn work(mut run: impl FnMut(&str) -> anyhow::Result<String>) -> anyhow::Result<()> {
+    WORK.split(';').filter(|statement| !statement.trim().is_empty()).try_for_each(|statement| run(statement).map(drop))
+}
+
+/// Runs `varve verify ...`; gives whether all matched, and its JSON.
+fn verify(args: &[&str]) -> anyhow::Result<(bool, Value)> {
+    let output = Command::new(VARVE).arg("verify").args(args).arg("--json").output()?;
+    let json = serde_json::from_slice(&output.stdout)
+        .with_context(|| format!("varve verify {} printed no JSON: {}{}", args.join(" "), text(&output.stdout), text(&output.stderr)))?;
+    Ok((output.status.success(), json))
+}
+
+/// Runs `varve verify ...` with a server; all must match. Gives its JSON.
+fn matched(dev: &Dev, args: &[&str]) -> anyhow::Result<Value> {
+    let output = dev.cli(&[&["verify"], args, &["--json"]].concat())?;
+    ensure!(output.status.success(), "varve verify {}: {}{}", args.join(" "), text(&output.stdout), text(&output.stderr));
+    Ok(serde_json::from_slice(&output.stdout)?)
+}
+
+/// Runs `varve verify ...`, which must fail without a finding; gives what it says.
+fn refused(args: &[&str]) -> anyhow::Result<String> {
+    let output = Command::new(VARVE).arg("verify").args(args).env("VARVE_URL", "http://127.0.0.1:1").output()?;
+    ensure!(!output.status.success(), "varve verify {} must be refused", args.join(" "));
+    Ok(text(&output.stderr))
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+fn path(path: &Path) -> anyhow::Result<&str> {
+    path.to_str().context("a path of UTF-8")
+}
+
+/// A copy of a data directory.
+fn copy(from: &Path, to: &Path) -> anyhow::Result<()> {
+    program("cp", &["-a", path(from)?, path(to)?]).map(drop)
+}
+
+/// Flips a bit of a file.
+fn damage(file: &Path, at: u64) -> anyhow::Result<()> {
+    let file = std::fs::File::options().read(true).write(true).open(file)?;
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, at)?;
+    byte[0] ^= 1;
+    Ok(file.write_all_at(&byte, at)?)
+}
+
+/// Asserts that a report has this number under this name.
+#[track_caller]
+fn expect(report: &Value, name: &str, expected: impl Into<Value>) {
+    assert_eq!(report[name], expected.into(), "{name} in {report:#}");
+}
+
+#[test]
+fn wal_in_a_folder_is_redone_from_the_pages_before_it() -> anyhow::Result<()> {
+    let mut postgres = redo::init(Major::V15, &[], &[])?;
+    postgres.start()?;
+    postgres.psql("postgres", "CREATE TABLE before AS SELECT i, 'unchanged' AS word FROM generate_series(1, 100) i")?;
+    let file = postgres.psql("postgres", "SELECT pg_relation_filepath('before')")?;
+    postgres.stop("fast")?;
+    let base = postgres.dir().join("base");
+    copy(&postgres.data_dir(), &base)?;
+    postgres.start()?;
+    work(|sql| postgres.psql("postgres", sql))?;
+    postgres.psql("postgres", "UPDATE before SET word = 'changed' WHERE i = 1")?;
+    let running = refused(&["wal", path(&postgres.data_dir())?, "--base", path(&postgres.data_dir())?])?;
+    ensure!(running.contains("pg_ctl stop"), "pages of a running server are no base: {running}");
+    postgres.stop("fast")?;
+    let (data, base_arg) = (postgres.data_dir(), path(&base)?);
+
+    let (matched, report) = verify(&["wal", path(&data)?, "--base", base_arg])?;
+    ensure!(matched, "expected no mismatch: {report:#}");
+    expect(&report, "adopted", 0);
+    let types = report["types"].as_array().context("a list of types")?;
+    let inserts = types.iter().find(|t| t["rmgr"] == "Heap" && t["record"] == "INSERT").context("heap inserts")?;
+    ensure!(inserts["count"].as_u64() > Some(3000) && inserts["ns_per_record"].as_u64() > Some(0), "all inserts are there: {inserts}");
+
+    // With little memory, pages go to a file and come back.
+    let (matched, spilled) = verify(&["wal", path(&data)?, "--base", base_arg, "--memory-mb", "0"])?;
+    ensure!(matched && spilled["overflow_bytes"].as_u64() > Some(0), "the same with a page in memory: {spilled:#}");
+    expect(&spilled, "compared", report["compared"].clone());
+
+    // Without the pages before, the first image of each is taken for true.
+    let from = report["from"].as_str().context("a start")?.to_owned();
+    let (matched, report) = verify(&["wal", path(&data.join("pg_wal"))?, "--from", &from])?;
+    ensure!(matched && report["adopted"].as_u64() > Some(0), "without a base all that can be compared matches: {report:#}");
+
+    // A page that is not what Postgres had before shows when it is changed.
+    damage(&base.join(file.trim()), 8191 - 8)?;
+    let (matched, report) = verify(&["wal", path(&data)?, "--base", base_arg])?;
+    ensure!(!matched, "a wrong page must be found: {report:#}");
+    expect(&report, "mismatches", 1);
+    let mismatch = &report["first_mismatches"][0];
+    ensure!(mismatch["rmgr"] == "Heap" && mismatch["block"] == 0, "the mismatch names record and block: {mismatch}");
+    let output = Command::new(VARVE).args(["verify", "wal", path(&data)?, "--base", base_arg]).output()?;
+    let shown = text(&output.stdout);
+    ensure!(!output.status.success() && shown.contains("item ") && shown.contains('*'), "the page's difference is shown:\n{shown}");
+    Ok(())
+}
+
+#[test]
+fn damaged_wal_is_told_from_its_end() -> anyhow::Result<()> {
+    let mut postgres = redo::init(Major::V15, &[], &[])?;
+    postgres.start()?;
+    work(|sql| postgres.psql("postgres", sql))?;
+    postgres.stop("fast")?;
+    let (whole, report) = verify(&["wal", path(&postgres.data_dir())?])?;
+    ensure!(whole, "whole WAL is verified: {report:#}");
+    let segments = postgres.wal_segments()?;
+    let first = segments.first().context("a segment")?;
+    damage(first, 1 << 20)?;
+    let (matched, report) = verify(&["wal", path(&postgres.data_dir())?])?;
+    let failure = report["failure"].as_str().unwrap_or_default();
+    ensure!(!matched && failure.contains("goes on behind"), "a damaged record in the middle is no end of WAL: {report:#}");
+    std::fs::rename(first, first.with_extension("moved"))?;
+    let gone = verify(&["wal", path(&postgres.data_dir())?, "--from", "0/1000028"]);
+    ensure!(gone.is_err(), "WAL that is not there cannot be verified");
+    let told = refused(&["wal", path(&postgres.data_dir())?, "--from", "0/1000028"])?;
+    ensure!(told.contains("000000010000000000000001"), "the missing segment is named: {told}");
+    Ok(())
+}
+
+#[test]
+fn the_wal_of_a_running_server_is_followed() -> anyhow::Result<()> {
+    let mut postgres =
+        redo::init(Major::V15, &[], &[("max_wal_senders", "4"), ("synchronous_standby_names", "'*'"), ("synchronous_commit", "local")])?;
+    postgres.start()?;
+    let from = postgres.psql("postgres", "SELECT pg_current_wal_lsn()")?;
+    let conninfo = postgres.conninfo("postgres");
+    let follower = std::thread::spawn({
+        let (conninfo, from) = (conninfo.clone(), from.trim().to_owned());
+        // The last record of the work is not known yet; a point that the server is made to pass does.
+        move || verify(&["wal", &conninfo, "--from", &from, "--until", "0/6000000"])
+    });
+    work(|sql| postgres.psql("postgres", sql))?;
+    let released = postgres.psql("postgres", "SELECT count(*) FROM pg_stat_replication WHERE application_name = 'varve_verify' AND sync_state = 'sync' AND flush_lsn IS NOT NULL")?;
+    ensure!(released.trim() == "0", "who verifies is no standby that releases commits");
+    for _ in 0..5 {
+        postgres.psql(
+            "postgres",
+            "CREATE TABLE IF NOT EXISTS more (i int); INSERT INTO more SELECT generate_series(1, 2000); SELECT pg_switch_wal()",
+        )?;
+    }
+    let (matched, report) = follower.join().map_err(|_| anyhow::anyhow!("the follower panicked"))??;
+    ensure!(matched && report["compared"].as_u64() > Some(5000), "the followed WAL matches: {report:#}");
+    Ok(())
+}
+
+#[test]
+fn a_branch_holds_what_postgres_has() -> anyhow::Result<()> {
+    let dev = Dev::start(VARVE)?;
+    dev.json(&["tenant", "create", "acme"])?;
+    let db = dev.compute("acme/main", &[])?;
+    psql(&db, "ALTER SYSTEM SET wal_consistency_checking = 'all'")?;
+    psql(&db, "SELECT pg_reload_conf()")?;
+    let from = psql(&db, "SELECT pg_current_wal_lsn()")?;
+    work(|sql| psql(&db, sql))?;
+    let until = psql(&db, "SELECT pg_current_wal_lsn()")?;
+
+    // Its WAL, through the compute that writes it.
+    let report = matched(&dev, &["wal", "acme/main", "--from", &from, "--until", &until])?;
+    ensure!(report["compared"].as_u64() > Some(1000), "the branch's WAL is followed through its compute: {report:#}");
+    // Its pages, on their own.
+    matched(&dev, &["timeline", "acme/main"])?;
+
+    // Against a stock standby of the compute.
+    let standby = standby_of(&db)?;
+    let password = db.split([':', '@']).nth(2).context("a password in the URI")?;
+    let standby_db = format!("{} password={password}", standby.conninfo("postgres"));
+    let report = matched(&dev, &["timeline", "acme/main", "--against", &standby_db])?;
+    ensure!(report["pages"].as_u64() > Some(1000), "all pages were compared: {report:#}");
+    let state = psql(&standby_db, "SELECT pg_get_wal_replay_pause_state()")?;
+    ensure!(state == "not paused", "afterwards replay goes on, it is {state}");
+    psql(&db, "INSERT INTO work (word) VALUES ('later')")?;
+    matched(&dev, &["timeline", "acme/main", "--against", &standby_db, "--lsn", &until])?;
+
+    // Against a data directory.
+    let folder = dev.folder().join("materialized");
+    dev.json(&["materialize", "acme/main", path(&folder)?])?;
+    matched(&dev, &["timeline", "acme/main", "--against", path(&folder)?])?;
+    let file = folder.join(psql(&db, "SELECT pg_relation_filepath('work')")?);
+    damage(&file, 8192 + 8191 - 8)?;
+    let output = dev.cli(&["verify", "timeline", "acme/main", "--against", path(&folder)?])?;
+    let shown = text(&output.stdout);
+    let name = file.file_name().context("a name")?.to_string_lossy().into_owned();
+    ensure!(!output.status.success(), "a page that differs must be found: {shown}");
+    ensure!(shown.contains(&format!("{name} block 1 ")) && shown.contains("1 differences"), "relation and block are named: {shown}");
+
+    // Against others.
+    let stranger = Postgres::init(Major::V15, &[], &[])?;
+    let told = dev.refused(&["verify", "timeline", "acme/main", "--against", path(&stranger.data_dir())?])?;
+    ensure!(told.contains("another cluster"), "{told}");
+    let told = dev.refused(&["verify", "timeline", "acme/main", "--against", &db])?;
+    ensure!(told.contains("no standby"), "{told}");
+    Ok(())
+}
+
+/// A streaming standby of the server at `conninfo`, running.
+fn standby_of(conninfo: &str) -> anyhow::Result<Postgres> {
+    let mut standby = Postgres::bare(Major::V15)?;
+    let data: PathBuf = standby.data_dir();
+    let status = standby.command("pg_basebackup")?.args(["-d", conninfo, "-X", "stream", "-R", "--no-sync", "-D"]).arg(&data).status()?;
+    ensure!(status.success(), "pg_basebackup from the compute failed");
+    standby.configure(&[("hot_standby", "on")])?;
+    standby.start()?;
+    Ok(standby)
+}
+
+#[test]
+fn sources_that_are_none_are_refused_in_words() -> anyhow::Result<()> {
+    let empty = tempfile::tempdir()?;
+    for (args, why) in [
+        (vec!["wal", "nothing"], "no tenant/branch"),
+        (vec!["wal", "/no/such/folder"], "no tenant/branch"),
+        (vec!["wal", path(empty.path())?], "no WAL segment"),
+        (vec!["wal", "host=/nowhere user=x"], "/nowhere"),
+        (vec!["wal", "postgresql://h/?sslmode=require"], "TLS"),
+        (vec!["wal", path(empty.path())?, "--base", path(empty.path())?], "PG_VERSION"),
+        (vec!["timeline", "acme"], "tenant/branch"),
+    ] {
+        let told = refused(&args)?;
+        ensure!(told.contains(why), "varve verify {}: expected '{why}' in: {told}", args.join(" "));
+    }
+    Ok(())
+}
