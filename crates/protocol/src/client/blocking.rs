@@ -100,14 +100,15 @@ impl BlockingPageClient {
                     if answered.iter().filter(|&&done| done).count() > answered_before {
                         (deadline, pause) = (Instant::now() + self.retry_for, RETRY_PAUSE_MIN); // it was there
                     }
-                    if Instant::now() + pause > deadline {
+                    let left = deadline.saturating_duration_since(Instant::now());
+                    if left.is_zero() {
                         return Err(error);
                     }
                     if !waiting {
                         tracing::warn!(timeline = %self.timeline, %error, "waiting for the page service at {}", self.endpoint);
                         waiting = true;
                     }
-                    if !self.pool.pause(pause) {
+                    if !self.pool.pause(pause.min(left)) {
                         return Err(error);
                     }
                     pause = (pause * 2).min(RETRY_PAUSE_MAX);
