@@ -17,6 +17,11 @@ use crate::ingest::Ingest;
 const READ_SIZE: usize = 1024 * 1024;
 /// Records between two moments at which readers may see more.
 const RECORDS_BETWEEN_ADVANCES: usize = 256;
+/// How long WAL may gather while nobody waits to read it: to be woken for each group of commits costs more than to ingest it, and comes at the
+/// very moment when they wait for their acknowledgement.
+const GATHER_MAX: Duration = Duration::from_millis(2);
+/// So much WAL is ingested at once.
+const GATHER_SIZE: u64 = 64 * 1024;
 /// How often an idle timeline looks whether it has something old to flush.
 const IDLE_WAIT: Duration = Duration::from_millis(500);
 /// How often a timeline whose ancestors lag looks whether it should end.
@@ -106,18 +111,28 @@ impl ServedTimeline {
         Ok(())
     }
 
-    /// Waits until there is WAL beyond `position`; gives head, or nothing when it is time to end. Comes back now and then for a flush.
+    /// Waits until there is WAL beyond `position` that is worth the while or waited for; gives head, or nothing when it is time to end. Comes back now and
+    /// then for a flush.
     fn wait_for_wal(self: &Arc<Self>, position: Lsn) -> Option<Lsn> {
+        let mut gathered = Instant::now() + GATHER_MAX;
         let mut positions = self.positions.lock();
         loop {
             if self.stopping.load(Ordering::Acquire) {
                 return None;
             }
-            if positions.head > position {
-                return Some(positions.head);
+            let (head, now) = (positions.head, Instant::now());
+            if head > position {
+                if positions.wanted > position || head.distance_from(position) >= GATHER_SIZE || now >= gathered {
+                    return Some(head);
+                }
+                self.ingest_wakes.wait_until(&mut positions, gathered);
+                continue;
             }
-            let deadline = Instant::now() + IDLE_WAIT;
-            if self.changed.wait_until(&mut positions, deadline).timed_out() && self.flush_is_due() {
+            positions.ingest_sleeps = true;
+            let idle = self.ingest_wakes.wait_until(&mut positions, now + IDLE_WAIT).timed_out();
+            positions.ingest_sleeps = false;
+            gathered = Instant::now() + GATHER_MAX;
+            if idle && self.flush_is_due() {
                 drop(positions);
                 self.flush_if_due(&self.context.runtime);
                 positions = self.positions.lock();

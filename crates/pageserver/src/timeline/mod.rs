@@ -46,6 +46,10 @@ struct Positions {
     applied: Lsn,
     /// Everything up to here is in uploaded layers.
     layered: Lsn,
+    /// Somebody waits to read up to here.
+    wanted: Lsn,
+    /// Ingest sleeps until there is WAL.
+    ingest_sleeps: bool,
     /// Why ingest stopped, if it did.
     stopped: Option<String>,
 }
@@ -66,6 +70,8 @@ pub struct ServedTimeline {
     context: Arc<OpenContext>,
     positions: Mutex<Positions>,
     changed: Condvar,
+    /// Where ingest waits.
+    ingest_wakes: Condvar,
     stopping: AtomicBool,
     worker: Mutex<Option<std::thread::JoinHandle<()>>>,
     writer: tokio::sync::Mutex<writer::Writer>,
@@ -152,6 +158,10 @@ impl ServedTimeline {
             if self.stopping.load(Ordering::Acquire) {
                 return Err("the pageserver is stopping".to_owned());
             }
+            if positions.wanted < lsn {
+                positions.wanted = lsn;
+                self.ingest_wakes.notify_one();
+            }
             if self.changed.wait_until(&mut positions, deadline).timed_out() && positions.applied < lsn {
                 return Err(format!(
                     "timeline {} has no WAL up to {lsn}: it ends at {}, of which {} is applied",
@@ -165,7 +175,12 @@ impl ServedTimeline {
     /// Ends the ingest and the WAL receiver. Blocks until both have ended.
     pub async fn stop(&self) {
         self.stopping.store(true, Ordering::Release);
-        self.changed.notify_all();
+        {
+            // Under the lock, so that nobody who has just looked misses it.
+            let _positions = self.positions.lock();
+            self.changed.notify_all();
+            self.ingest_wakes.notify_all();
+        }
         self.writer.lock().await.end_stream().await;
         let deadline = Instant::now() + FLUSH_END_MAX;
         while self.flushing.load(Ordering::Acquire) && Instant::now() < deadline {
@@ -174,6 +189,16 @@ impl ServedTimeline {
         let worker = self.worker.lock().take();
         if let Some(worker) = worker {
             let _ = tokio::task::spawn_blocking(move || worker.join()).await;
+        }
+    }
+
+    /// Says that WAL up to `head` is durable.
+    fn raise_head(&self, head: Lsn) {
+        let mut positions = self.positions.lock();
+        positions.head = positions.head.max(head);
+        if positions.ingest_sleeps {
+            positions.ingest_sleeps = false;
+            self.ingest_wakes.notify_one();
         }
     }
 

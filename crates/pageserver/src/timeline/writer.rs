@@ -319,8 +319,7 @@ impl WalSink for Sink {
             self.timeline.wal.sync(position)?;
         }
         // Head moves before the acknowledgement does.
-        let framed = self.framed;
-        self.timeline.update(|positions| positions.head = positions.head.max(framed));
+        self.timeline.raise_head(self.framed);
         Ok(self.appended)
     }
 
