@@ -40,13 +40,22 @@ impl ServedTimeline {
     }
 
     fn ingest(self: &Arc<Self>, runtime: &tokio::runtime::Handle) -> Result<(), String> {
+        let mut ingest = None;
+        self.ingest_into(&mut ingest, runtime).inspect_err(|_| {
+            // What was ingested before whatever went wrong is to be seen.
+            if let Some(Err(error)) = ingest.as_mut().map(|ingest| self.advance(ingest)) {
+                tracing::error!(timeline = self.name, error, "what was ingested last does not become visible");
+            }
+        })
+    }
+
+    fn ingest_into(self: &Arc<Self>, ingest: &mut Option<Ingest>, runtime: &tokio::runtime::Handle) -> Result<(), String> {
         let start = self.applied();
         let mut framer = Framer::new(self.major, Some(self.system_identifier), start, None);
-        let mut ingest: Option<Ingest> = None;
         loop {
             self.flush_if_due(runtime);
             let Some(head) = self.wait_for_wal(framer.position()) else { return Ok(()) };
-            let ingest = match &mut ingest {
+            let ingest = match ingest {
                 Some(ingest) => ingest,
                 // Opened at the first record, so that an idle timeline reads nothing.
                 None => {

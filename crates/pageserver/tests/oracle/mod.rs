@@ -65,7 +65,7 @@ pub fn import(postgres: &Postgres) -> Result<Loaded> {
 pub fn ingest(postgres: &Postgres, loaded: &mut Loaded) -> Result<()> {
     let start = loaded.end();
     let mut ingest = Ingest::open(loaded.history.clone(), start)?;
-    each_record(postgres.major(), &postgres.data_dir().join("pg_wal"), start, &mut |record| {
+    let ended = each_record(postgres.major(), &postgres.data_dir().join("pg_wal"), start, &mut |record| {
         ingest.record(&record).with_context(|| format!("ingesting the record at {}", record.start))?;
         loaded.boundaries.push(record.end);
         let decoded = Record::decode(&record.bytes, record.start, record.end, postgres.major())?;
@@ -82,8 +82,9 @@ pub fn ingest(postgres: &Postgres, loaded: &mut Loaded) -> Result<()> {
             ingest = Ingest::open(loaded.history.clone(), ingest.end())?;
         }
         Ok(())
-    })?;
+    });
     ingest.advance()?;
+    ended?;
     ensure!(ingest.end() == *loaded.boundaries.last().context("the load wrote no WAL")?, "the ingest stands at the last record's end");
     Ok(())
 }
