@@ -94,18 +94,14 @@ impl ServedTimeline {
     fn wait_for_ancestors(&self, start: Lsn) -> Result<bool, String> {
         let Some((ancestor, branch_lsn)) = &self.ancestor else { return Ok(true) };
         while !self.stopping.load(Ordering::Acquire) {
-            match ancestor.wait_applied(start.min(*branch_lsn), ANCESTOR_WAIT) {
+            let lsn = start.min(*branch_lsn);
+            match ancestor.wait_applied(lsn, ANCESTOR_WAIT) {
                 Ok(()) => return Ok(true),
-                Err(reason) if ancestor.has_stopped() => return Err(reason),
+                Err(reason) if ancestor.stopped_before(lsn).is_some() => return Err(reason),
                 Err(_) => {}
             }
         }
         Ok(false)
-    }
-
-    /// Whether its ingest, or that of an ancestor, has stopped.
-    fn has_stopped(&self) -> bool {
-        self.stopped().is_some() || self.ancestor.as_ref().is_some_and(|(ancestor, _)| ancestor.has_stopped())
     }
 
     fn advance(&self, ingest: &mut Ingest) -> Result<(), String> {
