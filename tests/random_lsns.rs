@@ -18,7 +18,7 @@ const LSNS: usize = 30;
 /// LSNs that are compared on other majors than 15.
 const LSNS_OF_OTHERS: usize = 4;
 /// Among so many LSNs comes one time.
-const LSNS_PER_TIME: usize = 3;
+const LSNS_PER_TIME: usize = 5;
 /// Comparisons that run side by side.
 const LANES: usize = 2;
 /// Bytes in a WAL page, and of its header: that of a segment's first page, and of others.
