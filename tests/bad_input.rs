@@ -2,7 +2,9 @@
 
 use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
-use std::time::Duration;
+use std::os::unix::fs::PermissionsExt as _;
+use std::process::Command;
+use std::time::{Duration, Instant};
 
 use anyhow::ensure;
 use varve_testing::dev::{Dev, psql};
@@ -138,5 +140,75 @@ fn a_user_who_takes_the_standby_name_away() -> anyhow::Result<()> {
         std::thread::sleep(Duration::from_millis(50));
     }
     psql(&db, "CREATE TABLE t (i int)")?;
+    Ok(())
+}
+
+/// An extension that writes a record of a resource manager of its own, in what every C compiler understands without Postgres's headers.
+const EXTENSION: &str = r#"
+typedef struct { int len, version, funcmaxargs, indexmaxkeys, namedatalen, float8byval; char abi_extra[32]; } Magic;
+const Magic *Pg_magic_func(void) { static const Magic magic = {sizeof(Magic), 1500, 100, 32, 64, 1, "PostgreSQL"}; return &magic; }
+typedef struct { int api_version; } Info;
+const Info *pg_finfo_emit(void) { static const Info info = {1}; return &info; }
+void XLogBeginInsert(void);
+void XLogRegisterData(char *data, int len);
+unsigned long XLogInsert(unsigned char rmid, unsigned char info);
+unsigned long emit(void *fcinfo) { XLogBeginInsert(); XLogRegisterData("payload", 8); return XLogInsert(130, 0x10); }
+"#;
+
+/// Compiles [`EXTENSION`] to where a server can load it.
+fn extension(folder: &std::path::Path) -> anyhow::Result<std::path::PathBuf> {
+    std::fs::set_permissions(folder, std::fs::Permissions::from_mode(0o755))?;
+    let (source, library) = (folder.join("stranger.c"), folder.join("stranger.so"));
+    std::fs::write(&source, EXTENSION)?;
+    let output = Command::new("cc").args(["-shared", "-fPIC", "-o"]).args([&library, &source]).output()?;
+    ensure!(output.status.success(), "cc failed: {}", String::from_utf8_lossy(&output.stderr));
+    Ok(library)
+}
+
+#[test]
+fn a_record_of_an_extension_ends_what_can_be_read_and_takes_nothing_back() -> anyhow::Result<()> {
+    let mut dev = Dev::start(VARVE)?;
+    dev.json(&["tenant", "create", "acme"])?;
+    let db = dev.compute("acme/main", &[])?;
+    let folder = tempfile::tempdir()?;
+    let library = extension(folder.path())?;
+    psql(&db, &format!("CREATE FUNCTION emit() RETURNS pg_lsn LANGUAGE c AS '{}', 'emit'", library.display()))?;
+    psql(&db, "CREATE TABLE t AS SELECT generate_series(1, 1000) AS i")?;
+    // One transaction, so that the records before the extension's come with it.
+    let sql = "BEGIN; UPDATE t SET i = -i; SELECT pg_current_wal_insert_lsn(); SELECT emit(); COMMIT";
+    let lsns = psql(&db, sql)?;
+    let before = lsns.lines().next().unwrap_or_default().to_owned();
+    // The compute goes on, and its commits are kept.
+    psql(&db, "INSERT INTO t SELECT generate_series(1, 10)")?;
+    ensure!(psql(&db, "SELECT count(*) FROM t")? == "1010", "the compute goes on");
+
+    for restarted in [false, true] {
+        if restarted {
+            dev.kill()?;
+            dev.run()?;
+        }
+        let show = || dev.json(&["branch", "show", "acme/main"]);
+        let deadline = Instant::now() + Duration::from_secs(30);
+        while show()?["stopped"].is_null() && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        let branch = show()?;
+        let reason = branch["stopped"].as_str().unwrap_or_default();
+        says(reason, &["custom130", &before, "restore"])?;
+        // What came later cannot be had, and what came before can.
+        says(&dev.refused(&["verify", "timeline", "acme/main"])?, &["custom130", &before])?;
+        dev.json(&["verify", "timeline", "acme/main", "--lsn", &before])?;
+        let (late, early) = (format!("acme/late{restarted}"), format!("acme/early{restarted}"));
+        dev.json(&["branch", "create", &late])?;
+        says(&dev.refused(&["compute", "start", &late])?, &["custom130", &before])?;
+        dev.json(&["branch", "create", &early, "--lsn", &before])?;
+        let db = dev.compute(&early, &[])?;
+        ensure!(psql(&db, "SELECT count(*), min(i) FROM t")? == "1000|1", "the branch from before has the rows of before");
+        psql(&db, "INSERT INTO t VALUES (1)")?;
+    }
+    dev.json(&["branch", "restore", "acme/main", "--lsn", &before])?;
+    ensure!(psql(&db, "SELECT count(*) FROM t")? == "1000", "main goes on from before");
+    psql(&db, "INSERT INTO t VALUES (1)")?;
+    dev.json(&["verify", "timeline", "acme/main"])?;
     Ok(())
 }

@@ -3,7 +3,6 @@
 
 use std::collections::BTreeSet;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
@@ -11,14 +10,14 @@ use serde_json::Value;
 use varve_postgres::{Lsn, Major};
 use varve_protocol::client::{BaseBackup, BaseBackupOptions};
 use varve_protocol::connect::{ConnectConfig, Endpoint};
+use varve_testing::application::{load, start};
 use varve_testing::beside::{Private, make_plain, wait_replayed};
 use varve_testing::comparison::{Comparison, DataDirectory, PageService};
 use varve_testing::dev::{Dev, amcheck, program, psql};
-use varve_testing::dump::{Sequences, dump, ensure_same};
-use varve_testing::postgres::Postgres;
+use varve_testing::dump::{Sequences, ensure_same, everything};
+use varve_testing::postgres::{Postgres, is_skipped};
 
 const VARVE: &str = env!("CARGO_BIN_EXE_varve");
-const SQL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/sql");
 /// How long the page service may be silent.
 const SILENCE_MAX: Duration = Duration::from_secs(60);
 /// How long background work of Postgres may take to end.
@@ -28,41 +27,6 @@ const PLAIN: [(&str, &str); 2] = [("shared_buffers", "'32MB'"), ("autovacuum", "
 
 fn text(value: &Value, key: &str) -> anyhow::Result<String> {
     Ok(value[key].as_str().with_context(|| format!("{value} has a {key}"))?.to_owned())
-}
-
-/// Runs a SQL file with psql.
-fn run_file(db: &str, name: &str) -> anyhow::Result<()> {
-    program("psql", &[db, "-Xq", "-v", "ON_ERROR_STOP=1", "-o", "/dev/null", "-f", &format!("{SQL}/{name}")])?;
-    Ok(())
-}
-
-/// pgbench in the background.
-fn pgbench(db: &str, args: &[&str]) -> anyhow::Result<Child> {
-    let mut command = Command::new("/usr/lib/postgresql/15/bin/pgbench");
-    command.args(args).arg(db).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
-    command.spawn().context("pgbench cannot be run")
-}
-
-fn finish(bench: Child) -> anyhow::Result<()> {
-    let output = bench.wait_with_output()?;
-    ensure!(output.status.success(), "pgbench failed: {}", String::from_utf8_lossy(&output.stderr));
-    Ok(())
-}
-
-/// Everything at once, and then once more in an order that leaves nothing for later.
-fn load(db: &str) -> anyhow::Result<()> {
-    program("pgbench", &["-iq", "-s", "2", db])?;
-    psql(db, "CREATE TABLE locked (id int PRIMARY KEY, a int DEFAULT 0); INSERT INTO locked SELECT generate_series(1, 20)")?;
-    psql(db, "CREATE TABLE points_at (locked int REFERENCES locked)")?;
-    let tpcb = pgbench(db, &["-n", "-c", "2", "-T", "12"])?;
-    let lockers = pgbench(db, &["-n", "-c", "5", "-T", "12", "-f", &format!("{SQL}/comparison/lockers.pgbench")])?;
-    run_file(db, "ingest/mixed.sql")?;
-    run_file(db, "comparison/application.sql")?;
-    psql(db, "VACUUM (FREEZE) locked")?;
-    finish(tpcb)?;
-    finish(lockers)?;
-    program("vacuumdb", &["--all", "--quiet", "--analyze", "--maintenance-db", db])?;
-    Ok(())
 }
 
 /// Lets background work of Postgres end, makes a checkpoint, and gives the end of WAL.
@@ -84,21 +48,11 @@ fn copy(from: &Path, to: &Path) -> anyhow::Result<DataDirectory> {
     DataDirectory::open(Path::new(&to))
 }
 
-/// A tenant and its compute, which was started once more so that settings took effect.
-fn start() -> anyhow::Result<(Dev, Value)> {
-    let dev = Dev::start(VARVE)?;
-    dev.json(&["tenant", "create", "acme"])?;
-    let db = dev.compute("acme/main", &[])?;
-    for (name, value) in [("max_prepared_transactions", "20"), ("track_commit_timestamp", "on"), ("autovacuum_naptime", "'1s'")] {
-        psql(&db, &format!("ALTER SYSTEM SET {name} = {value}"))?;
-    }
-    dev.json(&["compute", "stop", "acme/main"])?;
-    let compute = dev.json(&["compute", "start", "acme/main"])?;
-    Ok((dev, compute))
-}
-
 /// Object ids of databases that were made by copying block by block.
-fn logged_databases(db: &str) -> anyhow::Result<BTreeSet<u32>> {
+fn logged_databases(db: &str, major: Major) -> anyhow::Result<BTreeSet<u32>> {
+    if major < Major::V15 {
+        return Ok(BTreeSet::new());
+    }
     let oids = psql(db, "SELECT oid FROM pg_database WHERE datname IN ('logged', 'collated')")?;
     Ok(oids.lines().filter_map(|oid| oid.parse().ok()).collect())
 }
@@ -112,8 +66,8 @@ fn backup(dev: &Dev, tenant: &str, timeline: &str, lsn: Lsn, options: BaseBackup
 }
 
 /// A running plain server on a full backup.
-fn from_full_backup(dev: &Dev, tenant: &str, timeline: &str, lsn: Lsn) -> anyhow::Result<(Postgres, DataDirectory)> {
-    let mut postgres = Postgres::bare(Major::V15)?;
+fn from_full_backup(dev: &Dev, major: Major, tenant: &str, timeline: &str, lsn: Lsn) -> anyhow::Result<(Postgres, DataDirectory)> {
+    let mut postgres = Postgres::bare(major)?;
     backup(dev, tenant, timeline, lsn, BaseBackupOptions { full: true, ..BaseBackupOptions::default() }, &postgres.data_dir())?;
     let directory = copy(&postgres.data_dir(), &postgres.dir().join("as it came"))?;
     make_plain(&postgres, &PLAIN)?;
@@ -141,24 +95,27 @@ fn compare_small_things(truth: &DataDirectory, ours: &DataDirectory) -> anyhow::
     Ok(())
 }
 
-#[test]
-fn the_same_everywhere() -> anyhow::Result<()> {
-    let (dev, compute) = start()?;
+fn the_same_everywhere(major: Major, scale: u32, seconds: u32) -> anyhow::Result<()> {
+    if is_skipped(major) {
+        return Ok(());
+    }
+    let (dev, compute) = start(VARVE, major, &[])?;
     let db = text(&compute, "conninfo")?;
     let private = Private::of(&compute)?;
     let mut standby = private.standby(&PLAIN)?;
     let before_load: Lsn = psql(&db, "SELECT pg_current_wal_flush_lsn()")?.parse()?;
-    load(&db)?;
+    load(&db, major, scale, seconds, &[])?;
+    program("vacuumdb", &["--all", "--quiet", "--analyze", "--maintenance-db", &db])?;
     let lsn = quiet(&db)?;
 
     // What the compute has on disk, now that nobody writes and everything was written out.
     let folder = tempfile::tempdir()?;
     let disk = copy(&private.data_dir(), &folder.path().join("compute"))?;
-    let expected = dump(&db)?;
+    let expected = everything(&db, major)?;
     let prepared = "SELECT transaction, gid, owner, database FROM pg_prepared_xacts ORDER BY gid";
     let expected_prepared = psql(&db, prepared)?;
     ensure!(expected_prepared.lines().count() == 2, "two transactions stay prepared, got {expected_prepared}");
-    let lossy = logged_databases(&db)?;
+    let lossy = logged_databases(&db, major)?;
     let branch = dev.json(&["branch", "create", "acme/child", "--lsn", &lsn.to_string()])?;
     ensure!(branch["branch_lsn"] == lsn.to_string().as_str(), "the branch begins at the checkpoint's end {lsn}, got {branch}");
 
@@ -176,8 +133,9 @@ fn the_same_everywhere() -> anyhow::Result<()> {
 
     // A plain standby that followed the same primary, whose redo is Postgres's own.
     wait_replayed(&standby, lsn)?;
-    ensure_same(&expected, &dump(&standby.conninfo("postgres"))?, Sequences::LoggedAhead).context("the standby, beside the compute")?;
-    let of_standby = dump(&standby.conninfo("postgres"))?;
+    ensure_same(&expected, &everything(&standby.conninfo("postgres"), major)?, Sequences::LoggedAhead)
+        .context("the standby, beside the compute")?;
+    let of_standby = everything(&standby.conninfo("postgres"), major)?;
     standby.stop("fast")?;
     let standby_disk = DataDirectory::open(&standby.data_dir())?;
     let pages = PageService::new(dev.pages_port(), &tenant, &main, lsn);
@@ -185,20 +143,21 @@ fn the_same_everywhere() -> anyhow::Result<()> {
     println!("{compared} pages of the standby are as the page service has them");
 
     // A full backup, which plain Postgres starts on.
-    let (full, directory) = from_full_backup(&dev, &tenant, &main, lsn)?;
+    let (full, directory) = from_full_backup(&dev, major, &tenant, &main, lsn)?;
     Comparison::new(&disk, &directory).lossy_maps_in(&lossy).run().context("the full backup beside the compute")?;
     compare_small_things(&disk, &directory).context("the full backup beside the compute")?;
-    ensure_same(&of_standby, &dump(&full.conninfo("postgres"))?, Sequences::Exact).context("the full backup beside the standby")?;
+    ensure_same(&of_standby, &everything(&full.conninfo("postgres"), major)?, Sequences::Exact)
+        .context("the full backup beside the standby")?;
     amcheck(&full.conninfo("postgres")).context("the full backup")?;
     backup(&dev, &tenant, &main, lsn, BaseBackupOptions::default(), &folder.path().join("base backup"))?;
 
     // A branch, and the next compute of the same branch.
     let branch_db = dev.compute("acme/child", &[])?;
-    ensure_same(&of_standby, &dump(&branch_db)?, Sequences::Exact).context("the branch beside the standby")?;
-    ensure_same(&expected, &dump(&branch_db)?, Sequences::LoggedAhead).context("the branch beside the compute")?;
+    ensure_same(&of_standby, &everything(&branch_db, major)?, Sequences::Exact).context("the branch beside the standby")?;
+    ensure_same(&expected, &everything(&branch_db, major)?, Sequences::LoggedAhead).context("the branch beside the compute")?;
     dev.json(&["compute", "stop", "acme/main"])?;
     let db = dev.compute("acme/main", &[])?;
-    ensure_same(&expected, &dump(&db)?, Sequences::LoggedAhead).context("the next compute beside the one before")?;
+    ensure_same(&expected, &everything(&db, major)?, Sequences::LoggedAhead).context("the next compute beside the one before")?;
     for db in [&db, &branch_db] {
         ensure!(psql(db, prepared)? == expected_prepared, "prepared transactions are {expected_prepared} on every copy");
         ensure!(psql(db, "SELECT count(*) FROM scratch")? == "0", "unlogged tables are empty where the WAL was redone");
@@ -209,4 +168,29 @@ fn the_same_everywhere() -> anyhow::Result<()> {
         amcheck(db)?;
     }
     Ok(())
+}
+
+#[test]
+fn after_a_load_on_15() -> anyhow::Result<()> {
+    the_same_everywhere(Major::V15, 2, 12)
+}
+
+#[test]
+fn after_a_load_on_14() -> anyhow::Result<()> {
+    the_same_everywhere(Major::V14, 1, 5)
+}
+
+#[test]
+fn after_a_load_on_16() -> anyhow::Result<()> {
+    the_same_everywhere(Major::V16, 1, 5)
+}
+
+#[test]
+fn after_a_load_on_17() -> anyhow::Result<()> {
+    the_same_everywhere(Major::V17, 1, 5)
+}
+
+#[test]
+fn after_a_load_on_18() -> anyhow::Result<()> {
+    the_same_everywhere(Major::V18, 1, 5)
 }

@@ -3,24 +3,22 @@
 //! The oracle has nothing of ours: a base backup of the compute, its WAL as `pg_receivewal` gets it, record boundaries as `pg_waldump` prints
 //! them, and `recovery_target_lsn` and `recovery_target_time`.
 
-use std::path::Path;
-use std::process::{Child, Command, Stdio};
-
 use anyhow::{Context as _, ensure};
-use serde_json::Value;
-use varve_postgres::Lsn;
-use varve_testing::beside::{Archive, Private, Target, WalDumpRecord, recovered};
-use varve_testing::dev::{Dev, program, psql};
-use varve_testing::dump::{Sequences, dump, ensure_same};
-use varve_testing::postgres::Postgres;
+use varve_postgres::{Lsn, Major};
+use varve_testing::application::{load, start};
+use varve_testing::beside::{Archive, Private, Target, WalRecord, recovered};
+use varve_testing::dev::{Dev, psql};
+use varve_testing::dump::{Sequences, ensure_same, everything};
+use varve_testing::postgres::{Postgres, is_skipped};
 use varve_testing::random::SeededRng;
 
 const VARVE: &str = env!("CARGO_BIN_EXE_varve");
-const SQL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/sql");
-/// LSNs that are compared, unless `VARVE_TEST_LSNS` says how many.
+/// LSNs that are compared, unless `VARVE_TEST_LSNS` names fewer.
 const LSNS: usize = 30;
+/// LSNs that are compared on other majors than 15.
+const LSNS_OF_OTHERS: usize = 4;
 /// Among so many LSNs comes one time.
-const LSNS_PER_TIME: usize = 3;
+const LSNS_PER_TIME: usize = 5;
 /// Comparisons that run side by side.
 const LANES: usize = 2;
 /// Bytes in a WAL page, and of its header: that of a segment's first page, and of others.
@@ -40,62 +38,29 @@ enum Moment {
 
 /// A load that is over, with all that recovery needs.
 struct Loaded {
+    major: Major,
     dev: Dev,
     base: Postgres,
     archive: Archive,
     /// Records from the base backup's end on.
-    records: Vec<WalDumpRecord>,
+    records: Vec<WalRecord>,
 }
 
-fn spawn(program: &str, args: &[&str]) -> anyhow::Result<Child> {
-    let program = Path::new("/usr/lib/postgresql/15/bin").join(program);
-    Command::new(&program)
-        .args(args)
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .spawn()
-        .with_context(|| format!("{} cannot be run", program.display()))
-}
-
-fn load(db: &str) -> anyhow::Result<()> {
-    program("pgbench", &["-iq", db])?;
-    psql(db, "CREATE TABLE locked (id int PRIMARY KEY, a int DEFAULT 0); INSERT INTO locked SELECT generate_series(1, 20)")?;
-    psql(db, "CREATE TABLE points_at (locked int REFERENCES locked)")?;
-    let lockers = format!("{SQL}/comparison/lockers.pgbench");
-    let mut beside = [
-        spawn("pgbench", &["-n", "-c", "2", "-T", "4", "-R", "300", db])?,
-        spawn("pgbench", &["-n", "-c", "3", "-T", "4", "-R", "200", "-f", &lockers, db])?,
-    ];
-    for file in ["ingest/mixed.sql", "comparison/application.sql"] {
-        program("psql", &[db, "-Xq", "-v", "ON_ERROR_STOP=1", "-o", "/dev/null", "-f", &format!("{SQL}/{file}")])?;
-    }
-    for child in &mut beside {
-        ensure!(child.wait()?.success(), "pgbench runs beside the mix");
-    }
-    Ok(())
-}
-
-fn loaded() -> anyhow::Result<Loaded> {
-    let dev = Dev::start(VARVE)?;
-    dev.json(&["tenant", "create", "acme"])?;
-    let db = dev.compute("acme/main", &[])?;
-    for (name, value) in [("max_prepared_transactions", "20"), ("track_commit_timestamp", "on"), ("autovacuum_naptime", "'1s'")] {
-        psql(&db, &format!("ALTER SYSTEM SET {name} = {value}"))?;
-    }
-    dev.json(&["compute", "stop", "acme/main"])?;
-    let compute: Value = dev.json(&["compute", "start", "acme/main"])?;
+fn loaded(major: Major) -> anyhow::Result<Loaded> {
+    // Row by row, copies are only the same where nobody cleans up on one of them.
+    let autovacuum = if major <= Major::V15 { "on" } else { "off" };
+    let (dev, compute) = start(VARVE, major, &[("autovacuum", autovacuum)])?;
     let db = compute["conninfo"].as_str().context("a compute has a conninfo")?;
     let private = Private::of(&compute)?;
-    let mut archive = private.archive()?;
     let base = private.base_backup(&[])?;
     let from: Lsn = psql(db, "SELECT pg_current_wal_flush_lsn()")?.parse().context("an LSN")?;
-    load(db)?;
-    let end: Lsn = psql(db, "SELECT pg_current_wal_flush_lsn()")?.parse().context("an LSN")?;
-    archive.finish(&private, end)?;
+    load(db, major, 1, 4, &["-R", "250"])?;
+    // Everything up to here is flushed, and no record goes on behind it.
+    let end: Lsn = psql(db, "SELECT pg_switch_wal()")?.parse().context("an LSN")?;
+    let archive = private.archive()?;
     let records = archive.records(1, from, end)?;
     ensure!(records.len() > 1000, "the load wrote {} records", records.len());
-    Ok(Loaded { dev, base, archive, records })
+    Ok(Loaded { major, dev, base, archive, records })
 }
 
 /// Where the first record at or after a boundary begins: behind the page's header.
@@ -122,7 +87,7 @@ impl Loaded {
 
     /// Compares a branch at a moment with a server that Postgres recovered to it.
     fn compare(&self, name: &str, moment: [&str; 2], target: &Target) -> anyhow::Result<()> {
-        let theirs = recovered(&self.base.data_dir(), self.archive.dir(), target, &PLAIN)?;
+        let theirs = recovered(&self.base, &self.archive, target, &PLAIN)?;
         let branch = self.dev.json(&["branch", "create", &format!("acme/{name}"), moment[0], moment[1]])?;
         if let Target::Lsn(expected) = target {
             ensure!(branch["branch_lsn"] == expected.to_string().as_str(), "the branch begins at {expected}, got {branch}");
@@ -131,8 +96,8 @@ impl Loaded {
         let ours = self.dev.compute(&branch, &[])?;
         let theirs_conninfo = theirs.conninfo("postgres");
         let (expected, found) = std::thread::scope(|scope| {
-            let expected = scope.spawn(|| dump(&theirs_conninfo));
-            let found = dump(&ours);
+            let expected = scope.spawn(|| everything(&theirs_conninfo, self.major));
+            let found = everything(&ours, self.major);
             (expected.join(), found)
         });
         let expected = expected.map_err(|_| anyhow::anyhow!("dumping panicked"))?;
@@ -193,7 +158,7 @@ fn random_lsns(loaded: &Loaded, random: &mut SeededRng, count: usize) -> Vec<Mom
 
 /// Half of them exactly when a transaction ended, half between two ends.
 fn random_times(loaded: &Loaded, random: &mut SeededRng, count: usize) -> anyhow::Result<Vec<Moment>> {
-    let times: Vec<&str> = loaded.records.iter().filter_map(WalDumpRecord::end_time).collect();
+    let times: Vec<&str> = loaded.records.iter().filter_map(|record| record.end_time.as_deref()).collect();
     ensure!(times.len() > 100, "{} transactions ended", times.len());
     let mut chosen = Vec::new();
     while chosen.len() < count {
@@ -205,16 +170,21 @@ fn random_times(loaded: &Loaded, random: &mut SeededRng, count: usize) -> anyhow
     Ok(chosen)
 }
 
-#[test]
-fn branches_are_what_postgres_recovers_to() -> anyhow::Result<()> {
-    let loaded = loaded()?;
-    let mut random = SeededRng::new(u64::from(std::process::id()));
+/// Compares branches at so many random LSNs, and, on 15, which has the programs that tell them, at random times.
+fn branches_are_what_postgres_recovers_to(major: Major, lsns: usize) -> anyhow::Result<()> {
+    if is_skipped(major) {
+        return Ok(());
+    }
     let lsns = match std::env::var("VARVE_TEST_LSNS") {
-        Ok(count) => count.parse().with_context(|| format!("VARVE_TEST_LSNS is a number, got {count:?}"))?,
-        Err(_) => LSNS,
+        Ok(count) => lsns.min(count.parse().with_context(|| format!("VARVE_TEST_LSNS is a number, got {count:?}"))?),
+        Err(_) => lsns,
     };
+    let loaded = loaded(major)?;
+    let mut random = SeededRng::new(u64::from(std::process::id()));
     let mut moments = random_lsns(&loaded, &mut random, lsns);
-    moments.extend(random_times(&loaded, &mut random, lsns / LSNS_PER_TIME)?);
+    if major == Major::V15 {
+        moments.extend(random_times(&loaded, &mut random, lsns / LSNS_PER_TIME)?);
+    }
     println!("{} records; {moments:?}", loaded.records.len());
     let lane = |lane: usize| {
         let mut mine = moments.iter().enumerate().skip(lane).step_by(LANES);
@@ -224,4 +194,29 @@ fn branches_are_what_postgres_recovers_to() -> anyhow::Result<()> {
         let lanes: Vec<_> = (0..LANES).map(|i| scope.spawn(move || lane(i))).collect();
         lanes.into_iter().try_for_each(|lane| lane.join().map_err(|_| anyhow::anyhow!("a comparison panicked"))?)
     })
+}
+
+#[test]
+fn during_a_load_on_15() -> anyhow::Result<()> {
+    branches_are_what_postgres_recovers_to(Major::V15, LSNS)
+}
+
+#[test]
+fn during_a_load_on_14() -> anyhow::Result<()> {
+    branches_are_what_postgres_recovers_to(Major::V14, LSNS_OF_OTHERS)
+}
+
+#[test]
+fn during_a_load_on_16() -> anyhow::Result<()> {
+    branches_are_what_postgres_recovers_to(Major::V16, LSNS_OF_OTHERS)
+}
+
+#[test]
+fn during_a_load_on_17() -> anyhow::Result<()> {
+    branches_are_what_postgres_recovers_to(Major::V17, LSNS_OF_OTHERS)
+}
+
+#[test]
+fn during_a_load_on_18() -> anyhow::Result<()> {
+    branches_are_what_postgres_recovers_to(Major::V18, LSNS_OF_OTHERS)
 }

@@ -35,7 +35,7 @@ pub fn pg_hba_conf(users_own: &str) -> String {
 
 /// Arguments of `postgres`.
 pub fn arguments(begin: &Begin, dirs: &Dirs) -> Vec<String> {
-    let mut settings: Vec<(&str, String)> = vec![
+    let settings: Vec<(&str, String)> = vec![
         ("config_file", dirs.file("postgresql.conf").display().to_string()),
         ("hba_file", dirs.file("pg_hba.conf").display().to_string()),
         ("listen_addresses", begin.listen.clone()),
@@ -54,13 +54,11 @@ pub fn arguments(begin: &Begin, dirs: &Dirs) -> Vec<String> {
         ("archive_mode", "off".to_owned()),
         // A fresh start must not wait for 16 MiB of zeros.
         ("wal_init_zero", "off".to_owned()),
+        // Tablespaces are ordinary directories inside the mount.
+        ("allow_in_place_tablespaces", "on".to_owned()),
         ("varve.timeline", begin.timeline_id.clone()),
         ("varve.epoch", begin.epoch.map_or_else(String::new, |epoch| epoch.to_string())),
     ];
-    if begin.pg_version >= 15 {
-        // Tablespaces are ordinary directories inside the mount.
-        settings.push(("allow_in_place_tablespaces", "on".to_owned()));
-    }
     let mut arguments = vec!["-D".to_owned(), dirs.pgdata().display().to_string()];
     for (name, value) in settings {
         arguments.push("-c".to_owned());

@@ -3,11 +3,11 @@
 //! A template is `templates/<name>/template.json`, with its layers' rows and what else a tenant must know of it. The name is new each time one is
 //! made, so that a tenant never sees another than the one that it began with.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use parking_lot::RwLock;
+use parking_lot::{Mutex, RwLock};
 use serde::{Deserialize, Serialize};
 use varve_postgres::{Lsn, Major};
 use varve_protocol::control::BlockName;
@@ -17,7 +17,7 @@ use varve_storage::store::{ObjectName, Store};
 use crate::cluster::ClusterFacts;
 use crate::error::{Code, ServerError};
 use crate::layers::TemplateHistory;
-use crate::template::{RunAs, import_data_directory, prepare_template};
+use crate::template::{RunAs, import_data_directory, prepare_template, server_major};
 use crate::timeline::OpenContext;
 
 /// Most blocks that a start is given in one batch; a stock one reads about 100.
@@ -82,6 +82,8 @@ impl Template {
 pub struct Templates {
     store: Store,
     bin_dirs: Vec<(u32, PathBuf)>,
+    /// Versions whose binaries were found to be of that version.
+    checked: Mutex<BTreeSet<u32>>,
     context: Arc<OpenContext>,
     known: tokio::sync::Mutex<HashMap<String, Arc<Template>>>,
 }
@@ -89,26 +91,32 @@ pub struct Templates {
 impl Templates {
     /// The templates of `store`, made with the Postgres binaries in `bin_dirs` or where Debian puts them.
     pub fn new(store: Store, bin_dirs: Vec<(u32, PathBuf)>, context: Arc<OpenContext>) -> Templates {
-        Templates { store, bin_dirs, context, known: tokio::sync::Mutex::default() }
+        Templates { store, bin_dirs, checked: Mutex::default(), context, known: tokio::sync::Mutex::default() }
     }
 
-    /// Folder of the binaries of a Postgres version.
+    /// Folder of the binaries of a Postgres version. The first time, the server in it is asked which version it is.
     ///
     /// # Errors
-    /// [`Code::HostUnfit`] when there are none here.
+    /// [`Code::HostUnfit`] when there are none here, or of another version.
     pub fn bin_dir(&self, version: u32) -> Result<PathBuf, ServerError> {
         let given = self.bin_dirs.iter().find(|(number, _)| *number == version).map(|(_, path)| path.clone());
         let path = given.unwrap_or_else(|| Path::new("/usr/lib/postgresql").join(version.to_string()).join("bin"));
-        if path.join("postgres").exists() {
-            return Ok(path);
+        let postgres = path.join("postgres");
+        let unfit = |what: String| ServerError::new(Code::HostUnfit, format!("{what} start varve dev with --pg-bin-dir {version}=DIR"));
+        if !postgres.exists() {
+            return Err(unfit(format!(
+                "there is no PostgreSQL {version} here: {} does not exist; install postgresql-{version}, or",
+                postgres.display()
+            )));
         }
-        Err(ServerError::new(
-            Code::HostUnfit,
-            format!(
-                "there is no PostgreSQL {version} here: {} does not exist; install postgresql-{version}, or start varve dev with --pg-bin-dir {version}=DIR",
-                path.join("postgres").display()
-            ),
-        ))
+        if !self.checked.lock().contains(&version) {
+            let found = server_major(&path).map_err(|error| unfit(format!("{error};")))?;
+            if found.number() != version {
+                return Err(unfit(format!("{} is PostgreSQL {found}, expected PostgreSQL {version};", postgres.display())));
+            }
+            self.checked.lock().insert(version);
+        }
+        Ok(path)
     }
 
     /// The template for new tenants of a version; of the newest that this host has if none is named. Made now if there is none.

@@ -2,8 +2,14 @@
 
 mod oracle;
 
-use anyhow::{Context, Result};
-use varve_postgres::Major;
+use std::fs::File;
+use std::os::unix::fs::FileExt as _;
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+use varve_postgres::lsn::WAL_PAGE_SIZE;
+use varve_postgres::wal::{record_crc, rmgr};
+use varve_postgres::{Lsn, Major};
 use varve_testing::postgres::Postgres;
 use varve_testing::redo::{Preamble, sql_path};
 
@@ -152,4 +158,65 @@ fn a_server_that_leaves_changes_out_of_wal_stops_the_ingest() {
     }
     let error = run().unwrap();
     assert!(error.contains("wal_level") && error.contains("minimal"), "{error}");
+}
+
+/// Where a record's header has its resource manager (`xl_rmid`) and its CRC (`xl_crc`).
+const RMID_OFFSET: usize = 17;
+const CRC_OFFSET: usize = 20;
+
+/// Makes the first logical message after `from` a record of an extension's resource manager, in the stopped server's own WAL; gives where it begins.
+fn hand_to_an_extension(postgres: &Postgres, from: Lsn) -> Result<Lsn> {
+    let mut found = None;
+    oracle::each_record(postgres.major(), &postgres.data_dir().join("pg_wal"), from, &mut |record| {
+        let whole = record.start.page_offset() + record.bytes.len() as u64 <= WAL_PAGE_SIZE;
+        if found.is_none() && whole && record.bytes[RMID_OFFSET] == rmgr::LOGICALMSG {
+            found = Some(record);
+        }
+        Ok(())
+    })?;
+    let record = found.context("a logical message that lies on one page")?;
+    let mut bytes = record.bytes.to_vec();
+    bytes[RMID_OFFSET] = rmgr::MIN_CUSTOM + 2;
+    let crc = record_crc(&bytes);
+    bytes[CRC_OFFSET..CRC_OFFSET + 4].copy_from_slice(&crc.to_le_bytes());
+    let number = record.start.segment_number();
+    let segment = postgres.data_dir().join("pg_wal").join(format!("00000001{:08X}{:08X}", number / 256, number % 256));
+    File::options().write(true).open(segment)?.write_all_at(&bytes, record.start.segment_offset())?;
+    Ok(record.start)
+}
+
+#[test]
+fn an_extensions_record_stops_the_ingest_and_what_came_before_stays_readable() {
+    fn run() -> Result<()> {
+        let mut postgres = Postgres::init(Major::V15, &[], &SETTINGS)?;
+        let mut loaded = oracle::import(&postgres)?;
+        postgres.start()?;
+        postgres.psql(
+            "postgres",
+            "CREATE TABLE t (id int PRIMARY KEY, a text); INSERT INTO t SELECT i, 'before' FROM generate_series(1, 3000) i",
+        )?;
+        postgres.stop("fast")?;
+        oracle::ingest(&postgres, &mut loaded)?;
+        let before = loaded.end();
+        let kept = tempfile::tempdir()?;
+        let data = kept.path().join("data");
+        oracle::servers::run(Command::new("cp").arg("-a").arg(postgres.data_dir()).arg(&data))?;
+
+        postgres.start()?;
+        postgres.psql("postgres", "UPDATE t SET a = 'later' WHERE id < 10")?;
+        postgres.psql("postgres", "SELECT pg_logical_emit_message(false, 'a', 'message') FROM generate_series(1, 5)")?;
+        postgres.psql("postgres", "UPDATE t SET a = 'too late'")?;
+        postgres.stop("fast")?;
+        let stranger = hand_to_an_extension(&postgres, before)?;
+        for again in [false, true] {
+            let error = oracle::ingest(&postgres, &mut loaded).err().context("a record that nobody here can redo was passed over")?;
+            let told = format!("{error:#}");
+            ensure!(told.contains("custom130") && told.contains(&format!("at {stranger} ")), "rmgr and LSN are named ({again}): {told}");
+            ensure!(before < loaded.end() && loaded.end() <= stranger, "all before {stranger} is readable, up to {}", loaded.end());
+        }
+        let mut comparison = oracle::Comparison::new(&loaded);
+        comparison.lsn = before;
+        comparison.data_directory(&data)
+    }
+    run().unwrap();
 }

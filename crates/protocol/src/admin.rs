@@ -73,6 +73,9 @@ pub struct Branch {
     pub created_at: String,
     /// Id of the compute that writes it, if one runs.
     pub compute: Option<String>,
+    /// Why ingest stopped, if it did: what comes later is kept, and cannot be read.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stopped: Option<String>,
 }
 
 /// Body of `PATCH /v1/tenants/{tenant}/branches/{branch}`.

@@ -187,8 +187,8 @@ fn split(record: &BlockRecord, page: &mut Page) -> Result<(), Fault> {
         if u16::from(id) == pages {
             opaque.right_link = right_link_before;
         } else {
-            let next = id + 1; // no overflow: block ids end at 32
-            opaque.right_link = record.block_number(next).ok_or_else(|| format!("the split has {pages} pages and no block {next}"))?;
+            let next = id.checked_add(1).and_then(|next| record.block_number(next));
+            opaque.right_link = next.ok_or_else(|| format!("the split has {pages} pages and no block behind {id}"))?;
             if mark_follow_right && record.block_number(1) != Some(ROOT) {
                 opaque.flags |= FOLLOW_RIGHT;
             }

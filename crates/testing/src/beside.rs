@@ -3,16 +3,19 @@
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail, ensure};
+use bytes::{Buf as _, Bytes};
 use serde_json::Value;
+use varve_postgres::lsn::{WAL_SEGMENT_SIZE, wal_segment_name};
+use varve_postgres::wal::Framer;
 use varve_postgres::{Lsn, Major};
 
 use crate::postgres::Postgres;
 
-/// How long a standby, a recovery or an archive may take to get where it should.
+/// How long a standby or a recovery may take to get where it should.
 const CATCH_UP_MAX: Duration = Duration::from_secs(60);
 /// Pause between looking.
 const POLL: Duration = Duration::from_millis(20);
@@ -22,6 +25,7 @@ const INTERNAL_ROLE: &str = "varve";
 /// The private side of a running compute, given as the CLI's JSON has it. For tests that run as root, as computes are reached then.
 #[derive(Clone, Debug)]
 pub struct Private {
+    major: Major,
     run: PathBuf,
     port: u64,
 }
@@ -30,11 +34,14 @@ impl Private {
     /// Of this compute.
     ///
     /// # Errors
-    /// When the JSON is not a compute's.
+    /// When the JSON is not a compute's, or its data directory is not there.
     pub fn of(compute: &Value) -> anyhow::Result<Private> {
         let id = compute["id"].as_str().context("a compute has an id")?;
         let port = compute["port"].as_u64().context("a compute has a port")?;
-        Ok(Private { run: Path::new("/run/varve").join(id.get(..12).context("an id of 12 characters and more")?), port })
+        let run = Path::new("/run/varve").join(id.get(..12).context("an id of 12 characters and more")?);
+        let version = fs::read_to_string(run.join("pgdata/PG_VERSION")).context("a running compute has a data directory")?;
+        let major = version.trim().parse().ok().and_then(Major::from_number).with_context(|| format!("unknown major {version:?}"))?;
+        Ok(Private { major, run, port })
     }
 
     /// Its mounted data directory.
@@ -47,22 +54,48 @@ impl Private {
         format!("host={} port={} user={INTERNAL_ROLE}", self.run.join("socket").display(), self.port)
     }
 
-    fn client(&self, program: &str) -> Command {
-        let mut command = Command::new(crate::postgres::bin_dir(Major::V15).unwrap_or_default().join(program));
-        command.arg("-h").arg(self.run.join("socket")).args(["-p", &self.port.to_string(), "-U", INTERNAL_ROLE]).stdin(Stdio::null());
-        command
-    }
-
-    /// A stopped plain server whose data directory is a base backup of the compute.
+    /// A stopped plain server whose data directory is a base backup of the compute: by `pg_basebackup`, or by hand where a major's package has
+    /// none. Nobody may write meanwhile.
     ///
     /// # Errors
-    /// When `pg_basebackup` fails.
+    /// When there is no base backup.
     pub fn base_backup(&self, settings: &[(&str, &str)]) -> anyhow::Result<Postgres> {
-        let postgres = Postgres::bare(Major::V15)?;
-        let mut command = self.client("pg_basebackup");
-        run(command.args(["-X", "stream", "-c", "fast", "--no-sync", "-D"]).arg(postgres.data_dir()))?;
+        let postgres = Postgres::bare(self.major)?;
+        let program = crate::postgres::bin_dir(self.major)?.join("pg_basebackup");
+        if program.exists() {
+            let mut command = Command::new(program);
+            command.arg("-h").arg(self.run.join("socket")).args(["-p", &self.port.to_string(), "-U", INTERNAL_ROLE]);
+            run(command.args(["-X", "stream", "-c", "fast", "--no-sync", "-D"]).arg(postgres.data_dir()))?;
+        } else {
+            self.backup_by_hand(&postgres.data_dir())?;
+        }
         make_plain(&postgres, settings)?;
         Ok(postgres)
+    }
+
+    fn backup_by_hand(&self, to: &Path) -> anyhow::Result<()> {
+        let (start, stop) = if self.major < Major::V15 {
+            ("pg_start_backup('by hand', true, false)", "pg_stop_backup(false, false)")
+        } else {
+            ("pg_backup_start('by hand', true)", "pg_backup_stop(false)")
+        };
+        let mut psql = Command::new("psql");
+        psql.arg(format!("{} dbname=postgres", self.conninfo())).args(["-XqAt", "-v", "ON_ERROR_STOP=1"]);
+        // All in one session, which must live from the backup's start to its end.
+        psql.args(["-o", "/dev/null", "-c", &format!("SELECT {start}")]);
+        psql.args(["-c", &format!("\\! cp -a {} {}", self.data_dir().display(), to.display()), "-c", "\\o"]);
+        let label = run(psql.args(["-c", &format!("SELECT labelfile FROM {stop}")]))?;
+        fs::write(to.join("backup_label"), label.trim_end().to_owned() + "\n")?;
+        for file in ["postmaster.pid", "postmaster.opts", "pg_wal"] {
+            fs::remove_file(to.join(file)).with_context(|| format!("removing {file} from the backup"))?;
+        }
+        let copied = to.join("pg_wal");
+        fs::create_dir(&copied)?;
+        for segment in crate::postgres::wal_segments(&self.data_dir().join("pg_wal"))? {
+            fs::copy(&segment, copied.join(segment.file_name().context("a segment has a name")?))?;
+        }
+        fs::remove_dir_all(to.join("pg_replslot"))?;
+        fs::create_dir(to.join("pg_replslot")).context("a backup has no slots")
     }
 
     /// A plain server that follows the compute.
@@ -78,131 +111,105 @@ impl Private {
         Ok(postgres)
     }
 
-    /// Begins to receive the compute's WAL, from the start of its current segment on.
+    /// Copies the compute's WAL, which must have been kept: `wal_keep_size` says how much of it is.
     ///
     /// # Errors
-    /// When `pg_receivewal` does not begin.
+    /// Those of the file system.
     pub fn archive(&self) -> anyhow::Result<Archive> {
         let dir = tempfile::Builder::new().prefix("varve-archive-").tempdir()?;
-        let log = fs::File::create(dir.path().join("log"))?;
-        let mut command = self.client("pg_receivewal");
-        let child = command.args(["--no-sync", "-s", "1", "-D"]).arg(dir.path()).stdout(log.try_clone()?).stderr(log).spawn()?;
-        let archive = Archive { dir, child };
-        let deadline = Instant::now() + CATCH_UP_MAX;
-        while crate::postgres::wal_segments(archive.dir.path())?.is_empty() && archive.partial()?.is_none() {
-            ensure!(Instant::now() < deadline, "pg_receivewal got nothing: {}", archive.log());
-            std::thread::sleep(POLL);
+        // Servers that recover from it run as another user.
+        fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755))?;
+        for segment in crate::postgres::wal_segments(&self.data_dir().join("pg_wal"))? {
+            let copied = dir.path().join(segment.file_name().context("a segment has a name")?);
+            fs::copy(&segment, &copied)?;
+            fs::set_permissions(copied, fs::Permissions::from_mode(0o644))?;
         }
-        Ok(archive)
+        Ok(Archive { major: self.major, dir })
     }
 }
 
-/// The WAL of a compute as `pg_receivewal` gets it.
+/// The WAL of a compute.
 #[derive(Debug)]
 pub struct Archive {
+    major: Major,
     dir: tempfile::TempDir,
-    child: Child,
 }
 
 impl Archive {
-    fn log(&self) -> String {
-        fs::read_to_string(self.dir.path().join("log")).unwrap_or_default()
-    }
-
-    fn partial(&self) -> anyhow::Result<Option<PathBuf>> {
-        for entry in fs::read_dir(self.dir.path())? {
-            let path = entry?.path();
-            if path.extension().is_some_and(|extension| extension == "partial") {
-                return Ok(Some(path));
-            }
-        }
-        Ok(None)
-    }
-
-    /// Where the whole segments, and at the end all, are.
+    /// Where the segments are.
     pub fn dir(&self) -> &Path {
         self.dir.path()
     }
 
-    /// Waits until everything up to `lsn` arrived, ends receiving, and makes the last segment an ordinary one.
+    /// All records of WAL timeline `tli` that begin between two record boundaries: as `pg_waldump` reads them where the major's package has
+    /// one, or as we do.
     ///
     /// # Errors
-    /// When it does not arrive.
-    pub fn finish(&mut self, compute: &Private, lsn: Lsn) -> anyhow::Result<()> {
-        let sql = "SELECT coalesce(max(write_lsn), '0/0') FROM pg_stat_replication WHERE application_name = 'pg_receivewal'";
-        let deadline = Instant::now() + CATCH_UP_MAX;
-        loop {
-            let written = crate::dev::psql(&format!("{} dbname=postgres", compute.conninfo()), sql)?;
-            if written.parse::<Lsn>().context("an LSN")? >= lsn {
-                break;
-            }
-            ensure!(Instant::now() < deadline, "pg_receivewal stays at {written}, expected {lsn}: {}", self.log());
-            std::thread::sleep(POLL);
+    /// When what is found is no record before the end of WAL.
+    pub fn records(&self, tli: u32, from: Lsn, to: Lsn) -> anyhow::Result<Vec<WalRecord>> {
+        let program = crate::postgres::bin_dir(self.major)?.join("pg_waldump");
+        if !program.exists() {
+            return self.framed(tli, from, to);
         }
-        crate::dev::signal(self.child.id(), rustix::process::Signal::INT);
-        self.child.wait()?;
-        if let Some(path) = self.partial()? {
-            fs::rename(&path, path.with_extension(""))?;
-        }
-        // Servers that recover from it run as another user.
-        fs::set_permissions(self.dir.path(), fs::Permissions::from_mode(0o755))?;
-        for path in crate::postgres::wal_segments(self.dir.path())? {
-            fs::set_permissions(path, fs::Permissions::from_mode(0o644))?;
-        }
-        Ok(())
-    }
-
-    /// The starts of all records in the archive from `lsn` on, as `pg_waldump` reads them.
-    ///
-    /// # Errors
-    /// When `pg_waldump` finds a record that is none before the end of WAL.
-    pub fn records(&self, tli: u32, from: Lsn, to: Lsn) -> anyhow::Result<Vec<WalDumpRecord>> {
-        let mut command = Command::new(crate::postgres::bin_dir(Major::V15)?.join("pg_waldump"));
+        let mut command = Command::new(program);
         command.args(["-t", &tli.to_string(), "-s", &from.to_string(), "-e", &to.to_string(), "-p"]).arg(self.dir.path());
         let text = run(command.env("TZ", "UTC"))?;
         // It says so on a line of its own when the first record begins later.
-        text.lines().filter(|line| line.starts_with("rmgr: ")).map(WalDumpRecord::parse).collect()
+        text.lines().filter(|line| line.starts_with("rmgr: ")).map(WalRecord::parse).collect()
+    }
+
+    fn framed(&self, tli: u32, from: Lsn, to: Lsn) -> anyhow::Result<Vec<WalRecord>> {
+        let mut framer = Framer::from_page(self.major, None, from);
+        let mut records = Vec::new();
+        for number in from.segment_number()..=to.segment_number() {
+            let begin = from.page_start().max(Lsn(number * WAL_SEGMENT_SIZE));
+            let mut bytes = Bytes::from(fs::read(self.dir().join(wal_segment_name(tli, number)))?);
+            bytes.advance(begin.segment_offset() as usize);
+            if number == to.segment_number() {
+                bytes.truncate((to.0 - begin.0) as usize);
+            }
+            while let Some(record) = framer.next_record(&mut bytes)? {
+                if record.start >= from {
+                    records.push(WalRecord { start: record.start, end_time: None });
+                }
+            }
+        }
+        Ok(records)
     }
 }
 
-impl Drop for Archive {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-/// A record as `pg_waldump` tells of it.
+/// A record of an [`Archive`].
 #[derive(Clone, Debug)]
-pub struct WalDumpRecord {
+pub struct WalRecord {
     /// Where it begins.
     pub start: Lsn,
-    /// Resource manager.
-    pub rmgr: String,
-    /// What it does.
-    pub description: String,
+    /// When it ended a transaction, as `pg_waldump` prints the time, in UTC.
+    pub end_time: Option<String>,
 }
 
-impl WalDumpRecord {
-    fn parse(line: &str) -> anyhow::Result<WalDumpRecord> {
+impl WalRecord {
+    fn parse(line: &str) -> anyhow::Result<WalRecord> {
         let parse = || {
             let rmgr = line.strip_prefix("rmgr: ")?.split_whitespace().next()?;
             let (_, rest) = line.split_once("lsn: ")?;
             let (lsn, rest) = rest.split_once(',')?;
             let (_, description) = rest.split_once("desc: ")?;
-            Some(WalDumpRecord { start: lsn.parse().ok()?, rmgr: rmgr.to_owned(), description: description.to_owned() })
+            let end_time = if rmgr == "Transaction" { end_time(description) } else { None };
+            Some(WalRecord { start: lsn.parse().ok()?, end_time })
         };
         parse().with_context(|| format!("pg_waldump printed {line:?}"))
     }
+}
 
-    /// When it ended a transaction, as Postgres prints the time, in UTC.
-    pub fn end_time(&self) -> Option<&str> {
-        let (what, rest) = self.description.split_once(' ')?;
-        let ends = self.rmgr == "Transaction" && (what.starts_with("COMMIT") || what.starts_with("ABORT"));
-        // "COMMIT_PREPARED 749: 2026-..." names the transaction first.
-        let rest = rest.split_once(": ").filter(|(xid, _)| xid.bytes().all(|byte| byte.is_ascii_digit())).map_or(rest, |(_, time)| time);
-        ends.then(|| rest.split_once(" UTC").map(|(time, _)| time)).flatten()
+/// The time in the description of a commit or an abort.
+fn end_time(description: &str) -> Option<String> {
+    let (what, rest) = description.split_once(' ')?;
+    if !what.starts_with("COMMIT") && !what.starts_with("ABORT") {
+        return None;
     }
+    // "COMMIT_PREPARED 749: 2026-..." names the transaction first.
+    let rest = rest.split_once(": ").filter(|(xid, _)| xid.bytes().all(|byte| byte.is_ascii_digit())).map_or(rest, |(_, time)| time);
+    rest.split_once(" UTC").map(|(time, _)| time.to_owned())
 }
 
 /// Where a recovery stops.
@@ -218,10 +225,10 @@ pub enum Target {
 ///
 /// # Errors
 /// When it does not get there.
-pub fn recovered(base: &Path, archive: &Path, target: &Target, settings: &[(&str, &str)]) -> anyhow::Result<Postgres> {
-    let mut postgres = Postgres::bare(Major::V15)?;
-    run(Command::new("cp").arg("-a").arg(base).arg(postgres.data_dir()))?;
-    let restore = format!("'test -e \"{0}/%f\" && cp \"{0}/%f\" \"%p\"'", archive.display());
+pub fn recovered(base: &Postgres, archive: &Archive, target: &Target, settings: &[(&str, &str)]) -> anyhow::Result<Postgres> {
+    let mut postgres = Postgres::bare(base.major())?;
+    run(Command::new("cp").arg("-a").arg(base.data_dir()).arg(postgres.data_dir()))?;
+    let restore = format!("'test -e \"{0}/%f\" && cp \"{0}/%f\" \"%p\"'", archive.dir().display());
     let (name, value) = match target {
         Target::Lsn(lsn) => ("recovery_target_lsn", format!("'{lsn}'")),
         Target::Time(time) => ("recovery_target_time", format!("'{time}'")),

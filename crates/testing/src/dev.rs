@@ -8,6 +8,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail, ensure};
 use serde_json::Value;
+use varve_postgres::Major;
+
+use crate::postgres::bin_dir;
 
 /// How long a server may take until it answers, on a machine where everything runs at once.
 const START_MAX: Duration = Duration::from_secs(60);
@@ -19,6 +22,7 @@ pub struct Dev {
     folder: tempfile::TempDir,
     store: Option<String>,
     variables: Vec<(String, String)>,
+    pg_bin_dirs: Vec<String>,
     http: u16,
     pages: u16,
     process: Option<Child>,
@@ -41,22 +45,45 @@ impl Dev {
         Self::start_on(binary, None, Vec::new())
     }
 
+    /// Starts `binary dev` on the local folder, for tenants of `major`.
+    ///
+    /// # Errors
+    /// When the major is not installed, or the server does not answer in time.
+    pub fn start_for(binary: &str, major: Major) -> anyhow::Result<Dev> {
+        let mut dev = Self::prepare(binary, None, Vec::new())?;
+        dev.set_pg_bin_dir(major, &bin_dir(major)?);
+        dev.run()?;
+        Ok(dev)
+    }
+
     /// Starts `binary dev` on `store` (the folder beside its own when `None`) with these environment variables.
     ///
     /// # Errors
     /// When it does not answer in time.
     pub fn start_on(binary: &str, store: Option<String>, variables: Vec<(String, String)>) -> anyhow::Result<Dev> {
-        let mut dev = Dev {
+        let mut dev = Self::prepare(binary, store, variables)?;
+        dev.run()?;
+        Ok(dev)
+    }
+
+    fn prepare(binary: &str, store: Option<String>, variables: Vec<(String, String)>) -> anyhow::Result<Dev> {
+        Ok(Dev {
             binary: binary.into(),
             folder: tempfile::Builder::new().prefix("varve-dev-").tempdir()?,
             store,
             variables,
+            pg_bin_dirs: Vec::new(),
             http: free_port()?,
             pages: free_port()?,
             process: None,
-        };
-        dev.run()?;
-        Ok(dev)
+        })
+    }
+
+    /// Tells the server, from its next start on, where the programs of `major` are.
+    pub fn set_pg_bin_dir(&mut self, major: Major, dir: &Path) {
+        let of_major = format!("{major}=");
+        self.pg_bin_dirs.retain(|known| !known.starts_with(&of_major));
+        self.pg_bin_dirs.push(format!("{of_major}{}", dir.display()));
     }
 
     /// The pageserver's own folder, which may be lost.
@@ -94,6 +121,7 @@ impl Dev {
             .args(["--store", &self.store()])
             .args(["--http", &format!("127.0.0.1:{}", self.http)])
             .args(["--pages", &format!("127.0.0.1:{}", self.pages)])
+            .args(self.pg_bin_dirs.iter().flat_map(|dir| ["--pg-bin-dir", dir]))
             .envs(self.variables.iter().cloned())
             .stdin(Stdio::null());
         command

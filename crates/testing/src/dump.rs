@@ -1,9 +1,11 @@
-//! Everything in a cluster as text, by `pg_dumpall`, and where two such texts differ.
+//! Everything in a cluster as text, by `pg_dumpall` or row by row, and where two such texts differ.
 
 use std::collections::HashMap;
+use std::io::Write as _;
 use std::process::{Command, Stdio};
 
 use anyhow::{Context as _, ensure};
+use varve_postgres::Major;
 
 /// `SEQ_LOG_VALS`: how many values of a sequence are logged ahead.
 const LOGGED_AHEAD_MAX: i64 = 32;
@@ -21,11 +23,50 @@ pub enum Sequences {
     LoggedAhead,
 }
 
+/// For each table, catalogs included, each materialised view and each TOAST table: its name, the count of its rows and their digest, system columns
+/// and places included. For each sequence lines such as a dump has, which [`ensure_same`] understands. Shared catalogs come with `postgres`.
+const ROWS: &str = r"
+SELECT CASE WHEN relkind = 'S' THEN format(
+        $$SELECT 'CREATE SEQUENCE ' || %1$L, 'INCREMENT BY ' || (SELECT seqincrement FROM pg_sequence WHERE seqrelid = %2$s),
+            format('SELECT pg_catalog.setval(%%L, %%s, %%s);', %1$L, last_value, is_called::text) FROM %1$s$$, oid::regclass, oid)
+    ELSE format(
+        $$SELECT %1$L, count(*), md5(coalesce(string_agg(t::text, ' ' ORDER BY ctid), '')) FROM (SELECT ctid, xmin, xmax, * FROM ONLY %1$s) t$$,
+        oid::regclass) END
+FROM pg_class
+WHERE relkind IN ('r', 'm', 't', 'S') AND relpersistence = 'p' AND (NOT relisshared OR current_database() = 'postgres')
+ORDER BY oid
+\gexec
+";
+
+/// All that is in the cluster at `conninfo` (a libpq URI or string): by `pg_dumpall` where we have one for its major, or row by row. That also tells
+/// where each row is, who made it, and all that the catalogs say, so nothing may have changed the catalogs of one copy, such as autovacuum.
+///
+/// # Errors
+/// When it cannot be had: with what the program said.
+pub fn everything(conninfo: &str, major: Major) -> anyhow::Result<String> {
+    if major <= Major::V15 { dump(conninfo) } else { rows(conninfo) }
+}
+
+fn rows(conninfo: &str) -> anyhow::Result<String> {
+    let databases = crate::dev::psql(conninfo, "SELECT quote_ident(datname) FROM pg_database WHERE datallowconn ORDER BY datname")?;
+    let script: String = databases.lines().map(|name| format!("\\c {name}\n\\echo database {name}\n{ROWS}")).collect();
+    let mut command = Command::new("psql");
+    command.args([conninfo, "-XqAt", "-F", "\n", "-v", "ON_ERROR_STOP=1"]).env("PGOPTIONS", "-c search_path=pg_catalog");
+    let mut psql = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().context("psql cannot be run")?;
+    psql.stdin.take().context("psql reads")?.write_all(script.as_bytes())?;
+    let output = psql.wait_with_output()?;
+    ensure!(output.status.success(), "psql failed: {}", String::from_utf8_lossy(&output.stderr));
+    let text = String::from_utf8(output.stdout).context("rows in UTF-8")?;
+    let (expected, found) = (databases.lines().count(), text.lines().filter(|line| *line == "pg_class").count());
+    ensure!(found == expected, "pg_class is told of in {found} databases, expected {expected}");
+    Ok(text)
+}
+
 /// `pg_dumpall` of the server at `conninfo` (a libpq URI or string), without what unlogged tables hold.
 ///
 /// # Errors
 /// When it fails: with what it said.
-pub fn dump(conninfo: &str) -> anyhow::Result<String> {
+fn dump(conninfo: &str) -> anyhow::Result<String> {
     let mut command = Command::new("/usr/lib/postgresql/15/bin/pg_dumpall");
     command.args(["--no-unlogged-table-data", "-d", conninfo]).stdin(Stdio::null());
     // pg_dumpall does not hand a URI's password on to the pg_dump of each database.

@@ -1,6 +1,7 @@
 //! What the tests of the other crates share: models to compare with, and things to start.
 
 pub mod acknowledged;
+pub mod application;
 pub mod beside;
 pub mod comparison;
 pub mod dev;

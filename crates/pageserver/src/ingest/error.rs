@@ -12,7 +12,7 @@ pub enum IngestError {
     /// A record type that this version does not know: of an extension's resource manager, or of a newer Postgres.
     #[error(
         "the {} record with info {info:02X} at {lsn} is of a type that this version of Varve does not support; the timeline's ingest stops \
-         here, and everything before it stays readable",
+         here, and everything before it stays readable: create a branch from {lsn}, or restore to it",
         rmgr::name(*rmid)
     )]
     Unsupported {

@@ -116,15 +116,15 @@ impl Ingest {
         self.ingest(record).inspect_err(|error| self.stopped = Some(error.clone()))
     }
 
-    /// Makes everything up to the last record visible to readers.
+    /// Makes everything up to the last record that was ingested visible to readers, also when the one after it has stopped the ingest.
     ///
     /// # Errors
-    /// When the history cannot be written.
+    /// When the history cannot be written, or could not be.
     pub fn advance(&mut self) -> Result<(), IngestError> {
-        if let Some(error) = &self.stopped {
-            return Err(error.clone());
+        match &self.stopped {
+            Some(error @ IngestError::History(_)) => Err(error.clone()),
+            _ => self.publish(),
         }
-        self.publish()
     }
 
     /// End of the last record.

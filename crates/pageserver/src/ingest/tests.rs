@@ -124,12 +124,15 @@ fn what_is_not_understood_stops_the_ingest_and_what_came_before_stays_readable()
         let good = stream.record(rmgr::LOGICALMSG, 0, 800, b"message");
         let bad = stream.record(rmid, info, 900, data);
         let after = stream.record(rmgr::LOGICALMSG, 0, 1000, b"message");
-        let mut ingest = ingest_all(&history, std::slice::from_ref(&good));
+        let mut ingest = Ingest::open(history.clone(), history.applied()).unwrap();
+        ingest.record(&good).unwrap();
         let error = ingest.record(&bad).unwrap_err();
         assert!(error.to_string().contains(expected) && error.to_string().contains(&bad.start.to_string()), "{error}");
         let again = ingest.record(&after).unwrap_err();
         assert_eq!(again.to_string(), error.to_string(), "it stays stopped");
-        assert!(ingest.advance().is_err() && ingest.stopped().is_some());
+        ingest.advance().expect("what came before becomes visible");
+        assert!(ingest.stopped().is_some(), "it stays stopped");
+        assert_eq!(history.applied(), good.end, "readers see the record before and no more");
         let last = time::round_down(&*history, good.end, START, history.applied()).unwrap();
         assert_eq!((last.end, last.next_xid), (good.end, 801));
     }

@@ -75,9 +75,10 @@ impl Pageserver {
     ) -> Result<Branch, ServerError> {
         let facts = state.timeline(timeline)?.facts.clone();
         let served = if open { Some(tenant.timeline(timeline).await?) } else { tenant.opened(timeline).await };
-        let (mut last_lsn, mut size_bytes) = (facts.start, None);
+        let (mut last_lsn, mut size_bytes, mut stopped) = (facts.start, None, None);
         if let Some(served) = served {
             last_lsn = served.head();
+            stopped = served.stopped();
             let size = tokio::task::spawn_blocking(move || {
                 let applied = served.applied();
                 served.wait_applied(applied, std::time::Duration::from_secs(5)).ok()?;
@@ -96,6 +97,7 @@ impl Pageserver {
             size_bytes,
             created_at: PostgresTime(facts.created).to_rfc3339(),
             compute: self.computes().writer_of(tenant.id(), timeline).map(|entry| entry.id().to_owned()),
+            stopped,
         })
     }
 

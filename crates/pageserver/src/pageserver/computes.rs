@@ -246,6 +246,9 @@ impl Pageserver {
         let (lsn, epoch, standby_name) = match record.lsn {
             Some(lsn) => (lsn, None, None),
             None => {
+                if let Some(reason) = served.stopped() {
+                    return Err(ServerError::internal(reason)); // waiting will not help
+                }
                 for other in self.computes().of_timeline(tenant.id(), record.timeline_id) {
                     if other.id() != id && other.record().lsn.is_none() && other.record().begun && other.should_run() {
                         self.fence(&other)?;

@@ -61,8 +61,10 @@ impl Pageserver {
                 for (owner, limit) in self.owners(tenant, timeline, head).await? {
                     if lsn >= owner.facts().start {
                         let lsn = lsn.min(limit);
-                        return in_history(owner, limit, move |owner| {
-                            let boundary = time::round_down(&**owner.history(), lsn, owner.facts().start, limit)?;
+                        // What comes later does not matter: ingest may lag, or have stopped there.
+                        return in_history(owner, lsn, move |owner| {
+                            let known = limit.min(owner.applied());
+                            let boundary = time::round_down(&**owner.history(), lsn, owner.facts().start, known)?;
                             Ok(Resolved { timeline: owner.id(), lsn: boundary.end })
                         })
                         .await;

@@ -45,13 +45,22 @@ impl ServedTimeline {
     }
 
     fn ingest(self: &Arc<Self>, runtime: &tokio::runtime::Handle) -> Result<(), String> {
+        let mut ingest = None;
+        self.ingest_into(&mut ingest, runtime).inspect_err(|_| {
+            // What was ingested before whatever went wrong is to be seen.
+            if let Some(Err(error)) = ingest.as_mut().map(|ingest| self.advance(ingest)) {
+                tracing::error!(timeline = self.name, error, "what was ingested last does not become visible");
+            }
+        })
+    }
+
+    fn ingest_into(self: &Arc<Self>, ingest: &mut Option<Ingest>, runtime: &tokio::runtime::Handle) -> Result<(), String> {
         let start = self.applied();
         let mut framer = Framer::new(self.major, Some(self.system_identifier), start, None);
-        let mut ingest: Option<Ingest> = None;
         loop {
             self.flush_if_due(runtime);
             let Some(head) = self.wait_for_wal(framer.position()) else { return Ok(()) };
-            let ingest = match &mut ingest {
+            let ingest = match ingest {
                 Some(ingest) => ingest,
                 // Opened at the first record, so that an idle timeline reads nothing.
                 None => {
@@ -90,18 +99,14 @@ impl ServedTimeline {
     fn wait_for_ancestors(&self, start: Lsn) -> Result<bool, String> {
         let Some((ancestor, branch_lsn)) = &self.ancestor else { return Ok(true) };
         while !self.stopping.load(Ordering::Acquire) {
-            match ancestor.wait_applied(start.min(*branch_lsn), ANCESTOR_WAIT) {
+            let lsn = start.min(*branch_lsn);
+            match ancestor.wait_applied(lsn, ANCESTOR_WAIT) {
                 Ok(()) => return Ok(true),
-                Err(reason) if ancestor.has_stopped() => return Err(reason),
+                Err(reason) if ancestor.stopped_before(lsn).is_some() => return Err(reason),
                 Err(_) => {}
             }
         }
         Ok(false)
-    }
-
-    /// Whether its ingest, or that of an ancestor, has stopped.
-    fn has_stopped(&self) -> bool {
-        self.stopped().is_some() || self.ancestor.as_ref().is_some_and(|(ancestor, _)| ancestor.has_stopped())
     }
 
     fn advance(&self, ingest: &mut Ingest) -> Result<(), String> {

@@ -126,9 +126,22 @@ impl ServedTimeline {
         self.positions.lock().layered
     }
 
-    /// Why ingest stopped, if it did: a record that is not supported, or damaged layers.
+    /// Why ingest stopped, if it did, here or on an ancestor before what this timeline shows of it: a record that is not supported, or damaged
+    /// layers.
     pub fn stopped(&self) -> Option<String> {
-        self.positions.lock().stopped.clone()
+        self.stopped_before(Lsn::MAX)
+    }
+
+    /// The same for what this timeline shows up to `lsn`.
+    fn stopped_before(&self, lsn: Lsn) -> Option<String> {
+        let own = {
+            let positions = self.positions.lock();
+            positions.stopped.clone().filter(|_| positions.applied < lsn)
+        };
+        own.or_else(|| {
+            let (ancestor, branch_lsn) = self.ancestor.as_ref()?;
+            ancestor.stopped_before(lsn.min(*branch_lsn))
+        })
     }
 
     /// Where the oldest history that this timeline can show begins.

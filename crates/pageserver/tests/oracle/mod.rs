@@ -74,7 +74,7 @@ pub fn ingest_in_one_go(postgres: &Postgres, loaded: &mut Loaded) -> Result<()> 
 fn ingest_opened_every(records: usize, postgres: &Postgres, loaded: &mut Loaded) -> Result<()> {
     let start = loaded.end();
     let mut ingest = Ingest::open(loaded.history.clone(), start)?;
-    each_record(postgres.major(), &postgres.data_dir().join("pg_wal"), start, &mut |record| {
+    let ended = each_record(postgres.major(), &postgres.data_dir().join("pg_wal"), start, &mut |record| {
         ingest.record(&record).with_context(|| format!("ingesting the record at {}", record.start))?;
         loaded.boundaries.push(record.end);
         let decoded = Record::decode(&record.bytes, record.start, record.end, postgres.major())?;
@@ -91,8 +91,9 @@ fn ingest_opened_every(records: usize, postgres: &Postgres, loaded: &mut Loaded)
             ingest = Ingest::open(loaded.history.clone(), ingest.end())?;
         }
         Ok(())
-    })?;
+    });
     ingest.advance()?;
+    ended?;
     ensure!(ingest.end() == *loaded.boundaries.last().context("the load wrote no WAL")?, "the ingest stands at the last record's end");
     Ok(())
 }

@@ -82,7 +82,7 @@ fn came_from(branch: &Branch) -> String {
 }
 
 fn describe(b: &Branch) -> String {
-    format!(
+    let mut text = format!(
         "branch     {}/{}\ntimeline   {} (TLI {})\nfrom       {}\nhead       {}\nsize       {}\ncreated    {}\ncompute    {}",
         b.tenant,
         b.name,
@@ -93,7 +93,11 @@ fn describe(b: &Branch) -> String {
         b.size_bytes.map_or_else(|| "not known".to_owned(), output::bytes),
         b.created_at,
         b.compute.as_deref().unwrap_or("none")
-    )
+    );
+    if let Some(reason) = &b.stopped {
+        text += &format!("\nstopped    {reason}");
+    }
+    text
 }
 
 /// Rows of the branches, children indented below their parents.

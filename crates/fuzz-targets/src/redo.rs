@@ -1,0 +1,136 @@
+//! Page functions.
+//!
+//! An input is a [`Seed`]: a major, a stored change and the page before it.
+
+use varve_postgres::page::{self, PAGE_HEADER_SIZE, ZERO_PAGE};
+use varve_postgres::wal::rmgr;
+use varve_postgres::{BLCKSZ, BlockNumber, Lsn, Major, Page};
+use varve_redo::change::Change;
+use varve_redo::{apply, free_space_effect, mask};
+
+use crate::input::Input;
+
+/// End of every record.
+const LSN: Lsn = Lsn(0x1234_5678);
+
+/// A change and the page that it is made to.
+///
+/// Layout: major `u8`, block number `u32`, length of the stored change `u16` and the change, length of the page's head `u16` and the head, the page's
+/// tail; what lies between head and tail is zeros. Little-endian.
+#[derive(Debug, Clone)]
+pub struct Seed {
+    /// The major that wrote the record.
+    pub major: Major,
+    /// The page's number.
+    pub blkno: BlockNumber,
+    /// The stored form of the change.
+    pub change: Vec<u8>,
+    /// The page before.
+    pub page: Box<Page>,
+}
+
+impl Seed {
+    /// The input that means this.
+    pub fn encode(&self) -> Vec<u8> {
+        let major = Major::ALL.iter().position(|major| *major == self.major).unwrap_or_default() as u8;
+        let mut out = vec![major];
+        out.extend_from_slice(&self.blkno.to_le_bytes());
+        out.extend_from_slice(&(self.change.len() as u16).to_le_bytes());
+        out.extend_from_slice(&self.change);
+        let (head, tail) = ends(&self.page);
+        out.extend_from_slice(&(head.len() as u16).to_le_bytes());
+        out.extend_from_slice(head);
+        out.extend_from_slice(tail);
+        out
+    }
+
+    fn decode(data: &[u8]) -> Seed {
+        let mut input = Input::new(data);
+        let (major, blkno, change) = (input.major(), input.u32(), input.piece().to_vec());
+        let mut page = Box::new(ZERO_PAGE);
+        let head = input.piece();
+        let head = &head[..head.len().min(BLCKSZ)];
+        page[..head.len()].copy_from_slice(head);
+        let tail = input.take(BLCKSZ - head.len());
+        page[BLCKSZ - tail.len()..].copy_from_slice(tail);
+        Seed { major, blkno, change, page }
+    }
+}
+
+/// The page without the longest run of zeros in it.
+fn ends(page: &Page) -> (&[u8], &[u8]) {
+    let (mut start, mut best) = (0, 0..0);
+    for (at, byte) in page.iter().enumerate() {
+        if *byte != 0 {
+            start = at + 1;
+        } else if at + 1 - start > best.len() {
+            best = start..at + 1;
+        }
+    }
+    (&page[..best.start], &page[best.end..])
+}
+
+/// A record of resource manager `rmid` is redone or refused; a page whose header was sound keeps a sound one.
+pub(crate) fn redo(rmid: u8, data: &[u8]) {
+    let Seed { major, blkno, change, page } = Seed::decode(data);
+    let Ok(Change::Record(mut record)) = Change::decode(change.into()) else { return };
+    record.rmid = rmid;
+    let change = Change::Record(record);
+    run(major, blkno, &change, *page);
+}
+
+/// The same for the two resource managers that have one record type each.
+pub(crate) fn sequence_and_generic(data: &[u8]) {
+    redo(rmgr::SEQ, data);
+    redo(rmgr::GENERIC, data);
+}
+
+/// The same for changes that no record names, to maps and SLRU pages.
+pub(crate) fn maps_and_slru(data: &[u8]) {
+    let Seed { major, blkno, change, page } = Seed::decode(data);
+    match Change::decode(change.into()) {
+        Ok(change) if !matches!(change, Change::Record(_)) => run(major, blkno, &change, *page),
+        _ => {}
+    }
+}
+
+fn run(major: Major, blkno: BlockNumber, change: &Change, mut page: Page) {
+    let stored = Change::decode(change.encode());
+    assert_eq!(stored.as_ref(), Ok(change), "a change must survive being stored");
+    let sound = is_sound(&page);
+    if apply(major, LSN, blkno, change, &mut page).is_err() {
+        return;
+    }
+    let Change::Record(record) = change else { return };
+    // Generic WAL may put anything anywhere.
+    if sound && record.rmid != rmgr::GENERIC {
+        assert!(is_sound(&page), "redo must leave a sound header: {record:?}");
+    }
+    assert_eq!(page::lsn(&page), LSN, "redo must set the page's LSN");
+    let _ = free_space_effect(major, record, &page, false);
+    let _ = mask::rmgr_of_page(&page);
+    let _ = mask::mask_page(major, record.rmid, &mut page, blkno);
+}
+
+fn is_sound(page: &Page) -> bool {
+    let (lower, upper, special) = (usize::from(page::lower(page)), usize::from(page::upper(page)), usize::from(page::special(page)));
+    page::is_new(page) || PAGE_HEADER_SIZE <= lower && lower <= upper && upper <= special && special <= BLCKSZ
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_seed_means_what_it_was_made_of() {
+        let mut page = Box::new(ZERO_PAGE);
+        page::init(&mut page, 16);
+        page[8000] = 7;
+        let change = Change::ClogStatus { status: 1, xids: vec![5] }.encode().to_vec();
+        let seed = Seed { major: Major::V17, blkno: 9, change: change.clone(), page: page.clone() };
+        let encoded = seed.encode();
+        assert!(encoded.len() < 300, "zeros are left out: {} bytes", encoded.len());
+        let decoded = Seed::decode(&encoded);
+        assert_eq!((decoded.major, decoded.blkno, decoded.change, decoded.page), (Major::V17, 9, change, page));
+    }
+}
