@@ -162,3 +162,29 @@ fn tenants_are_apart_and_go_with_all_that_is_theirs() -> anyhow::Result<()> {
     dev.json(&["tenant", "create", "one"])?;
     Ok(())
 }
+
+#[test]
+fn a_list_says_where_branches_end_and_how_large_they_are_also_after_a_restart() -> anyhow::Result<()> {
+    let mut dev = Dev::start(VARVE)?;
+    dev.json(&["tenant", "create", "acme"])?;
+    let db = dev.compute("acme/main", &[])?;
+    dev.json(&["branch", "create", "acme/empty"])?;
+    let size = "SELECT pg_size_bytes('1MB') < (SELECT sum(pg_relation_size(oid)) FROM pg_class)";
+    psql(&db, "CREATE TABLE t AS SELECT i, repeat('x', 500) AS a FROM generate_series(1, 20000) i")?;
+    ensure!(psql(&db, size)? == "t", "the table has its size");
+    dev.json(&["branch", "create", "acme/full"])?;
+    dev.json(&["compute", "stop", "acme/main"])?;
+    let of = |dev: &Dev, name: &str| -> anyhow::Result<(String, u64)> {
+        let list = dev.json(&["branch", "list", "acme"])?;
+        let branch = list.as_array().context("a list")?.iter().find(|branch| branch["name"] == name).context("the branch")?.clone();
+        let bytes = branch["size_bytes"].as_u64().with_context(|| format!("expected a size of {branch}"))?;
+        Ok((branch["last_lsn"].as_str().unwrap_or_default().to_owned(), bytes))
+    };
+    let before = [of(&dev, "main")?, of(&dev, "empty")?, of(&dev, "full")?];
+    ensure!(before[2].1 > before[1].1 + 8_000_000, "the later branch is larger by the table: {before:?}");
+    dev.stop()?;
+    dev.run()?;
+    let after = [of(&dev, "main")?, of(&dev, "empty")?, of(&dev, "full")?];
+    ensure!(after == before, "expected the list of before the restart, {before:?}, got {after:?}");
+    Ok(())
+}

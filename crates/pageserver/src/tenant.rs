@@ -29,6 +29,8 @@ pub struct Tenant {
     template: Arc<Template>,
     context: Arc<OpenContext>,
     timelines: tokio::sync::Mutex<HashMap<TimelineId, Arc<ServedTimeline>>>,
+    /// Sizes of timelines that nobody has written yet, as far as somebody asked.
+    sizes: parking_lot::Mutex<HashMap<TimelineId, u64>>,
 }
 
 impl Tenant {
@@ -41,7 +43,7 @@ impl Tenant {
         let major = Major::from_number(facts.pg_version).ok_or_else(|| {
             ServerError::internal(format!("tenant {} is of PostgreSQL {}, which is not supported", facts.name, facts.pg_version))
         })?;
-        Ok(Tenant { facts, major, log, template, context, timelines: tokio::sync::Mutex::default() })
+        Ok(Tenant { facts, major, log, template, context, timelines: tokio::sync::Mutex::default(), sizes: parking_lot::Mutex::default() })
     }
 
     /// Its id.
@@ -72,6 +74,16 @@ impl Tenant {
     /// What the pageserver's timelines share.
     pub fn context(&self) -> &Arc<OpenContext> {
         &self.context
+    }
+
+    /// Bytes of a timeline that nobody has written, if it was told before.
+    pub fn known_size(&self, id: TimelineId) -> Option<u64> {
+        self.sizes.lock().get(&id).copied()
+    }
+
+    /// Keeps that size.
+    pub fn know_size(&self, id: TimelineId, bytes: u64) {
+        self.sizes.lock().insert(id, bytes);
     }
 
     /// A timeline, opened if need be.
@@ -131,6 +143,7 @@ impl Tenant {
 
     /// Stops a timeline that the log no longer has, and removes what is stored of it.
     pub async fn remove_timeline(&self, id: TimelineId) {
+        self.sizes.lock().remove(&id);
         if let Some(timeline) = self.timelines.lock().await.remove(&id) {
             timeline.stop().await;
         }

@@ -14,10 +14,13 @@ use crate::computes::Phase;
 use crate::error::{Code, ServerError};
 use crate::moment::{Moment, PostgresTime};
 use crate::tenant::Tenant;
+use crate::timeline::ServedTimeline;
 use crate::timeline_pages::total_size;
 
 /// How long an in-place restore waits until the branch's compute is back.
 const COMPUTE_BACK_MAX: std::time::Duration = std::time::Duration::from_secs(120);
+/// How long telling a size waits for ingest.
+const SIZE_WAIT: std::time::Duration = std::time::Duration::from_secs(5);
 
 fn branch_name(text: &str) -> Result<BranchName, ServerError> {
     text.parse().map_err(|error| ServerError::new(Code::InvalidArgument, format!("{error}")))
@@ -31,6 +34,24 @@ fn unknown_branch(tenant: &Tenant, name: &str) -> ServerError {
     )
 }
 
+/// How much the API says of a branch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Detail {
+    /// Everything; its history, or its ancestor's, is opened for that.
+    Full,
+    /// What is in memory, so that a new branch costs next to nothing: no size.
+    AtHand,
+}
+
+/// Bytes of all relations of `served` at `lsn`; nothing if that cannot be read now.
+async fn size_at(served: Arc<ServedTimeline>, lsn: Lsn) -> Result<Option<u64>, ServerError> {
+    let size = tokio::task::spawn_blocking(move || {
+        served.wait_applied(lsn, SIZE_WAIT).ok()?;
+        total_size(&**served.history(), lsn).ok()
+    });
+    size.await.map_err(ServerError::internal)
+}
+
 impl Pageserver {
     /// Lists a tenant's branches.
     ///
@@ -41,7 +62,7 @@ impl Pageserver {
         let state = tenant.log().state();
         let mut branches = Vec::with_capacity(state.branch_count());
         for (name, timeline) in state.branches() {
-            branches.push(self.describe(&tenant, &state, name, timeline, false).await?);
+            branches.push(self.describe(&tenant, &state, name, timeline, Detail::Full).await?);
         }
         Ok(branches)
     }
@@ -54,7 +75,7 @@ impl Pageserver {
         let tenant = self.tenant(tenant).await?;
         let (name, timeline) = Self::find_branch(&tenant, branch)?;
         let state = tenant.log().state();
-        self.describe(&tenant, &state, &name, timeline, true).await
+        self.describe(&tenant, &state, &name, timeline, Detail::Full).await
     }
 
     /// The branch's name and timeline.
@@ -64,27 +85,35 @@ impl Pageserver {
         Ok((branch_name(branch)?, timeline))
     }
 
-    /// What the API says of a branch. The size is read from the history when `open` says so or the timeline is open already.
+    /// What the API says of a branch.
     pub(super) async fn describe(
         &self,
         tenant: &Arc<Tenant>,
         state: &TenantState,
         name: &BranchName,
         timeline: TimelineId,
-        open: bool,
+        detail: Detail,
     ) -> Result<Branch, ServerError> {
-        let facts = state.timeline(timeline)?.facts.clone();
-        let served = if open { Some(tenant.timeline(timeline).await?) } else { tenant.opened(timeline).await };
+        let known = state.timeline(timeline)?;
+        let facts = known.facts.clone();
+        // What no compute has ever written ends where it begins, and is as large as its ancestor was there: it need not be opened.
+        let pristine = facts.ancestor.filter(|_| known.epochs.is_empty());
+        let served = match (detail, pristine) {
+            (Detail::Full, None) => Some(tenant.timeline(timeline).await?),
+            (Detail::Full | Detail::AtHand, _) => tenant.opened(timeline).await,
+        };
         let (mut last_lsn, mut size_bytes, mut stopped) = (facts.start, None, None);
         if let Some(served) = served {
             last_lsn = served.head();
             stopped = served.stopped();
-            let size = tokio::task::spawn_blocking(move || {
-                let applied = served.applied();
-                served.wait_applied(applied, std::time::Duration::from_secs(5)).ok()?;
-                total_size(&**served.history(), applied).ok()
-            });
-            size_bytes = size.await.map_err(ServerError::internal)?;
+            let at = served.applied();
+            size_bytes = size_at(served, at).await?;
+        } else if let (Detail::Full, Some(ancestor)) = (detail, pristine) {
+            size_bytes = tenant.known_size(timeline);
+            if size_bytes.is_none() {
+                size_bytes = size_at(tenant.timeline(ancestor.timeline).await?, ancestor.lsn).await?;
+                size_bytes.inspect(|size| tenant.know_size(timeline, *size));
+            }
         }
         Ok(Branch {
             tenant: tenant.name().to_string(),
@@ -127,7 +156,7 @@ impl Pageserver {
             .await?;
         tracing::info!(tenant = %tenant.name(), branch = %name, timeline = %id, lsn = %at.lsn, "branch created");
         let state = tenant.log().state();
-        self.describe(&tenant, &state, &name, id, false).await
+        self.describe(&tenant, &state, &name, id, Detail::AtHand).await
     }
 
     /// Gives a branch another name.
@@ -152,7 +181,7 @@ impl Pageserver {
             })
             .await?;
         let state = tenant.log().state();
-        self.describe(&tenant, &state, &to, timeline, false).await
+        self.describe(&tenant, &state, &to, timeline, Detail::AtHand).await
     }
 
     /// Deletes a branch that has no children: its computes stop, its layers go.
@@ -242,8 +271,8 @@ impl Pageserver {
         }
         let state = tenant.log().state();
         Ok(Restored {
-            branch: self.describe(&tenant, &state, &name, new, false).await?,
-            before: self.describe(&tenant, &state, &before, old, false).await?,
+            branch: self.describe(&tenant, &state, &name, new, Detail::AtHand).await?,
+            before: self.describe(&tenant, &state, &before, old, Detail::AtHand).await?,
         })
     }
 
