@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, Read, Write};
+use std::ops::Range;
 
 use bytes::Bytes;
 use varve_postgres::control::CheckPoint;
@@ -146,14 +147,7 @@ impl StateAt {
     pub(super) fn write_slrus<W: Write>(&self, history: &(impl History + ?Sized), tar: &mut TarWriter<W>) -> Result<(), BaseBackupError> {
         for area in SlruKind::ALL {
             let extent = relation::slru_extent(history, area, self.lsn)?;
-            let mut segments: BTreeMap<u32, u32> = BTreeMap::new(); // pages in each
-            for pages in extent.intervals() {
-                for segment in pages.start / PAGES_PER_SEGMENT..=(pages.end - 1) / PAGES_PER_SEGMENT {
-                    let end = pages.end.min((segment + 1).saturating_mul(PAGES_PER_SEGMENT));
-                    segments.insert(segment, end - segment * PAGES_PER_SEGMENT);
-                }
-            }
-            for (segment, pages) in segments {
+            for (segment, pages) in segments(extent.intervals()) {
                 let path = format!("{}/{}", area.directory(), segment_name(segment));
                 let contents =
                     Pages::new(pages, |page| match relation::slru_page(history, area, segment * PAGES_PER_SEGMENT + page, self.lsn) {
@@ -251,5 +245,35 @@ impl<F: FnMut(u32) -> Result<Box<Page>, RelationError>> Read for Pages<F> {
         out[..n].copy_from_slice(&page[self.taken..self.taken + n]);
         self.taken += n;
         Ok(n)
+    }
+}
+
+/// The segment files in which pages `intervals` (ascending) lie, ascending, each with the number of its pages up to the last that exists. They may be
+/// very many, so they are not collected.
+fn segments(intervals: &[Range<u32>]) -> impl Iterator<Item = (u32, u32)> {
+    intervals.iter().enumerate().flat_map(|(i, pages)| {
+        let end = (pages.end - 1) / PAGES_PER_SEGMENT + 1;
+        // A segment that two intervals share ends with the later one.
+        let end = intervals.get(i + 1).map_or(end, |next| end.min(next.start / PAGES_PER_SEGMENT));
+        (pages.start / PAGES_PER_SEGMENT..end).map(|segment| {
+            let first = segment * PAGES_PER_SEGMENT;
+            (segment, (pages.end - first).min(PAGES_PER_SEGMENT))
+        })
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn segments_reach_to_their_last_page() {
+        let of = |intervals: &[Range<u32>]| segments(intervals).collect::<Vec<_>>();
+        assert_eq!(of(&[]), []);
+        assert_eq!(of(&[0..1]), [(0, 1)]);
+        assert_eq!(of(&[30..34]), [(0, 32), (1, 2)]);
+        assert_eq!(of(&[0..3, 5..6, 40..64]), [(0, 6), (1, 32)], "a segment that two intervals share is one");
+        assert_eq!(of(&[10..40, 50..51, 100..101]), [(0, 32), (1, 19), (3, 5)]);
+        assert_eq!(segments(&[0..u32::MAX]).last(), Some((u32::MAX / 32, 31)), "as many as there can be");
     }
 }
