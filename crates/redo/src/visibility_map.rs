@@ -1,13 +1,16 @@
 //! The visibility map: two bits a heap block (`access/visibilitymap.h`).
 //!
-//! Heap records clear bits on map pages that they do not name; [`visibility_map_clears`] says which. Setting bits has a record of its
-//! own, which names the map page ([`set`]). Postgres keeps no LSN of clearings and none of truncations.
+//! Heap records clear bits. Up to the minors of summer 2026 they did not name the map pages ([`visibility_map_clears`] says which they are), and
+//! those got no LSN; since then they name each page on which bits were set ([`clear_named`]), and no others are touched. Which of the two a
+//! record is, only its blocks say, whatever its major. Setting bits has a record of its own, which names the map page ([`set`]). Truncations
+//! get no LSN.
 
 use varve_postgres::page::{self, PAGE_HEADER_SIZE};
 use varve_postgres::wal::{Record, rmgr};
 use varve_postgres::{BLCKSZ, BlockNumber, Fork, Major, Page, RelFork};
 
-use crate::change::Change;
+use crate::Fault;
+use crate::change::{BlockRecord, Change};
 use crate::heap::record::{self, opcode};
 
 /// Heap blocks whose bits one byte holds.
@@ -62,19 +65,21 @@ fn init_if_new(page: &mut Page) {
     }
 }
 
-/// The bits that a record clears on visibility-map pages, which it does not name: map page by map page.
+/// The bits that a record clears on visibility-map pages that it does not name: map page by map page.
 ///
 /// A malformed record clears nothing here; redo of its blocks finds out.
 pub fn visibility_map_clears(record: &Record, _major: Major) -> Vec<(RelFork, BlockNumber, Change)> {
-    let (cleared, flags) = match record.header.rmid {
-        rmgr::HEAP | rmgr::HEAP2 => match cleared_heap_blocks(record) {
-            Some(cleared) => cleared,
-            None => return Vec::new(),
-        },
-        _ => return Vec::new(),
-    };
+    if !matches!(record.header.rmid, rmgr::HEAP | rmgr::HEAP2) {
+        return Vec::new();
+    }
+    // A record that names a map page names all that it changes.
+    if record.blocks.iter().any(|block| block.rel.fork == Fork::VisibilityMap) {
+        return Vec::new();
+    }
+    let has_old_block = record.block(OLD_BLOCK).is_some();
+    let Ok(cleared) = Cleared::of(record.header.rmid, record.kind(), &record.main_data, has_old_block) else { return Vec::new() };
     let mut clears: Vec<(RelFork, BlockNumber, Vec<BlockNumber>)> = Vec::new();
-    for id in cleared.into_iter().flatten() {
+    for id in cleared.blocks.into_iter().flatten() {
         let Some(block) = record.block(id) else { continue };
         let map = block.rel.node.fork(Fork::VisibilityMap);
         let map_page = block.blkno / HEAP_BLOCKS_PER_PAGE;
@@ -83,31 +88,52 @@ pub fn visibility_map_clears(record: &Record, _major: Major) -> Vec<(RelFork, Bl
             None => clears.push((map, map_page, vec![block.blkno])),
         }
     }
+    let flags = cleared.flags;
     clears.into_iter().map(|(map, page, heap_blocks)| (map, page, Change::ClearVisibility { heap_blocks, flags })).collect()
 }
 
-/// Ids of the record's blocks whose bits it clears, and which bits.
-fn cleared_heap_blocks(record: &Record) -> Option<([Option<u8>; 2], u8)> {
-    let data = &record.main_data[..];
-    let kind = record.kind() & opcode::MASK;
-    let one = |clears: bool| clears.then_some(([Some(0), None], VALID_BITS));
-    match (record.header.rmid, kind) {
-        (rmgr::HEAP, opcode::INSERT) => one(record::Insert::decode(data).ok()?.all_visible_cleared()),
-        (rmgr::HEAP, opcode::DELETE) => one(record::Delete::decode(data).ok()?.all_visible_cleared()),
-        (rmgr::HEAP, opcode::UPDATE | opcode::HOT_UPDATE) => {
-            let update = record::Update::decode(data).ok()?;
-            let old = if record.block(1).is_some() { 1 } else { 0 };
-            let blocks = [
-                update.old_all_visible_cleared().then_some(old),
-                update.new_all_visible_cleared().then_some(0).filter(|new| !(update.old_all_visible_cleared() && *new == old)),
-            ];
-            Some((blocks, VALID_BITS))
-        }
-        (rmgr::HEAP, opcode::LOCK) | (rmgr::HEAP2, opcode::LOCK_UPDATED) => {
-            record::Lock::decode(data).ok()?.all_frozen_cleared().then_some(([Some(0), None], ALL_FROZEN))
-        }
-        (rmgr::HEAP2, opcode::MULTI_INSERT) => one(record::MultiInsert::decode(data, true).ok()?.all_visible_cleared()),
-        _ => None,
+/// Redo of a map page that a heap record names (`heap_xlog_vm_clear`, and its like in `heap_xlog_update`): clears what the record clears of the
+/// heap blocks that the page covers.
+pub(crate) fn clear_named(record: &BlockRecord, page: &mut Page) -> Result<(), Fault> {
+    let has_old_block = record.others.iter().any(|other| other.id == OLD_BLOCK && other.fork == Fork::Main);
+    let cleared = Cleared::of(record.rmid, record.info, &record.main_data, has_old_block)?;
+    let heap_blocks = cleared.blocks.into_iter().flatten().filter_map(|id| record.block_number(id));
+    let covered: Vec<BlockNumber> = heap_blocks.filter(|heap_block| heap_block / HEAP_BLOCKS_PER_PAGE == record.blkno).collect();
+    clear(page, record.blkno, &covered, cleared.flags)?;
+    Ok(())
+}
+
+/// Id of the block with the old version in an update that puts the new one on another page.
+const OLD_BLOCK: u8 = 1;
+
+/// What a record clears.
+struct Cleared {
+    /// Ids of the heap blocks whose bits it clears.
+    blocks: [Option<u8>; 2],
+    /// Which bits.
+    flags: u8,
+}
+
+impl Cleared {
+    /// Of a record of Heap or Heap2; `has_old_block` says whether an update has one.
+    fn of(rmid: u8, info: u8, data: &[u8], has_old_block: bool) -> Result<Cleared, Fault> {
+        let first = |clears: bool, flags| Cleared { blocks: [clears.then_some(0), None], flags };
+        Ok(match (rmid, info & opcode::MASK) {
+            (rmgr::HEAP, opcode::INSERT) => first(record::Insert::decode(data)?.all_visible_cleared(), VALID_BITS),
+            (rmgr::HEAP, opcode::DELETE) => first(record::Delete::decode(data)?.all_visible_cleared(), VALID_BITS),
+            (rmgr::HEAP, opcode::UPDATE | opcode::HOT_UPDATE) => {
+                let update = record::Update::decode(data)?;
+                let old = if has_old_block { OLD_BLOCK } else { 0 };
+                let (old_cleared, new_cleared) = (update.old_all_visible_cleared(), update.new_all_visible_cleared());
+                let new_too = new_cleared && !(old_cleared && old == 0);
+                Cleared { blocks: [old_cleared.then_some(old), new_too.then_some(0)], flags: VALID_BITS }
+            }
+            (rmgr::HEAP, opcode::LOCK) | (rmgr::HEAP2, opcode::LOCK_UPDATED) => {
+                first(record::Lock::decode(data)?.all_frozen_cleared(), ALL_FROZEN)
+            }
+            (rmgr::HEAP2, opcode::MULTI_INSERT) => first(record::MultiInsert::decode(data, true)?.all_visible_cleared(), VALID_BITS),
+            _ => first(false, 0),
+        })
     }
 }
 
@@ -149,5 +175,108 @@ mod tests {
                 assert_eq!(bits(&page, heap_block), expected, "block {heap_block} of a heap cut to {heap_blocks}");
             }
         }
+    }
+
+    /// A heap record's part for the visibility-map page `blkno`, which it names as `id`; `heap` are its heap blocks.
+    fn naming(rmid: u8, info: u8, main_data: &[u8], (id, blkno): (u8, BlockNumber), heap: &[(u8, BlockNumber)]) -> BlockRecord {
+        let others = heap.iter().map(|(id, blkno)| crate::change::OtherBlock { id: *id, fork: Fork::Main, blkno: *blkno });
+        BlockRecord {
+            rmid,
+            info,
+            xid: 700,
+            main_data: bytes::Bytes::copy_from_slice(main_data),
+            block_id: id,
+            fork: Fork::VisibilityMap,
+            blkno,
+            will_init: false,
+            has_data: false,
+            data: bytes::Bytes::new(),
+            others: others.collect(),
+        }
+    }
+
+    /// A map page with all bits set.
+    fn full() -> Page {
+        let mut page = ZERO_PAGE;
+        page::init(&mut page, 0);
+        page[PAGE_HEADER_SIZE..].fill(0xFF);
+        page
+    }
+
+    /// The heap blocks whose bits redo of `record` changed, and what they became.
+    fn cleared(record: BlockRecord) -> Vec<(BlockNumber, u8)> {
+        let (mut page, blkno) = (full(), record.blkno);
+        crate::apply(Major::V18, varve_postgres::Lsn(0x5000), blkno, &Change::Record(record), &mut page).unwrap();
+        assert_eq!(page::lsn(&page), varve_postgres::Lsn(0x5000), "a named page gets the record's LSN");
+        let blocks = (blkno * HEAP_BLOCKS_PER_PAGE..).take(HEAP_BLOCKS_PER_PAGE as usize);
+        blocks.map(|block| (block, bits(&page, block))).filter(|(_, bits)| *bits != VALID_BITS).collect()
+    }
+
+    #[test]
+    fn records_that_name_map_pages_clear_them() {
+        let block = HEAP_BLOCKS_PER_PAGE + 7;
+        let insert = |flags| naming(rmgr::HEAP, opcode::INSERT | opcode::INIT_PAGE, &[1, 0, flags], (1, 1), &[(0, block)]);
+        assert_eq!(cleared(insert(1)), [(block, 0)]);
+        assert_eq!(cleared(insert(0)), [], "a record that clears nothing leaves the page");
+        let delete = naming(rmgr::HEAP, opcode::DELETE, &[0, 0, 0, 0, 1, 0, 0, 1], (1, 1), &[(0, block)]);
+        assert_eq!(cleared(delete), [(block, 0)]);
+        let multi_insert = naming(rmgr::HEAP2, opcode::MULTI_INSERT, &[1, 0, 2, 0, 1, 0, 2, 0], (1, 1), &[(0, block)]);
+        assert_eq!(cleared(multi_insert), [(block, 0)]);
+        for (rmid, kind) in [(rmgr::HEAP, opcode::LOCK), (rmgr::HEAP2, opcode::LOCK_UPDATED)] {
+            let lock = naming(rmid, kind, &[0, 0, 0, 0, 1, 0, 0, 1], (1, 1), &[(0, block)]);
+            assert_eq!(cleared(lock), [(block, 1)], "a lock leaves the page all-visible");
+        }
+        let short = naming(rmgr::HEAP, opcode::INSERT, &[1], (1, 1), &[(0, block)]);
+        assert!(clear_named(&short, &mut full()).is_err(), "a record that ends early must be refused");
+    }
+
+    #[test]
+    fn updates_name_the_map_page_of_each_heap_block() {
+        const OLD_CLEARED: u8 = 1;
+        const NEW_CLEARED: u8 = 2;
+        let update = |flags, named, heap: &[(u8, BlockNumber)]| {
+            cleared(naming(rmgr::HEAP, opcode::UPDATE, &[0, 0, 0, 0, 1, 0, 0, flags, 0, 0, 0, 0, 2, 0], named, heap))
+        };
+        let (old, new, far) = (3, 9, HEAP_BLOCKS_PER_PAGE * 2);
+        assert_eq!(update(OLD_CLEARED | NEW_CLEARED, (2, 0), &[(0, new), (1, old)]), [(old, 0), (new, 0)], "one page for both");
+        assert_eq!(update(OLD_CLEARED | NEW_CLEARED, (2, 2), &[(0, far), (1, old), (3, 0)]), [(far, 0)], "the page of the new one");
+        assert_eq!(update(OLD_CLEARED | NEW_CLEARED, (3, 0), &[(0, far), (1, old), (2, 2)]), [(old, 0)], "the page of the old one");
+        assert_eq!(update(OLD_CLEARED, (3, 0), &[(0, new), (1, old)]), [(old, 0)]);
+        assert_eq!(update(OLD_CLEARED | NEW_CLEARED, (2, 0), &[(0, new)]), [(new, 0)], "both on one heap page");
+    }
+
+    #[test]
+    fn what_a_record_names_is_not_cleared_a_second_time() {
+        let block = |id, fork, blkno| varve_postgres::wal::Block {
+            id,
+            rel: varve_postgres::RelNode { spc: 1663, db: 5, rel: 16384 }.fork(fork),
+            blkno,
+            will_init: false,
+            has_data: false,
+            data: bytes::Bytes::new(),
+            image: None,
+        };
+        let mut record = Record {
+            header: varve_postgres::wal::RecordHeader {
+                total_len: 0,
+                xid: 700,
+                prev: varve_postgres::Lsn(0x3000),
+                info: opcode::INSERT,
+                rmid: rmgr::HEAP,
+                crc: 0,
+            },
+            start: varve_postgres::Lsn(0x4000),
+            end: varve_postgres::Lsn(0x5000),
+            blocks: vec![block(0, Fork::Main, 7)],
+            main_data: bytes::Bytes::from_static(&[1, 0, 1]),
+            origin: None,
+            toplevel_xid: None,
+        };
+        let clears = visibility_map_clears(&record, Major::V18);
+        assert!(
+            matches!(&clears[..], [(map, 0, Change::ClearVisibility { heap_blocks, flags: 3 })] if map.fork == Fork::VisibilityMap && heap_blocks == &[7])
+        );
+        record.blocks.push(block(1, Fork::VisibilityMap, 0));
+        assert_eq!(visibility_map_clears(&record, Major::V18), []);
     }
 }

@@ -94,7 +94,8 @@ prop_compose! {
     fn record()(
         rmid in prop_oneof![4 => Just(rmgr::HEAP), 4 => Just(rmgr::HEAP2), 1 => Just(rmgr::SEQ), 1 => Just(rmgr::GENERIC), 1 => Just(rmgr::XLOG)],
         info in (0u8..16).prop_map(|high| high << 4),
-        block_id in 0u8..3,
+        block_id in 0u8..4,
+        fork in prop_oneof![5 => Just(Fork::Main), 1 => Just(Fork::VisibilityMap)],
         blkno in prop_oneof![0u32..4, any::<u32>()],
         main_data in words(40),
         data in (words(40), vec(any::<u8>(), 0..80)).prop_map(|(mut numbers, rest)| { numbers.extend(rest); numbers }),
@@ -107,7 +108,7 @@ prop_compose! {
             xid: 700,
             main_data: Bytes::from(main_data),
             block_id,
-            fork: Fork::Main,
+            fork,
             blkno,
             will_init,
             has_data: !data.is_empty(),

@@ -11,8 +11,8 @@ pub(crate) mod record;
 pub(crate) mod tuple;
 mod update;
 
-use varve_postgres::Page;
 use varve_postgres::page::{self, PD_ALL_VISIBLE};
+use varve_postgres::{Fork, Page};
 
 use crate::visibility_map;
 use crate::{Fault, Redo};
@@ -20,6 +20,9 @@ use record::{Visible, opcode};
 
 /// `heap_redo`.
 pub(crate) fn redo(redo: &Redo<'_>, page: &mut Page) -> Result<(), Fault> {
+    if redo.record.fork == Fork::VisibilityMap {
+        return visibility_map::clear_named(redo.record, page);
+    }
     match redo.record.info & opcode::MASK {
         opcode::INSERT => insert::insert(redo, page),
         opcode::DELETE => update::delete(redo, page),
@@ -35,6 +38,9 @@ pub(crate) fn redo(redo: &Redo<'_>, page: &mut Page) -> Result<(), Fault> {
 /// `heap2_redo`.
 pub(crate) fn redo_heap2(redo: &Redo<'_>, page: &mut Page) -> Result<(), Fault> {
     let kind = redo.record.info & opcode::MASK;
+    if redo.record.fork == Fork::VisibilityMap && kind != opcode::VISIBLE {
+        return visibility_map::clear_named(redo.record, page);
+    }
     match kind {
         opcode::PRUNE | opcode::VACUUM | opcode::FREEZE_PAGE if redo.major.has_one_prune_record() => prune::prune_and_freeze(redo, page),
         opcode::PRUNE => prune::prune(redo, page),
