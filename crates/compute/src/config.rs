@@ -1,8 +1,8 @@
 //! Configuration of the Postgres that a compute runs.
 //!
-//! Three layers: the user's own files in the data directory; our `postgresql.conf` around them, which holds the one safety setting
-//! that changes while the server runs (`synchronous_standby_names`); and the command line, which beats `ALTER SYSTEM`, for all other settings
-//! that safety rests on.
+//! Three layers: the user's own files in the data directory; our `postgresql.conf` around them, which holds a default that suits a compute
+//! and the one safety setting that changes while the server runs (`synchronous_standby_names`); and the command line, which beats `ALTER SYSTEM`,
+//! for all other settings that safety rests on.
 
 use varve_protocol::control::Begin;
 
@@ -11,10 +11,12 @@ use crate::dirs::Dirs;
 /// The internal superuser, for the supervisor and the WAL receiver, over the private socket only.
 pub const INTERNAL_ROLE: &str = "varve";
 
-/// Text of our `postgresql.conf`: the user's, then what is ours.
+/// Text of our `postgresql.conf`: a default, the user's, then what is ours.
 pub fn postgresql_conf(dirs: &Dirs, standby_name: Option<&str>) -> String {
+    // In-place tablespaces are directories inside the mount: who has no access to the host can make no others.
     format!(
         "# Written by varve at each start; settings belong into ALTER SYSTEM.\n\
+         allow_in_place_tablespaces = on\n\
          include_if_exists '{}'\n\
          synchronous_standby_names = '{}'\n",
         dirs.pgdata().join("postgresql.conf").display(),
@@ -54,8 +56,6 @@ pub fn arguments(begin: &Begin, dirs: &Dirs) -> Vec<String> {
         ("archive_mode", "off".to_owned()),
         // A fresh start must not wait for 16 MiB of zeros.
         ("wal_init_zero", "off".to_owned()),
-        // Tablespaces are ordinary directories inside the mount.
-        ("allow_in_place_tablespaces", "on".to_owned()),
         ("varve.timeline", begin.timeline_id.clone()),
         ("varve.epoch", begin.epoch.map_or_else(String::new, |epoch| epoch.to_string())),
     ];

@@ -165,12 +165,13 @@ async fn incarnation(server: &Server, begin: &Begin, dirs: &Dirs, terminate: &mu
         start::tell_startup_blocks(server, &mount);
     }
     uploader.reload_with(postgres.pid());
-    let end = serve(server, begin, dirs, (&mut postgres, &uploader), terminate).await;
-    let end = match end {
+    let end = match serve(server, begin, dirs, (&mut postgres, &uploader), terminate).await {
         Ok(End::Stopped { clean: true, reason }) => {
             let clean = postgres.stop().await;
+            // Unmounting tells of the last changes to files, among them the statistics that Postgres has just written.
+            start::unmount(mount, dirs).await;
             uploader.flush().await;
-            Ok(End::Stopped { clean, reason })
+            return Ok(End::Stopped { clean, reason });
         }
         other => {
             // Its processes cannot be killed while they wait for a pageserver that is away.
