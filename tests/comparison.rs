@@ -3,7 +3,7 @@
 
 use std::collections::BTreeSet;
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 use serde_json::Value;
@@ -13,33 +13,18 @@ use varve_protocol::connect::{ConnectConfig, Endpoint};
 use varve_testing::application::{load, start};
 use varve_testing::beside::{Private, make_plain, wait_replayed};
 use varve_testing::comparison::{Comparison, DataDirectory, PageService};
-use varve_testing::dev::{Dev, amcheck, program, psql};
+use varve_testing::dev::{Dev, amcheck, program, psql, settle};
 use varve_testing::dump::{Sequences, ensure_same, everything};
 use varve_testing::postgres::{Postgres, is_skipped};
 
 const VARVE: &str = env!("CARGO_BIN_EXE_varve");
 /// How long the page service may be silent.
 const SILENCE_MAX: Duration = Duration::from_secs(60);
-/// How long background work of Postgres may take to end.
-const QUIET_MAX: Duration = Duration::from_secs(30);
 /// Settings of the plain servers.
 const PLAIN: [(&str, &str); 2] = [("shared_buffers", "'32MB'"), ("autovacuum", "off")];
 
 fn text(value: &Value, key: &str) -> anyhow::Result<String> {
     Ok(value[key].as_str().with_context(|| format!("{value} has a {key}"))?.to_owned())
-}
-
-/// Lets background work of Postgres end, makes a checkpoint, and gives the end of WAL.
-fn quiet(db: &str) -> anyhow::Result<Lsn> {
-    psql(db, "ALTER SYSTEM SET autovacuum = off")?;
-    psql(db, "SELECT pg_reload_conf()")?;
-    let deadline = Instant::now() + QUIET_MAX;
-    while psql(db, "SELECT count(*) FROM pg_stat_activity WHERE backend_type LIKE 'autovacuum worker'")? != "0" {
-        ensure!(Instant::now() < deadline, "autovacuum still works after {QUIET_MAX:?}");
-        std::thread::sleep(Duration::from_millis(50));
-    }
-    psql(db, "CHECKPOINT")?;
-    psql(db, "SELECT pg_current_wal_flush_lsn()")?.parse().context("an LSN")
 }
 
 fn copy(from: &Path, to: &Path) -> anyhow::Result<DataDirectory> {
@@ -106,7 +91,7 @@ fn the_same_everywhere(major: Major, scale: u32, seconds: u32) -> anyhow::Result
     let before_load: Lsn = psql(&db, "SELECT pg_current_wal_flush_lsn()")?.parse()?;
     load(&db, major, scale, seconds, &[])?;
     program("vacuumdb", &["--all", "--quiet", "--analyze", "--maintenance-db", &db])?;
-    let lsn = quiet(&db)?;
+    let lsn = settle(&db)?;
 
     // What the compute has on disk, now that nobody writes and everything was written out.
     let folder = tempfile::tempdir()?;

@@ -49,9 +49,14 @@ impl Private {
         self.run.join("pgdata")
     }
 
+    /// The folder of its private socket.
+    pub fn socket_dir(&self) -> PathBuf {
+        self.run.join("socket")
+    }
+
     /// A connection string of the internal superuser.
     pub fn conninfo(&self) -> String {
-        format!("host={} port={} user={INTERNAL_ROLE}", self.run.join("socket").display(), self.port)
+        format!("host={} port={} user={INTERNAL_ROLE}", self.socket_dir().display(), self.port)
     }
 
     /// A stopped plain server whose data directory is a base backup of the compute: by `pg_basebackup`, or by hand where a major's package has
@@ -64,7 +69,7 @@ impl Private {
         let program = crate::postgres::bin_dir(self.major)?.join("pg_basebackup");
         if program.exists() {
             let mut command = Command::new(program);
-            command.arg("-h").arg(self.run.join("socket")).args(["-p", &self.port.to_string(), "-U", INTERNAL_ROLE]);
+            command.arg("-h").arg(self.socket_dir()).args(["-p", &self.port.to_string(), "-U", INTERNAL_ROLE]);
             run(command.args(["-X", "stream", "-c", "fast", "--no-sync", "-D"]).arg(postgres.data_dir()))?;
         } else {
             self.backup_by_hand(&postgres.data_dir())?;

@@ -8,12 +8,15 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail, ensure};
 use serde_json::Value;
-use varve_postgres::Major;
+use varve_postgres::{Lsn, Major};
 
 use crate::postgres::bin_dir;
 
 /// How long a server may take until it answers, on a machine where everything runs at once.
 const START_MAX: Duration = Duration::from_secs(60);
+
+/// How long background work of Postgres may take to end.
+const SETTLE_MAX: Duration = Duration::from_secs(60);
 
 /// A running `varve dev` and its folders.
 #[derive(Debug)]
@@ -50,8 +53,16 @@ impl Dev {
     /// # Errors
     /// When the major is not installed, or the server does not answer in time.
     pub fn start_for(binary: &str, major: Major) -> anyhow::Result<Dev> {
+        Self::start_with(binary, major, &bin_dir(major)?)
+    }
+
+    /// Starts `binary dev` on the local folder, for tenants of `major` whose programs are in `dir`.
+    ///
+    /// # Errors
+    /// When it does not answer in time.
+    pub fn start_with(binary: &str, major: Major, dir: &Path) -> anyhow::Result<Dev> {
         let mut dev = Self::prepare(binary, None, Vec::new())?;
-        dev.set_pg_bin_dir(major, &bin_dir(major)?);
+        dev.set_pg_bin_dir(major, dir);
         dev.run()?;
         Ok(dev)
     }
@@ -262,6 +273,23 @@ pub fn psql(conninfo: &str, sql: &str) -> anyhow::Result<String> {
         .context("psql cannot be run")?;
     ensure!(output.status.success(), "psql failed on {sql:?}: {}", String::from_utf8_lossy(&output.stderr));
     Ok(String::from_utf8_lossy(&output.stdout).trim_end().to_owned())
+}
+
+/// Lets background work of the server at `conninfo` end, makes a checkpoint, and gives the end of WAL: from then on its files are what they
+/// would be if it was stopped, as long as nobody writes.
+///
+/// # Errors
+/// When a statement fails, or the background work does not end.
+pub fn settle(conninfo: &str) -> anyhow::Result<Lsn> {
+    psql(conninfo, "ALTER SYSTEM SET autovacuum = off")?;
+    psql(conninfo, "SELECT pg_reload_conf()")?;
+    let deadline = Instant::now() + SETTLE_MAX;
+    while psql(conninfo, "SELECT count(*) FROM pg_stat_activity WHERE backend_type LIKE 'autovacuum worker'")? != "0" {
+        ensure!(Instant::now() < deadline, "autovacuum still works after {SETTLE_MAX:?}");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    psql(conninfo, "CHECKPOINT")?;
+    psql(conninfo, "SELECT pg_current_wal_flush_lsn()")?.parse().context("an LSN")
 }
 
 /// Runs a client program of Postgres, which must succeed, and gives its output.

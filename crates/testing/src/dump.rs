@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::io::Write as _;
+use std::path::Path;
 use std::process::{Command, Stdio};
 
 use anyhow::{Context as _, ensure};
@@ -44,7 +45,7 @@ ORDER BY oid
 /// # Errors
 /// When it cannot be had: with what the program said.
 pub fn everything(conninfo: &str, major: Major) -> anyhow::Result<String> {
-    if major <= Major::V15 { dump(conninfo) } else { rows(conninfo) }
+    if major <= Major::V15 { dump(Path::new("/usr/lib/postgresql/15/bin"), conninfo) } else { rows(conninfo) }
 }
 
 fn rows(conninfo: &str) -> anyhow::Result<String> {
@@ -62,13 +63,14 @@ fn rows(conninfo: &str) -> anyhow::Result<String> {
     Ok(text)
 }
 
-/// `pg_dumpall` of the server at `conninfo` (a libpq URI or string), without what unlogged tables hold.
+/// What the `pg_dumpall` in the folder `bin`, whose major must not be below the server's, says of the server at `conninfo` (a libpq URI or string),
+/// without what unlogged tables hold.
 ///
 /// # Errors
 /// When it fails: with what it said.
-fn dump(conninfo: &str) -> anyhow::Result<String> {
-    let mut command = Command::new("/usr/lib/postgresql/15/bin/pg_dumpall");
-    command.args(["--no-unlogged-table-data", "-d", conninfo]).stdin(Stdio::null());
+pub fn dump(bin: &Path, conninfo: &str) -> anyhow::Result<String> {
+    let mut command = Command::new(bin.join("pg_dumpall"));
+    command.args(["--no-unlogged-table-data", "--no-password", "-d", conninfo]).stdin(Stdio::null());
     // pg_dumpall does not hand a URI's password on to the pg_dump of each database.
     if let Some(password) = conninfo.strip_prefix("postgresql://").and_then(|uri| uri.split([':', '@']).nth(1)) {
         command.env("PGPASSWORD", password);

@@ -14,3 +14,4 @@ pub mod redo;
 pub mod redo_coverage;
 pub mod sim_disk;
 pub mod sim_store;
+pub mod suites;

@@ -16,7 +16,7 @@ const POSTGRES_USER: &str = "postgres";
 const MAJORS_DIR: &str = "/var/cache/varve/pg";
 
 /// Uid and gid of the user that Postgres runs as.
-fn postgres_user() -> Result<(u32, u32)> {
+pub(crate) fn postgres_user() -> Result<(u32, u32)> {
     let passwd = std::fs::read_to_string("/etc/passwd").context("reading /etc/passwd")?;
     let entry = passwd.lines().map(|line| line.split(':').collect::<Vec<_>>()).find(|entry| entry[0] == POSTGRES_USER);
     let entry = entry.with_context(|| format!("there is no user '{POSTGRES_USER}': install postgresql-15"))?;
@@ -26,15 +26,17 @@ fn postgres_user() -> Result<(u32, u32)> {
     }
 }
 
-/// Directory of the programs of `major`.
+/// Directory of the programs of `major`: that in the variable `VARVE_TEST_PG_BIN_<major>`, if it is set, to test with another minor.
 ///
 /// # Errors
 /// When it is not installed; the message says how to get it.
 pub fn bin_dir(major: Major) -> Result<PathBuf> {
+    let named = std::env::var_os(format!("VARVE_TEST_PG_BIN_{major}")).map(PathBuf::from);
     let system = PathBuf::from(format!("/usr/lib/postgresql/{major}/bin"));
     let fetched = PathBuf::from(format!("{MAJORS_DIR}/{major}/bin"));
-    [system, fetched]
+    named
         .into_iter()
+        .chain([system, fetched])
         .find(|dir| dir.join("postgres").exists())
         .with_context(|| format!("{major:?} is not installed: run scripts/postgres-majors, or apt-get install postgresql-{major}"))
 }
