@@ -127,6 +127,29 @@ fn blocks_and_rows_are_the_same(major: Major) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Memtables share a budget of a few megabytes, which none of them reaches alone: ingest must not wait until they are old.
+#[test]
+fn ingest_keeps_up_with_little_memory() -> anyhow::Result<()> {
+    let dev = Dev::start_for(VARVE, Major::V15, &["--memtable-mb", "4"])?;
+    dev.json(&["tenant", "create", "acme"])?;
+    dev.json(&["branch", "create", "acme/other"])?;
+    for branch in ["acme/main", "acme/other"] {
+        let db = dev.compute(branch, &[])?;
+        program("pgbench", &["-iq", "-s", "3", &db])?;
+    }
+    let begun = Instant::now();
+    for branch in ["main", "other"] {
+        // Reads what was written last.
+        let past = dev.json(&["branch", "create", &format!("acme/past_of_{branch}"), "--from", branch])?;
+        let db = dev.compute(&text(&past, "name").map(|name| format!("acme/{name}"))?, &[])?;
+        ensure!(psql(&db, "SELECT count(*) FROM pgbench_accounts")? == "300000", "a branch has all rows that {branch} has");
+    }
+    let elapsed = begun.elapsed();
+    // About 90 MB: 20 times until everything is 10 s old, or a few seconds.
+    ensure!(elapsed < Duration::from_secs(90), "ingest took {elapsed:?} for 90 MB of WAL");
+    Ok(())
+}
+
 #[test]
 fn on_15() -> anyhow::Result<()> {
     blocks_and_rows_are_the_same(Major::V15)
