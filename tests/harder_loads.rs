@@ -9,11 +9,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
 use serde_json::Value;
-use varve_postgres::{Lsn, Major};
+use varve_postgres::Major;
 use varve_testing::application::{pgbench, run_script, sql, start};
 use varve_testing::beside::Private;
 use varve_testing::comparison::{Comparison, DataDirectory, PageService};
-use varve_testing::dev::{Dev, amcheck, program, psql};
+use varve_testing::dev::{Dev, amcheck, program, psql, settle};
 use varve_testing::dump::{Sequences, ensure_same, rows};
 use varve_testing::postgres::is_skipped;
 
@@ -50,8 +50,7 @@ fn storm(db: &str) -> anyhow::Result<()> {
 /// Lets the server be, and compares all that it has on disk with the page service, and its rows with those of the next compute.
 fn compare(dev: &Dev, branch: &str, compute: &Value) -> anyhow::Result<()> {
     let db = text(compute, "conninfo")?;
-    psql(&db, "CHECKPOINT")?;
-    let lsn: Lsn = psql(&db, "SELECT pg_current_wal_flush_lsn()")?.parse().context("an LSN")?;
+    let lsn = settle(&db)?;
     let folder = tempfile::tempdir()?;
     let copy = folder.path().join("data");
     program("cp", &["-a", &Private::of(compute)?.data_dir().display().to_string(), &copy.display().to_string()])?;
