@@ -80,11 +80,12 @@ fn compare_small_things(truth: &DataDirectory, ours: &DataDirectory) -> anyhow::
     Ok(())
 }
 
-fn the_same_everywhere(major: Major, scale: u32, seconds: u32) -> anyhow::Result<()> {
+fn the_same_everywhere(major: Major, scale: u32, seconds: u32, settings: &[(&str, &str)]) -> anyhow::Result<()> {
     if is_skipped(major) {
         return Ok(());
     }
-    let (dev, compute) = start(VARVE, major, &[])?;
+    let dev = Dev::start_for(VARVE, major, &[])?;
+    let compute = start(&dev, major, settings)?;
     let db = text(&compute, "conninfo")?;
     let private = Private::of(&compute)?;
     let mut standby = private.standby(&PLAIN)?;
@@ -157,25 +158,25 @@ fn the_same_everywhere(major: Major, scale: u32, seconds: u32) -> anyhow::Result
 
 #[test]
 fn after_a_load_on_15() -> anyhow::Result<()> {
-    the_same_everywhere(Major::V15, 2, 12)
+    the_same_everywhere(Major::V15, 2, 12, &[])
 }
 
 #[test]
 fn after_a_load_on_14() -> anyhow::Result<()> {
-    the_same_everywhere(Major::V14, 1, 5)
+    the_same_everywhere(Major::V14, 1, 5, &[("wal_log_hints", "on")])
 }
 
 #[test]
 fn after_a_load_on_16() -> anyhow::Result<()> {
-    the_same_everywhere(Major::V16, 1, 5)
+    the_same_everywhere(Major::V16, 1, 5, &[("wal_log_hints", "on"), ("wal_compression", "on")])
 }
 
 #[test]
 fn after_a_load_on_17() -> anyhow::Result<()> {
-    the_same_everywhere(Major::V17, 1, 5)
+    the_same_everywhere(Major::V17, 1, 5, &[("wal_consistency_checking", "'all'"), ("wal_compression", "on")])
 }
 
 #[test]
 fn after_a_load_on_18() -> anyhow::Result<()> {
-    the_same_everywhere(Major::V18, 1, 5)
+    the_same_everywhere(Major::V18, 1, 5, &[])
 }

@@ -15,7 +15,7 @@ fn main_job(major: Major) -> anyhow::Result<()> {
     if is_skipped(major) {
         return Ok(());
     }
-    let dev = Dev::start_for(VARVE, major)?;
+    let dev = Dev::start_for(VARVE, major, &[])?;
     let tenant = dev.json(&["tenant", "create", "acme", "--pg-version", &major.to_string()])?;
     ensure!(tenant["pg_version"] == major.number(), "the tenant is of major {major}, got {tenant}");
     let db = dev.compute("acme/main", &[])?;
@@ -74,7 +74,7 @@ fn a_compute_of_another_major_is_refused() -> anyhow::Result<()> {
     if is_skipped(other) {
         return Ok(());
     }
-    let mut dev = Dev::start_for(VARVE, major)?;
+    let mut dev = Dev::start_for(VARVE, major, &[])?;
     dev.json(&["tenant", "create", "acme", "--pg-version", &major.to_string()])?;
     let db = dev.compute("acme/main", &[])?;
     psql(&db, "CREATE TABLE t AS SELECT 1 AS i")?;

@@ -92,7 +92,7 @@ fn run(major: Major) -> anyhow::Result<()> {
     let suites = Suites::of(major)?;
     let chosen = std::env::var("VARVE_TEST_SUITES").unwrap_or_default();
     let chosen = if chosen.is_empty() { Suite::all() } else { Suite::named(chosen.split_whitespace())? };
-    let dev = Dev::start_with(VARVE, major, suites.bin_dir())?;
+    let dev = Dev::start_with(VARVE, major, suites.bin_dir(), &[])?;
     let Prepared { private, conninfo, target, base } = prepare(&dev, major)?;
     let db = format!("{conninfo} dbname=postgres");
     let follower = Follower::start(&private.conninfo(), base)?;

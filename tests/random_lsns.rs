@@ -49,7 +49,8 @@ struct Loaded {
 fn loaded(major: Major) -> anyhow::Result<Loaded> {
     // Row by row, copies are only the same where nobody cleans up on one of them.
     let autovacuum = if major <= Major::V15 { "on" } else { "off" };
-    let (dev, compute) = start(VARVE, major, &[("autovacuum", autovacuum)])?;
+    let dev = Dev::start_for(VARVE, major, &[])?;
+    let compute = start(&dev, major, &[("autovacuum", autovacuum)])?;
     let db = compute["conninfo"].as_str().context("a compute has a conninfo")?;
     let private = Private::of(&compute)?;
     let base = private.base_backup(&[])?;

@@ -1,6 +1,5 @@
 //! What an application and its operator do with a database, all at once: the SQL in `tests/sql`, with pgbench beside it.
 
-use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 use anyhow::{Context as _, ensure};
@@ -18,24 +17,23 @@ const SETTINGS: [(&str, &str); 4] = [
     ("wal_keep_size", "'2GB'"),
 ];
 
-fn sql(name: &str) -> PathBuf {
-    Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/sql")).join(name)
+/// Path of a file of `tests/sql`.
+pub fn sql(name: &str) -> String {
+    format!("{}/../../tests/sql/{name}", env!("CARGO_MANIFEST_DIR"))
 }
 
-/// A server with the tenant `acme` of `major`, and the compute of its `main`, which was started once more so that settings took effect.
+/// Makes the tenant `acme` of `major`, and gives the compute of its `main`, which was started once more so that settings took effect.
 ///
 /// # Errors
 /// When something does not start.
-pub fn start(binary: &str, major: Major, settings: &[(&str, &str)]) -> anyhow::Result<(Dev, Value)> {
-    let dev = Dev::start_for(binary, major)?;
+pub fn start(dev: &Dev, major: Major, settings: &[(&str, &str)]) -> anyhow::Result<Value> {
     dev.json(&["tenant", "create", "acme", "--pg-version", &major.to_string()])?;
     let db = dev.compute("acme/main", &[])?;
     for (name, value) in SETTINGS.iter().chain(settings) {
         psql(&db, &format!("ALTER SYSTEM SET {name} = {value}"))?;
     }
     dev.json(&["compute", "stop", "acme/main"])?;
-    let compute = dev.json(&["compute", "start", "acme/main"])?;
-    Ok((dev, compute))
+    dev.json(&["compute", "start", "acme/main"])
 }
 
 /// Runs the load to its end: pgbench at `scale` for some seconds, row lockers, and the SQL beside them; `limits` are arguments of both pgbenches.
@@ -47,13 +45,13 @@ pub fn load(db: &str, major: Major, scale: u32, seconds: u32, limits: &[&str]) -
     psql(db, "CREATE TABLE locked (id int PRIMARY KEY, a int DEFAULT 0); INSERT INTO locked SELECT generate_series(1, 20)")?;
     psql(db, "CREATE TABLE points_at (locked int REFERENCES locked)")?;
     let seconds = seconds.to_string();
-    let lockers = sql("comparison/lockers.pgbench").display().to_string();
+    let lockers = sql("comparison/lockers.pgbench");
     let beside = [
         pgbench(db, &[&["-n", "-c", "2", "-T", &seconds], limits].concat())?,
         pgbench(db, &[&["-n", "-c", "5", "-T", &seconds, "-f", &lockers], limits].concat())?,
     ];
     for file in ["ingest/mixed.sql", "comparison/application.sql"] {
-        run_file(db, major, file)?;
+        run_script(db, major, file)?;
     }
     psql(db, "VACUUM (FREEZE) locked")?;
     for bench in beside {
@@ -63,8 +61,11 @@ pub fn load(db: &str, major: Major, scale: u32, seconds: u32, limits: &[&str]) -
     Ok(())
 }
 
-/// Runs a file of `tests/sql`.
-fn run_file(db: &str, major: Major, name: &str) -> anyhow::Result<()> {
+/// Runs a file of `tests/sql` with psql, in a form that `major` understands.
+///
+/// # Errors
+/// At the first statement that fails.
+pub fn run_script(db: &str, major: Major, name: &str) -> anyhow::Result<()> {
     let mut text = std::fs::read_to_string(sql(name)).with_context(|| format!("reading {name}"))?;
     if major < Major::V15 {
         text = text.replace(" STRATEGY file_copy", "").replace(" STRATEGY wal_log", "");
@@ -77,7 +78,10 @@ fn run_file(db: &str, major: Major, name: &str) -> anyhow::Result<()> {
 }
 
 /// pgbench in the background.
-fn pgbench(db: &str, args: &[&str]) -> anyhow::Result<Child> {
+///
+/// # Errors
+/// When it cannot be run.
+pub fn pgbench(db: &str, args: &[&str]) -> anyhow::Result<Child> {
     let mut command = Command::new("/usr/lib/postgresql/15/bin/pgbench");
     command.args(args).arg(db).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
     command.spawn().context("pgbench cannot be run")

@@ -26,6 +26,7 @@ pub struct Dev {
     store: Option<String>,
     variables: Vec<(String, String)>,
     pg_bin_dirs: Vec<String>,
+    arguments: Vec<String>,
     http: u16,
     pages: u16,
     process: Option<Child>,
@@ -48,20 +49,21 @@ impl Dev {
         Self::start_on(binary, None, Vec::new())
     }
 
-    /// Starts `binary dev` on the local folder, for tenants of `major`.
+    /// Starts `binary dev` on the local folder, for tenants of `major`, with more arguments.
     ///
     /// # Errors
     /// When the major is not installed, or the server does not answer in time.
-    pub fn start_for(binary: &str, major: Major) -> anyhow::Result<Dev> {
-        Self::start_with(binary, major, &bin_dir(major)?)
+    pub fn start_for(binary: &str, major: Major, arguments: &[&str]) -> anyhow::Result<Dev> {
+        Self::start_with(binary, major, &bin_dir(major)?, arguments)
     }
 
-    /// Starts `binary dev` on the local folder, for tenants of `major` whose programs are in `dir`.
+    /// Starts `binary dev` on the local folder, for tenants of `major` whose programs are in `dir`, with more arguments.
     ///
     /// # Errors
     /// When it does not answer in time.
-    pub fn start_with(binary: &str, major: Major, dir: &Path) -> anyhow::Result<Dev> {
+    pub fn start_with(binary: &str, major: Major, dir: &Path, arguments: &[&str]) -> anyhow::Result<Dev> {
         let mut dev = Self::prepare(binary, None, Vec::new())?;
+        dev.arguments = arguments.iter().map(ToString::to_string).collect();
         dev.set_pg_bin_dir(major, dir);
         dev.run()?;
         Ok(dev)
@@ -84,6 +86,7 @@ impl Dev {
             store,
             variables,
             pg_bin_dirs: Vec::new(),
+            arguments: Vec::new(),
             http: free_port()?,
             pages: free_port()?,
             process: None,
@@ -133,6 +136,7 @@ impl Dev {
             .args(["--http", &format!("127.0.0.1:{}", self.http)])
             .args(["--pages", &format!("127.0.0.1:{}", self.pages)])
             .args(self.pg_bin_dirs.iter().flat_map(|dir| ["--pg-bin-dir", dir]))
+            .args(&self.arguments)
             .envs(self.variables.iter().cloned())
             .stdin(Stdio::null());
         command
@@ -330,6 +334,8 @@ impl Drop for Dev {
 pub fn amcheck(conninfo: &str) -> anyhow::Result<()> {
     let output = Command::new("/usr/lib/postgresql/15/bin/pg_amcheck")
         .args(["--all", "--heapallindexed", "--install-missing", "--maintenance-db", conninfo])
+        // Where the extension is there already, that is noticed.
+        .env("PGOPTIONS", "-c client_min_messages=warning")
         .stdin(Stdio::null())
         .output()
         .context("pg_amcheck cannot be run")?;

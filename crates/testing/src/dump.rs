@@ -39,8 +39,7 @@ ORDER BY oid
 \gexec
 ";
 
-/// All that is in the cluster at `conninfo` (a libpq URI or string): by `pg_dumpall` where we have one for its major, or row by row. That also tells
-/// where each row is, who made it, and all that the catalogs say, so nothing may have changed the catalogs of one copy, such as autovacuum.
+/// All that is in the cluster at `conninfo` (a libpq URI or string): by `pg_dumpall` where we have one for its major, or by its [`rows`].
 ///
 /// # Errors
 /// When it cannot be had: with what the program said.
@@ -48,8 +47,15 @@ pub fn everything(conninfo: &str, major: Major) -> anyhow::Result<String> {
     if major <= Major::V15 { dump(Path::new("/usr/lib/postgresql/15/bin"), conninfo) } else { rows(conninfo) }
 }
 
-fn rows(conninfo: &str) -> anyhow::Result<String> {
-    let databases = crate::dev::psql(conninfo, "SELECT quote_ident(datname) FROM pg_database WHERE datallowconn ORDER BY datname")?;
+/// All that is in the cluster at `conninfo` row by row. That also tells where each row is, who made it, and all that the catalogs say, so nothing
+/// may have changed one copy only, such as autovacuum.
+///
+/// # Errors
+/// When it cannot be had: with what psql said.
+pub fn rows(conninfo: &str) -> anyhow::Result<String> {
+    // A connection limit of -2 is that of a database whose drop did not come to its end.
+    let list = "SELECT quote_ident(datname) FROM pg_database WHERE datallowconn AND datconnlimit <> -2 ORDER BY datname";
+    let databases = crate::dev::psql(conninfo, list)?;
     let script: String = databases.lines().map(|name| format!("\\c {name}\n\\echo database {name}\n{ROWS}")).collect();
     let mut command = Command::new("psql");
     command.args([conninfo, "-XqAt", "-F", "\n", "-v", "ON_ERROR_STOP=1"]).env("PGOPTIONS", "-c search_path=pg_catalog");

@@ -267,6 +267,7 @@ mod tests {
     use super::*;
 
     #[test]
+    #[allow(clippy::single_range_in_vec_init)] // one interval is meant, not its elements
     fn segments_reach_to_their_last_page() {
         let of = |intervals: &[Range<u32>]| segments(intervals).collect::<Vec<_>>();
         assert_eq!(of(&[]), []);

@@ -1,7 +1,8 @@
 //! From memory to the store: when a memtable is frozen, and who turns it into layers.
 //!
 //! One flush of a timeline runs at a time, on a thread that may block. A memtable is frozen when it is large, when it is old (so that the
-//! compute need not keep its WAL for long, and `remote_apply` does not wait), or when somebody needs everything in the store.
+//! compute need not keep its WAL for long, and `remote_apply` does not wait), when somebody needs everything in the store, or when all memtables
+//! together have used up their budget: ingest pauses until that is over, so nothing may then wait to grow large or old.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -15,6 +16,8 @@ use crate::error::ServerError;
 
 /// Age at which even a small memtable is flushed.
 const MEMTABLE_AGE_MAX: Duration = Duration::from_secs(10);
+/// Size from which a memtable is flushed when memory is short. Those below it would make too many layers, and free too little.
+const MEMTABLE_BYTES_MAX_SHORT_OF_MEMORY: usize = 256 << 10;
 /// How long somebody who needs everything in the store waits for it.
 const FLUSH_WAIT_MAX: Duration = Duration::from_secs(240);
 
@@ -26,7 +29,9 @@ impl ServedTimeline {
 
     /// Freezes a memtable that is large or old, and sees to it that what is frozen is flushed. Never blocks for long.
     pub(super) fn flush_if_due(self: &Arc<Self>, runtime: &tokio::runtime::Handle) {
-        self.history.freeze_if(MEMTABLE_BYTES_MAX, MEMTABLE_AGE_MAX);
+        let short = self.history.memory_over_budget();
+        let bytes_max = if short { MEMTABLE_BYTES_MAX_SHORT_OF_MEMORY } else { MEMTABLE_BYTES_MAX };
+        self.history.freeze_if(bytes_max, MEMTABLE_AGE_MAX);
         self.spawn_flush(runtime);
     }
 

@@ -1,0 +1,25 @@
+-- What is done to tables while others write into them. Errors (deadlocks, above all) are of no importance here.
+VACUUM FULL pgbench_tellers;
+CREATE DATABASE copied STRATEGY file_copy;
+CLUSTER pgbench_branches USING pgbench_branches_pkey;
+REINDEX TABLE CONCURRENTLY everything;
+CREATE DATABASE logged TEMPLATE copied STRATEGY wal_log TABLESPACE space;
+VACUUM everything;
+REFRESH MATERIALIZED VIEW CONCURRENTLY counted;
+REINDEX TABLE CONCURRENTLY pgbench_accounts;
+ALTER TABLE wide SET TABLESPACE pg_default;
+VACUUM (FREEZE) pgbench_history;
+BEGIN;
+CREATE TABLE copied_rows AS SELECT * FROM everything;
+TRUNCATE parts_1;
+COMMIT;
+DROP DATABASE copied;
+DROP TABLE copied_rows;
+VACUUM FULL everything;
+ALTER TABLE wide SET TABLESPACE space;
+TRUNCATE pgbench_history;
+VACUUM FULL wide;
+VACUUM FULL pg_class;
+REINDEX TABLE pg_attribute;
+DROP DATABASE logged;
+VACUUM;

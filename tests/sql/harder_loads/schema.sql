@@ -1,0 +1,27 @@
+-- A table with every index method, one that is all TOAST, one in a tablespace, one that is not logged.
+CREATE EXTENSION bloom;
+CREATE EXTENSION pg_trgm;
+CREATE EXTENSION btree_gist;
+CREATE TABLESPACE space LOCATION '';
+CREATE TABLE everything (id serial PRIMARY KEY, a int, b text, c int[], p point, r int4range, ts timestamptz DEFAULT now());
+CREATE INDEX ON everything USING hash (b);
+CREATE INDEX ON everything USING gin (c);
+CREATE INDEX ON everything USING gin (b gin_trgm_ops) WITH (fastupdate = off);
+CREATE INDEX ON everything USING gist (p);
+CREATE INDEX ON everything USING gist (r, a);
+CREATE INDEX ON everything USING spgist (p);
+CREATE INDEX ON everything USING spgist (b);
+CREATE INDEX ON everything USING brin (ts) WITH (pages_per_range = 2);
+CREATE INDEX ON everything USING brin (r range_inclusion_ops) WITH (pages_per_range = 1);
+CREATE INDEX ON everything USING bloom (a, b);
+CREATE INDEX ON everything (b DESC, a) INCLUDE (p) WITH (fillfactor = 60);
+CREATE TABLE wide (id int PRIMARY KEY, body text) TABLESPACE space;
+ALTER TABLE wide ALTER body SET STORAGE external;
+CREATE UNLOGGED TABLE passing (id int PRIMARY KEY, b text) TABLESPACE space;
+CREATE INDEX ON passing USING gin (b gin_trgm_ops);
+CREATE TABLE parts (id int, k int, t text, PRIMARY KEY (id, k)) PARTITION BY HASH (k);
+CREATE TABLE parts_0 PARTITION OF parts FOR VALUES WITH (MODULUS 3, REMAINDER 0);
+CREATE TABLE parts_1 PARTITION OF parts FOR VALUES WITH (MODULUS 3, REMAINDER 1) TABLESPACE space;
+CREATE TABLE parts_2 PARTITION OF parts FOR VALUES WITH (MODULUS 3, REMAINDER 2);
+CREATE MATERIALIZED VIEW counted AS SELECT a % 10 AS a, count(*) AS n FROM everything GROUP BY 1;
+CREATE UNIQUE INDEX ON counted (a);
