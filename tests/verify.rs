@@ -127,6 +127,52 @@ fn wal_in_a_folder_is_redone_from_the_pages_before_it() -> anyhow::Result<()> {
 }
 
 #[test]
+fn redo_of_a_crashed_servers_wal_arrives_where_its_recovery_does() -> anyhow::Result<()> {
+    let mut postgres = redo::init(Major::V15, &[], &[])?;
+    let (base, crashed) = (postgres.dir().join("base"), postgres.dir().join("crashed"));
+    postgres.start()?;
+    postgres.psql("postgres", "CREATE TABLE before AS SELECT i, 'unchanged' AS word FROM generate_series(1, 5000) i")?;
+    postgres.stop("fast")?;
+    copy(&postgres.data_dir(), &base)?;
+    postgres.start()?;
+    work(|sql| postgres.psql("postgres", sql))?;
+    postgres.psql("postgres", "UPDATE before SET word = 'changed' WHERE i % 2 = 0; SELECT pg_switch_wal()")?;
+    // A record that is longer than what is redone at a time.
+    postgres.psql("postgres", "SELECT pg_logical_emit_message(false, 'long', repeat('x', 3000000))")?;
+    postgres.psql("postgres", "DELETE FROM before WHERE i % 3 = 0; DROP TABLE work")?;
+    postgres.stop("immediate")?;
+    copy(&postgres.data_dir(), &crashed)?;
+    postgres.start()?;
+    postgres.stop("fast")?;
+    let recovered = postgres.data_dir();
+    let redo = |threads: &str| -> anyhow::Result<Value> {
+        let args = ["bench", "redo", path(&base)?, path(&crashed)?, "--compare", path(&recovered)?, "--threads", threads, "--json"];
+        let output = Command::new(VARVE).args(args).output()?;
+        ensure!(output.status.success(), "varve {}: {}", args.join(" "), text(&output.stderr));
+        Ok(serde_json::from_slice(&output.stdout)?)
+    };
+    let (one, three) = (redo("1")?, redo("3")?);
+    ensure!(one["pages_compared"].as_u64() > Some(50) && one["wal_bytes"].as_u64() > Some(10 << 20), "all of it was redone: {one:#}");
+    for what in ["records", "changes", "wal_bytes", "pages_compared"] {
+        expect(&three, what, one[what].clone());
+    }
+    // Pages that are not so are found.
+    let file = postgres_file(&recovered, &mut postgres, "before")?;
+    damage(&file, 8191 - 8)?;
+    let told = redo("2").err().context("a wrong page must be found")?.to_string();
+    ensure!(told.contains("differ"), "{told}");
+    Ok(())
+}
+
+/// The file of a relation of a stopped server.
+fn postgres_file(data: &Path, postgres: &mut Postgres, relation: &str) -> anyhow::Result<PathBuf> {
+    postgres.start()?;
+    let file = postgres.psql("postgres", &format!("SELECT pg_relation_filepath('{relation}')"))?;
+    postgres.stop("fast")?;
+    Ok(data.join(file.trim()))
+}
+
+#[test]
 fn damaged_wal_is_told_from_its_end() -> anyhow::Result<()> {
     let mut postgres = redo::init(Major::V15, &[], &[])?;
     postgres.start()?;

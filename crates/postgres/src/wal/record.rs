@@ -132,17 +132,13 @@ impl Record {
     }
 
     fn decode_inner(bytes: &Bytes, start: Lsn, end: Lsn, major: Major) -> Result<Record, String> {
-        struct Pending {
-            block: Block,
-            image_len: usize,
-            data_len: usize,
-        }
         let header = RecordHeader::decode(bytes).ok_or("shorter than a record header")?;
         if header.total_len as usize != bytes.len() {
             return Err(format!("has {} bytes and says that it has {}", bytes.len(), header.total_len));
         }
         let mut cursor = Cursor { bytes: bytes.slice(RECORD_HEADER_SIZE..) };
-        let mut pending: Vec<Pending> = Vec::new();
+        let mut blocks: Vec<Block> = Vec::new();
+        let mut lengths = [(0usize, 0usize); MAX_BLOCK_ID as usize + 1]; // of each block's image and data, in the order of the blocks
         let mut main_len = 0usize;
         let mut payload = 0usize;
         let (mut origin, mut toplevel_xid) = (None, None);
@@ -158,7 +154,7 @@ impl Record {
                 ID_ORIGIN => origin = Some(cursor.u16()?),
                 ID_TOPLEVEL_XID => toplevel_xid = Some(cursor.u32()?),
                 0..=MAX_BLOCK_ID => {
-                    if pending.last().is_some_and(|last| last.block.id >= id) {
+                    if blocks.last().is_some_and(|last| last.id >= id) {
                         return Err(format!("block id {id} is out of order"));
                     }
                     let flags = cursor.u8()?;
@@ -188,19 +184,10 @@ impl Record {
                         .ok_or_else(|| format!("block {id}: fork number {} does not exist", flags & BLOCK_FORK_MASK))?;
                     let blkno = cursor.u32()?;
                     payload += image_len + data_len;
-                    pending.push(Pending {
-                        block: Block {
-                            id,
-                            rel: node.fork(fork),
-                            blkno,
-                            will_init: flags & BLOCK_WILL_INIT != 0,
-                            has_data,
-                            image,
-                            data: Bytes::new(),
-                        },
-                        image_len,
-                        data_len,
-                    });
+                    // Ids ascend up to the largest, so there are no more blocks than lengths.
+                    lengths[blocks.len()] = (image_len, data_len);
+                    let (rel, will_init) = (node.fork(fork), flags & BLOCK_WILL_INIT != 0);
+                    blocks.push(Block { id, rel, blkno, will_init, has_data, image, data: Bytes::new() });
                 }
                 _ => return Err(format!("block id {id} is invalid")),
             }
@@ -208,14 +195,12 @@ impl Record {
         if cursor.bytes.len() != payload {
             return Err(format!("the headers announce {payload} bytes and {} follow", cursor.bytes.len()));
         }
-        let mut blocks = Vec::with_capacity(pending.len());
-        for mut p in pending {
-            let image_bytes = cursor.take(p.image_len)?;
-            if let Some(image) = &mut p.block.image {
+        for (block, (image_len, data_len)) in blocks.iter_mut().zip(lengths) {
+            let image_bytes = cursor.take(image_len)?;
+            if let Some(image) = &mut block.image {
                 image.bytes = image_bytes;
             }
-            p.block.data = cursor.take(p.data_len)?;
-            blocks.push(p.block);
+            block.data = cursor.take(data_len)?;
         }
         let main_data = cursor.take(main_len)?;
         Ok(Record { header, start, end, blocks, main_data, origin, toplevel_xid })

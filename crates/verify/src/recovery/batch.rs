@@ -1,24 +1,27 @@
-//! The records that begin in one segment, and what they do, sorted by partition.
+//! What the records do that begin in one slice of WAL, sorted by partition.
 
 use varve_postgres::control::ControlFile;
-use varve_postgres::lsn::WAL_SEGMENT_SIZE;
 use varve_postgres::slru::CLOG_XACTS_PER_PAGE;
 use varve_postgres::wal::records::RecordError;
 use varve_postgres::wal::records::storage::{self, StorageRecord};
 use varve_postgres::wal::records::xact::{self, Completion, XactRecord};
 use varve_postgres::wal::{Framer, Record, WalError, rmgr};
 use varve_postgres::{BlockNumber, Fork, Lsn, Major, RelFork, RelNode};
-use varve_redo::change::Change;
+use varve_redo::change::{BlockRecord, Change};
 use varve_redo::visibility_map::{HEAP_BLOCKS_PER_PAGE, visibility_map_clears};
 
 use super::PARTITIONS;
 use crate::VerifyError;
 use crate::wal_directory::Segments;
 
-/// Bytes of the next segment that are read at a time to complete a segment's last record.
-const NEXT_READ_SIZE: usize = 64 * 1024;
+/// Bytes of WAL in a slice: what is made of them stays in a core's cache until it is done. A segment is whole slices.
+pub(super) const SLICE_SIZE: u64 = 512 * 1024;
+/// Bytes of the next slice that are read at a time to complete a slice's last record.
+const NEXT_READ_SIZE: usize = 16 * 1024;
 /// What an error is about when a record is malformed although its CRC is right.
 const DECODED: &str = "a record with the right CRC";
+/// `XLOG_SWITCH`.
+const SWITCH: u8 = 0x40;
 /// Status of a committed transaction.
 const COMMITTED: u8 = 1;
 /// Status of an aborted transaction.
@@ -29,25 +32,29 @@ pub(super) const TRANSACTION_STATUS: RelFork = RelFork { node: RelNode { spc: 0,
 /// Something to do to a page, or to a relation.
 #[derive(Debug)]
 pub(super) enum Task {
-    /// A block of the record with this number: redo it or take its image.
-    Block { record: u32, index: u8 },
-    /// A change of a page that no record names.
-    Change { lsn: Lsn, rel: RelFork, blkno: BlockNumber, change: Box<Change> },
+    /// A change of a page.
+    Change { lsn: Lsn, rel: RelFork, blkno: BlockNumber, change: Change },
+    /// The block with this index comes with an image, which the page becomes.
+    Image { record: Box<Record>, index: usize },
     /// A fork is cut.
     Cut { rel: RelFork, blocks: BlockNumber },
     /// A relation is new, or gone.
     Reset { node: RelNode },
 }
 
+/// One slice's records. It is filled again and again, so that its memory stays.
 #[derive(Debug)]
 pub(super) struct Batch {
     pub(super) major: Major,
-    pub(super) records: Vec<Record>,
     pub(super) tasks: [Vec<Task>; PARTITIONS],
-    start: Lsn,
+    pub(super) records: u64,
+    /// Where the first record begins.
+    first: Lsn,
     pub(super) end: Lsn,
-    /// The WAL ends in this segment.
+    /// The WAL ends in this slice.
     pub(super) ended: bool,
+    /// The last record is a switch: the rest of the segment is empty.
+    pub(super) switched: bool,
 }
 
 /// The partition of a block.
@@ -59,55 +66,59 @@ pub(super) fn partition_of(rel: RelFork, blkno: BlockNumber) -> usize {
 }
 
 impl Batch {
-    /// Reads the records that begin at or behind `from` in its segment; nothing if the segment is not there.
-    pub(super) fn read(segments: &Segments, control: &ControlFile, from: Lsn) -> Result<Option<Batch>, VerifyError> {
-        let number = from.segment_number();
-        let Some(mut input) = segments.read(number, from.segment_offset(), WAL_SEGMENT_SIZE as usize)? else { return Ok(None) };
-        let segment_end = Lsn((number + 1) * WAL_SEGMENT_SIZE);
-        let mut framer = if from.segment_offset() == 0 {
+    pub(super) fn new(major: Major) -> Batch {
+        Batch { major, tasks: Default::default(), records: 0, first: Lsn::INVALID, end: Lsn::INVALID, ended: false, switched: false }
+    }
+
+    /// Forgets what was there, as if there were no records from `from` on.
+    pub(super) fn clear(&mut self, from: Lsn) {
+        self.tasks.iter_mut().for_each(Vec::clear);
+        (self.records, self.first, self.end, self.ended, self.switched) = (0, from, from, false, false);
+    }
+
+    /// Forgets what was there and reads the records that begin at or behind `from` in its slice.
+    pub(super) fn fill(&mut self, segments: &Segments, control: &ControlFile, from: Lsn) -> Result<(), VerifyError> {
+        self.clear(from);
+        let slice_end = Lsn((from.0 / SLICE_SIZE + 1) * SLICE_SIZE);
+        let mut framer = if from.page_offset() == 0 {
             Framer::from_page(control.major, Some(control.system_identifier), from)
         } else {
             Framer::new(control.major, Some(control.system_identifier), from, None)
         };
-        let mut batch =
-            Batch { major: control.major, records: Vec::new(), tasks: Default::default(), start: from, end: from, ended: false };
-        batch.records.reserve(input.len() / 128);
-        let mut next_offset = 0;
+        let mut read_to = from;
         loop {
-            match framer.next_record(&mut input) {
-                Ok(Some(framed)) if framed.start >= segment_end => break,
-                Ok(Some(framed)) => {
-                    let record = Record::decode(&framed.bytes, framed.start, framed.end, control.major);
-                    let record = record.map_err(|source| VerifyError::Wal { of: DECODED.to_owned(), source })?;
-                    batch.add(record)?;
-                }
-                Ok(None) if framer.framed() >= segment_end => break,
-                Ok(None) => {
-                    // The segment's last record goes on in the next.
-                    let offset = next_offset;
-                    next_offset += NEXT_READ_SIZE as u64;
-                    match segments.read(number + 1 + offset / WAL_SEGMENT_SIZE, offset % WAL_SEGMENT_SIZE, NEXT_READ_SIZE)? {
-                        Some(bytes) => input = bytes,
-                        None => {
-                            batch.ended = true;
-                            break;
+            // The slice's last record may go on in the next.
+            let max = if read_to < slice_end { slice_end.distance_from(read_to) as usize } else { NEXT_READ_SIZE };
+            let Some(mut input) = segments.read(read_to.segment_number(), read_to.segment_offset(), max)? else {
+                self.ended = true;
+                return Ok(());
+            };
+            read_to += input.len() as u64;
+            loop {
+                match framer.next_record(&mut input) {
+                    Ok(Some(framed)) if framed.start >= slice_end => return Ok(()),
+                    Ok(Some(framed)) => {
+                        let record = Record::decode(&framed.bytes, framed.start, framed.end, control.major);
+                        self.add(&record.map_err(|source| VerifyError::Wal { of: DECODED.to_owned(), source })?)?;
+                        if self.switched {
+                            return Ok(());
                         }
                     }
-                }
-                Err(_) => {
-                    batch.ended = true;
-                    break;
+                    Ok(None) if framer.framed() >= slice_end => return Ok(()),
+                    Ok(None) => break,
+                    Err(_) => {
+                        self.ended = true;
+                        return Ok(());
+                    }
                 }
             }
         }
-        Ok(Some(batch))
     }
 
     /// Whether WAL is missing between `end` and the first record.
     pub(super) fn begins_behind(&self, end: Lsn) -> bool {
-        let first = self.records.first().map_or(self.start, |record| record.start);
         // A record begins right behind the one before, or behind the header of the page that follows it.
-        first > end + 64
+        self.records > 0 && self.first > end + 64
     }
 
     fn push(&mut self, rel: RelFork, blkno: BlockNumber, task: Task) {
@@ -118,13 +129,12 @@ impl Batch {
         self.tasks.iter_mut().for_each(|tasks| tasks.push(task()));
     }
 
-    fn add(&mut self, record: Record) -> Result<(), VerifyError> {
-        let number = self.records.len() as u32;
-        for (rel, blkno, change) in visibility_map_clears(&record, self.major) {
-            self.push(rel, blkno, Task::Change { lsn: record.end, rel, blkno, change: Box::new(change) });
+    fn add(&mut self, record: &Record) -> Result<(), VerifyError> {
+        if self.records == 0 {
+            self.first = record.start;
         }
-        for (index, block) in record.blocks.iter().enumerate() {
-            self.push(block.rel, block.blkno, Task::Block { record: number, index: index as u8 });
+        for (rel, blkno, change) in visibility_map_clears(record, self.major) {
+            self.push(rel, blkno, Task::Change { lsn: record.end, rel, blkno, change });
         }
         let (lsn, kind) = (record.end, record.kind());
         let malformed = |error: RecordError| VerifyError::Wal {
@@ -132,9 +142,10 @@ impl Batch {
             source: WalError::Record { lsn: record.start, what: error.to_string() },
         };
         match record.header.rmid {
+            rmgr::XLOG => self.switched = kind == SWITCH,
             rmgr::XACT => match xact::parse(kind, &record.main_data, self.major).map_err(malformed)? {
-                XactRecord::Commit(done) | XactRecord::CommitPrepared(done) => self.completion(&record, done, COMMITTED),
-                XactRecord::Abort(done) | XactRecord::AbortPrepared(done) => self.completion(&record, done, ABORTED),
+                XactRecord::Commit(done) | XactRecord::CommitPrepared(done) => self.completion(record, done, COMMITTED),
+                XactRecord::Abort(done) | XactRecord::AbortPrepared(done) => self.completion(record, done, ABORTED),
                 XactRecord::Prepare | XactRecord::Assignment { .. } | XactRecord::Invalidations => {}
             },
             rmgr::SMGR => match storage::parse(kind, &record.main_data, self.major).map_err(malformed)? {
@@ -146,7 +157,7 @@ impl Batch {
                         self.push_to_all(|| Task::Cut { rel: map, blocks: blocks.div_ceil(HEAP_BLOCKS_PER_PAGE) });
                     }
                     if visibility_map && !blocks.is_multiple_of(HEAP_BLOCKS_PER_PAGE) {
-                        let change = Box::new(Change::TruncateVisibility { heap_blocks: blocks });
+                        let change = Change::TruncateVisibility { heap_blocks: blocks };
                         self.push(map, last, Task::Change { lsn, rel: map, blkno: last, change });
                     }
                 }
@@ -154,8 +165,21 @@ impl Batch {
             _ => {}
         }
         self.end = lsn;
-        self.records.push(record);
+        self.records += 1;
+        self.blocks(record);
         Ok(())
+    }
+
+    fn blocks(&mut self, record: &Record) {
+        for (index, block) in record.blocks.iter().enumerate() {
+            let (rel, blkno) = (block.rel, block.blkno);
+            let task = if block.image.as_ref().is_some_and(|image| image.apply) {
+                Task::Image { record: Box::new(record.clone()), index }
+            } else {
+                Task::Change { lsn: record.end, rel, blkno, change: Change::Record(BlockRecord::trim(record, block)) }
+            };
+            self.push(rel, blkno, task);
+        }
     }
 
     fn completion(&mut self, record: &Record, done: Completion, status: u8) {
@@ -169,7 +193,7 @@ impl Batch {
         while let Some(page) = xids.first().map(|xid| xid / CLOG_XACTS_PER_PAGE) {
             let (here, rest) = xids.into_iter().partition(|xid| xid / CLOG_XACTS_PER_PAGE == page);
             xids = rest;
-            let change = Box::new(Change::ClogStatus { status, xids: here });
+            let change = Change::ClogStatus { status, xids: here };
             self.push(TRANSACTION_STATUS, page, Task::Change { lsn, rel: TRANSACTION_STATUS, blkno: page, change });
         }
     }

@@ -1,6 +1,6 @@
 //! Redoes WAL from a data directory on, as fast as it can: what Postgres does in crash recovery, to be measured beside it.
 //!
-//! A window of segments is worked on at a time, in two steps. First each segment is framed and its records decoded, segments side by side
+//! A window of slices is worked on at a time, in two steps. First each slice is framed and its records decoded, slices side by side
 //! ([`batch`]); what its records do is sorted into [`PARTITIONS`] by the page that it is done to. Then each partition's pages are redone, in
 //! the order of the WAL, partitions side by side ([`partition`]). A page belongs to one partition, so no page is ever shared between threads,
 //! and the outcome is the same whatever their number.
@@ -23,13 +23,13 @@ use varve_redo::verify::file_differences;
 
 use crate::wal_directory::Segments;
 use crate::{DataDirectory, VerifyError};
-use batch::Batch;
+use batch::{Batch, SLICE_SIZE};
 use partition::Partition;
 
 /// Groups that pages are divided into; several for each core, so that one that has more work than others does not hold all up.
 const PARTITIONS: usize = 16;
-/// Segments that are in memory at a time: 128 MiB of WAL, and the records made of it.
-const WINDOW_SEGMENTS: u64 = 8;
+/// Slices that are in memory at a time, and what is made of them.
+const WINDOW_SLICES: u64 = 8;
 
 /// What to redo, and how.
 #[derive(Debug, Clone)]
@@ -74,29 +74,26 @@ pub fn recover(config: &RecoveryConfig) -> Result<Recovered, VerifyError> {
     let began = Instant::now();
     let mut recovered =
         Recovered { start, end: start, records: 0, changes: 0, elapsed: Duration::ZERO, partitions: Vec::new(), base: base.clone() };
-    let mut number = start.segment_number();
+    let mut batches: Vec<Batch> = (0..WINDOW_SLICES).map(|_| Batch::new(base.major())).collect();
+    let mut from = start;
+    // What lies before this is the empty rest of a segment.
+    let mut empty_to = Lsn::INVALID;
     let mut ended = false;
     while !ended {
-        let window = number..number + WINDOW_SEGMENTS;
-        let slots: Vec<Mutex<Option<Batch>>> = window.clone().map(|_| Mutex::default()).collect();
-        each(config.threads, slots.len(), |index| {
-            let number = number + index as u64;
-            let from = if number == start.segment_number() { start } else { Lsn(number * WAL_SEGMENT_SIZE) };
-            *slots[index].lock() = Batch::read(&segments, base.control(), from)?;
-            Ok(())
+        let slices: Vec<Mutex<&mut Batch>> = batches.iter_mut().map(Mutex::new).collect();
+        each(config.threads, slices.len(), |index| {
+            let slice = Lsn((from.0 / SLICE_SIZE + index as u64) * SLICE_SIZE);
+            slices[index].lock().fill(&segments, base.control(), from.max(slice))
         })?;
-        let mut batches = Vec::new();
-        for batch in slots {
-            // Whatever lies behind the end of WAL was written earlier.
-            match batch.into_inner() {
-                Some(batch) if !ended => {
-                    ended = batch.ended;
-                    batches.push(batch);
-                }
-                _ => ended = true,
+        drop(slices);
+        let mut used = 0;
+        for (index, batch) in batches.iter_mut().enumerate() {
+            used = index + 1;
+            let slice = Lsn((from.0 / SLICE_SIZE + index as u64) * SLICE_SIZE);
+            if slice < empty_to {
+                batch.clear(slice);
+                continue;
             }
-        }
-        for batch in &batches {
             if batch.begins_behind(recovered.end) {
                 return Err(VerifyError::not_usable(
                     &config.wal,
@@ -104,14 +101,23 @@ pub fn recover(config: &RecoveryConfig) -> Result<Recovered, VerifyError> {
                 ));
             }
             recovered.end = recovered.end.max(batch.end);
-            recovered.records += batch.records.len() as u64;
+            recovered.records += batch.records;
+            if batch.switched {
+                empty_to = Lsn((slice.segment_number() + 1) * WAL_SEGMENT_SIZE);
+                recovered.end = empty_to;
+            }
+            // Whatever lies behind the end of WAL was written earlier.
+            ended = batch.ended;
+            if ended {
+                break;
+            }
         }
         each(config.threads, PARTITIONS, |index| {
             let mut partition = partitions[index].lock();
-            batches.iter().try_for_each(|batch| partition.redo(batch, index))
+            batches[..used].iter().try_for_each(|batch| partition.redo(batch, index))
         })?;
         partition::record_free_space(&partitions)?;
-        number = window.end;
+        from = Lsn((from.0 / SLICE_SIZE + WINDOW_SLICES) * SLICE_SIZE);
     }
     recovered.partitions = partitions.into_iter().map(Mutex::into_inner).collect();
     recovered.changes = recovered.partitions.iter().map(|partition| partition.changes).sum();

@@ -1,12 +1,13 @@
 //! Pages of one partition, and redo of what is done to them.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::hash::{BuildHasherDefault, Hasher};
 use std::sync::Arc;
 
 use parking_lot::Mutex;
 use varve_postgres::wal::{Record, rmgr};
-use varve_postgres::{BLCKSZ, BlockNumber, Fork, Lsn, Page, RelFork, page};
+use varve_postgres::{BLCKSZ, BlockNumber, Fork, Lsn, Major, Page, RelFork, page};
 use varve_redo::change::{BlockRecord, Change};
 use varve_redo::verify::BasePages;
 use varve_redo::{apply, free_space_effect, free_space_map, restore_image};
@@ -86,13 +87,8 @@ impl Partition {
     pub(super) fn redo(&mut self, batch: &Batch, index: usize) -> Result<(), VerifyError> {
         for task in &batch.tasks[index] {
             match task {
-                Task::Block { record, index } => self.block(batch, &batch.records[*record as usize], *index)?,
-                Task::Change { lsn, rel, blkno, change } => {
-                    let kept = self.page(*rel, *blkno)?;
-                    kept.rmid = rmgr::HEAP2;
-                    apply(batch.major, *lsn, *blkno, change, &mut kept.page)?;
-                    self.changes += 1;
-                }
+                Task::Change { lsn, rel, blkno, change } => self.change(batch.major, *lsn, *rel, *blkno, change)?,
+                Task::Image { record, index } => self.image(batch.major, record, *index)?,
                 Task::Cut { rel, blocks } => self.cut(*rel, *blocks),
                 Task::Reset { node } => Fork::ALL.into_iter().for_each(|fork| self.cut(node.fork(fork), 0)),
             }
@@ -100,45 +96,65 @@ impl Partition {
         Ok(())
     }
 
-    fn block(&mut self, batch: &Batch, record: &Record, index: u8) -> Result<(), VerifyError> {
-        let block = &record.blocks[usize::from(index)];
-        let restored = block.image.as_ref().is_some_and(|image| image.apply);
-        let trimmed = BlockRecord::trim(record, block);
-        let kept = if restored || block.will_init { self.room(block.rel, block.blkno)? } else { self.page(block.rel, block.blkno)? };
-        kept.rmid = record.header.rmid;
-        let change = Change::Record(trimmed);
-        if restored {
-            kept.page.copy_from_slice(&restore_image(record, block)?);
-        } else {
-            apply(batch.major, record.end, block.blkno, &change, &mut kept.page)?;
-        }
-        let Change::Record(trimmed) = change else { return Err(VerifyError::Internal("a record is a record")) };
-        if let Some(space) = free_space_effect(batch.major, &trimmed, &kept.page, restored) {
-            let rel = block.rel.node.fork(Fork::FreeSpaceMap);
-            let category = free_space_map::category(space);
-            self.free_space.push(FreeSpace { lsn: record.end, rel, heap_block: block.blkno, category });
-        }
+    fn change(&mut self, major: Major, lsn: Lsn, rel: RelFork, blkno: BlockNumber, change: &Change) -> Result<(), VerifyError> {
+        let kept = self.page(rel, blkno, !change.will_init())?;
+        apply(major, lsn, blkno, change, &mut kept.page)?;
+        kept.rmid = match change {
+            Change::Record(record) => record.rmid,
+            _ => rmgr::HEAP2,
+        };
+        let space = match change {
+            Change::Record(record) => free_space_effect(major, record, &kept.page, false),
+            _ => None,
+        };
         self.changes += 1;
+        if let Some(space) = space {
+            self.learn_free_space(lsn, rel, blkno, space);
+        }
         Ok(())
     }
 
-    /// The block's page, whatever it is before.
-    fn room(&mut self, rel: RelFork, blkno: BlockNumber) -> Result<&mut Kept, VerifyError> {
-        if self.pages.len() >= self.pages_max && !self.pages.contains_key(&(rel, blkno)) {
-            let what = format!("the WAL changes more than {} MB of pages: allow more", (self.pages_max * super::PARTITIONS * BLCKSZ) >> 20);
-            return Err(VerifyError::Store(varve_redo::verify::StoreError(what)));
+    fn image(&mut self, major: Major, record: &Record, index: usize) -> Result<(), VerifyError> {
+        let Some(block) = record.blocks.get(index) else { return Err(VerifyError::Internal("an image is of a block")) };
+        let page = restore_image(record, block)?;
+        let space = free_space_effect(major, &BlockRecord::trim(record, block), &page, true);
+        let kept = self.page(block.rel, block.blkno, false)?;
+        *kept.page = page;
+        kept.rmid = record.header.rmid;
+        self.changes += 1;
+        if let Some(space) = space {
+            self.learn_free_space(record.end, block.rel, block.blkno, space);
         }
-        Ok(self.pages.entry((rel, blkno)).or_insert_with(|| Kept { page: Box::new(page::ZERO_PAGE), rmid: rmgr::XLOG }))
+        Ok(())
     }
 
-    /// The block's page as it is before a change.
-    fn page(&mut self, rel: RelFork, blkno: BlockNumber) -> Result<&mut Kept, VerifyError> {
-        if !self.pages.contains_key(&(rel, blkno)) {
-            let there = rel != TRANSACTION_STATUS && self.cut.get(&rel).is_none_or(|blocks| blkno < *blocks);
-            let before = if there { self.base.page(rel, blkno)? } else { None };
-            *self.room(rel, blkno)?.page = before.unwrap_or(page::ZERO_PAGE);
+    fn learn_free_space(&mut self, lsn: Lsn, rel: RelFork, heap_block: BlockNumber, space: usize) {
+        let category = free_space_map::category(space);
+        self.free_space.push(FreeSpace { lsn, rel: rel.node.fork(Fork::FreeSpaceMap), heap_block, category });
+    }
+
+    /// The block's page; if it is not known yet, as it is in the base, or empty if what it was does not matter.
+    fn page(&mut self, rel: RelFork, blkno: BlockNumber, of_base: bool) -> Result<&mut Kept, VerifyError> {
+        let full = self.pages.len() >= self.pages_max;
+        match self.pages.entry((rel, blkno)) {
+            Entry::Occupied(entry) => Ok(entry.into_mut()),
+            Entry::Vacant(_) if full => {
+                let what =
+                    format!("the WAL changes more than {} MB of pages: allow more", (self.pages_max * super::PARTITIONS * BLCKSZ) >> 20);
+                Err(VerifyError::Store(varve_redo::verify::StoreError(what)))
+            }
+            Entry::Vacant(entry) => {
+                let mut page = Box::new(page::ZERO_PAGE);
+                if of_base
+                    && rel != TRANSACTION_STATUS
+                    && self.cut.get(&rel).is_none_or(|blocks| blkno < *blocks)
+                    && let Some(before) = self.base.page(rel, blkno)?
+                {
+                    *page = before;
+                }
+                Ok(entry.insert(Kept { page, rmid: rmgr::XLOG }))
+            }
         }
-        self.room(rel, blkno)
     }
 
     fn cut(&mut self, rel: RelFork, blocks: BlockNumber) {
@@ -148,7 +164,7 @@ impl Partition {
     }
 
     fn set_free_space(&mut self, rel: RelFork, blkno: BlockNumber, slot: u32, category: u8) -> Result<(), VerifyError> {
-        let kept = self.page(rel, blkno)?;
+        let kept = self.page(rel, blkno, true)?;
         free_space_map::set(&mut kept.page, slot, category);
         Ok(())
     }
