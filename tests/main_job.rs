@@ -188,3 +188,36 @@ fn a_list_says_where_branches_end_and_how_large_they_are_also_after_a_restart() 
     ensure!(after == before, "expected the list of before the restart, {before:?}, got {after:?}");
     Ok(())
 }
+
+#[test]
+fn a_commit_that_waits_for_the_store_does_not_wait_long_and_is_there() -> anyhow::Result<()> {
+    let mut dev = Dev::start(VARVE)?;
+    dev.json(&["tenant", "create", "acme"])?;
+    let db = dev.compute("acme/main", &[])?;
+    psql(&db, "CREATE TABLE t (i int)")?;
+    let begun = std::time::Instant::now();
+    for i in 0..5 {
+        psql(&db, &format!("SET synchronous_commit = remote_apply; INSERT INTO t VALUES ({i})"))?;
+    }
+    let took = begun.elapsed();
+    ensure!(took < Duration::from_secs(8), "five commits that wait for the store took {took:?}; without being seen each waits ten seconds");
+    let lsn = psql(&db, "SELECT replay_lsn FROM pg_stat_replication")?;
+    // Both machines are lost: the compute's and the pageserver's disks.
+    dev.json(&["compute", "list"])?.as_array().context("a list")?.iter().for_each(|compute| {
+        for pid in ["pid", "mount_pid"] {
+            varve_testing::dev::signal(compute[pid].as_u64().unwrap_or_default() as u32, rustix::process::Signal::KILL);
+        }
+    });
+    dev.kill()?;
+    dev.wipe()?;
+    std::fs::remove_dir_all(format!("{}.computes", dev.data().display())).ok();
+    dev.run()?;
+    dev.json(&["branch", "create", "acme/after", "--lsn", &lsn])?;
+    let after = dev.compute("acme/after", &[])?;
+    ensure!(psql(&after, "SELECT count(*) FROM t")? == "5", "what the store had acknowledged is there");
+    // What only the lost compute had is given up when somebody says so.
+    dev.json(&["branch", "restore", "acme/main", "--lsn", &lsn])?;
+    let main = dev.compute("acme/main", &[])?;
+    ensure!(psql(&main, "SELECT count(*) FROM t")? == "5", "main goes on with what the store had");
+    Ok(())
+}

@@ -41,7 +41,10 @@ impl Pageserver {
     /// Finds the boundary that `moment` means on a timeline, or on the ancestor in whose history it lies.
     pub(super) async fn resolve(&self, tenant: &Arc<Tenant>, timeline: TimelineId, moment: Moment) -> Result<Resolved, ServerError> {
         let served = tenant.timeline(timeline).await?;
-        served.wait_tail().await?;
+        // What is known already stays as it is, whatever the newest writer may have besides.
+        if !matches!(moment, Moment::Lsn(lsn) if lsn <= served.head()) {
+            served.wait_tail().await?;
+        }
         let head = served.head();
         match moment {
             Moment::Head => Ok(Resolved { timeline, lsn: head }),

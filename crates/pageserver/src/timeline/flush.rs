@@ -1,7 +1,7 @@
 //! From memory to the store: when a memtable is frozen, and who turns it into layers.
 //!
 //! One flush of a timeline runs at a time, on a thread that may block. A memtable is frozen when it is large, when it is old (so that the
-//! compute need not keep its WAL for long, and `remote_apply` does not wait), when somebody needs everything in the store, or when all memtables
+//! compute need not keep its WAL for long), when a commit waits for the store (`remote_apply`) or somebody else does, or when all memtables
 //! together have used up their budget: ingest pauses until that is over, so nothing may then wait to grow large or old.
 
 use std::sync::Arc;
@@ -35,6 +35,20 @@ impl ServedTimeline {
         self.spawn_flush(runtime);
     }
 
+    /// Sees to it that the store soon has everything up to `lsn`, which is applied: a commit waits for it. Those that come while a flush runs share the next.
+    pub(super) fn flush_awaited(self: &Arc<Self>, lsn: Lsn) {
+        // In one order with the end of a flush: either it sees this, or we see that it is over.
+        self.awaited.fetch_max(lsn.0, Ordering::SeqCst);
+        self.flush_what_is_awaited();
+    }
+
+    fn flush_what_is_awaited(self: &Arc<Self>) {
+        let awaited = Lsn(self.awaited.load(Ordering::SeqCst));
+        if awaited > self.layered() && !self.flushing.load(Ordering::SeqCst) && !self.stopping.load(Ordering::Acquire) {
+            self.flush_soon();
+        }
+    }
+
     /// Puts what is in memory into the store soon, without waiting for it.
     pub fn flush_soon(self: &Arc<Self>) {
         self.history.freeze_if(0, Duration::ZERO);
@@ -48,7 +62,8 @@ impl ServedTimeline {
         let timeline = self.clone();
         runtime.spawn_blocking(move || {
             timeline.flush_frozen();
-            timeline.flushing.store(false, Ordering::Release);
+            timeline.flushing.store(false, Ordering::SeqCst);
+            timeline.flush_what_is_awaited();
             timeline.spawn_compaction();
         });
     }

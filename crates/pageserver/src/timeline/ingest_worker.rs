@@ -109,10 +109,13 @@ impl ServedTimeline {
         Ok(false)
     }
 
-    fn advance(&self, ingest: &mut Ingest) -> Result<(), String> {
+    fn advance(self: &Arc<Self>, ingest: &mut Ingest) -> Result<(), String> {
         ingest.advance().map_err(|error| error.to_string())?;
         let end = ingest.end();
         self.update(|positions| positions.applied = positions.applied.max(end));
+        if let Some(awaited) = ingest.take_awaited() {
+            self.flush_awaited(awaited);
+        }
         Ok(())
     }
 

@@ -77,6 +77,8 @@ pub struct ServedTimeline {
     writer: tokio::sync::Mutex<writer::Writer>,
     /// Held by a compute that begins.
     pub(crate) beginning: tokio::sync::Mutex<()>,
+    /// The store is to have everything up to here soon (an [`Lsn`]): a commit waits for it.
+    awaited: std::sync::atomic::AtomicU64,
     /// Whether a flush runs.
     flushing: AtomicBool,
     /// Whether layers are being merged.

@@ -111,6 +111,7 @@ impl ServedTimeline {
             positions: Mutex::new(Positions { head, applied: layered, layered, wanted: Lsn::INVALID, ingest_sleeps: false, stopped: None }),
             changed: Condvar::new(),
             ingest_wakes: Condvar::new(),
+            awaited: std::sync::atomic::AtomicU64::new(0),
             stopping: AtomicBool::new(false),
             worker: Mutex::new(None),
             writer: tokio::sync::Mutex::new(writer),

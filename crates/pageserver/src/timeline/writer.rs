@@ -258,22 +258,14 @@ impl ServedTimeline {
             if tokio::time::Instant::now() > deadline {
                 return Err(ServerError::unavailable(format!(
                     "timeline {}: what the compute of epoch {} wrote after {} was on a disk that is lost, and only that compute has it: let \
-                     it run and reach this server, then try again",
+                     it run and reach this server, then try again; if it is lost for good, give that up with 'varve branch restore TENANT/BRANCH --lsn {}'",
                     self.id(),
                     epoch.0,
+                    self.head(),
                     self.head()
                 )));
             }
             tokio::time::sleep(TAIL_POLL).await;
-        }
-    }
-
-    /// Gives the tail up for lost: what the newest epoch acknowledged after head will not come back.
-    pub async fn discard_tail(&self) {
-        let mut writer = self.writer.lock().await;
-        if writer.tail == Tail::Unknown {
-            tracing::warn!(timeline = self.name, head = %self.head(), "an operator gave up what was acknowledged after head");
-            writer.tail = Tail::Known;
         }
     }
 }

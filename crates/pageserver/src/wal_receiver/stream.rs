@@ -17,7 +17,7 @@ use super::{ReceiverError, WalSink};
 /// Bytes that are taken from the socket before they are synced, however many more there are: the first ones wait for an acknowledgement.
 const GROUP_SIZE_MAX: u64 = 4 * 1024 * 1024;
 /// How often the store's position is looked at while it lags.
-const STORE_POLL: Duration = Duration::from_millis(100);
+const STORE_POLL: Duration = Duration::from_millis(25);
 /// How often anything is looked at otherwise.
 const IDLE_POLL: Duration = Duration::from_secs(5);
 /// How often the server hears of us at least.

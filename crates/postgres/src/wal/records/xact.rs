@@ -17,6 +17,8 @@ const HAS_TWOPHASE: u32 = 1 << 4;
 const HAS_ORIGIN: u32 = 1 << 5;
 const HAS_GID: u32 = 1 << 7;
 const HAS_DROPPED_STATS: u32 = 1 << 8;
+/// `XACT_COMPLETION_APPLY_FEEDBACK`.
+const APPLY_FEEDBACK: u32 = 1 << 29;
 /// `sizeof(SharedInvalidationMessage)`.
 const INVALIDATION_SIZE: usize = 16;
 
@@ -33,6 +35,8 @@ pub struct Completion {
     pub two_phase_xid: Option<u32>,
     /// Position and time at the replication origin.
     pub origin: Option<(Lsn, Timestamp)>,
+    /// Whoever committed waits until a standby has applied it (`synchronous_commit = remote_apply`).
+    pub awaits_apply: bool,
 }
 
 /// A record about transactions.
@@ -92,6 +96,7 @@ fn completion(info: u8, data: &[u8], major: Major, commit: bool) -> Result<Compl
     let mut f = Fields::new(data);
     let mut done = Completion { time: Timestamp(f.i64()?), ..Completion::default() };
     let parts = if info & HAS_INFO != 0 { f.u32()? } else { 0 };
+    done.awaits_apply = parts & APPLY_FEEDBACK != 0;
     if parts & HAS_DBINFO != 0 {
         f.take(8)?;
     }
