@@ -3,6 +3,8 @@
 //! The oracle has nothing of ours: a base backup of the compute, its WAL as `pg_receivewal` gets it, record boundaries as `pg_waldump` prints
 //! them, and `recovery_target_lsn` and `recovery_target_time`.
 
+use std::collections::BTreeMap;
+
 use anyhow::{Context as _, ensure};
 use varve_postgres::{Lsn, Major};
 use varve_testing::application::{load, start};
@@ -13,9 +15,9 @@ use varve_testing::postgres::{Postgres, is_skipped};
 use varve_testing::random::SeededRng;
 
 const VARVE: &str = env!("CARGO_BIN_EXE_varve");
-/// LSNs that are compared, unless `VARVE_TEST_LSNS` names fewer.
+/// LSNs that are compared, unless `VARVE_TEST_LSNS` says how many.
 const LSNS: usize = 30;
-/// LSNs that are compared on other majors than 15.
+/// The same for other majors than 15.
 const LSNS_OF_OTHERS: usize = 4;
 /// Among so many LSNs comes one time.
 const LSNS_PER_TIME: usize = 5;
@@ -148,13 +150,27 @@ fn between(before: &str, after: &str) -> anyhow::Result<Option<String>> {
     Ok(Some(format!("{date} {:02}:{:02}:{:02}.{micros:06}", seconds / 3600, seconds / 60 % 60, seconds % 60)))
 }
 
-/// Half of them record boundaries, half anywhere.
+/// A third of them anywhere; the others before and behind a record of a random type, so that rare ones are met as often as those of rows.
 fn random_lsns(loaded: &Loaded, random: &mut SeededRng, count: usize) -> Vec<Moment> {
-    let (first, last) = (loaded.records[0].start, loaded.records[loaded.records.len() - 1].start);
-    let boundary = |i: u64| boundary_before(loaded.records[i as usize].start);
-    let any = |random: &mut SeededRng| Lsn(random.between(first.0, last.0));
-    let one = |i| if i % 2 == 0 { boundary(random.below(loaded.records.len() as u64)) } else { any(random) };
-    (0..count).map(one).map(Moment::Lsn).collect()
+    let records = &loaded.records;
+    let (first, last) = (records[0].start, records[records.len() - 1].start);
+    let mut of_type: BTreeMap<&str, Vec<usize>> = BTreeMap::new();
+    // The one behind is taken too, so it must be there.
+    for (at, record) in records[..records.len() - 1].iter().enumerate() {
+        of_type.entry(&record.rmgr).or_default().push(at);
+    }
+    let of_type: Vec<&Vec<usize>> = of_type.values().collect();
+    let mut moments = Vec::new();
+    for i in 0..count {
+        let places = of_type[random.below(of_type.len() as u64) as usize];
+        let at = places[random.below(places.len() as u64) as usize];
+        moments.push(Moment::Lsn(match i % 3 {
+            0 => Lsn(random.between(first.0, last.0)),
+            1 => boundary_before(records[at].start),
+            _ => boundary_before(records[at + 1].start),
+        }));
+    }
+    moments
 }
 
 /// Half of them exactly when a transaction ended, half between two ends.
@@ -177,7 +193,7 @@ fn branches_are_what_postgres_recovers_to(major: Major, lsns: usize) -> anyhow::
         return Ok(());
     }
     let lsns = match std::env::var("VARVE_TEST_LSNS") {
-        Ok(count) => lsns.min(count.parse().with_context(|| format!("VARVE_TEST_LSNS is a number, got {count:?}"))?),
+        Ok(count) => count.parse().with_context(|| format!("VARVE_TEST_LSNS is a number, got {count:?}"))?,
         Err(_) => lsns,
     };
     let loaded = loaded(major)?;

@@ -10,7 +10,7 @@ use anyhow::{Context as _, bail, ensure};
 use bytes::{Buf as _, Bytes};
 use serde_json::Value;
 use varve_postgres::lsn::{WAL_SEGMENT_SIZE, wal_segment_name};
-use varve_postgres::wal::Framer;
+use varve_postgres::wal::{Framer, RecordHeader, rmgr};
 use varve_postgres::{Lsn, Major};
 
 use crate::postgres::Postgres;
@@ -175,7 +175,8 @@ impl Archive {
             }
             while let Some(record) = framer.next_record(&mut bytes)? {
                 if record.start >= from {
-                    records.push(WalRecord { start: record.start, end_time: None });
+                    let header = RecordHeader::decode(&record.bytes).context("a whole record has a header")?;
+                    records.push(WalRecord { start: record.start, rmgr: rmgr::name(header.rmid), end_time: None });
                 }
             }
         }
@@ -188,6 +189,8 @@ impl Archive {
 pub struct WalRecord {
     /// Where it begins.
     pub start: Lsn,
+    /// Its resource manager.
+    pub rmgr: String,
     /// When it ended a transaction, as `pg_waldump` prints the time, in UTC.
     pub end_time: Option<String>,
 }
@@ -200,7 +203,7 @@ impl WalRecord {
             let (lsn, rest) = rest.split_once(',')?;
             let (_, description) = rest.split_once("desc: ")?;
             let end_time = if rmgr == "Transaction" { end_time(description) } else { None };
-            Some(WalRecord { start: lsn.parse().ok()?, end_time })
+            Some(WalRecord { start: lsn.parse().ok()?, rmgr: rmgr.to_owned(), end_time })
         };
         parse().with_context(|| format!("pg_waldump printed {line:?}"))
     }
