@@ -138,7 +138,7 @@ mod tests {
         for major in Major::ALL {
             let mut data = Vec::new();
             data.extend_from_slice(&77i64.to_le_bytes());
-            let mut parts = HAS_DBINFO | HAS_SUBXACTS | HAS_RELATIONS | HAS_INVALS | HAS_TWOPHASE | HAS_GID | HAS_ORIGIN;
+            let mut parts = HAS_DBINFO | HAS_SUBXACTS | HAS_RELATIONS | HAS_INVALS | HAS_TWOPHASE | HAS_GID | HAS_ORIGIN | APPLY_FEEDBACK;
             let stats = major.dropped_stats_item_size();
             if stats > 0 {
                 parts |= HAS_DROPPED_STATS;
@@ -160,6 +160,7 @@ mod tests {
                 dropped: vec![RelNode { spc: 1663, db: 5, rel: 16384 }],
                 two_phase_xid: Some(740),
                 origin: Some((Lsn(8), Timestamp(9))),
+                awaits_apply: true,
             };
             assert_eq!(parse(0x30 | HAS_INFO, &data, major), Ok(XactRecord::CommitPrepared(expected)), "{major:?}");
             for len in 0..data.len() {
