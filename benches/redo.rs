@@ -52,11 +52,13 @@ fn plain_wal() -> Result<(Lsn, Bytes)> {
         Postgres::init(MAJOR, &[], &[("full_page_writes", "off"), ("max_wal_size", "'4GB'"), ("synchronous_commit", "off")])?;
     postgres.start()?;
     pgbench(&postgres, &["-iq", "-s", "5"])?;
-    pgbench(&postgres, &["-c", "4", "-t", "6000"])?;
+    pgbench(&postgres, &["-c", "4", "-t", "20000"])?;
+    let current = postgres.psql("postgres", "SELECT pg_walfile_name(pg_current_wal_lsn())")?;
     postgres.stop("fast")?;
+    // The one before the current is whole, and of the load's end; behind it lie those that are made ready or used again.
     let segments = postgres.wal_segments()?;
-    // The last but one is whole, and of the load's end.
-    let path = segments.iter().rev().nth(1).context("two segments of WAL")?;
+    let at = segments.iter().position(|path| path.ends_with(current.trim())).context("the current segment")?;
+    let path = &segments[at.checked_sub(1).context("a segment before the current one")?];
     Ok((start_of(path)?, std::fs::read(path)?.into()))
 }
 
