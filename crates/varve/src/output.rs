@@ -1,15 +1,18 @@
 //! How results are printed: one JSON value with `--json`, else a table or a sentence.
 
+use std::io::Write as _;
+
 use serde::Serialize;
 
 /// Prints `value` as JSON when asked to, else `text`.
 pub(crate) fn print(json: bool, value: &impl Serialize, text: impl FnOnce() -> String) -> anyhow::Result<()> {
-    if json {
-        println!("{}", serde_json::to_string_pretty(value)?);
-    } else {
-        println!("{}", text().trim_end());
+    let text = if json { serde_json::to_string_pretty(value)? } else { text().trim_end().to_owned() };
+    let mut out = std::io::stdout().lock();
+    match writeln!(out, "{text}").and_then(|()| out.flush()) {
+        // Whoever reads has seen enough, as `head` does.
+        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
+        result => Ok(result?),
     }
-    Ok(())
 }
 
 /// A table with a header and columns as wide as they must be.
