@@ -130,7 +130,7 @@ impl ServedTimeline {
             }
             let (head, now) = (positions.head, Instant::now());
             if head > position {
-                if positions.wanted > position || head.distance_from(position) >= GATHER_SIZE || now >= gathered {
+                if positions.readers_waiting > 0 || head.distance_from(position) >= GATHER_SIZE || now >= gathered {
                     return Some(head);
                 }
                 self.ingest_wakes.wait_until(&mut positions, gathered);

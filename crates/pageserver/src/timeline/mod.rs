@@ -22,7 +22,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use parking_lot::{Condvar, Mutex};
+use parking_lot::{Condvar, Mutex, MutexGuard};
 use varve_postgres::{Lsn, Major};
 use varve_storage::ids::{TenantId, TimelineId};
 use varve_storage::manifest::Manifest;
@@ -46,8 +46,8 @@ struct Positions {
     applied: Lsn,
     /// Everything up to here is in uploaded layers.
     layered: Lsn,
-    /// Somebody waits to read up to here.
-    wanted: Lsn,
+    /// How many wait to read what is not applied yet.
+    readers_waiting: u32,
     /// Ingest sleeps until there is WAL.
     ingest_sleeps: bool,
     /// Why ingest stopped, if it did.
@@ -164,8 +164,18 @@ impl ServedTimeline {
 
     /// The same, without the ancestors.
     fn wait_own_applied(&self, lsn: Lsn, limit: Duration) -> Result<(), String> {
-        let deadline = Instant::now() + limit;
         let mut positions = self.positions.lock();
+        if positions.applied >= lsn {
+            return Ok(());
+        }
+        positions.readers_waiting += 1;
+        self.ingest_wakes.notify_one();
+        let result = self.wait_own_applied_locked(&mut positions, lsn, Instant::now() + limit);
+        positions.readers_waiting -= 1;
+        result
+    }
+
+    fn wait_own_applied_locked(&self, positions: &mut MutexGuard<'_, Positions>, lsn: Lsn, deadline: Instant) -> Result<(), String> {
         while positions.applied < lsn {
             if let Some(reason) = &positions.stopped {
                 return Err(format!("ingest of timeline {} stopped at {}: {reason}", self.name, positions.applied));
@@ -173,11 +183,7 @@ impl ServedTimeline {
             if self.stopping.load(Ordering::Acquire) {
                 return Err("the pageserver is stopping".to_owned());
             }
-            if positions.wanted < lsn {
-                positions.wanted = lsn;
-                self.ingest_wakes.notify_one();
-            }
-            if self.changed.wait_until(&mut positions, deadline).timed_out() && positions.applied < lsn {
+            if self.changed.wait_until(positions, deadline).timed_out() && positions.applied < lsn {
                 return Err(format!(
                     "timeline {} has no WAL up to {lsn}: it ends at {}, of which {} is applied",
                     self.name, positions.head, positions.applied

@@ -108,7 +108,7 @@ impl ServedTimeline {
             ancestor: open.ancestor,
             wal,
             context: open.context,
-            positions: Mutex::new(Positions { head, applied: layered, layered, wanted: Lsn::INVALID, ingest_sleeps: false, stopped: None }),
+            positions: Mutex::new(Positions { head, applied: layered, layered, readers_waiting: 0, ingest_sleeps: false, stopped: None }),
             changed: Condvar::new(),
             ingest_wakes: Condvar::new(),
             awaited: std::sync::atomic::AtomicU64::new(0),
