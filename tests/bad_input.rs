@@ -122,6 +122,19 @@ fn the_api_says_what_is_wrong_as_a_problem() -> anyhow::Result<()> {
 }
 
 #[test]
+fn a_reader_who_has_seen_enough() -> anyhow::Result<()> {
+    let dev = Dev::start(VARVE)?;
+    for json in [&["tenant", "list"][..], &["tenant", "list", "--json"][..]] {
+        let (reader, writer) = std::io::pipe()?;
+        drop(reader);
+        let output = Command::new(VARVE).args(json).env("VARVE_URL", dev.url()).stdout(writer).output()?;
+        let said = String::from_utf8_lossy(&output.stderr);
+        ensure!(output.status.success() && said.is_empty(), "a closed pipe is no error: {}, {said}", output.status);
+    }
+    Ok(())
+}
+
+#[test]
 fn a_user_who_takes_the_standby_name_away() -> anyhow::Result<()> {
     let dev = Dev::start(VARVE)?;
     dev.json(&["tenant", "create", "acme"])?;

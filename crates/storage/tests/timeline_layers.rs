@@ -69,6 +69,20 @@ impl Bench {
         self.timeline = open(&self.resources, &self.manifest.lock());
     }
 
+    /// A branch of the timeline that begins at `lsn`.
+    fn branch(&self, lsn: Lsn) -> Arc<Timeline> {
+        let spec = TimelineSpec {
+            tenant: self.timeline.tenant(),
+            id: TimelineId([2; 16]),
+            major: Major::V15,
+            generation: Generation(1),
+            ancestor: Some((Arc::clone(&self.timeline), lsn)),
+            start: lsn,
+            layered: lsn,
+        };
+        Timeline::open(spec, Arc::clone(&self.resources), [])
+    }
+
     fn next_lsn(&mut self) -> Lsn {
         self.lsn += 8;
         self.lsn
@@ -356,16 +370,7 @@ fn what_was_read_once_is_answered_from_memory_also_on_a_branch() {
     bench.flush();
     let main = Arc::clone(&bench.timeline);
     let branch_lsn = bench.lsn;
-    let spec = TimelineSpec {
-        tenant: main.tenant(),
-        id: TimelineId([2; 16]),
-        major: Major::V15,
-        generation: Generation(1),
-        ancestor: Some((Arc::clone(&main), branch_lsn)),
-        start: branch_lsn,
-        layered: branch_lsn,
-    };
-    let branch = Timeline::open(spec, Arc::clone(&bench.resources), []);
+    let branch = bench.branch(branch_lsn);
     let warm = |timeline: &Timeline, block: u32| {
         timeline.block_if_warm(rel(), block, timeline.applied()).map(|page| page.unwrap()[..] == image(block, 1)[..])
     };
@@ -396,19 +401,9 @@ fn what_was_read_once_is_answered_from_memory_also_on_a_branch() {
 fn what_an_ancestor_has_not_applied_yet_is_not_taken_for_absent() {
     let mut bench = Bench::new(None);
     bench.write_blocks(1);
-    let main = Arc::clone(&bench.timeline);
     // A branch of WAL that is durable, and not ingested yet.
     let branch_lsn = bench.lsn + 8;
-    let spec = TimelineSpec {
-        tenant: main.tenant(),
-        id: TimelineId([2; 16]),
-        major: Major::V15,
-        generation: Generation(1),
-        ancestor: Some((Arc::clone(&main), branch_lsn)),
-        start: branch_lsn,
-        layered: branch_lsn,
-    };
-    let branch = Timeline::open(spec, Arc::clone(&bench.resources), []);
+    let branch = bench.branch(branch_lsn);
     let read = || branch.blocks(&[(rel(), 3)], branch_lsn).map(|pages| pages.into_iter().next().unwrap().unwrap()[..] == image(3, 2)[..]);
     let error = read().unwrap_err().to_string();
     assert!(error.contains("is applied up to"), "{error}");
