@@ -39,7 +39,7 @@ fn unknown_branch(tenant: &Tenant, name: &str) -> ServerError {
 pub(super) enum Detail {
     /// Everything; its history, or its ancestor's, is opened for that.
     Full,
-    /// What is in memory, so that a new branch costs next to nothing: no size.
+    /// What is in memory, so that a new branch costs next to nothing: the size only of what is open.
     AtHand,
 }
 
