@@ -32,7 +32,8 @@ const FILES: [&str; 9] = ["heap_rows", "heap_vacuum", "btree_splits", "hash", "g
 struct Sample {
     lsn: Lsn,
     blkno: BlockNumber,
-    change: Change,
+    /// In its stored form.
+    change: Bytes,
     before: Box<Page>,
 }
 
@@ -49,7 +50,7 @@ fn pgbench(postgres: &Postgres, args: &[&str]) -> Result<()> {
 /// One segment of the WAL that pgbench makes a server write, without page images, and where it begins.
 fn plain_wal() -> Result<(Lsn, Bytes)> {
     let mut postgres =
-        Postgres::init(MAJOR, &[], &[("full_page_writes", "off"), ("max_wal_size", "'4GB'"), ("synchronous_commit", "off")])?;
+        Postgres::init(MAJOR, &[], &[("full_page_writes", "off"), ("wal_keep_size", "'1GB'"), ("synchronous_commit", "off")])?;
     postgres.start()?;
     pgbench(&postgres, &["-iq", "-s", "5"])?;
     pgbench(&postgres, &["-c", "4", "-t", "20000"])?;
@@ -84,16 +85,18 @@ fn samples() -> Result<BTreeMap<(u8, u8), Vec<Sample>>> {
                     true => Some(Box::new(page::ZERO_PAGE)),
                     false => pages.remove(&(block.rel, block.blkno)),
                 };
-                let Some(after) = block.image.as_ref().and_then(|image| image.restore().ok()) else { continue };
+                let mut after = Box::new(page::ZERO_PAGE);
+                if block.image.as_ref().is_none_or(|image| image.restore(&mut after).is_err()) {
+                    continue;
+                }
                 let kind = samples.entry((record.header.rmid, record.kind())).or_default();
                 if let Some(before) = before.filter(|_| kind.len() < SAMPLES_MAX) {
                     let change = Change::Record(BlockRecord::trim(&record, block));
                     let mut page = before.clone();
                     if apply(MAJOR, record.end, block.blkno, &change, &mut page).is_ok() {
-                        kind.push(Sample { lsn: record.end, blkno: block.blkno, change, before });
+                        kind.push(Sample { lsn: record.end, blkno: block.blkno, change: change.encode(), before });
                     }
                 }
-                let mut after = Box::new(after);
                 page::set_lsn(&mut after, record.end);
                 pages.insert((block.rel, block.blkno), after);
             }
@@ -132,12 +135,13 @@ fn benches(c: &mut Criterion) {
         }
         group.throughput(Throughput::Elements(samples.len() as u64));
         group.bench_function(format!("{} {}", rmgr::name(rmid), record_type(MAJOR, rmid, info)), |b| {
+            let changes: Vec<Change<'_>> = samples.iter().filter_map(|sample| Change::decode(&sample.change).ok()).collect();
             let pages = || samples.iter().map(|sample| sample.before.clone()).collect::<Vec<_>>();
             b.iter_batched_ref(
                 pages,
                 |pages| {
-                    for (sample, page) in samples.iter().zip(pages) {
-                        let _ = black_box(apply(MAJOR, sample.lsn, sample.blkno, &sample.change, page));
+                    for ((sample, change), page) in samples.iter().zip(&changes).zip(pages) {
+                        let _ = black_box(apply(MAJOR, sample.lsn, sample.blkno, change, page));
                     }
                 },
                 BatchSize::LargeInput,

@@ -141,7 +141,7 @@ fn major_byte(major: Major) -> u8 {
     Major::ALL.iter().position(|other| *other == major).unwrap_or_default() as u8
 }
 
-fn changes(record: &Record, major: Major, pages: &mut HashMap<(RelFork, BlockNumber), Box<Page>>, seeds: &mut Seeds) {
+fn changes(record: &Record<'_>, major: Major, pages: &mut HashMap<(RelFork, BlockNumber), Box<Page>>, seeds: &mut Seeds) {
     let kind = |what: &str| format!("{what}_{:02x}", record.kind());
     for (rel, blkno, change) in visibility_map_clears(record, major) {
         let page = pages.get(&(rel, blkno)).cloned().unwrap_or_else(|| Box::new(page::ZERO_PAGE));
@@ -149,10 +149,10 @@ fn changes(record: &Record, major: Major, pages: &mut HashMap<(RelFork, BlockNum
         seeds.offer("redo_maps_and_slru", kind("clear"), || seed.encode());
     }
     for change in [
-        Change::ClogStatus { status: 1, xids: vec![800, 803] },
+        Change::ClogStatus { status: 1, xids: vec![800, 803].into() },
         Change::MultiXactOffset { multi: 5, offset: 9 },
         Change::MultiXactMembers { first: 9, members: vec![(800, 1), (801, 4)] },
-        Change::CommitTs { time: 700_000_000, origin: 1, xids: vec![800] },
+        Change::CommitTs { time: 700_000_000, origin: 1, xids: vec![800].into() },
         Change::TruncateVisibility { heap_blocks: 3 },
     ] {
         let shows: String = format!("{change:?}").chars().take_while(|c| c.is_alphabetic()).collect();
@@ -171,17 +171,16 @@ fn changes(record: &Record, major: Major, pages: &mut HashMap<(RelFork, BlockNum
                 seeds.offer(target, format!("{}_{}", kind(&family(major, record.header.rmid)), block.id.min(3)), || seed.encode());
             }
         }
+        let mut after = Box::new(page::ZERO_PAGE);
         if let Some(image) = &block.image
-            && let Ok(mut after) = image.restore()
+            && image.restore(&mut after).is_ok()
         {
             page::set_lsn(&mut after, record.end);
-            pages.insert((block.rel, block.blkno), Box::new(after));
+            pages.insert((block.rel, block.blkno), after);
             let flags = image_flags(image, major);
             let head =
                 [&[major_byte(major), flags][..], &image.hole_offset.to_le_bytes(), &image.hole_len.to_le_bytes(), &[record.header.rmid]];
-            seeds.offer("image", format!("pg{major}_{:?}", image.compression).to_lowercase(), || {
-                [&head.concat(), &image.bytes[..]].concat()
-            });
+            seeds.offer("image", format!("pg{major}_{:?}", image.compression).to_lowercase(), || [&head.concat(), image.bytes].concat());
         }
     }
 }

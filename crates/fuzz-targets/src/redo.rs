@@ -73,7 +73,7 @@ fn ends(page: &Page) -> (&[u8], &[u8]) {
 /// A record of resource manager `rmid` is redone or refused; a page whose header was sound keeps a sound one.
 pub(crate) fn redo(rmid: u8, data: &[u8]) {
     let Seed { major, blkno, change, page } = Seed::decode(data);
-    let Ok(Change::Record(mut record)) = Change::decode(change.into()) else { return };
+    let Ok(Change::Record(mut record)) = Change::decode(&change) else { return };
     record.rmid = rmid;
     let change = Change::Record(record);
     run(major, blkno, &change, *page);
@@ -88,15 +88,15 @@ pub(crate) fn sequence_and_generic(data: &[u8]) {
 /// The same for changes that no record names, to maps and SLRU pages.
 pub(crate) fn maps_and_slru(data: &[u8]) {
     let Seed { major, blkno, change, page } = Seed::decode(data);
-    match Change::decode(change.into()) {
+    match Change::decode(&change) {
         Ok(change) if !matches!(change, Change::Record(_)) => run(major, blkno, &change, *page),
         _ => {}
     }
 }
 
-fn run(major: Major, blkno: BlockNumber, change: &Change, mut page: Page) {
-    let stored = Change::decode(change.encode());
-    assert_eq!(stored.as_ref(), Ok(change), "a change must survive being stored");
+fn run(major: Major, blkno: BlockNumber, change: &Change<'_>, mut page: Page) {
+    let stored = change.encode();
+    assert_eq!(Change::decode(&stored).as_ref(), Ok(change), "a change must survive being stored");
     let sound = is_sound(&page);
     if apply(major, LSN, blkno, change, &mut page).is_err() {
         return;
@@ -126,7 +126,7 @@ mod tests {
         let mut page = Box::new(ZERO_PAGE);
         page::init(&mut page, 16);
         page[8000] = 7;
-        let change = Change::ClogStatus { status: 1, xids: vec![5] }.encode().to_vec();
+        let change = Change::ClogStatus { status: 1, xids: vec![5].into() }.encode().to_vec();
         let seed = Seed { major: Major::V17, blkno: 9, change: change.clone(), page: page.clone() };
         let encoded = seed.encode();
         assert!(encoded.len() < 300, "zeros are left out: {} bytes", encoded.len());

@@ -62,14 +62,14 @@ pub(crate) fn record(data: &[u8]) {
     bytes.resize(bytes.len().max(RECORD_HEADER_SIZE), 0);
     let len = bytes.len() as u32;
     bytes[..4].copy_from_slice(&len.to_le_bytes());
-    if let Ok(record) = Record::decode(&bytes.into(), Lsn(0x100_0028), Lsn(0x100_0100), major) {
+    if let Ok(record) = Record::decode(&bytes, Lsn(0x100_0028), Lsn(0x100_0100), major) {
         look_at(&record, major);
     }
 }
 
 /// Everything that is done to a record before redo.
-fn look_at(record: &Record, major: Major) {
-    let (kind, data) = (record.kind(), &record.main_data[..]);
+fn look_at(record: &Record<'_>, major: Major) {
+    let (kind, data) = (record.kind(), record.main_data);
     // Each reads its own resource manager's records, but must stand those of others.
     let _ = xact::parse(kind, data, major);
     let _ = storage::parse(kind, data, major);
@@ -83,12 +83,12 @@ fn look_at(record: &Record, major: Major) {
     let _ = tablespace::parse(kind, data, major);
     let _ = xlog::parse(kind, data, major);
     for (_, _, change) in visibility_map_clears(record, major) {
-        assert_eq!(Change::decode(change.encode()).as_ref(), Ok(&change), "a change must survive being stored");
+        assert_eq!(Change::decode(&change.encode()).as_ref(), Ok(&change), "a change must survive being stored");
     }
     for block in &record.blocks {
         let change = Change::Record(BlockRecord::trim(record, block));
-        assert_eq!(Change::decode(change.encode()).as_ref(), Ok(&change), "a change must survive being stored");
-        let _ = varve_redo::restore_image(record, block);
+        assert_eq!(Change::decode(&change.encode()).as_ref(), Ok(&change), "a change must survive being stored");
+        let _ = varve_redo::restore_image(record, block, &mut varve_postgres::page::ZERO_PAGE.clone());
     }
 }
 
@@ -119,7 +119,7 @@ pub(crate) fn image(data: &[u8]) {
     bytes.extend_from_slice(image);
     let len = bytes.len() as u32;
     bytes[..4].copy_from_slice(&len.to_le_bytes());
-    if let Ok(record) = Record::decode(&bytes.into(), Lsn(0x100_0028), Lsn(0x100_0100), major) {
+    if let Ok(record) = Record::decode(&bytes, Lsn(0x100_0028), Lsn(0x100_0100), major) {
         look_at(&record, major);
     }
 }

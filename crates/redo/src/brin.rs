@@ -41,7 +41,7 @@ const REVMAP_RANGES: u32 = ((BLCKSZ - PAGE_HEADER_SIZE - SPECIAL_SIZE) / ITEM_PO
 
 pub(crate) fn redo(redo: &Redo<'_>, page: &mut Page) -> Result<(), Fault> {
     let record = redo.record;
-    let mut main = Cursor::new(&record.main_data);
+    let mut main = Cursor::new(record.main_data);
     match (record.info & TYPE_MASK, record.block_id) {
         (CREATE_INDEX, 0) => {
             let (pages_per_range, version) = (main.u32()?, main.u16()?);
@@ -58,7 +58,7 @@ pub(crate) fn redo(redo: &Redo<'_>, page: &mut Page) -> Result<(), Fault> {
                 _ => insert(record, &insertion, page),
             }
         }
-        (SAME_PAGE_UPDATE, 0) => index_tuple_overwrite(page, main.u16()?, &record.data),
+        (SAME_PAGE_UPDATE, 0) => index_tuple_overwrite(page, main.u16()?, record.data),
         (REVMAP_EXTEND, 0) => set_last_revmap_page(page, main.u32()?),
         (REVMAP_EXTEND, 1) => init(page, TYPE_REVMAP),
         (DESUMMARIZE, id @ 0..=1) => {
@@ -88,13 +88,13 @@ impl Insertion {
 }
 
 /// `brin_xlog_insert_update`: block 0 gets the tuple in its data, block 1, of the range map, points to it.
-fn insert(record: &BlockRecord, insertion: &Insertion, page: &mut Page) -> Result<(), Fault> {
+fn insert(record: &BlockRecord<'_>, insertion: &Insertion, page: &mut Page) -> Result<(), Fault> {
     if record.block_id == 0 {
         if record.info & INIT_PAGE != 0 {
             init(page, TYPE_REGULAR)?;
         }
         expect(page, TYPE_REGULAR)?;
-        add_item(page, &record.data, insertion.offset, true, false)?;
+        add_item(page, record.data, insertion.offset, true, false)?;
         return Ok(());
     }
     let block = record.block_number(0).ok_or("the record has no block 0, to which the range map should point")?;

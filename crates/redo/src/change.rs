@@ -11,6 +11,7 @@
 //! - 6 [`Change::TruncateVisibility`]: heap blocks `u32`.
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
+use smallvec::SmallVec;
 use varve_postgres::{BlockNumber, Fork, wal};
 
 /// Bytes of a stored record's fixed fields.
@@ -29,9 +30,9 @@ pub struct OtherBlock {
     pub blkno: BlockNumber,
 }
 
-/// A WAL record trimmed to what one of its blocks needs.
+/// A WAL record trimmed to what one of its blocks needs: a view of the record's bytes.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct BlockRecord {
+pub struct BlockRecord<'a> {
     /// Resource manager.
     pub rmid: u8,
     /// Type (the high four bits; the low ones are cleared).
@@ -39,7 +40,7 @@ pub struct BlockRecord {
     /// Transaction that wrote it.
     pub xid: u32,
     /// The record's own data, shared by its blocks.
-    pub main_data: Bytes,
+    pub main_data: &'a [u8],
     /// The block's id in the record.
     pub block_id: u8,
     /// The block's fork.
@@ -51,25 +52,25 @@ pub struct BlockRecord {
     /// Whether the record has data for the block.
     pub has_data: bool,
     /// The block's data.
-    pub data: Bytes,
+    pub data: &'a [u8],
     /// The record's other blocks, ids ascending.
-    pub others: Vec<OtherBlock>,
+    pub others: Others,
 }
 
-impl BlockRecord {
+impl<'a> BlockRecord<'a> {
     /// The part of `record` that concerns its block `block`.
-    pub fn trim(record: &wal::Record, block: &wal::Block) -> BlockRecord {
+    pub fn trim(record: &wal::Record<'a>, block: &wal::Block<'a>) -> BlockRecord<'a> {
         BlockRecord {
             rmid: record.header.rmid,
             info: record.kind(),
             xid: record.header.xid,
-            main_data: record.main_data.clone(),
+            main_data: record.main_data,
             block_id: block.id,
             fork: block.rel.fork,
             blkno: block.blkno,
             will_init: block.will_init,
             has_data: block.has_data,
-            data: block.data.clone(),
+            data: block.data,
             others: record
                 .blocks
                 .iter()
@@ -87,6 +88,11 @@ impl BlockRecord {
         self.others.iter().find(|other| other.id == id).map(|other| other.blkno)
     }
 }
+
+/// A record's other blocks.
+pub type Others = SmallVec<[OtherBlock; 2]>;
+/// Transactions of one change: most have no subtransactions.
+pub type Xids = SmallVec<[u32; 4]>;
 
 /// The fixed fields of a stored [`BlockRecord`].
 struct Head {
@@ -126,7 +132,7 @@ impl Head {
 }
 
 /// The stored form of what `record` does to its block `block`: that of [`BlockRecord::trim`], made in one go.
-pub fn encode_block_record(record: &wal::Record, block: &wal::Block) -> Bytes {
+pub fn encode_block_record(record: &wal::Record<'_>, block: &wal::Block<'_>) -> Bytes {
     let head = Head {
         rmid: record.header.rmid,
         info: record.kind(),
@@ -139,18 +145,18 @@ pub fn encode_block_record(record: &wal::Record, block: &wal::Block) -> Bytes {
     };
     let others = record.blocks.iter().filter(|other| other.id != block.id);
     let others = others.map(|other| OtherBlock { id: other.id, fork: other.rel.fork, blkno: other.blkno });
-    head.encode(others, &record.main_data, &block.data)
+    head.encode(others, record.main_data, block.data)
 }
 
 /// What one record does to one page.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Change {
+pub enum Change<'a> {
     /// A record that names the block.
-    Record(BlockRecord),
+    Record(BlockRecord<'a>),
     /// A heap record cleared bits of this visibility-map page (`visibilitymap_clear`), which it does not name.
     ClearVisibility {
         /// Heap blocks, each of which this map page covers.
-        heap_blocks: Vec<BlockNumber>,
+        heap_blocks: SmallVec<[BlockNumber; 2]>,
         /// Bits to clear: 1 all-visible, 2 all-frozen.
         flags: u8,
     },
@@ -159,7 +165,7 @@ pub enum Change {
         /// 1 committed, 2 aborted, 3 sub-committed.
         status: u8,
         /// The transactions, each on this page.
-        xids: Vec<u32>,
+        xids: Xids,
     },
     /// A multixact on this page of `pg_multixact/offsets` begins at a member offset (`RecordNewMultiXact`).
     MultiXactOffset {
@@ -182,7 +188,7 @@ pub enum Change {
         /// Replication origin.
         origin: u16,
         /// The transactions, each on this page.
-        xids: Vec<u32>,
+        xids: Xids,
     },
     /// The heap of this visibility-map page was truncated (`visibilitymap_prepare_truncate`).
     TruncateVisibility {
@@ -191,7 +197,7 @@ pub enum Change {
     },
 }
 
-impl Change {
+impl<'a> Change<'a> {
     /// Whether the page before does not matter.
     pub fn will_init(&self) -> bool {
         matches!(self, Change::Record(record) if record.will_init)
@@ -212,7 +218,7 @@ impl Change {
                     fork: r.fork,
                     blkno: r.blkno,
                 };
-                return head.encode(r.others.iter().copied(), &r.main_data, &r.data);
+                return head.encode(r.others.iter().copied(), r.main_data, r.data);
             }
             Change::ClearVisibility { heap_blocks, flags } => {
                 out.put_u8(1);
@@ -255,7 +261,7 @@ impl Change {
     ///
     /// # Errors
     /// What is wrong, in words.
-    pub fn decode(mut bytes: Bytes) -> Result<Change, String> {
+    pub fn decode(mut bytes: &'a [u8]) -> Result<Change<'a>, String> {
         let short = |_| "a stored change ends too early".to_owned();
         let tag = bytes.try_get_u8().map_err(short)?;
         Ok(match tag {
@@ -268,7 +274,7 @@ impl Change {
                 let fork = fork(bytes.try_get_u8().map_err(short)?)?;
                 let blkno = bytes.try_get_u32_le().map_err(short)?;
                 let n = bytes.try_get_u8().map_err(short)?;
-                let mut others = Vec::with_capacity(usize::from(n));
+                let mut others = Others::new();
                 for _ in 0..n {
                     others.push(OtherBlock {
                         id: bytes.try_get_u8().map_err(short)?,
@@ -277,10 +283,9 @@ impl Change {
                     });
                 }
                 let main_len = bytes.try_get_u32_le().map_err(short)? as usize;
-                if main_len > bytes.len() {
-                    return Err(format!("a stored record announces {main_len} bytes of main data and has {}", bytes.len()));
-                }
-                let main_data = bytes.split_to(main_len);
+                let (main_data, data) = bytes
+                    .split_at_checked(main_len)
+                    .ok_or_else(|| format!("a stored record announces {main_len} bytes of main data and has {}", bytes.len()))?;
                 Change::Record(BlockRecord {
                     rmid,
                     info,
@@ -291,17 +296,17 @@ impl Change {
                     blkno,
                     will_init: flags & 1 != 0,
                     has_data: flags & 2 != 0,
-                    data: bytes,
+                    data,
                     others,
                 })
             }
             1 => {
                 let flags = bytes.try_get_u8().map_err(short)?;
-                Change::ClearVisibility { flags, heap_blocks: u32s(&bytes)? }
+                Change::ClearVisibility { flags, heap_blocks: u32s(bytes)? }
             }
             2 => {
                 let status = bytes.try_get_u8().map_err(short)?;
-                Change::ClogStatus { status, xids: u32s(&bytes)? }
+                Change::ClogStatus { status, xids: u32s(bytes)? }
             }
             3 => Change::MultiXactOffset { multi: bytes.try_get_u32_le().map_err(short)?, offset: bytes.try_get_u32_le().map_err(short)? },
             4 => {
@@ -315,7 +320,7 @@ impl Change {
             5 => {
                 let time = bytes.try_get_i64_le().map_err(short)?;
                 let origin = bytes.try_get_u16_le().map_err(short)?;
-                Change::CommitTs { time, origin, xids: u32s(&bytes)? }
+                Change::CommitTs { time, origin, xids: u32s(bytes)? }
             }
             6 => Change::TruncateVisibility { heap_blocks: bytes.try_get_u32_le().map_err(short)? },
             _ => return Err(format!("a stored change has the unknown tag {tag}")),
@@ -327,7 +332,10 @@ fn fork(number: u8) -> Result<Fork, String> {
     Fork::from_number(number).ok_or_else(|| format!("a stored change names fork {number}"))
 }
 
-fn u32s(bytes: &[u8]) -> Result<Vec<u32>, String> {
+fn u32s<const N: usize>(bytes: &[u8]) -> Result<SmallVec<[u32; N]>, String>
+where
+    [u32; N]: smallvec::Array<Item = u32>,
+{
     let (words, rest) = bytes.as_chunks::<4>();
     if !rest.is_empty() {
         return Err(format!("a stored change has {} bytes too many", rest.len()));
@@ -352,16 +360,16 @@ mod tests {
             will_init: id == 1,
             has_data: id != 1,
             image: None,
-            data: if id == 1 { Bytes::new() } else { Bytes::from_static(b"data") },
+            data: if id == 1 { b"" } else { b"data" },
         };
-        let blocks = vec![block(0, 7, Fork::Main), block(1, 9, Fork::Main), block(3, 0, Fork::VisibilityMap)];
-        let main_data = Bytes::from_static(b"main");
+        let blocks = vec![block(0, 7, Fork::Main), block(1, 9, Fork::Main), block(3, 0, Fork::VisibilityMap)].into();
+        let main_data = b"main";
         let record = Record { header, start: Lsn(40), end: Lsn(140), blocks, main_data, origin: None, toplevel_xid: None };
         for block in &record.blocks {
             let trimmed = Change::Record(BlockRecord::trim(&record, block));
             let stored = encode_block_record(&record, block);
             assert_eq!(stored, trimmed.encode());
-            assert_eq!(Change::decode(stored), Ok(trimmed));
+            assert_eq!(Change::decode(&stored), Ok(trimmed));
         }
     }
 }

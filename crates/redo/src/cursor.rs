@@ -15,18 +15,16 @@ impl<'a> Cursor<'a> {
 
     /// The next `len` bytes.
     pub(crate) fn take(&mut self, len: usize) -> Result<&'a [u8], Fault> {
-        let (head, rest) = self
-            .rest
-            .split_at_checked(len)
-            .ok_or_else(|| Fault::Inconsistent(format!("the data ends early: {len} bytes wanted, {} left", self.rest.len())))?;
+        let (head, rest) = self.rest.split_at_checked(len).ok_or_else(|| ends_early(len, self.rest.len()))?;
         self.rest = rest;
         Ok(head)
     }
 
-    fn array<const N: usize>(&mut self) -> Result<[u8; N], Fault> {
-        let mut out = [0; N];
-        out.copy_from_slice(self.take(N)?);
-        Ok(out)
+    /// The next `N` bytes.
+    pub(crate) fn array<const N: usize>(&mut self) -> Result<[u8; N], Fault> {
+        let (head, rest) = self.rest.split_first_chunk().ok_or_else(|| ends_early(N, self.rest.len()))?;
+        self.rest = rest;
+        Ok(*head)
     }
 
     pub(crate) fn u8(&mut self) -> Result<u8, Fault> {
@@ -64,4 +62,9 @@ impl<'a> Cursor<'a> {
     pub(crate) fn is_empty(&self) -> bool {
         self.rest.is_empty()
     }
+}
+
+#[cold]
+fn ends_early(wanted: usize, left: usize) -> Fault {
+    Fault::Inconsistent(format!("the data ends early: {wanted} bytes wanted, {left} left"))
 }

@@ -7,7 +7,7 @@ use crate::{Fault, Redo, item};
 
 /// `generic_redo`: the block's data is a list of offset `u16`, length `u16`, bytes. What lies between line pointers and tuples becomes zeros.
 pub(crate) fn redo(redo: &Redo<'_>, page: &mut Page) -> Result<(), Fault> {
-    let mut data = Cursor::new(&redo.record.data);
+    let mut data = Cursor::new(redo.record.data);
     while !data.is_empty() {
         let (offset, len) = (usize::from(data.u16()?), usize::from(data.u16()?));
         let bytes = data.take(len)?;

@@ -110,10 +110,10 @@ fn add_tuples(page: &mut Page, tuples: &mut Cursor<'_>) -> Result<usize, Fault> 
 
 /// `gistRedoPageUpdateRecord`. Main data (`gistxlogPageUpdate`): number of tuples to delete `u16`, to insert `u16`. Block data: offsets to
 /// delete, tuples to insert.
-fn update(record: &BlockRecord, page: &mut Page) -> Result<(), Fault> {
-    let mut main = Cursor::new(&record.main_data);
+fn update(record: &BlockRecord<'_>, page: &mut Page) -> Result<(), Fault> {
+    let mut main = Cursor::new(record.main_data);
     let (to_delete, to_insert) = (main.u16()?, main.u16()?);
-    let mut data = Cursor::new(&record.data);
+    let mut data = Cursor::new(record.data);
     let offsets = data.u16s(usize::from(to_delete))?;
     let inserted = if let ([offset], 1) = (offsets.as_slice(), to_insert) {
         // One for one keeps its place, as in gistplacetopage.
@@ -146,8 +146,8 @@ fn delete_tuples(page: &mut Page, offsets: &[OffsetNumber]) -> Result<(), Fault>
 ///
 /// Main data (`gistxlogDelete`): newest transaction among the deleted `u32`, number of offsets `u16`, from 16 on whether it is a catalog `u8`
 /// and padding; the offsets.
-fn delete(major: Major, record: &BlockRecord, page: &mut Page) -> Result<(), Fault> {
-    let mut main = Cursor::new(&record.main_data);
+fn delete(major: Major, record: &BlockRecord<'_>, page: &mut Page) -> Result<(), Fault> {
+    let mut main = Cursor::new(record.main_data);
     let _conflict_horizon = main.u32()?;
     let n = main.u16()?;
     if major >= Major::V16 {
@@ -163,8 +163,8 @@ fn delete(major: Major, record: &BlockRecord, page: &mut Page) -> Result<(), Fau
 /// `u64`, whether the page was a leaf `u8`, padding, number of pages `u16`, whether to set follow-right `u8`. Blocks 1 to that number are
 /// the pages from left to right, each with the number of its tuples `u32` and the tuples; when the root splits, it is the first of them and
 /// holds the downlinks.
-fn split(record: &BlockRecord, page: &mut Page) -> Result<(), Fault> {
-    let mut main = Cursor::new(&record.main_data);
+fn split(record: &BlockRecord<'_>, page: &mut Page) -> Result<(), Fault> {
+    let mut main = Cursor::new(record.main_data);
     let right_link_before = main.u32()?;
     let _padding = main.u32()?;
     let sequence_number = main.u64()?;
@@ -195,7 +195,7 @@ fn split(record: &BlockRecord, page: &mut Page) -> Result<(), Fault> {
         }
     }
     opaque.write(page)?;
-    let mut data = Cursor::new(&record.data);
+    let mut data = Cursor::new(record.data);
     let tuples = data.u32()?;
     let added = add_tuples(page, &mut data)?;
     if added as u64 != u64::from(tuples) {
@@ -206,8 +206,8 @@ fn split(record: &BlockRecord, page: &mut Page) -> Result<(), Fault> {
 
 /// `gistRedoPageDelete`. Main data (`gistxlogPageDelete`): last transaction that may still see the page, with its epoch, `u64`, offset of
 /// the downlink `u16`. Block 0 is deleted, block 1 its parent.
-fn delete_page(record: &BlockRecord, page: &mut Page) -> Result<(), Fault> {
-    let mut main = Cursor::new(&record.main_data);
+fn delete_page(record: &BlockRecord<'_>, page: &mut Page) -> Result<(), Fault> {
+    let mut main = Cursor::new(record.main_data);
     let delete_xid = main.u64()?;
     let downlink = main.u16()?;
     if record.block_id == 1 {

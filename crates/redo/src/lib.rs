@@ -89,7 +89,7 @@ pub(crate) struct Redo<'a> {
     /// End of the record: the page's LSN afterwards.
     pub(crate) lsn: Lsn,
     /// The record, trimmed to the block.
-    pub(crate) record: &'a BlockRecord,
+    pub(crate) record: &'a BlockRecord<'a>,
 }
 
 impl Redo<'_> {
@@ -125,7 +125,7 @@ impl From<&str> for Fault {
 ///
 /// # Errors
 /// [`RedoError`]; the page is then not to be used.
-pub fn apply(major: Major, lsn: Lsn, blkno: BlockNumber, change: &Change, page: &mut Page) -> Result<(), RedoError> {
+pub fn apply(major: Major, lsn: Lsn, blkno: BlockNumber, change: &Change<'_>, page: &mut Page) -> Result<(), RedoError> {
     let record = match change {
         Change::Record(record) => record,
         Change::ClearVisibility { heap_blocks, flags } => {

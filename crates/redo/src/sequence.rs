@@ -15,7 +15,7 @@ pub(crate) fn redo(redo: &Redo<'_>, page: &mut Page) -> Result<(), Fault> {
     if redo.record.info != LOG {
         return Err(Fault::Unsupported);
     }
-    let mut main = Cursor::new(&redo.record.main_data);
+    let mut main = Cursor::new(redo.record.main_data);
     main.take(12)?;
     page::init(page, 4);
     item::special_space_mut(page, 8)?[..4].copy_from_slice(&MAGIC.to_le_bytes());

@@ -9,7 +9,7 @@ use crate::change::Change;
 const MEMBER_GROUP_SIZE: usize = 20;
 
 /// Makes one of the SLRU changes to page `pageno` of its area.
-pub(crate) fn apply(page: &mut Page, pageno: BlockNumber, change: &Change) -> Result<(), String> {
+pub(crate) fn apply(page: &mut Page, pageno: BlockNumber, change: &Change<'_>) -> Result<(), String> {
     let on_page = |what: &str, number: u32, per_page: u32| {
         if number / per_page == pageno { Ok((number % per_page) as usize) } else { Err(format!("{what} {number} is not on page {pageno}")) }
     };
@@ -51,6 +51,7 @@ pub(crate) fn apply(page: &mut Page, pageno: BlockNumber, change: &Change) -> Re
 
 #[cfg(test)]
 mod tests {
+    use smallvec::smallvec;
     use varve_postgres::page::ZERO_PAGE;
 
     use super::*;
@@ -59,11 +60,11 @@ mod tests {
     fn a_transaction_has_two_bits_of_pg_xact() {
         let mut page = ZERO_PAGE;
         let base = CLOG_XACTS_PER_PAGE * 3;
-        apply(&mut page, 3, &Change::ClogStatus { status: 3, xids: vec![base + 4, base + 5, base + 6, base + 7] }).unwrap();
-        apply(&mut page, 3, &Change::ClogStatus { status: 1, xids: vec![base + 5] }).unwrap();
-        apply(&mut page, 3, &Change::ClogStatus { status: 2, xids: vec![base + 6, base + CLOG_XACTS_PER_PAGE - 1] }).unwrap();
+        apply(&mut page, 3, &Change::ClogStatus { status: 3, xids: smallvec![base + 4, base + 5, base + 6, base + 7] }).unwrap();
+        apply(&mut page, 3, &Change::ClogStatus { status: 1, xids: smallvec![base + 5] }).unwrap();
+        apply(&mut page, 3, &Change::ClogStatus { status: 2, xids: smallvec![base + 6, base + CLOG_XACTS_PER_PAGE - 1] }).unwrap();
         assert_eq!((page[0], page[1], page[8191]), (0, 0b11_10_01_11, 0b10_00_00_00));
-        let elsewhere = Change::ClogStatus { status: 1, xids: vec![base - 1] };
+        let elsewhere = Change::ClogStatus { status: 1, xids: smallvec![base - 1] };
         assert!(apply(&mut page, 3, &elsewhere).is_err(), "a transaction of page 2 must be refused on page 3");
     }
 
@@ -89,7 +90,7 @@ mod tests {
         apply(
             &mut page,
             1,
-            &Change::CommitTs { time: -2, origin: 7, xids: vec![COMMIT_TS_XACTS_PER_PAGE, COMMIT_TS_XACTS_PER_PAGE * 2 - 1] },
+            &Change::CommitTs { time: -2, origin: 7, xids: smallvec![COMMIT_TS_XACTS_PER_PAGE, COMMIT_TS_XACTS_PER_PAGE * 2 - 1] },
         )
         .unwrap();
         let entry = [0xFE, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 7, 0];

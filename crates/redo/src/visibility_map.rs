@@ -5,6 +5,7 @@
 //! record is, only its blocks say, whatever its major. Setting bits has a record of its own, which names the map page ([`set`]). Truncations
 //! get no LSN.
 
+use smallvec::{SmallVec, smallvec};
 use varve_postgres::page::{self, PAGE_HEADER_SIZE};
 use varve_postgres::wal::{Record, rmgr};
 use varve_postgres::{BLCKSZ, BlockNumber, Fork, Major, Page, RelFork};
@@ -68,7 +69,7 @@ fn init_if_new(page: &mut Page) {
 /// The bits that a record clears on visibility-map pages that it does not name: map page by map page.
 ///
 /// A malformed record clears nothing here; redo of its blocks finds out.
-pub fn visibility_map_clears(record: &Record, _major: Major) -> Vec<(RelFork, BlockNumber, Change)> {
+pub fn visibility_map_clears(record: &Record<'_>, _major: Major) -> Vec<(RelFork, BlockNumber, Change<'static>)> {
     if !matches!(record.header.rmid, rmgr::HEAP | rmgr::HEAP2) {
         return Vec::new();
     }
@@ -77,15 +78,15 @@ pub fn visibility_map_clears(record: &Record, _major: Major) -> Vec<(RelFork, Bl
         return Vec::new();
     }
     let has_old_block = record.block(OLD_BLOCK).is_some();
-    let Ok(cleared) = Cleared::of(record.header.rmid, record.kind(), &record.main_data, has_old_block) else { return Vec::new() };
-    let mut clears: Vec<(RelFork, BlockNumber, Vec<BlockNumber>)> = Vec::new();
+    let Ok(cleared) = Cleared::of(record.header.rmid, record.kind(), record.main_data, has_old_block) else { return Vec::new() };
+    let mut clears: Vec<(RelFork, BlockNumber, SmallVec<[BlockNumber; 2]>)> = Vec::new();
     for id in cleared.blocks.into_iter().flatten() {
         let Some(block) = record.block(id) else { continue };
         let map = block.rel.node.fork(Fork::VisibilityMap);
         let map_page = block.blkno / HEAP_BLOCKS_PER_PAGE;
         match clears.iter_mut().find(|(_, page, _)| *page == map_page) {
             Some((_, _, heap_blocks)) => heap_blocks.push(block.blkno),
-            None => clears.push((map, map_page, vec![block.blkno])),
+            None => clears.push((map, map_page, smallvec![block.blkno])),
         }
     }
     let flags = cleared.flags;
@@ -94,9 +95,9 @@ pub fn visibility_map_clears(record: &Record, _major: Major) -> Vec<(RelFork, Bl
 
 /// Redo of a map page that a heap record names (`heap_xlog_vm_clear`, and its like in `heap_xlog_update`): clears what the record clears of the
 /// heap blocks that the page covers.
-pub(crate) fn clear_named(record: &BlockRecord, page: &mut Page) -> Result<(), Fault> {
+pub(crate) fn clear_named(record: &BlockRecord<'_>, page: &mut Page) -> Result<(), Fault> {
     let has_old_block = record.others.iter().any(|other| other.id == OLD_BLOCK && other.fork == Fork::Main);
-    let cleared = Cleared::of(record.rmid, record.info, &record.main_data, has_old_block)?;
+    let cleared = Cleared::of(record.rmid, record.info, record.main_data, has_old_block)?;
     let heap_blocks = cleared.blocks.into_iter().flatten().filter_map(|id| record.block_number(id));
     let covered: Vec<BlockNumber> = heap_blocks.filter(|heap_block| heap_block / HEAP_BLOCKS_PER_PAGE == record.blkno).collect();
     clear(page, record.blkno, &covered, cleared.flags)?;
@@ -178,19 +179,19 @@ mod tests {
     }
 
     /// A heap record's part for the visibility-map page `blkno`, which it names as `id`; `heap` are its heap blocks.
-    fn naming(rmid: u8, info: u8, main_data: &[u8], (id, blkno): (u8, BlockNumber), heap: &[(u8, BlockNumber)]) -> BlockRecord {
+    fn naming<'a>(rmid: u8, info: u8, main_data: &'a [u8], (id, blkno): (u8, BlockNumber), heap: &[(u8, BlockNumber)]) -> BlockRecord<'a> {
         let others = heap.iter().map(|(id, blkno)| crate::change::OtherBlock { id: *id, fork: Fork::Main, blkno: *blkno });
         BlockRecord {
             rmid,
             info,
             xid: 700,
-            main_data: bytes::Bytes::copy_from_slice(main_data),
+            main_data,
             block_id: id,
             fork: Fork::VisibilityMap,
             blkno,
             will_init: false,
             has_data: false,
-            data: bytes::Bytes::new(),
+            data: &[],
             others: others.collect(),
         }
     }
@@ -204,7 +205,7 @@ mod tests {
     }
 
     /// The heap blocks whose bits redo of `record` changed, and what they became.
-    fn cleared(record: BlockRecord) -> Vec<(BlockNumber, u8)> {
+    fn cleared(record: BlockRecord<'_>) -> Vec<(BlockNumber, u8)> {
         let (mut page, blkno) = (full(), record.blkno);
         crate::apply(Major::V18, varve_postgres::Lsn(0x5000), blkno, &Change::Record(record), &mut page).unwrap();
         assert_eq!(page::lsn(&page), varve_postgres::Lsn(0x5000), "a named page gets the record's LSN");
@@ -215,9 +216,9 @@ mod tests {
     #[test]
     fn records_that_name_map_pages_clear_them() {
         let block = HEAP_BLOCKS_PER_PAGE + 7;
-        let insert = |flags| naming(rmgr::HEAP, opcode::INSERT | opcode::INIT_PAGE, &[1, 0, flags], (1, 1), &[(0, block)]);
-        assert_eq!(cleared(insert(1)), [(block, 0)]);
-        assert_eq!(cleared(insert(0)), [], "a record that clears nothing leaves the page");
+        let insert = |main_data| naming(rmgr::HEAP, opcode::INSERT | opcode::INIT_PAGE, main_data, (1, 1), &[(0, block)]);
+        assert_eq!(cleared(insert(&[1, 0, 1])), [(block, 0)]);
+        assert_eq!(cleared(insert(&[1, 0, 0])), [], "a record that clears nothing leaves the page");
         let delete = naming(rmgr::HEAP, opcode::DELETE, &[0, 0, 0, 0, 1, 0, 0, 1], (1, 1), &[(0, block)]);
         assert_eq!(cleared(delete), [(block, 0)]);
         let multi_insert = naming(rmgr::HEAP2, opcode::MULTI_INSERT, &[1, 0, 2, 0, 1, 0, 2, 0], (1, 1), &[(0, block)]);
@@ -253,7 +254,7 @@ mod tests {
             blkno,
             will_init: false,
             has_data: false,
-            data: bytes::Bytes::new(),
+            data: &[],
             image: None,
         };
         let mut record = Record {
@@ -267,14 +268,14 @@ mod tests {
             },
             start: varve_postgres::Lsn(0x4000),
             end: varve_postgres::Lsn(0x5000),
-            blocks: vec![block(0, Fork::Main, 7)],
-            main_data: bytes::Bytes::from_static(&[1, 0, 1]),
+            blocks: smallvec![block(0, Fork::Main, 7)],
+            main_data: &[1, 0, 1],
             origin: None,
             toplevel_xid: None,
         };
         let clears = visibility_map_clears(&record, Major::V18);
         assert!(
-            matches!(&clears[..], [(map, 0, Change::ClearVisibility { heap_blocks, flags: 3 })] if map.fork == Fork::VisibilityMap && heap_blocks == &[7])
+            matches!(&clears[..], [(map, 0, Change::ClearVisibility { heap_blocks, flags: 3 })] if map.fork == Fork::VisibilityMap && heap_blocks[..] == [7])
         );
         record.blocks.push(block(1, Fork::VisibilityMap, 0));
         assert_eq!(visibility_map_clears(&record, Major::V18), []);

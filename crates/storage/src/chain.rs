@@ -134,7 +134,7 @@ pub fn apply(major: Major, key: Key, version: &Version, page: &mut Page) -> Resu
         }
         Value::Change { bytes, .. } => {
             let number = page_number(key).ok_or_else(|| malformed("a change, though the key is no page".to_owned()))?;
-            let change = Change::decode(bytes.clone()).map_err(malformed)?;
+            let change = Change::decode(bytes).map_err(malformed)?;
             varve_redo::apply(major, lsn, number, &change, page).map_err(|source| ChainError::Redo { key, lsn, source })?;
         }
     }

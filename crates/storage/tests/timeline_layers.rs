@@ -326,7 +326,7 @@ fn a_page_that_changes_often_never_costs_a_read_much_redo() {
     bench.timeline.advance(lsn);
     for xid in 3..3000 {
         let lsn = bench.next_lsn();
-        let change = Change::ClogStatus { status: 1, xids: vec![xid] };
+        let change = Change::ClogStatus { status: 1, xids: vec![xid].into() };
         bench.timeline.put(key, lsn, Value::Change { will_init: false, bytes: change.encode() }).unwrap();
         bench.timeline.advance(lsn);
         if xid == 1500 {
@@ -349,7 +349,7 @@ fn a_page_that_changes_often_never_costs_a_read_much_redo() {
         assert!(changes > 2900, "history is kept: {changes}");
         for _ in 0..3 {
             let lsn = bench.next_lsn();
-            let change = Change::ClogStatus { status: 1, xids: vec![1] };
+            let change = Change::ClogStatus { status: 1, xids: vec![1].into() };
             bench.timeline.put(key, lsn, Value::Change { will_init: false, bytes: change.encode() }).unwrap();
             bench.timeline.advance(lsn);
             bench.flush();

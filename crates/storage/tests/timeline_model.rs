@@ -15,7 +15,7 @@ use tokio::sync::Semaphore;
 use varve_postgres::slru::SlruKind;
 use varve_postgres::wal::rmgr;
 use varve_postgres::{BLCKSZ, Fork, Lsn, Major, Page, RelFork, RelNode, page};
-use varve_redo::change::{BlockRecord, Change};
+use varve_redo::change::{BlockRecord, Change, Others};
 use varve_storage::block_cache::BlockCache;
 use varve_storage::budget::MemoryBudget;
 use varve_storage::database::DatabaseEntry;
@@ -302,7 +302,7 @@ impl World {
             Op::Status { timeline, page, xid, status } => {
                 let xids = vec![page * 32768 + xid];
                 let lsn = self.next_lsn(2);
-                let value = Value::Change { will_init: false, bytes: Change::ClogStatus { status, xids }.encode() };
+                let value = Value::Change { will_init: false, bytes: Change::ClogStatus { status, xids: xids.into() }.encode() };
                 self.put(timeline % count, Key::slru_page(SlruKind::Clog, page), lsn, value);
                 self.advance(timeline % count, lsn);
             }
@@ -450,14 +450,14 @@ fn generic(rel: RelFork, block: u32, offset: u16, byte: u8) -> Value {
         rmid: rmgr::GENERIC,
         info: 0,
         xid: 3,
-        main_data: Bytes::new(),
+        main_data: &[],
         block_id: 0,
         fork: rel.fork,
         blkno: block,
         will_init: false,
         has_data: true,
-        data: Bytes::from(data),
-        others: Vec::new(),
+        data: &data,
+        others: Others::new(),
     };
     Value::Change { will_init: false, bytes: Change::Record(record).encode() }
 }

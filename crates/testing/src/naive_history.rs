@@ -137,7 +137,7 @@ impl History for NaiveHistory {
                 Value::Image(bytes) if bytes.len() == BLCKSZ => page.copy_from_slice(&bytes),
                 Value::Image(bytes) => return Err(HistoryError(format!("{key} at {at} has an image of {} bytes", bytes.len()))),
                 Value::Change { bytes, .. } => {
-                    let change = Change::decode(bytes).map_err(|what| HistoryError(format!("{key} at {at}: {what}")))?;
+                    let change = Change::decode(&bytes).map_err(|what| HistoryError(format!("{key} at {at}: {what}")))?;
                     varve_redo::apply(self.major, at, number, &change, &mut page)
                         .map_err(|error| HistoryError(format!("{key} at {at}: {error}")))?;
                 }
@@ -185,7 +185,7 @@ mod tests {
     use varve_postgres::slru::SlruKind;
 
     fn status(status: u8, xids: &[u32]) -> Value {
-        Value::Change { will_init: false, bytes: Change::ClogStatus { status, xids: xids.to_vec() }.encode() }
+        Value::Change { will_init: false, bytes: Change::ClogStatus { status, xids: xids.into() }.encode() }
     }
 
     #[test]

@@ -44,17 +44,17 @@ impl Segments {
         self.files.get(&number).map(|path| File::open(path).map_err(VerifyError::io(path))).transpose()
     }
 
-    /// Up to `max` bytes of a segment from `offset` on; nothing if it is not there.
-    pub(crate) fn read(&self, number: u64, offset: u64, max: usize) -> Result<Option<Bytes>, VerifyError> {
-        let Some(file) = self.open(number)? else { return Ok(None) };
-        self.read_from(&file, number, offset, max).map(Some)
+    /// Makes `bytes` the WAL from `start` on, up to `max` bytes of its segment. Whether the segment is there.
+    pub(crate) fn read_into(&self, start: Lsn, max: usize, bytes: &mut Vec<u8>) -> Result<bool, VerifyError> {
+        let Some(file) = self.open(start.segment_number())? else { return Ok(false) };
+        self.read_from(&file, start.segment_number(), start.segment_offset(), max, bytes).map(|()| true)
     }
 
-    fn read_from(&self, file: &File, number: u64, offset: u64, max: usize) -> Result<Bytes, VerifyError> {
+    fn read_from(&self, file: &File, number: u64, offset: u64, max: usize, bytes: &mut Vec<u8>) -> Result<(), VerifyError> {
         let left = usize::try_from(WAL_SEGMENT_SIZE.saturating_sub(offset)).unwrap_or(usize::MAX);
-        let mut bytes = vec![0; left.min(max)];
-        match file.read_exact_at(&mut bytes, offset) {
-            Ok(()) => Ok(bytes.into()),
+        bytes.resize(left.min(max), 0);
+        match file.read_exact_at(bytes, offset) {
+            Ok(()) => Ok(()),
             Err(error) if error.kind() == ErrorKind::UnexpectedEof => {
                 Err(VerifyError::not_usable(&self.path(number), format!("is shorter than the {WAL_SEGMENT_SIZE} bytes of a WAL segment")))
             }
@@ -139,7 +139,9 @@ impl WalDirectory {
             self.open = self.segments.open(number)?.map(|file| (number, file));
         }
         let Some((_, file)) = &self.open else { return Ok(false) };
-        self.input = self.segments.read_from(file, number, position.segment_offset(), READ_SIZE)?;
+        let mut bytes = Vec::new();
+        self.segments.read_from(file, number, position.segment_offset(), READ_SIZE, &mut bytes)?;
+        self.input = bytes.into();
         Ok(true)
     }
 

@@ -2,7 +2,7 @@
 
 use bytes::Bytes;
 use varve_postgres::wal::{Block, Record, records, rmgr};
-use varve_postgres::{BlockNumber, Fork, RelFork};
+use varve_postgres::{BlockNumber, Fork, RelFork, page};
 use varve_redo::change::{Change, encode_block_record};
 use varve_redo::visibility_map::visibility_map_clears;
 use varve_storage::key::Key;
@@ -11,7 +11,7 @@ use varve_storage::value::Value;
 use super::{Ingest, IngestError};
 
 impl Ingest {
-    pub(super) fn ingest_blocks(&mut self, record: &Record) -> Result<(), IngestError> {
+    pub(super) fn ingest_blocks(&mut self, record: &Record<'_>) -> Result<(), IngestError> {
         for block in &record.blocks {
             let Some(value) = self.value_of(record, block)? else { continue };
             self.extend(block.rel, block.blkno.saturating_add(1), record.end)?;
@@ -27,9 +27,10 @@ impl Ingest {
     }
 
     /// What the record makes of the block; nothing if it only carried hints.
-    fn value_of(&self, record: &Record, block: &Block) -> Result<Option<Value>, IngestError> {
+    fn value_of(&self, record: &Record<'_>, block: &Block<'_>) -> Result<Option<Value>, IngestError> {
         if block.image.as_ref().is_some_and(|image| image.apply) {
-            let page = varve_redo::restore_image(record, block)?;
+            let mut page = page::ZERO_PAGE;
+            varve_redo::restore_image(record, block, &mut page)?;
             return Ok(Some(Value::Image(Bytes::copy_from_slice(&page))));
         }
         let (rmid, info, lsn) = (record.header.rmid, record.kind(), record.start);
@@ -49,7 +50,7 @@ impl Ingest {
         Ok(Some(Value::Change { will_init: block.will_init, bytes: encode_block_record(record, block) }))
     }
 
-    fn clear_visibility(&mut self, record: &Record, map: RelFork, page: BlockNumber, change: &Change) -> Result<(), IngestError> {
+    fn clear_visibility(&mut self, record: &Record<'_>, map: RelFork, page: BlockNumber, change: &Change<'_>) -> Result<(), IngestError> {
         debug_assert_eq!(map.fork, Fork::VisibilityMap);
         let size = &self.size(map)?.size;
         // Bits on a page that the map does not have are clear already.

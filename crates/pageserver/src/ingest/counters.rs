@@ -66,7 +66,7 @@ impl Ingest {
         }
     }
 
-    pub(super) fn ingest_xlog(&mut self, record: &Record, parsed: &XlogRecord) -> Result<(), IngestError> {
+    pub(super) fn ingest_xlog(&mut self, record: &Record<'_>, parsed: &XlogRecord) -> Result<(), IngestError> {
         match parsed {
             XlogRecord::CheckpointShutdown(checkpoint) => {
                 self.refuse_minimal(record, checkpoint.wal_level)?;
@@ -136,14 +136,14 @@ impl Ingest {
         self.fields_changed = true;
     }
 
-    fn refuse_minimal(&self, record: &Record, wal_level: i32) -> Result<(), IngestError> {
+    fn refuse_minimal(&self, record: &Record<'_>, wal_level: i32) -> Result<(), IngestError> {
         if self.major.checkpoint_has_wal_level() && wal_level == WalLevel::Minimal as i32 {
             return Err(IngestError::MinimalWal { lsn: record.start });
         }
         Ok(())
     }
 
-    pub(super) fn ingest_standby(&mut self, record: &Record, parsed: StandbyRecord) -> Result<(), IngestError> {
+    pub(super) fn ingest_standby(&mut self, record: &Record<'_>, parsed: StandbyRecord) -> Result<(), IngestError> {
         if let StandbyRecord::RunningXacts { next_xid, xids } = parsed {
             // Ids that were given out and have written nothing yet must not be given out again.
             let last = if next_xid == FIRST_NORMAL_XID { u32::MAX } else { next_xid.wrapping_sub(1) };

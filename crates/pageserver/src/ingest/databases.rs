@@ -16,7 +16,7 @@ use varve_storage::value::Value;
 use super::{Ingest, IngestError};
 
 impl Ingest {
-    pub(super) fn ingest_database(&mut self, record: &Record, parsed: DatabaseRecord) -> Result<(), IngestError> {
+    pub(super) fn ingest_database(&mut self, record: &Record<'_>, parsed: DatabaseRecord) -> Result<(), IngestError> {
         // Everything before is needed, and readable only when it was made so.
         self.publish()?;
         match parsed {
@@ -36,7 +36,7 @@ impl Ingest {
     }
 
     /// A directory is made; whatever was there under its name is dead, as redo removes it first.
-    fn begin_database(&mut self, record: &Record, spc: Oid, db: Oid) -> Result<(), IngestError> {
+    fn begin_database(&mut self, record: &Record<'_>, spc: Oid, db: Oid) -> Result<(), IngestError> {
         self.put_database(record.end, spc, db, DatabaseEntry { exists: true, floor: record.start })
     }
 
@@ -66,7 +66,7 @@ impl Ingest {
     }
 
     /// Copies every fork of every relation, and the relation map, block by block: only the list of forks is held in memory.
-    fn copy_database(&mut self, record: &Record, source: (Oid, Oid), target: (Oid, Oid)) -> Result<(), IngestError> {
+    fn copy_database(&mut self, record: &Record<'_>, source: (Oid, Oid), target: (Oid, Oid)) -> Result<(), IngestError> {
         let (at, lsn) = (self.applied, record.end);
         if let Some(map) = self.history.get(Key::relation_map(source.0, source.1), at)? {
             self.put(Key::relation_map(target.0, target.1), lsn, Value::Image(map))?;
@@ -91,7 +91,7 @@ impl Ingest {
         Ok(())
     }
 
-    pub(super) fn ingest_tablespace(&mut self, record: &Record, parsed: TablespaceRecord) -> Result<(), IngestError> {
+    pub(super) fn ingest_tablespace(&mut self, record: &Record<'_>, parsed: TablespaceRecord) -> Result<(), IngestError> {
         let (spc, value) = match parsed {
             TablespaceRecord::Create { spc, path } => (spc, Value::Image(path.into_bytes().into())),
             TablespaceRecord::Drop { spc } => {

@@ -66,7 +66,7 @@ pub enum IngestError {
 }
 
 impl IngestError {
-    pub(super) fn of_record(record: &Record, error: RecordError) -> IngestError {
+    pub(super) fn of_record(record: &Record<'_>, error: RecordError) -> IngestError {
         let (rmid, info, lsn) = (record.header.rmid, record.kind(), record.start);
         match error {
             RecordError::UnknownType => IngestError::Unsupported { rmid, info, lsn },
@@ -74,7 +74,7 @@ impl IngestError {
         }
     }
 
-    pub(super) fn malformed(record: &Record, what: impl Into<String>) -> IngestError {
+    pub(super) fn malformed(record: &Record<'_>, what: impl Into<String>) -> IngestError {
         Self::of_record(record, RecordError::Malformed(what.into()))
     }
 }

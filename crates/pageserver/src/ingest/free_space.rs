@@ -101,7 +101,7 @@ impl MapPages {
 
 impl Ingest {
     /// Notes blocks of a heap record whose free space is to be looked at.
-    pub(super) fn note_free_space(&mut self, record: &Record) -> Result<(), IngestError> {
+    pub(super) fn note_free_space(&mut self, record: &Record<'_>) -> Result<(), IngestError> {
         let kind = record.kind() & OPMASK;
         match record.header.rmid {
             rmgr::HEAP if kind == HEAP_INSERT || kind == HEAP_UPDATE => self.note_insert(record)?,
@@ -116,14 +116,14 @@ impl Ingest {
         Ok(())
     }
 
-    fn note_freed(&mut self, record: &Record, block_id: u8) {
+    fn note_freed(&mut self, record: &Record<'_>, block_id: u8) {
         if let Some(block) = record.block(block_id).filter(|block| block.rel.fork == Fork::Main) {
             self.free_space.freed.insert((block.rel.node, block.blkno));
         }
     }
 
     /// Inserts fill one page after the other, so it is enough to look at a page when the next one is begun.
-    fn note_insert(&mut self, record: &Record) -> Result<(), HistoryError> {
+    fn note_insert(&mut self, record: &Record<'_>) -> Result<(), HistoryError> {
         let Some(block) = record.block(0).filter(|block| block.rel.fork == Fork::Main) else { return Ok(()) };
         let target = &mut self.size(block.rel)?.insert_target;
         let before = target.replace(block.blkno);

@@ -171,8 +171,8 @@ impl Ingest {
     }
 
     /// What the record changes besides blocks. Gives when a transaction ended, if the record says so.
-    fn dispatch(&mut self, record: &Record) -> Result<Option<Timestamp>, IngestError> {
-        let (info, data, major) = (record.kind(), &record.main_data[..], self.major);
+    fn dispatch(&mut self, record: &Record<'_>) -> Result<Option<Timestamp>, IngestError> {
+        let (info, data, major) = (record.kind(), record.main_data, self.major);
         let refuse = |error: RecordError| IngestError::of_record(record, error);
         match record.header.rmid {
             rmgr::XLOG => self.ingest_xlog(record, &records::xlog::parse(info, data, major).map_err(refuse)?)?,
@@ -184,7 +184,7 @@ impl Ingest {
             rmgr::MULTIXACT => self.ingest_multixact(record, records::multixact::parse(info, data, major).map_err(refuse)?)?,
             rmgr::RELMAP => {
                 let update = records::relation_map::parse(info, data, major).map_err(refuse)?;
-                let file = record.main_data.slice_ref(update.file);
+                let file = Bytes::copy_from_slice(update.file);
                 self.put(Key::relation_map(update.spc, update.db), record.end, Value::Image(file))?;
             }
             rmgr::STANDBY => self.ingest_standby(record, records::standby::parse(info, data, major).map_err(refuse)?)?,

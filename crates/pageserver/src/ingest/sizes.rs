@@ -104,7 +104,7 @@ impl Ingest {
         Ok(())
     }
 
-    pub(super) fn ingest_storage(&mut self, record: &Record, parsed: StorageRecord) -> Result<(), IngestError> {
+    pub(super) fn ingest_storage(&mut self, record: &Record<'_>, parsed: StorageRecord) -> Result<(), IngestError> {
         let lsn = record.end;
         match parsed {
             StorageRecord::Create { rel } => self.extend(rel, 0, lsn)?,

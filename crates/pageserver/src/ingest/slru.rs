@@ -1,6 +1,7 @@
 //! SLRU areas: `pg_xact`, multixact offsets and members, `pg_commit_ts`.
 
 use bytes::Bytes;
+use smallvec::{SmallVec, smallvec};
 use varve_postgres::page::ZERO_PAGE;
 use varve_postgres::slru::{
     CLOG_XACTS_PER_PAGE, COMMIT_TS_XACTS_PER_PAGE, MULTIXACT_MEMBERS_PER_PAGE, MULTIXACT_OFFSETS_PER_PAGE, PAGES_PER_SEGMENT, SlruKind,
@@ -10,7 +11,7 @@ use varve_postgres::wal::records::clog::ClogRecord;
 use varve_postgres::wal::records::commit_ts::CommitTsRecord;
 use varve_postgres::wal::records::multixact::MultiXactRecord;
 use varve_postgres::{BLCKSZ, Lsn, Timestamp};
-use varve_redo::change::Change;
+use varve_redo::change::{Change, Xids};
 use varve_storage::history::{History, HistoryError};
 use varve_storage::key::Key;
 use varve_storage::relation;
@@ -57,13 +58,13 @@ fn page_precedes(area: SlruKind, a: u32, b: u32) -> bool {
 }
 
 /// Pairs of a page and the ids on it, in order of first appearance.
-fn by_page(ids: impl Iterator<Item = u32>, per_page: u32) -> Vec<(u32, Vec<u32>)> {
-    let mut pages: Vec<(u32, Vec<u32>)> = Vec::new();
+fn by_page(ids: impl Iterator<Item = u32>, per_page: u32) -> SmallVec<[(u32, Xids); 1]> {
+    let mut pages: SmallVec<[(u32, Xids); 1]> = SmallVec::new();
     for id in ids {
         let page = id / per_page;
         match pages.iter_mut().rev().find(|(have, _)| *have == page) {
             Some((_, ids)) => ids.push(id),
-            None => pages.push((page, vec![id])),
+            None => pages.push((page, smallvec![id])),
         }
     }
     pages
@@ -82,7 +83,7 @@ impl Ingest {
         Ok(())
     }
 
-    fn change_slru_page(&mut self, area: SlruKind, page: u32, change: &Change, lsn: Lsn) -> Result<(), IngestError> {
+    fn change_slru_page(&mut self, area: SlruKind, page: u32, change: &Change<'_>, lsn: Lsn) -> Result<(), IngestError> {
         // Redo takes a page that is not there for zeros (`SlruPhysicalReadPage` in recovery).
         if !self.slru.extent(area).contains(page) {
             self.zero_slru_page(area, page, lsn)?;
@@ -160,7 +161,7 @@ impl Ingest {
         Ok(())
     }
 
-    pub(super) fn ingest_clog(&mut self, record: &Record, parsed: ClogRecord) -> Result<(), IngestError> {
+    pub(super) fn ingest_clog(&mut self, record: &Record<'_>, parsed: ClogRecord) -> Result<(), IngestError> {
         match parsed {
             ClogRecord::ZeroPage { page } => self.zero_slru_page(SlruKind::Clog, page, record.end),
             ClogRecord::Truncate { page, oldest_xid, oldest_xid_db } => {
@@ -175,7 +176,7 @@ impl Ingest {
         }
     }
 
-    pub(super) fn ingest_commit_ts(&mut self, record: &Record, parsed: CommitTsRecord) -> Result<(), IngestError> {
+    pub(super) fn ingest_commit_ts(&mut self, record: &Record<'_>, parsed: CommitTsRecord) -> Result<(), IngestError> {
         match parsed {
             CommitTsRecord::ZeroPage { page } => self.zero_slru_page(SlruKind::CommitTs, page, record.end),
             CommitTsRecord::Truncate { page, oldest_xid } => {
@@ -191,7 +192,7 @@ impl Ingest {
         }
     }
 
-    pub(super) fn ingest_multixact(&mut self, record: &Record, parsed: MultiXactRecord) -> Result<(), IngestError> {
+    pub(super) fn ingest_multixact(&mut self, record: &Record<'_>, parsed: MultiXactRecord) -> Result<(), IngestError> {
         let lsn = record.end;
         match parsed {
             MultiXactRecord::ZeroOffsetsPage { page } => {
@@ -268,6 +269,7 @@ mod tests {
     #[test]
     fn ids_are_grouped_by_page() {
         let ids = [10, 11, CLOG_XACTS_PER_PAGE, 12].into_iter();
-        assert_eq!(by_page(ids, CLOG_XACTS_PER_PAGE), vec![(0, vec![10, 11, 12]), (1, vec![CLOG_XACTS_PER_PAGE])]);
+        let expected: [(u32, Xids); 2] = [(0, smallvec![10, 11, 12]), (1, smallvec![CLOG_XACTS_PER_PAGE])];
+        assert_eq!(by_page(ids, CLOG_XACTS_PER_PAGE)[..], expected);
     }
 }

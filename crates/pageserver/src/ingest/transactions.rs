@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 
+use bytes::Bytes;
 use varve_postgres::two_phase::Prepared;
 use varve_postgres::wal::Record;
 use varve_postgres::wal::records::replication_origin::OriginRecord;
@@ -42,20 +43,20 @@ impl OriginProgress {
 }
 
 impl Ingest {
-    pub(super) fn ingest_transaction(&mut self, record: &Record, parsed: XactRecord) -> Result<Option<Timestamp>, IngestError> {
+    pub(super) fn ingest_transaction(&mut self, record: &Record<'_>, parsed: XactRecord) -> Result<Option<Timestamp>, IngestError> {
         match parsed {
             XactRecord::Commit(done) => self.end_transaction(record, record.header.xid, &done, COMMITTED).map(Some),
             XactRecord::Abort(done) => self.end_transaction(record, record.header.xid, &done, ABORTED).map(Some),
             XactRecord::CommitPrepared(done) => self.end_prepared(record, &done, COMMITTED).map(Some),
             XactRecord::AbortPrepared(done) => self.end_prepared(record, &done, ABORTED).map(Some),
             XactRecord::Prepare => {
-                let prepared = Prepared::decode(&record.main_data, self.major).map_err(|what| IngestError::malformed(record, what))?;
+                let prepared = Prepared::decode(record.main_data, self.major).map_err(|what| IngestError::malformed(record, what))?;
                 self.advance_next_xid(prepared.xid);
                 for xid in &prepared.subxids {
                     self.advance_next_xid(*xid);
                 }
                 let key = Key::two_phase(self.full_xid(prepared.xid));
-                self.put(key, record.end, Value::Image(record.main_data.clone()))?;
+                self.put(key, record.end, Value::Image(Bytes::copy_from_slice(record.main_data)))?;
                 Ok(None)
             }
             XactRecord::Assignment { top, subxids } => {
@@ -69,7 +70,7 @@ impl Ingest {
         }
     }
 
-    fn end_prepared(&mut self, record: &Record, done: &Completion, status: u8) -> Result<Timestamp, IngestError> {
+    fn end_prepared(&mut self, record: &Record<'_>, done: &Completion, status: u8) -> Result<Timestamp, IngestError> {
         let xid = done.two_phase_xid.unwrap_or_default();
         let time = self.end_transaction(record, xid, done, status)?;
         self.put(Key::two_phase(self.full_xid(xid)), record.end, Value::Absent)?;
@@ -77,7 +78,7 @@ impl Ingest {
     }
 
     /// `xact_redo_commit` and `xact_redo_abort`.
-    fn end_transaction(&mut self, record: &Record, xid: u32, done: &Completion, status: u8) -> Result<Timestamp, IngestError> {
+    fn end_transaction(&mut self, record: &Record<'_>, xid: u32, done: &Completion, status: u8) -> Result<Timestamp, IngestError> {
         if xid == 0 {
             return Err(IngestError::malformed(record, "the end of a transaction without an id"));
         }
@@ -117,7 +118,7 @@ impl Ingest {
         Ok(())
     }
 
-    pub(super) fn ingest_origin(&mut self, record: &Record, parsed: OriginRecord) -> Result<(), IngestError> {
+    pub(super) fn ingest_origin(&mut self, record: &Record<'_>, parsed: OriginRecord) -> Result<(), IngestError> {
         match parsed {
             OriginRecord::Set { origin, remote, force } => self.advance_origin(origin, remote, force, record.end),
             OriginRecord::Drop { origin } => {

@@ -79,7 +79,7 @@ fn ingest_opened_every(records: usize, postgres: &Postgres, loaded: &mut Loaded)
         loaded.boundaries.push(record.end);
         let decoded = Record::decode(&record.bytes, record.start, record.end, postgres.major())?;
         if decoded.header.rmid == rmgr::DBASE
-            && let Ok(DatabaseRecord::CreateWalLog { db, .. }) = database::parse(decoded.kind(), &decoded.main_data, postgres.major())
+            && let Ok(DatabaseRecord::CreateWalLog { db, .. }) = database::parse(decoded.kind(), decoded.main_data, postgres.major())
         {
             loaded.logged_databases.push(db);
         }

@@ -1,6 +1,9 @@
 //! From a stream of WAL bytes to whole, checked records.
 
-use bytes::Bytes;
+use std::borrow::Cow;
+use std::ops::Deref;
+
+use bytes::{Buf, Bytes};
 
 use super::{PageHeader, RECORD_HEADER_SIZE, RecordHeader, WalError, record::record_crc, rmgr};
 use crate::lsn::{WAL_PAGE_SIZE, WAL_SEGMENT_SIZE};
@@ -11,15 +14,61 @@ const RECORD_SIZE_MAX: u32 = 1020 * 1024 * 1024;
 /// `XLOG_SWITCH` of `catalog/pg_control.h`.
 const XLOG_SWITCH: u8 = 0x40;
 
+/// WAL bytes from whose front a [`Framer`] takes.
+pub trait WalInput: Deref<Target = [u8]> {
+    /// A record's bytes: a view of the input, unless they came in pieces.
+    type Record: Deref<Target = [u8]>;
+    /// Takes `n` bytes off the front, which are there.
+    fn take(&mut self, n: usize) -> Self::Record;
+    /// Passes over `n` bytes, which are there.
+    fn skip(&mut self, n: usize);
+    /// A record that was put together from pieces.
+    fn from_pieces(bytes: Vec<u8>) -> Self::Record;
+}
+
+impl WalInput for Bytes {
+    type Record = Bytes;
+
+    fn take(&mut self, n: usize) -> Bytes {
+        self.split_to(n)
+    }
+
+    fn skip(&mut self, n: usize) {
+        self.advance(n);
+    }
+
+    fn from_pieces(bytes: Vec<u8>) -> Bytes {
+        bytes.into()
+    }
+}
+
+impl<'a> WalInput for &'a [u8] {
+    type Record = Cow<'a, [u8]>;
+
+    fn take(&mut self, n: usize) -> Cow<'a, [u8]> {
+        let (taken, rest) = self.split_at(n);
+        *self = rest;
+        Cow::Borrowed(taken)
+    }
+
+    fn skip(&mut self, n: usize) {
+        *self = &self[n..];
+    }
+
+    fn from_pieces(bytes: Vec<u8>) -> Cow<'a, [u8]> {
+        Cow::Owned(bytes)
+    }
+}
+
 /// A whole record whose CRC was found right.
 #[derive(Clone, Debug)]
-pub struct FramedRecord {
+pub struct FramedRecord<B = Bytes> {
     /// Where it begins.
     pub start: Lsn,
     /// Where it ends, rounded up to 8 bytes as Postgres does; the end of the segment for a segment switch, which is given when that has come.
     pub end: Lsn,
     /// The record without page headers.
-    pub bytes: Bytes,
+    pub bytes: B,
 }
 
 /// Takes WAL bytes in order, however they are cut, and gives whole records.
@@ -42,7 +91,7 @@ pub struct Framer {
     /// Bytes before this position are the rest of a segment after a switch: meaningless, page headers included.
     switched_until: Lsn,
     /// The switch itself, which counts when that rest has come: then a boundary is never ahead of what is there.
-    switch: Option<FramedRecord>,
+    switch: Option<FramedRecord<Vec<u8>>>,
     partial: Vec<u8>,
     partial_start: Lsn,
     /// Whether the first page may begin in the middle of a record, which is skipped.
@@ -99,7 +148,7 @@ impl Framer {
     ///
     /// # Errors
     /// [`WalError`] for the first thing that is not as Postgres writes it; the same again ever after.
-    pub fn next_record(&mut self, input: &mut Bytes) -> Result<Option<FramedRecord>, WalError> {
+    pub fn next_record<I: WalInput>(&mut self, input: &mut I) -> Result<Option<FramedRecord<I::Record>>, WalError> {
         if let Some(error) = &self.error {
             return Err(error.clone());
         }
@@ -110,16 +159,16 @@ impl Framer {
         result
     }
 
-    fn advance(&mut self, input: &mut Bytes) -> Result<Option<FramedRecord>, WalError> {
+    fn advance<I: WalInput>(&mut self, input: &mut I) -> Result<Option<FramedRecord<I::Record>>, WalError> {
         while !input.is_empty() {
             if self.position < self.switched_until {
                 let n = ((self.switched_until.0 - self.position.0) as usize).min(input.len());
-                self.take(input, n);
+                self.skip(input, n);
                 self.in_page_header = self.position.page_offset() == 0;
                 if self.position == self.switched_until
-                    && let Some(switch) = self.switch.take()
+                    && let Some(FramedRecord { start, end, bytes }) = self.switch.take()
                 {
-                    return Ok(Some(self.count(switch)));
+                    return Ok(Some(self.count(FramedRecord { start, end, bytes: I::from_pieces(bytes) })));
                 }
                 continue;
             }
@@ -130,13 +179,14 @@ impl Framer {
             let page_left = (WAL_PAGE_SIZE - self.position.page_offset()) as usize;
             if self.position < self.skip_until {
                 let n = ((self.skip_until.0 - self.position.0) as usize).min(page_left).min(input.len());
-                self.take(input, n);
+                self.skip(input, n);
                 self.in_page_header = self.position.page_offset() == 0;
                 continue;
             }
             if let Some(record) = self.take_record_bytes(input, page_left)? {
                 if record.end > self.position.align() {
-                    self.switch = Some(record);
+                    let FramedRecord { start, end, bytes } = record;
+                    self.switch = Some(FramedRecord { start, end, bytes: bytes.to_vec() });
                     continue;
                 }
                 return Ok(Some(self.count(record)));
@@ -145,17 +195,17 @@ impl Framer {
         Ok(None)
     }
 
-    fn take(&mut self, input: &mut Bytes, n: usize) -> Bytes {
+    fn skip<I: WalInput>(&mut self, input: &mut I, n: usize) {
         self.position += n as u64;
-        input.split_to(n)
+        input.skip(n);
     }
 
-    fn take_page_header(&mut self, input: &mut Bytes) -> Result<(), WalError> {
+    fn take_page_header<I: WalInput>(&mut self, input: &mut I) -> Result<(), WalError> {
         let page = self.position.page_start();
         let size = PageHeader::size_at(page);
         let n = (size - self.header.len()).min(input.len());
-        let bytes = self.take(input, n);
-        self.header.extend_from_slice(&bytes);
+        self.header.extend_from_slice(&input[..n]);
+        self.skip(input, n);
         if self.header.len() < size {
             return Ok(());
         }
@@ -200,15 +250,15 @@ impl Framer {
         Ok(())
     }
 
-    fn take_record_bytes(&mut self, input: &mut Bytes, page_left: usize) -> Result<Option<FramedRecord>, WalError> {
+    fn take_record_bytes<I: WalInput>(&mut self, input: &mut I, page_left: usize) -> Result<Option<FramedRecord<I::Record>>, WalError> {
         if self.partial.is_empty() {
             self.partial_start = self.position;
             // The usual case: the whole record is at hand, and is given as a view of the input.
             if let Some(total) = input.first_chunk().map(|b| u32::from_le_bytes(*b)) {
                 self.check_length(total)?;
                 if total as usize <= page_left.min(input.len()) {
-                    let bytes = self.take(input, total as usize);
-                    return self.finish(bytes).map(Some);
+                    self.position += u64::from(total);
+                    return self.finish(input.take(total as usize)).map(Some);
                 }
             }
         }
@@ -217,16 +267,16 @@ impl Framer {
             None => 4 - self.partial.len(), // a record begins at a multiple of 8, so its length is never cut by a page
         };
         let n = wanted.min(page_left).min(input.len());
-        let bytes = self.take(input, n);
-        self.partial.extend_from_slice(&bytes);
+        self.partial.extend_from_slice(&input[..n]);
+        self.skip(input, n);
         self.in_page_header = self.position.page_offset() == 0;
         let Some(total) = self.partial.first_chunk().map(|b| u32::from_le_bytes(*b)) else { return Ok(None) };
         self.check_length(total)?;
         if self.partial.len() < total as usize {
             return Ok(None);
         }
-        let bytes = Bytes::from(std::mem::take(&mut self.partial));
-        self.finish(bytes).map(Some)
+        let bytes = std::mem::take(&mut self.partial);
+        self.finish(I::from_pieces(bytes)).map(Some)
     }
 
     fn check_length(&self, total: u32) -> Result<(), WalError> {
@@ -237,7 +287,7 @@ impl Framer {
         Err(WalError::Record { lsn: self.partial_start, what })
     }
 
-    fn finish(&mut self, bytes: Bytes) -> Result<FramedRecord, WalError> {
+    fn finish<B: Deref<Target = [u8]>>(&mut self, bytes: B) -> Result<FramedRecord<B>, WalError> {
         let start = self.partial_start;
         let wrong = |what: String| WalError::Record { lsn: start, what };
         let header = RecordHeader::decode(&bytes).ok_or_else(|| wrong("shorter than its header".to_owned()))?;
@@ -260,7 +310,7 @@ impl Framer {
         Ok(FramedRecord { start, end, bytes })
     }
 
-    fn count(&mut self, record: FramedRecord) -> FramedRecord {
+    fn count<B>(&mut self, record: FramedRecord<B>) -> FramedRecord<B> {
         self.last_record = Some(record.start);
         self.framed = record.end;
         record

@@ -1,7 +1,5 @@
 //! Full-page images in WAL records: holes and the three compressions.
 
-use bytes::Bytes;
-
 use crate::{BLCKSZ, Major, Page};
 
 const HAS_HOLE: u8 = 0x01;
@@ -21,9 +19,9 @@ pub enum Compression {
 
 /// A full-page image as a record carries it.
 #[derive(Clone, Debug)]
-pub struct Image {
+pub struct Image<'a> {
     /// The bytes, perhaps compressed, the hole left out.
-    pub bytes: Bytes,
+    pub bytes: &'a [u8],
     /// Where the hole begins.
     pub hole_offset: u16,
     /// Bytes in the hole of zeros.
@@ -47,13 +45,13 @@ fn compression_of(info: u8, major: Major) -> Result<Compression, String> {
     }
 }
 
-impl Image {
+impl Image<'_> {
     pub(super) fn needs_hole_len(info: u8, major: Major) -> bool {
         let compressed = if major == Major::V14 { info & 0x02 != 0 } else { info & 0x1C != 0 };
         compressed && info & HAS_HOLE != 0
     }
 
-    pub(super) fn new(info: u8, major: Major, len: usize, hole_offset: u16, hole_len: Option<u16>) -> Result<Image, String> {
+    pub(super) fn new(info: u8, major: Major, len: usize, hole_offset: u16, hole_len: Option<u16>) -> Result<Self, String> {
         let compression = compression_of(info, major)?;
         let apply = info & if major == Major::V14 { 0x04 } else { 0x02 } != 0;
         if len > BLCKSZ {
@@ -72,41 +70,48 @@ impl Image {
         if !has_hole && (hole_offset != 0 || hole_len != 0 || (compression == Compression::None && len != BLCKSZ)) {
             return Err(format!("page image of {len} bytes without a hole that names one at {hole_offset}"));
         }
-        Ok(Image { bytes: Bytes::new(), hole_offset, hole_len, compression, apply })
+        Ok(Image { bytes: &[], hole_offset, hole_len, compression, apply })
     }
 
-    /// The whole page (`RestoreBlockImage`).
+    /// Makes `page` the whole page (`RestoreBlockImage`).
     ///
     /// # Errors
-    /// What is wrong, in words, when the compressed bytes are not those of a page.
-    pub fn restore(&self) -> Result<Page, String> {
-        let mut page = [0; BLCKSZ];
+    /// What is wrong, in words, when the compressed bytes are not those of a page; `page` is then anything.
+    pub fn restore(&self, page: &mut Page) -> Result<(), String> {
         let stored = BLCKSZ - usize::from(self.hole_len);
+        if self.compression == Compression::None {
+            if self.bytes.len() != stored {
+                return Err(self.not_a_page(stored));
+            }
+            self.unfold(self.bytes, page);
+            return Ok(());
+        }
         let mut plain = [0; BLCKSZ];
         let plain = &mut plain[..stored];
-        let got = match self.compression {
-            Compression::None => {
-                let ok = self.bytes.len() == stored;
-                if ok {
-                    plain.copy_from_slice(&self.bytes);
-                }
-                ok
-            }
-            Compression::Pglz => pglz_decompress(&self.bytes, plain),
-            Compression::Lz4 => lz4_flex::block::decompress_into(&self.bytes, plain).is_ok_and(|n| n == stored),
-            Compression::Zstd => zstd::bulk::decompress_to_buffer(&self.bytes, plain).is_ok_and(|n| n == stored),
+        let is_page = match self.compression {
+            Compression::None => false,
+            Compression::Pglz => pglz_decompress(self.bytes, plain),
+            Compression::Lz4 => lz4_flex::block::decompress_into(self.bytes, plain).is_ok_and(|n| n == stored),
+            Compression::Zstd => zstd::bulk::decompress_to_buffer(self.bytes, plain).is_ok_and(|n| n == stored),
         };
-        if !got {
-            return Err(format!("page image of {} bytes ({:?}) does not decompress to {stored}", self.bytes.len(), self.compression));
+        if !is_page {
+            return Err(self.not_a_page(stored));
         }
-        let hole = usize::from(self.hole_offset);
-        if self.hole_len == 0 {
-            page.copy_from_slice(plain);
-        } else {
-            page[..hole].copy_from_slice(&plain[..hole]);
-            page[hole + usize::from(self.hole_len)..].copy_from_slice(&plain[hole..]);
-        }
-        Ok(page)
+        self.unfold(plain, page);
+        Ok(())
+    }
+
+    /// Fills `page` with `plain` and the hole of zeros.
+    fn unfold(&self, plain: &[u8], page: &mut Page) {
+        let (before, behind) = plain.split_at(usize::from(self.hole_offset).min(plain.len()));
+        let hole_end = BLCKSZ - behind.len();
+        page[..before.len()].copy_from_slice(before);
+        page[before.len()..hole_end].fill(0);
+        page[hole_end..].copy_from_slice(behind);
+    }
+
+    fn not_a_page(&self, stored: usize) -> String {
+        format!("page image of {} bytes ({:?}) does not decompress to {stored}", self.bytes.len(), self.compression)
     }
 }
 

@@ -13,7 +13,7 @@ pub mod records;
 pub mod rmgr;
 pub mod synthesis;
 
-pub use framer::{FramedRecord, Framer};
+pub use framer::{FramedRecord, Framer, WalInput};
 pub use page_header::{LONG_HEADER_SIZE, PageHeader, SHORT_HEADER_SIZE};
 pub use record::{Block, RECORD_HEADER_SIZE, Record, RecordHeader, record_crc};
 

@@ -1,6 +1,6 @@
 //! One WAL record taken apart: `access/xlogrecord.h`, decoded as `DecodeXLogRecord` does.
 
-use bytes::Bytes;
+use smallvec::SmallVec;
 
 use super::{WalError, image::Image};
 use crate::{BlockNumber, Fork, Lsn, Major, Oid, RelFork, RelNode};
@@ -62,7 +62,7 @@ pub fn record_crc(record: &[u8]) -> u32 {
 
 /// A block that a record touches.
 #[derive(Clone, Debug)]
-pub struct Block {
+pub struct Block<'a> {
     /// The number by which redo functions know it.
     pub id: u8,
     /// The relation fork.
@@ -74,14 +74,14 @@ pub struct Block {
     /// `BKPBLOCK_HAS_DATA`, which may be set with no data.
     pub has_data: bool,
     /// Full-page image.
-    pub image: Option<Image>,
+    pub image: Option<Image<'a>>,
     /// The block's own data.
-    pub data: Bytes,
+    pub data: &'a [u8],
 }
 
-/// A decoded record.
+/// A decoded record: a view of its bytes.
 #[derive(Clone, Debug)]
-pub struct Record {
+pub struct Record<'a> {
     /// The fixed header.
     pub header: RecordHeader,
     /// Where it begins.
@@ -89,61 +89,69 @@ pub struct Record {
     /// Where it ends, which is the LSN of pages after it.
     pub end: Lsn,
     /// Blocks, ids ascending.
-    pub blocks: Vec<Block>,
+    pub blocks: SmallVec<[Block<'a>; 2]>,
     /// Data that belongs to no block.
-    pub main_data: Bytes,
+    pub main_data: &'a [u8],
     /// Replication origin, if given.
     pub origin: Option<u16>,
     /// Top-level transaction of a subtransaction, if given.
     pub toplevel_xid: Option<u32>,
 }
 
-struct Cursor {
-    bytes: Bytes,
+struct Cursor<'a> {
+    rest: &'a [u8],
 }
 
-impl Cursor {
-    fn take(&mut self, len: usize) -> Result<Bytes, String> {
-        if self.bytes.len() < len {
-            return Err(format!("{len} bytes are missing of which {} are there", self.bytes.len()));
-        }
-        Ok(self.bytes.split_to(len))
+impl<'a> Cursor<'a> {
+    fn take(&mut self, len: usize) -> Result<&'a [u8], String> {
+        let (taken, rest) =
+            self.rest.split_at_checked(len).ok_or_else(|| format!("{len} bytes are missing of which {} are there", self.rest.len()))?;
+        self.rest = rest;
+        Ok(taken)
     }
+
+    fn array<const N: usize>(&mut self) -> Result<[u8; N], String> {
+        let (taken, rest) = self.rest.split_first_chunk().ok_or("the headers end too early")?;
+        self.rest = rest;
+        Ok(*taken)
+    }
+
     fn u8(&mut self) -> Result<u8, String> {
-        let value = *self.bytes.first().ok_or("the headers end too early")?;
-        bytes::Buf::advance(&mut self.bytes, 1);
-        Ok(value)
+        Ok(self.array::<1>()?[0])
     }
+
     fn u16(&mut self) -> Result<u16, String> {
-        Ok(u16::from_le_bytes([self.u8()?, self.u8()?]))
+        self.array().map(u16::from_le_bytes)
     }
+
     fn u32(&mut self) -> Result<u32, String> {
-        Ok(u32::from(self.u16()?) | u32::from(self.u16()?) << 16)
+        self.array().map(u32::from_le_bytes)
     }
 }
 
-impl Record {
+impl<'a> Record<'a> {
     /// Takes the whole record `bytes` apart, which begins at `start` and ends at `end`.
     ///
     /// # Errors
     /// [`WalError::Record`] when headers and lengths contradict each other.
-    pub fn decode(bytes: &Bytes, start: Lsn, end: Lsn, major: Major) -> Result<Record, WalError> {
+    pub fn decode(bytes: &'a [u8], start: Lsn, end: Lsn, major: Major) -> Result<Record<'a>, WalError> {
         Self::decode_inner(bytes, start, end, major).map_err(|what| WalError::Record { lsn: start, what })
     }
 
-    fn decode_inner(bytes: &Bytes, start: Lsn, end: Lsn, major: Major) -> Result<Record, String> {
+    fn decode_inner(bytes: &'a [u8], start: Lsn, end: Lsn, major: Major) -> Result<Record<'a>, String> {
         let header = RecordHeader::decode(bytes).ok_or("shorter than a record header")?;
         if header.total_len as usize != bytes.len() {
             return Err(format!("has {} bytes and says that it has {}", bytes.len(), header.total_len));
         }
-        let mut cursor = Cursor { bytes: bytes.slice(RECORD_HEADER_SIZE..) };
-        let mut blocks: Vec<Block> = Vec::new();
-        let mut lengths = [(0usize, 0usize); MAX_BLOCK_ID as usize + 1]; // of each block's image and data, in the order of the blocks
+        let mut cursor = Cursor { rest: &bytes[RECORD_HEADER_SIZE..] };
+        let mut blocks: SmallVec<[Block<'a>; 2]> = SmallVec::new();
+        // Of each block's image and data, in the order of the blocks.
+        let mut lengths: SmallVec<[(usize, usize); 4]> = SmallVec::new();
         let mut main_len = 0usize;
         let mut payload = 0usize;
         let (mut origin, mut toplevel_xid) = (None, None);
         let mut last_rel: Option<RelNode> = None;
-        while cursor.bytes.len() > payload {
+        while cursor.rest.len() > payload {
             let id = cursor.u8()?;
             match id {
                 ID_DATA_SHORT | ID_DATA_LONG => {
@@ -184,16 +192,15 @@ impl Record {
                         .ok_or_else(|| format!("block {id}: fork number {} does not exist", flags & BLOCK_FORK_MASK))?;
                     let blkno = cursor.u32()?;
                     payload += image_len + data_len;
-                    // Ids ascend up to the largest, so there are no more blocks than lengths.
-                    lengths[blocks.len()] = (image_len, data_len);
+                    lengths.push((image_len, data_len));
                     let (rel, will_init) = (node.fork(fork), flags & BLOCK_WILL_INIT != 0);
-                    blocks.push(Block { id, rel, blkno, will_init, has_data, image, data: Bytes::new() });
+                    blocks.push(Block { id, rel, blkno, will_init, has_data, image, data: &[] });
                 }
                 _ => return Err(format!("block id {id} is invalid")),
             }
         }
-        if cursor.bytes.len() != payload {
-            return Err(format!("the headers announce {payload} bytes and {} follow", cursor.bytes.len()));
+        if cursor.rest.len() != payload {
+            return Err(format!("the headers announce {payload} bytes and {} follow", cursor.rest.len()));
         }
         for (block, (image_len, data_len)) in blocks.iter_mut().zip(lengths) {
             let image_bytes = cursor.take(image_len)?;
@@ -212,7 +219,7 @@ impl Record {
     }
 
     /// The block with id `id`, if the record has it.
-    pub fn block(&self, id: u8) -> Option<&Block> {
+    pub fn block(&self, id: u8) -> Option<&Block<'a>> {
         self.blocks.iter().find(|block| block.id == id)
     }
 }

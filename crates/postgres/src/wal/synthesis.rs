@@ -238,7 +238,7 @@ mod tests {
         assert_eq!(files.checkpoint_start, record_start_after(base));
         let record = Record::decode(&framed.bytes, framed.start, framed.end, Major::V15).unwrap();
         assert_eq!(record.header.prev, prev);
-        let decoded = CheckPoint::decode(&record.main_data, Major::V15).unwrap();
+        let decoded = CheckPoint::decode(record.main_data, Major::V15).unwrap();
         assert_eq!(decoded, CheckPoint { wal_level: 0, ..files.checkpoint });
         assert_eq!(decoded.redo, files.checkpoint_start);
     }

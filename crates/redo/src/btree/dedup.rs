@@ -28,8 +28,8 @@ fn next_interval(data: &mut Cursor<'_>, left: &mut u16) -> Result<Option<Interva
 
 /// `btree_xlog_dedup`.
 pub(super) fn redo(redo: &Redo<'_>, page: &mut Page) -> Result<(), Fault> {
-    let mut left = Cursor::new(&redo.record.main_data).u16()?;
-    let mut data = Cursor::new(&redo.record.data);
+    let mut left = Cursor::new(redo.record.main_data).u16()?;
+    let mut data = Cursor::new(redo.record.data);
     let mut opaque = Opaque::read(page)?;
     let mut new = item::empty_like(page)?;
     if !opaque.is_rightmost() {

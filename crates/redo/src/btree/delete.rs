@@ -12,11 +12,11 @@ use crate::{Fault, Redo, item};
 
 /// `btree_xlog_vacuum` and `btree_xlog_delete`. The counts stand at byte `counts_at` of the main data.
 pub(super) fn redo(redo: &Redo<'_>, page: &mut Page, counts_at: usize) -> Result<(), Fault> {
-    let mut main = Cursor::new(&redo.record.main_data);
+    let mut main = Cursor::new(redo.record.main_data);
     main.take(counts_at)?;
     let deleted_len = usize::from(main.u16()?);
     let updated_len = usize::from(main.u16()?);
-    let mut data = Cursor::new(&redo.record.data);
+    let mut data = Cursor::new(redo.record.data);
     let deleted = data.u16s(deleted_len)?;
     let updated = data.u16s(updated_len)?;
     // Updates first: deletion renumbers.

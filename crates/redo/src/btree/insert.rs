@@ -9,15 +9,15 @@ use crate::{Fault, Redo, item};
 
 /// `btree_xlog_insert`, block 0: the tuple goes in at its place.
 pub(super) fn retail(redo: &Redo<'_>, page: &mut Page) -> Result<(), Fault> {
-    let offset = Cursor::new(&redo.record.main_data).u16()?;
-    insert_at(page, &redo.record.data, offset)
+    let offset = Cursor::new(redo.record.main_data).u16()?;
+    insert_at(page, redo.record.data, offset)
 }
 
 /// The same where the new heap pointer falls into the posting list of the tuple before it (`XLOG_BTREE_INSERT_POST`).
 /// The record has the tuple as it was before it changed pointers with the list.
 pub(super) fn posting_split(redo: &Redo<'_>, page: &mut Page) -> Result<(), Fault> {
-    let offset = Cursor::new(&redo.record.main_data).u16()?;
-    let mut data = Cursor::new(&redo.record.data);
+    let offset = Cursor::new(redo.record.main_data).u16()?;
+    let mut data = Cursor::new(redo.record.data);
     let at = data.u16()?;
     let mut new = data.rest().to_vec();
     posting::swap(&mut new, item::item_mut(page, offset.wrapping_sub(1))?, at)?;
@@ -35,7 +35,7 @@ fn insert_at(page: &mut Page, tuple: &[u8], offset: item::OffsetNumber) -> Resul
 
 /// `btree_xlog_newroot`, block 0: an empty leaf, or an upper page with the two halves of the old root.
 pub(super) fn new_root(redo: &Redo<'_>, page: &mut Page) -> Result<(), Fault> {
-    let mut main = Cursor::new(&redo.record.main_data);
+    let mut main = Cursor::new(redo.record.main_data);
     let block = main.u32()?;
     let level = main.u32()?;
     if block != redo.record.blkno {
@@ -43,5 +43,5 @@ pub(super) fn new_root(redo: &Redo<'_>, page: &mut Page) -> Result<(), Fault> {
     }
     let flags = if level == 0 { ROOT | LEAF } else { ROOT };
     page::init(page, Opaque { prev: NONE, next: NONE, level, flags, cycle_id: 0 })?;
-    if level > 0 { page::restore(page, &redo.record.data) } else { Ok(()) }
+    if level > 0 { page::restore(page, redo.record.data) } else { Ok(()) }
 }

@@ -28,7 +28,7 @@ pub(super) fn restore(redo: &Redo<'_>, page: &mut Page) -> Result<(), Fault> {
     if redo.record.blkno != META_BLOCK {
         return Err(format!("metadata for block {}, but the metapage is block {META_BLOCK}", redo.record.blkno).into());
     }
-    let mut data = Cursor::new(&redo.record.data);
+    let mut data = Cursor::new(redo.record.data);
     let fields = data.take(6 * size_of::<u32>())?;
     let all_equal_image = data.u8()?;
     let version = Cursor::new(fields).u32()?;

@@ -24,7 +24,7 @@ struct Split {
 
 impl Split {
     fn read(redo: &Redo<'_>) -> Result<Split, Fault> {
-        let mut main = Cursor::new(&redo.record.main_data);
+        let mut main = Cursor::new(redo.record.main_data);
         Ok(Split { level: main.u32()?, first_right: main.u16()?, new_offset: main.u16()?, posting_at: main.u16()? })
     }
 
@@ -44,7 +44,7 @@ pub(super) fn right(redo: &Redo<'_>, page: &mut Page) -> Result<(), Fault> {
     let next = redo.record.block_number(2).unwrap_or(NONE);
     let prev = number_of(redo, 0)?;
     page::init(page, Opaque { prev, next, level: split.level, flags: split.leaf_flag(), cycle_id: 0 })?;
-    page::restore(page, &redo.record.data)
+    page::restore(page, redo.record.data)
 }
 
 /// Block 2: the page that was right of the original.
@@ -59,7 +59,7 @@ pub(super) fn left(redo: &Redo<'_>, page: &mut Page, new_on_left: bool) -> Resul
     let next = number_of(redo, 1)?;
     let mut opaque = Opaque::read(page)?;
 
-    let mut data = Cursor::new(&redo.record.data);
+    let mut data = Cursor::new(redo.record.data);
     let mut new = Vec::new();
     if new_on_left || split.posting_at != 0 {
         new.extend_from_slice(index_tuple::take_aligned(&mut data)?);

@@ -22,7 +22,7 @@ struct HalfDead {
 
 impl HalfDead {
     fn read(redo: &Redo<'_>) -> Result<HalfDead, Fault> {
-        let mut main = Cursor::new(&redo.record.main_data);
+        let mut main = Cursor::new(redo.record.main_data);
         let parent_offset = main.u16()?;
         main.take(2 + 4)?; // padding, and the leaf's own number
         Ok(HalfDead { parent_offset, left: main.u32()?, right: main.u32()?, top_parent: main.u32()? })
@@ -74,7 +74,7 @@ struct Unlink {
 
 impl Unlink {
     fn read(redo: &Redo<'_>) -> Result<Unlink, Fault> {
-        let mut main = Cursor::new(&redo.record.main_data);
+        let mut main = Cursor::new(redo.record.main_data);
         let (left, right, level) = (main.u32()?, main.u32()?, main.u32()?);
         main.take(4)?; // padding
         Ok(Unlink {

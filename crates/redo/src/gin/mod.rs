@@ -97,7 +97,7 @@ pub(crate) fn redo(redo: &Redo<'_>, page: &mut Page) -> Result<(), Fault> {
         (INSERT, _) => insert(redo, page),
         (SPLIT, 3) => clear_incomplete_split(page),
         (SPLIT, 0..=2) | (VACUUM_PAGE, 0) => Err("the block must come with a full-page image, and has none".into()),
-        (VACUUM_DATA_LEAF_PAGE, 0) => recompress::recompress(page, &record.data),
+        (VACUUM_DATA_LEAF_PAGE, 0) => recompress::recompress(page, record.data),
         (DELETE_PAGE, 0..=2) => posting_tree::delete_page(record, page),
         (UPDATE_META_PAGE, 0..=1) => pending::update_meta_page(record, page),
         (INSERT_LIST_PAGE, 0) => pending::insert_list_page(record, page),
@@ -112,7 +112,7 @@ pub(crate) fn redo(redo: &Redo<'_>, page: &mut Page) -> Result<(), Fault> {
 /// `ginRedoInsert`. Block 0 is the target; above the leaves the insertion finishes the split of a child, block 1, whose right half
 /// takes the place of the downlink before which the new one goes.
 fn insert(redo: &Redo<'_>, page: &mut Page) -> Result<(), Fault> {
-    let mut main = Cursor::new(&redo.record.main_data);
+    let mut main = Cursor::new(redo.record.main_data);
     let flags = main.u16()?;
     let is_leaf = flags & INSERT_IS_LEAF != 0;
     let right_child = if is_leaf {
@@ -121,7 +121,7 @@ fn insert(redo: &Redo<'_>, page: &mut Page) -> Result<(), Fault> {
         let _left_child = read_block_id(&mut main)?;
         Some(read_block_id(&mut main)?)
     };
-    let data = &redo.record.data;
+    let data = redo.record.data;
     match (redo.record.block_id, flags & INSERT_IS_DATA != 0, right_child) {
         (0, false, _) => entry::insert(page, data, right_child),
         (0, true, None) => recompress::recompress(page, data),

@@ -17,8 +17,8 @@ const RELATION_SIZE: usize = 12 + 4;
 
 /// `ginRedoUpdateMetapage`. Main data (`ginxlogUpdateMeta`): relation, metapage, the list's tail before `u32`, its new right link `u32`,
 /// number of tuples `i32`. Block 0 is the metapage; block 1 the tail, which gets either the tuples in its data or the right link.
-pub(super) fn update_meta_page(record: &BlockRecord, page: &mut Page) -> Result<(), Fault> {
-    let mut main = Cursor::new(&record.main_data);
+pub(super) fn update_meta_page(record: &BlockRecord<'_>, page: &mut Page) -> Result<(), Fault> {
+    let mut main = Cursor::new(record.main_data);
     main.take(RELATION_SIZE)?;
     let meta = main.take(META_SIZE)?;
     let tail_before = main.u32()?;
@@ -29,7 +29,7 @@ pub(super) fn update_meta_page(record: &BlockRecord, page: &mut Page) -> Result<
     }
     if tuples > 0 {
         Opaque::expect(page, LIST, LIST)?;
-        add_tuples(page, &record.data, tuples)?;
+        add_tuples(page, record.data, tuples)?;
         let mut opaque = Opaque::read(page)?;
         opaque.max_off = opaque.max_off.wrapping_add(1);
         opaque.write(page)
@@ -43,21 +43,21 @@ pub(super) fn update_meta_page(record: &BlockRecord, page: &mut Page) -> Result<
 }
 
 /// `ginRedoInsertListPage`. Main data (`ginxlogInsertListPage`): right link `u32`, number of tuples `i32`; block data: the tuples.
-pub(super) fn insert_list_page(record: &BlockRecord, page: &mut Page) -> Result<(), Fault> {
-    let mut main = Cursor::new(&record.main_data);
+pub(super) fn insert_list_page(record: &BlockRecord<'_>, page: &mut Page) -> Result<(), Fault> {
+    let mut main = Cursor::new(record.main_data);
     let right_link = main.u32()?;
     let tuples = main.u32()?.cast_signed();
     let is_tail = right_link == INVALID_BLOCK;
     super::init(page, LIST)?;
     let (max_off, flags) = if is_tail { (1, LIST | LIST_FULL_ROW) } else { (0, LIST) };
     Opaque { right_link, max_off, flags }.write(page)?;
-    add_tuples(page, &record.data, tuples)
+    add_tuples(page, record.data, tuples)
 }
 
 /// `ginRedoDeleteListPages`. Main data (`ginxlogDeleteListPages`): metapage, number of pages `i32`. Block 0 is the metapage, the others
 /// are deleted.
-pub(super) fn delete_list_pages(record: &BlockRecord, page: &mut Page) -> Result<(), Fault> {
-    let mut main = Cursor::new(&record.main_data);
+pub(super) fn delete_list_pages(record: &BlockRecord<'_>, page: &mut Page) -> Result<(), Fault> {
+    let mut main = Cursor::new(record.main_data);
     let meta = main.take(META_SIZE)?;
     let pages = main.u32()?;
     match record.block_id {

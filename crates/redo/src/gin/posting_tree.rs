@@ -23,8 +23,8 @@ pub(super) const DATA_END: usize = BLCKSZ - SPECIAL_SIZE;
 const POSTING_ITEM_SIZE: usize = 10;
 
 /// `ginRedoCreatePTree`. Main data: size `u32`, posting lists of so many bytes.
-pub(super) fn create(record: &BlockRecord, page: &mut Page) -> Result<(), Fault> {
-    let mut main = Cursor::new(&record.main_data);
+pub(super) fn create(record: &BlockRecord<'_>, page: &mut Page) -> Result<(), Fault> {
+    let mut main = Cursor::new(record.main_data);
     let len = main.u32()? as usize;
     let lists = main.take(len)?;
     super::init(page, DATA | LEAF | COMPRESSED)?;
@@ -58,8 +58,8 @@ pub(super) fn insert_inner(page: &mut Page, data: &[u8], right_child: BlockNumbe
 
 /// `ginRedoDeletePage`. Main data (`ginxlogDeletePage`): offset of the downlink in the parent `u16`, padding, the deleted page's right link
 /// `u32`, last transaction that may still see the page `u32`. Block 0 is deleted, 1 its parent, 2 its left sibling.
-pub(super) fn delete_page(record: &BlockRecord, page: &mut Page) -> Result<(), Fault> {
-    let mut main = Cursor::new(&record.main_data);
+pub(super) fn delete_page(record: &BlockRecord<'_>, page: &mut Page) -> Result<(), Fault> {
+    let mut main = Cursor::new(record.main_data);
     let parent_offset = main.u16()?;
     let _padding = main.u16()?;
     let right_link = main.u32()?;

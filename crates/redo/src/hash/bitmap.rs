@@ -9,7 +9,7 @@ use crate::{Fault, Redo};
 
 /// A bitmap page on which all is in use (`_hash_initbitmapbuffer`), of as many bytes as the main data begins with.
 pub(super) fn init(redo: &Redo<'_>, page: &mut Page) -> Result<(), Fault> {
-    let size = usize::from(Cursor::new(&redo.record.main_data).u16()?);
+    let size = usize::from(Cursor::new(redo.record.main_data).u16()?);
     page::init(page, Opaque::single(BITMAP_PAGE))?;
     let end = PAGE_HEADER_SIZE + size;
     if end > bits_end(page) {
@@ -41,7 +41,7 @@ pub(super) fn clear(redo: &Redo<'_>, page: &mut Page) -> Result<(), Fault> {
 
 /// The byte and, within it, the bit that the record names.
 fn bit(redo: &Redo<'_>, page: &Page) -> Result<(usize, u8), Fault> {
-    let bit = Cursor::new(&redo.record.data).u32()?;
+    let bit = Cursor::new(redo.record.data).u32()?;
     if Opaque::read(page)?.flags & BITMAP_PAGE == 0 {
         return Err("not a bitmap page".into());
     }

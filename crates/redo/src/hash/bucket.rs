@@ -9,8 +9,8 @@ use crate::{Fault, Redo, index_tuple, item};
 
 /// `xl_hash_insert`, block 0.
 pub(super) fn insert(redo: &Redo<'_>, page: &mut Page) -> Result<(), Fault> {
-    let offset = Cursor::new(&redo.record.main_data).u16()?;
-    add(page, &redo.record.data, offset)
+    let offset = Cursor::new(redo.record.main_data).u16()?;
+    add(page, redo.record.data, offset)
 }
 
 fn add(page: &mut Page, tuple: &[u8], offset: item::OffsetNumber) -> Result<(), Fault> {
@@ -24,13 +24,13 @@ fn add(page: &mut Page, tuple: &[u8], offset: item::OffsetNumber) -> Result<(), 
 
 /// `xl_hash_move_page_contents`, block 1: tuples come from a page further down the bucket.
 pub(super) fn receive(redo: &Redo<'_>, page: &mut Page) -> Result<(), Fault> {
-    let len = Cursor::new(&redo.record.main_data).u16()?;
+    let len = Cursor::new(redo.record.main_data).u16()?;
     add_all(redo, page, len)
 }
 
 /// Puts the block's `len` tuples on the page. Its data: their offset numbers, each as of when its turn comes, then the tuples.
 pub(super) fn add_all(redo: &Redo<'_>, page: &mut Page, len: u16) -> Result<(), Fault> {
-    let mut data = Cursor::new(&redo.record.data);
+    let mut data = Cursor::new(redo.record.data);
     for offset in data.u16s(usize::from(len))? {
         add(page, index_tuple::take_aligned(&mut data)?, offset)?;
     }
@@ -42,14 +42,14 @@ pub(super) fn add_all(redo: &Redo<'_>, page: &mut Page, len: u16) -> Result<(), 
 
 /// `xl_hash_move_page_contents`, block 2: the tuples with the offset numbers in the block's data have moved away.
 pub(super) fn delete(redo: &Redo<'_>, page: &mut Page) -> Result<(), Fault> {
-    let data = &redo.record.data;
+    let data = redo.record.data;
     Opaque::read(page)?;
     item::index_multi_delete(page, &Cursor::new(data).u16s(data.len() / 2)?)
 }
 
 /// `xl_hash_delete`, block 1: VACUUM, or the clean-up after a split, takes tuples away.
 pub(super) fn vacuum(redo: &Redo<'_>, page: &mut Page) -> Result<(), Fault> {
-    let clear_dead_mark = Cursor::new(&redo.record.main_data).u8()? != 0;
+    let clear_dead_mark = Cursor::new(redo.record.main_data).u8()? != 0;
     delete(redo, page)?;
     if clear_dead_mark { clear_has_dead(page) } else { Ok(()) }
 }
@@ -61,7 +61,7 @@ fn clear_has_dead(page: &mut Page) -> Result<(), Fault> {
 /// `xl_hash_vacuum_one_page`: how many tuples an insertion that needed room took away, and the main data behind it. Since 16 the count is
 /// shorter, and a flag for recovery conflicts takes the other half of its place.
 fn dead<'a>(redo: &Redo<'a>) -> Result<(u16, Cursor<'a>), Fault> {
-    let mut main = Cursor::new(&redo.record.main_data);
+    let mut main = Cursor::new(redo.record.main_data);
     main.take(4)?; // transaction id for recovery conflicts
     let len = if redo.major < Major::V16 {
         let len = main.u32()?;

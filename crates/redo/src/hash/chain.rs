@@ -14,7 +14,7 @@ fn number_of(redo: &Redo<'_>, id: u8) -> Result<BlockNumber, Fault> {
 
 /// `xl_hash_add_ovfl_page`, block 0: the new overflow page, last of its bucket.
 pub(super) fn new_page(redo: &Redo<'_>, page: &mut Page) -> Result<(), Fault> {
-    let bucket = Cursor::new(&redo.record.data).u32()?;
+    let bucket = Cursor::new(redo.record.data).u32()?;
     let prev = number_of(redo, 1)?;
     page::init(page, Opaque { prev, next: INVALID_BLOCK, bucket, flags: OVERFLOW_PAGE })
 }
@@ -36,7 +36,7 @@ struct Squeeze {
 
 impl Squeeze {
     fn read(redo: &Redo<'_>) -> Result<Squeeze, Fault> {
-        let mut main = Cursor::new(&redo.record.main_data);
+        let mut main = Cursor::new(redo.record.main_data);
         let (prev, next, tuples_len) = (main.u32()?, main.u32()?, main.u16()?);
         main.take(1)?; // whether the first page of the bucket takes the tuples
         Ok(Squeeze { prev, next, tuples_len, into_prev: main.u8()? != 0 })

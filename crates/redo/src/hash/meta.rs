@@ -145,7 +145,7 @@ fn buckets_at(point: u32) -> u32 {
 
 /// `xl_hash_init_meta_page`: the metapage of a new index (`_hash_init_metabuffer`).
 pub(super) fn init(redo: &Redo<'_>, page: &mut Page) -> Result<(), Fault> {
-    let mut main = Cursor::new(&redo.record.main_data);
+    let mut main = Cursor::new(redo.record.main_data);
     let tuples = f64::from_bits(main.u64()?);
     let function = main.u32()?;
     let fill_factor = main.u16()?;
@@ -199,14 +199,14 @@ pub(super) fn add_tuples(page: &mut Page, more: f64) -> Result<(), Fault> {
 
 /// `xl_hash_update_meta_page`: how many tuples VACUUM found.
 pub(super) fn set_tuples(redo: &Redo<'_>, page: &mut Page) -> Result<(), Fault> {
-    let tuples = Cursor::new(&redo.record.main_data).take(8)?;
+    let tuples = Cursor::new(redo.record.main_data).take(8)?;
     Meta::of(page)?.put(TUPLES_AT, tuples);
     Ok(())
 }
 
 /// `xl_hash_squeeze_page`, block 6: the overflow page that was given up is now the first free one.
 pub(super) fn set_first_free(redo: &Redo<'_>, page: &mut Page) -> Result<(), Fault> {
-    let first_free = Cursor::new(&redo.record.data).u32()?;
+    let first_free = Cursor::new(redo.record.data).u32()?;
     Meta::of(page)?.put_u32(FIRST_FREE_AT, first_free);
     Ok(())
 }
@@ -214,7 +214,7 @@ pub(super) fn set_first_free(redo: &Redo<'_>, page: &mut Page) -> Result<(), Fau
 /// `xl_hash_add_ovfl_page`, block 4. Unless a free page was found in the bitmaps, the index has grown by one, or by two when it needed another
 /// bitmap page, block 3, as well.
 pub(super) fn add_overflow_page(redo: &Redo<'_>, page: &mut Page) -> Result<(), Fault> {
-    let mut main = Cursor::new(&redo.record.main_data);
+    let mut main = Cursor::new(redo.record.main_data);
     main.take(2)?; // the bitmap page's size
     let found_free = main.u8()? != 0;
     set_first_free(redo, page)?;
@@ -232,30 +232,29 @@ pub(super) fn add_overflow_page(redo: &Redo<'_>, page: &mut Page) -> Result<(), 
 
 #[cfg(test)]
 mod tests {
-    use bytes::Bytes;
     use varve_postgres::{Fork, Lsn, Major, page::ZERO_PAGE, wal::rmgr};
 
     use super::*;
     use crate::change::{BlockRecord, OtherBlock};
 
     /// A record of which only data and blocks count.
-    fn record(main_data: &[u8], data: &[u8], bitmap_block: Option<u32>) -> BlockRecord {
+    fn record<'a>(main_data: &'a [u8], data: &'a [u8], bitmap_block: Option<u32>) -> BlockRecord<'a> {
         BlockRecord {
             rmid: rmgr::HASH,
             info: 0,
             xid: 0,
-            main_data: Bytes::copy_from_slice(main_data),
+            main_data,
             block_id: 4,
             fork: Fork::Main,
             blkno: 0,
             will_init: false,
             has_data: true,
-            data: Bytes::copy_from_slice(data),
+            data,
             others: bitmap_block.iter().map(|blkno| OtherBlock { id: 3, fork: Fork::Main, blkno: *blkno }).collect(),
         }
     }
 
-    fn redo(record: &BlockRecord) -> Redo<'_> {
+    fn redo<'a>(record: &'a BlockRecord<'a>) -> Redo<'a> {
         Redo { major: Major::V15, lsn: Lsn(1), record }
     }
 

@@ -24,7 +24,7 @@ struct Allocate {
 
 impl Allocate {
     fn read(redo: &Redo<'_>) -> Result<Allocate, Fault> {
-        let mut main = Cursor::new(&redo.record.main_data);
+        let mut main = Cursor::new(redo.record.main_data);
         Ok(Allocate { new_bucket: main.u32()?, old_flags: main.u16()?, new_flags: main.u16()?, meta_updates: main.u8()? })
     }
 }
@@ -47,7 +47,7 @@ pub(super) fn allocate_new(redo: &Redo<'_>, page: &mut Page) -> Result<(), Fault
 /// Block 2: the metapage.
 pub(super) fn allocate_meta(redo: &Redo<'_>, page: &mut Page) -> Result<(), Fault> {
     let record = Allocate::read(redo)?;
-    let mut data = Cursor::new(&redo.record.data);
+    let mut data = Cursor::new(redo.record.data);
     let mut meta = Meta::of(page)?;
     meta.set_max_bucket(record.new_bucket);
     if record.meta_updates & UPDATE_MASKS != 0 {
@@ -63,7 +63,7 @@ pub(super) fn allocate_meta(redo: &Redo<'_>, page: &mut Page) -> Result<(), Faul
 
 /// `xl_hash_split_complete`, blocks 0 and 1: the first pages of the old and the new bucket.
 pub(super) fn complete(redo: &Redo<'_>, page: &mut Page) -> Result<(), Fault> {
-    let mut main = Cursor::new(&redo.record.main_data);
+    let mut main = Cursor::new(redo.record.main_data);
     let (old_flags, new_flags) = (main.u16()?, main.u16()?);
     let flags = if redo.record.block_id == 0 { old_flags } else { new_flags };
     page::change(page, |opaque| opaque.flags = flags)

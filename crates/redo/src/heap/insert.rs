@@ -12,9 +12,9 @@ use crate::{Fault, Redo};
 
 /// `heap_xlog_insert`.
 pub(super) fn insert(redo: &Redo<'_>, page: &mut Page) -> Result<(), Fault> {
-    let insert = Insert::decode(&redo.record.main_data)?;
+    let insert = Insert::decode(redo.record.main_data)?;
     init_if_told(redo, page);
-    let mut data = Cursor::new(&redo.record.data);
+    let mut data = Cursor::new(redo.record.data);
     let header = TupleHeader::decode(&mut data)?;
     add_tuple(redo, page, insert.offset, header, 0, data.rest())?;
     if insert.all_visible_cleared() {
@@ -26,9 +26,9 @@ pub(super) fn insert(redo: &Redo<'_>, page: &mut Page) -> Result<(), Fault> {
 /// `heap_xlog_multi_insert`.
 pub(super) fn multi_insert(redo: &Redo<'_>, page: &mut Page) -> Result<(), Fault> {
     let init = redo.record.info & opcode::INIT_PAGE != 0;
-    let multi = MultiInsert::decode(&redo.record.main_data, init)?;
+    let multi = MultiInsert::decode(redo.record.main_data, init)?;
     init_if_told(redo, page);
-    let mut data = Cursor::new(&redo.record.data);
+    let mut data = Cursor::new(redo.record.data);
     for i in 0..multi.tuples {
         if !(redo.record.data.len() - data.len()).is_multiple_of(2) {
             data.u8()?; // each tuple begins aligned to 2 bytes

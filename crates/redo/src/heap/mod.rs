@@ -56,7 +56,7 @@ pub(crate) fn redo_heap2(redo: &Redo<'_>, page: &mut Page) -> Result<(), Fault> 
 
 /// `heap_xlog_visible`: block 0 is the visibility map's, block 1 the heap's.
 fn visible(redo: &Redo<'_>, page: &mut Page) -> Result<(), Fault> {
-    let visible = Visible::decode(&redo.record.main_data)?;
+    let visible = Visible::decode(redo.record.main_data)?;
     if redo.record.block_id != 0 {
         set_all_visible(page, true);
         return Ok(());

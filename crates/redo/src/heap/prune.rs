@@ -42,15 +42,16 @@ impl Pruned<'_> {
 
     /// The line pointers' part of `heap_page_prune_execute`.
     fn set_line_pointers(&self, page: &mut Page) -> Result<(), Fault> {
+        let line_pointers = item::line_pointers_mut(page);
         let mut redirected = self.redirected.iter();
         while let (Some(from), Some(to)) = (redirected.next(), redirected.next()) {
-            item::set_item_id(page, from, ItemId::redirect(to))?;
+            item::set(line_pointers, from, ItemId::redirect(to))?;
         }
         for offset in self.dead.iter() {
-            item::set_item_id(page, offset, ItemId::DEAD)?;
+            item::set(line_pointers, offset, ItemId::DEAD)?;
         }
         for offset in self.unused.iter() {
-            item::set_item_id(page, offset, ItemId::UNUSED)?;
+            item::set(line_pointers, offset, ItemId::UNUSED)?;
         }
         Ok(())
     }
@@ -58,10 +59,10 @@ impl Pruned<'_> {
 
 /// `heap_xlog_prune` (up to 16).
 pub(super) fn prune(redo: &Redo<'_>, page: &mut Page) -> Result<(), Fault> {
-    let mut main = Cursor::new(&redo.record.main_data);
+    let mut main = Cursor::new(redo.record.main_data);
     main.u32()?; // snapshot conflict horizon, for standbys
     let (redirected, dead) = (usize::from(main.u16()?), usize::from(main.u16()?));
-    let mut data = Cursor::new(&redo.record.data);
+    let mut data = Cursor::new(redo.record.data);
     let pruned = Pruned {
         redirected: Offsets::take(&mut data, redirected * 2)?,
         dead: Offsets::take(&mut data, dead)?,
@@ -73,8 +74,8 @@ pub(super) fn prune(redo: &Redo<'_>, page: &mut Page) -> Result<(), Fault> {
 
 /// `heap_xlog_vacuum` (up to 16).
 pub(super) fn vacuum(redo: &Redo<'_>, page: &mut Page) -> Result<(), Fault> {
-    let count = usize::from(Cursor::new(&redo.record.main_data).u16()?);
-    let unused = Offsets::take(&mut Cursor::new(&redo.record.data), count)?;
+    let count = usize::from(Cursor::new(redo.record.main_data).u16()?);
+    let unused = Offsets::take(&mut Cursor::new(redo.record.data), count)?;
     Pruned { unused, ..Pruned::default() }.set_line_pointers(page)?;
     item::truncate_line_pointers(page)
 }
@@ -113,10 +114,10 @@ impl Freeze {
 
 /// `heap_xlog_freeze_page` of 14 and 15: one `xl_heap_freeze_tuple` a tuple.
 pub(super) fn freeze_tuples(redo: &Redo<'_>, page: &mut Page) -> Result<(), Fault> {
-    let mut main = Cursor::new(&redo.record.main_data);
+    let mut main = Cursor::new(redo.record.main_data);
     main.u32()?; // cutoff, for standbys
     let count = main.u16()?;
-    let mut data = Cursor::new(&redo.record.data);
+    let mut data = Cursor::new(redo.record.data);
     for _ in 0..count {
         let xmax = data.u32()?;
         let offset = data.u16()?;
@@ -129,10 +130,10 @@ pub(super) fn freeze_tuples(redo: &Redo<'_>, page: &mut Page) -> Result<(), Faul
 
 /// `heap_xlog_freeze_page` of 16.
 pub(super) fn freeze_plans(redo: &Redo<'_>, page: &mut Page) -> Result<(), Fault> {
-    let mut main = Cursor::new(&redo.record.main_data);
+    let mut main = Cursor::new(redo.record.main_data);
     main.u32()?; // snapshot conflict horizon, for standbys
     let count = usize::from(main.u16()?);
-    let mut data = Cursor::new(&redo.record.data);
+    let mut data = Cursor::new(redo.record.data);
     let plans = data.take(count * FREEZE_PLAN_SIZE)?;
     execute_plans(page, plans, &mut data)
 }
@@ -166,8 +167,8 @@ pub(super) mod part {
 
 /// `heap_xlog_prune_freeze` (from 17 on).
 pub(super) fn prune_and_freeze(redo: &Redo<'_>, page: &mut Page) -> Result<(), Fault> {
-    let flags = prune_flags(&redo.record.main_data)?;
-    let mut data = Cursor::new(&redo.record.data);
+    let flags = prune_flags(redo.record.main_data)?;
+    let mut data = Cursor::new(redo.record.data);
     let mut plans: &[u8] = &[];
     if flags & part::FREEZE_PLANS != 0 {
         let count = usize::from(data.u16()?);

@@ -30,6 +30,14 @@ pub(crate) mod opcode {
     pub(crate) const LOCK_UPDATED: u8 = 0x60;
 }
 
+fn u16_at(bytes: &[u8], at: usize) -> u16 {
+    u16::from_le_bytes([bytes[at], bytes[at + 1]])
+}
+
+fn u32_at(bytes: &[u8], at: usize) -> u32 {
+    u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
+}
+
 /// `xl_heap_header`, and in a multi-insert the same fields after the tuple's length.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct TupleHeader {
@@ -40,7 +48,8 @@ pub(crate) struct TupleHeader {
 
 impl TupleHeader {
     pub(crate) fn decode(data: &mut Cursor<'_>) -> Result<TupleHeader, Fault> {
-        Ok(TupleHeader { infomask2: data.u16()?, infomask: data.u16()?, hoff: data.u8()? })
+        let b: [u8; 5] = data.array()?;
+        Ok(TupleHeader { infomask2: u16_at(&b, 0), infomask: u16_at(&b, 2), hoff: b[4] })
     }
 }
 
@@ -53,8 +62,8 @@ pub(crate) struct Insert {
 
 impl Insert {
     pub(crate) fn decode(data: &[u8]) -> Result<Insert, Fault> {
-        let mut data = Cursor::new(data);
-        Ok(Insert { offset: data.u16()?, flags: data.u8()? })
+        let b: [u8; 3] = Cursor::new(data).array()?;
+        Ok(Insert { offset: u16_at(&b, 0), flags: b[2] })
     }
 
     pub(crate) fn all_visible_cleared(self) -> bool {
@@ -112,8 +121,8 @@ pub(crate) struct Delete {
 
 impl Delete {
     pub(crate) fn decode(data: &[u8]) -> Result<Delete, Fault> {
-        let mut data = Cursor::new(data);
-        Ok(Delete { xmax: data.u32()?, offset: data.u16()?, infobits: data.u8()?, flags: data.u8()? })
+        let b: [u8; 8] = Cursor::new(data).array()?;
+        Ok(Delete { xmax: u32_at(&b, 0), offset: u16_at(&b, 4), infobits: b[6], flags: b[7] })
     }
 
     pub(crate) fn all_visible_cleared(self) -> bool {
@@ -144,14 +153,14 @@ pub(crate) struct Update {
 
 impl Update {
     pub(crate) fn decode(data: &[u8]) -> Result<Update, Fault> {
-        let mut data = Cursor::new(data);
+        let b: [u8; 14] = Cursor::new(data).array()?;
         Ok(Update {
-            old_xmax: data.u32()?,
-            old_offset: data.u16()?,
-            old_infobits: data.u8()?,
-            flags: data.u8()?,
-            new_xmax: data.u32()?,
-            new_offset: data.u16()?,
+            old_xmax: u32_at(&b, 0),
+            old_offset: u16_at(&b, 4),
+            old_infobits: b[6],
+            flags: b[7],
+            new_xmax: u32_at(&b, 8),
+            new_offset: u16_at(&b, 12),
         })
     }
 
@@ -185,8 +194,8 @@ pub(crate) struct Lock {
 
 impl Lock {
     pub(crate) fn decode(data: &[u8]) -> Result<Lock, Fault> {
-        let mut data = Cursor::new(data);
-        Ok(Lock { xmax: data.u32()?, offset: data.u16()?, infobits: data.u8()?, flags: data.u8()? })
+        let b: [u8; 8] = Cursor::new(data).array()?;
+        Ok(Lock { xmax: u32_at(&b, 0), offset: u16_at(&b, 4), infobits: b[6], flags: b[7] })
     }
 
     pub(crate) fn all_frozen_cleared(self) -> bool {

@@ -66,7 +66,7 @@ fn set_prunable(page: &mut Page, xid: u32) {
 
 /// `heap_xlog_delete`.
 pub(super) fn delete(redo: &Redo<'_>, page: &mut Page) -> Result<(), Fault> {
-    let delete = Delete::decode(&redo.record.main_data)?;
+    let delete = Delete::decode(redo.record.main_data)?;
     let header = normal_tuple(page, delete.offset)?;
     set_xmax_bits(header, delete.infobits);
     set_hot_updated(header, false);
@@ -90,7 +90,7 @@ pub(super) fn delete(redo: &Redo<'_>, page: &mut Page) -> Result<(), Fault> {
 
 /// `heap_xlog_update`: block 0 has the new tuple, block 1, if there is one, the old.
 pub(super) fn update(redo: &Redo<'_>, page: &mut Page, hot: bool) -> Result<(), Fault> {
-    let update = Update::decode(&redo.record.main_data)?;
+    let update = Update::decode(redo.record.main_data)?;
     let new_block = redo.record.block_number(0).ok_or("the record has no block 0")?;
     let same_page = redo.record.block_number(1).is_none();
     if redo.record.block_id == 1 || same_page {
@@ -120,7 +120,7 @@ fn update_old(redo: &Redo<'_>, page: &mut Page, update: &Update, new_block: Bloc
 }
 
 fn update_new(redo: &Redo<'_>, page: &mut Page, update: &Update, same_page: bool) -> Result<(), Fault> {
-    let mut data = Cursor::new(&redo.record.data);
+    let mut data = Cursor::new(redo.record.data);
     let prefix_len = if update.prefix_from_old() { usize::from(data.u16()?) } else { 0 };
     let suffix_len = if update.suffix_from_old() { usize::from(data.u16()?) } else { 0 };
     let header = TupleHeader::decode(&mut data)?;
@@ -159,14 +159,14 @@ fn update_new(redo: &Redo<'_>, page: &mut Page, update: &Update, same_page: bool
 
 /// `heap_xlog_confirm`: a speculative insertion becomes an ordinary one.
 pub(super) fn confirm(redo: &Redo<'_>, page: &mut Page) -> Result<(), Fault> {
-    let offset = Cursor::new(&redo.record.main_data).u16()?;
+    let offset = Cursor::new(redo.record.main_data).u16()?;
     tuple::set_ctid(normal_tuple(page, offset)?, redo.record.blkno, offset);
     Ok(())
 }
 
 /// `heap_xlog_lock`.
 pub(super) fn lock(redo: &Redo<'_>, page: &mut Page) -> Result<(), Fault> {
-    let lock = Lock::decode(&redo.record.main_data)?;
+    let lock = Lock::decode(redo.record.main_data)?;
     let header = normal_tuple(page, lock.offset)?;
     set_xmax_bits(header, lock.infobits);
     if is_locked_only(tuple::infomask(header)) {
@@ -180,7 +180,7 @@ pub(super) fn lock(redo: &Redo<'_>, page: &mut Page) -> Result<(), Fault> {
 
 /// `heap_xlog_lock_updated`.
 pub(super) fn lock_updated(redo: &Redo<'_>, page: &mut Page) -> Result<(), Fault> {
-    let lock = Lock::decode(&redo.record.main_data)?;
+    let lock = Lock::decode(redo.record.main_data)?;
     let header = normal_tuple(page, lock.offset)?;
     set_xmax_bits(header, lock.infobits);
     tuple::set_xmax(header, lock.xmax);
@@ -189,12 +189,12 @@ pub(super) fn lock_updated(redo: &Redo<'_>, page: &mut Page) -> Result<(), Fault
 
 /// `heap_xlog_inplace`: new values of the same length in place of the old.
 pub(super) fn inplace(redo: &Redo<'_>, page: &mut Page) -> Result<(), Fault> {
-    let offset = Cursor::new(&redo.record.main_data).u16()?;
+    let offset = Cursor::new(redo.record.main_data).u16()?;
     let hoff = usize::from(tuple::hoff(normal_tuple(page, offset)?));
     let old = item::item_mut(page, offset)?;
     let len = old.len();
     let values = old.get_mut(hoff..).filter(|values| values.len() == redo.record.data.len());
     let values = values.ok_or_else(|| format!("{} bytes for a tuple of {len} with a header of {hoff}", redo.record.data.len()))?;
-    values.copy_from_slice(&redo.record.data);
+    values.copy_from_slice(redo.record.data);
     Ok(())
 }

@@ -9,6 +9,7 @@
 
 use std::ops::Range;
 
+use arrayvec::ArrayVec;
 use varve_postgres::Page;
 use varve_postgres::page::{
     self, BLCKSZ, PAGE_HEADER_SIZE, PD_HAS_FREE_LINES, flags, lower, set_flags, set_lower, set_upper, special, upper,
@@ -97,7 +98,7 @@ impl ItemId {
 
     /// `ItemIdIsUsed`.
     pub(crate) fn is_used(self) -> bool {
-        self.state() != ItemState::Unused
+        self.0 >> 15 & 3 != 0
     }
 
     /// `ItemIdIsNormal`.
@@ -156,6 +157,21 @@ pub(crate) fn max_offset(page: &Page) -> OffsetNumber {
     (end.saturating_sub(PAGE_HEADER_SIZE) / ITEM_ID_SIZE) as OffsetNumber
 }
 
+/// The line pointers, from the first to the last that [`max_offset`] counts: for loops over all of them.
+pub(crate) fn line_pointers(page: &Page) -> &[[u8; ITEM_ID_SIZE]] {
+    page[line_pointer_range(page)].as_chunks().0
+}
+
+/// The same, to be changed.
+pub(crate) fn line_pointers_mut(page: &mut Page) -> &mut [[u8; ITEM_ID_SIZE]] {
+    let range = line_pointer_range(page);
+    page[range].as_chunks_mut().0
+}
+
+fn line_pointer_range(page: &Page) -> Range<usize> {
+    PAGE_HEADER_SIZE..usize::from(lower(page)).clamp(PAGE_HEADER_SIZE, BLCKSZ)
+}
+
 /// Where line pointer `offset` (from 1) stands.
 fn item_id_at(offset: OffsetNumber) -> usize {
     PAGE_HEADER_SIZE + (usize::from(offset) - 1) * ITEM_ID_SIZE
@@ -163,10 +179,12 @@ fn item_id_at(offset: OffsetNumber) -> usize {
 
 fn existing(page: &Page, offset: OffsetNumber) -> Result<usize, Fault> {
     let max = max_offset(page);
-    if offset == 0 || offset > max {
-        return Err(format!("line pointer {offset} does not exist: the page has {max}").into());
-    }
-    Ok(item_id_at(offset))
+    if offset == 0 || offset > max { Err(does_not_exist(offset, max)) } else { Ok(item_id_at(offset)) }
+}
+
+#[cold]
+fn does_not_exist(offset: OffsetNumber, max: OffsetNumber) -> Fault {
+    format!("line pointer {offset} does not exist: the page has {max}").into()
 }
 
 /// Line pointer `offset`; a [`Fault`] if there is none with this number.
@@ -179,6 +197,17 @@ pub(crate) fn item_id(page: &Page, offset: OffsetNumber) -> Result<ItemId, Fault
 pub(crate) fn set_item_id(page: &mut Page, offset: OffsetNumber, id: ItemId) -> Result<(), Fault> {
     let at = existing(page, offset)?;
     page[at..at + ITEM_ID_SIZE].copy_from_slice(&id.to_bytes());
+    Ok(())
+}
+
+fn at_mut(line_pointers: &mut [[u8; ITEM_ID_SIZE]], offset: OffsetNumber) -> Result<&mut [u8; ITEM_ID_SIZE], Fault> {
+    let max = line_pointers.len() as OffsetNumber;
+    line_pointers.get_mut(usize::from(offset.wrapping_sub(1))).ok_or_else(|| does_not_exist(offset, max))
+}
+
+/// [`set_item_id`] for one after the other, given all [`line_pointers_mut`].
+pub(crate) fn set(line_pointers: &mut [[u8; ITEM_ID_SIZE]], offset: OffsetNumber, id: ItemId) -> Result<(), Fault> {
+    *at_mut(line_pointers, offset)? = id.to_bytes();
     Ok(())
 }
 
@@ -256,7 +285,7 @@ pub(crate) fn reserve_item(
             }
         }
     } else if flags(page) & PD_HAS_FREE_LINES != 0 {
-        offset = first_free_line(page, limit)?;
+        offset = first_free_line(page, limit);
         if offset == limit {
             set_has_free_lines(page, false); // the hint was wrong
         }
@@ -286,14 +315,12 @@ pub(crate) fn reserve_item(
 }
 
 /// The first line pointer without use and storage, or `limit`.
-fn first_free_line(page: &Page, limit: OffsetNumber) -> Result<OffsetNumber, Fault> {
-    for offset in 1..limit {
-        let id = item_id(page, offset)?;
-        if !id.is_used() && !id.has_storage() {
-            return Ok(offset);
-        }
-    }
-    Ok(limit)
+fn first_free_line(page: &Page, limit: OffsetNumber) -> OffsetNumber {
+    let free = |bytes: &[u8; ITEM_ID_SIZE]| {
+        let id = ItemId::from_bytes(*bytes);
+        !id.is_used() && !id.has_storage()
+    };
+    line_pointers(page).iter().position(free).map_or(limit, |index| index as OffsetNumber + 1)
 }
 
 /// `PageAddItemExtended`: puts `item` on the page, gives its number. See [`reserve_item`].
@@ -332,7 +359,7 @@ pub fn heap_free_space(page: &Page) -> usize {
         return free_space(page);
     }
     let hint = flags(page) & PD_HAS_FREE_LINES != 0;
-    let free = hint && (1..=lines).any(|offset| item_id(page, offset).is_ok_and(|id| !id.is_used()));
+    let free = hint && line_pointers(page).iter().any(|bytes| !ItemId::from_bytes(*bytes).is_used());
     if free { free_space(page) } else { 0 }
 }
 
@@ -345,81 +372,109 @@ struct Kept {
     aligned_len: u16,
 }
 
-/// The tuples that compaction keeps, in order of their line pointers.
-struct KeptTuples {
-    tuples: [Kept; MAX_INDEX_TUPLES],
+/// Room for the tuples that compaction keeps, and one place more: what is too much goes there.
+type KeptTuples = [Kept; MAX_INDEX_TUPLES + 1];
+
+const NONE_KEPT: KeptTuples = [Kept { offset: 0, start: 0, aligned_len: 0 }; MAX_INDEX_TUPLES + 1];
+
+/// What is known of the tuples that compaction keeps, which are listed in order of their line pointers.
+#[derive(Clone, Copy)]
+struct Compaction {
     len: usize,
-    bytes: usize,
-    /// Whether they lie on the page in that order, from its end downwards: then they can be moved without a copy.
-    presorted: bool,
-    last_start: u16,
+    bytes: u32,
+    upper: u32,
+    special: u32,
+    last_start: u32,
+    /// The top bit says that the tuples do not lie on the page in their order, from its end downwards. If they do, they can be moved without a copy.
+    unsorted: u32,
+    /// The top bit says that a tuple does not lie between upper and special.
+    misplaced: u32,
 }
 
-impl KeptTuples {
-    fn new(page: &Page) -> KeptTuples {
-        KeptTuples {
-            tuples: [Kept { offset: 0, start: 0, aligned_len: 0 }; MAX_INDEX_TUPLES],
-            len: 0,
-            bytes: 0,
-            presorted: true,
-            last_start: special(page),
-        }
+impl Compaction {
+    fn new(page: &Page) -> Compaction {
+        let (upper, special) = (u32::from(upper(page)), u32::from(special(page)));
+        Compaction { len: 0, bytes: 0, upper, special, last_start: special, unsorted: 0, misplaced: 0 }
     }
 
-    /// Adds the tuple behind `id`, which becomes line pointer `offset`.
-    fn push(&mut self, page: &Page, id: ItemId, offset: OffsetNumber) -> Result<(), Fault> {
-        let aligned_len = max_align(usize::from(id.len()));
-        let (start, end) = (id.off(), usize::from(id.off()) + aligned_len);
-        if start < upper(page) || end > usize::from(special(page)) {
-            return Err(format!("line pointer {offset} is corrupt: {id:?}, upper {}, special {}", upper(page), special(page)).into());
-        }
-        let slot = self.tuples.get_mut(self.len).ok_or_else(|| format!("the page has more than {MAX_INDEX_TUPLES} tuples"))?;
-        *slot = Kept { offset, start, aligned_len: aligned_len as u16 };
-        self.len += 1;
-        self.bytes += aligned_len;
-        self.presorted &= start < self.last_start;
-        self.last_start = self.last_start.min(start);
-        Ok(())
+    /// Lists the tuple behind `id`, which becomes line pointer `offset`, if `is_kept`.
+    ///
+    /// Which line pointers are kept no processor can guess, and to guess wrong is what takes time: so there is no branch here, and what is wrong
+    /// is found out by [`Compaction::check`].
+    #[inline(always)]
+    fn push_if(&mut self, tuples: &mut KeptTuples, is_kept: bool, id: ItemId, offset: OffsetNumber) {
+        let (start, aligned_len) = (id.0 & 0x7FFF, ((id.0 >> 17) + 7) & !7);
+        let mask = u32::from(is_kept).wrapping_neg();
+        tuples[self.len.min(MAX_INDEX_TUPLES)] = Kept { offset, start: start as u16, aligned_len: aligned_len as u16 };
+        self.len += usize::from(is_kept);
+        self.bytes += aligned_len & mask;
+        self.misplaced |= (start.wrapping_sub(self.upper) | self.special.wrapping_sub(start + aligned_len)) & mask;
+        self.unsorted |= !start.wrapping_sub(self.last_start) & mask;
+        self.last_start = start & mask | self.last_start & !mask;
     }
 
-    /// Whether they fit above the line pointers, so that moving them stays within the page.
-    fn check_fit(&self, page: &Page) -> Result<(), Fault> {
-        let space = special(page).saturating_sub(lower(page));
-        if self.bytes > usize::from(space) {
+    /// Whether all lie where tuples lie, and fit above the line pointers: so that moving them stays within the page.
+    fn check(&self, page: &Page) -> Result<(), Fault> {
+        if self.len > MAX_INDEX_TUPLES {
+            return Err(format!("the page has more than {MAX_INDEX_TUPLES} tuples").into());
+        }
+        if self.misplaced >> 31 != 0 {
+            let (upper, special) = (self.upper, self.special);
+            return Err(format!("a tuple does not lie between upper {upper} and special {special}").into());
+        }
+        let space = self.special.saturating_sub(u32::from(lower(page)));
+        if self.bytes > space {
             return Err(format!("the tuples' lengths are corrupt: {} bytes in {space}", self.bytes).into());
         }
         Ok(())
     }
 
-    /// `compactify_tuples`: moves them to the page's end in order, without gaps, and sets line pointers and `pd_upper`. They [fit](Self::check_fit).
-    fn compact(&self, page: &mut Page) -> Result<(), Fault> {
-        let source = if self.presorted { None } else { Some(*page) };
-        let copy = |page: &mut Page, from: Range<usize>, to: usize| match &source {
-            None => page.copy_within(from, to),
-            Some(source) => page[to..to + from.len()].copy_from_slice(&source[from]),
-        };
-        let mut target = usize::from(special(page));
-        // Neighbours move together: `pending` is what has its place at `target`, but was not yet copied there.
-        let mut pending = target..target;
-        for kept in &self.tuples[..self.len] {
-            let (start, len) = (usize::from(kept.start), usize::from(kept.aligned_len));
-            if start + len != pending.start {
-                if pending.start != target {
-                    copy(page, pending.clone(), target);
-                }
-                pending = start + len..start + len;
+    /// `compactify_tuples`: moves them to the page's end in order, without gaps, and sets line pointers and `pd_upper`. They were
+    /// [checked](Self::check), and the page has their line pointers.
+    fn compact(&self, tuples: &KeptTuples, page: &mut Page) {
+        let tuples = &tuples[..self.len];
+        let mut target = self.special as u16;
+        let stay = tuples.iter().take_while(|kept| {
+            let stays = kept.start + kept.aligned_len == target;
+            target -= if stays { kept.aligned_len } else { 0 };
+            stays
+        });
+        let moved = &tuples[stay.count()..];
+        // Tuples in order all go up, so none is overwritten before it was moved. Otherwise they come from a copy.
+        let upper = self.upper as usize;
+        let mut copy: ArrayVec<u8, BLCKSZ> = ArrayVec::new();
+        if self.unsorted >> 31 != 0 {
+            let _ = copy.try_extend_from_slice(&page[upper..usize::from(target)]); // a page has room for its part
+        }
+        let move_run = |page: &mut Page, from: Range<usize>, to: usize| {
+            if copy.is_empty() {
+                page.copy_within(from, to);
+            } else {
+                page[to..to + from.len()].copy_from_slice(&copy[from.start - upper..from.end - upper]);
             }
-            target -= len;
-            pending.start = start;
-            let id = item_id(page, kept.offset)?;
-            set_item_id(page, kept.offset, id.with_off(target as u16))?;
+        };
+        // Neighbours move together.
+        let mut run = upper..upper;
+        for kept in moved {
+            let (start, end) = (usize::from(kept.start), usize::from(kept.start + kept.aligned_len));
+            if end != run.start {
+                move_run(page, run, usize::from(target));
+                run = end..end;
+            }
+            run.start = start;
+            target -= kept.aligned_len;
+            let at = item_id_at(kept.offset);
+            let id = ItemId::from_bytes([page[at], page[at + 1], page[at + 2], page[at + 3]]);
+            page[at..at + ITEM_ID_SIZE].copy_from_slice(&id.with_off(target).to_bytes());
         }
-        if pending.start != target {
-            copy(page, pending, target);
-        }
-        set_upper(page, target as u16);
-        Ok(())
+        move_run(page, run, usize::from(target));
+        set_upper(page, target);
     }
+}
+
+#[cold]
+fn misplaced(offset: OffsetNumber, id: ItemId, upper: u16, special: u16) -> Fault {
+    format!("line pointer {offset} is corrupt: {id:?}, upper {upper}, special {special}").into()
 }
 
 /// `PageRepairFragmentation`: closes gaps between a heap page's tuples, cuts unused line pointers off the end if told (from 15 on Postgres
@@ -427,26 +482,19 @@ impl KeptTuples {
 pub(crate) fn repair_fragmentation(page: &mut Page, truncate: bool) -> Result<(), Fault> {
     check_header(page)?;
     let lines = max_offset(page);
-    let mut kept = KeptTuples::new(page);
+    let (mut tuples, mut kept) = (NONE_KEPT, Compaction::new(page));
     let (mut unused, mut last_used) = (0, 0);
-    for offset in 1..=lines {
-        let id = item_id(page, offset)?;
-        if id.is_used() {
-            if id.has_storage() {
-                kept.push(page, id, offset)?;
-            }
-            last_used = offset;
-        } else {
-            set_item_id(page, offset, ItemId::UNUSED)?;
-            unused += 1;
-        }
+    for (bytes, offset) in line_pointers_mut(page).iter_mut().zip(1..) {
+        let id = ItemId::from_bytes(*bytes);
+        let is_used = id.is_used();
+        kept.push_if(&mut tuples, is_used & id.has_storage(), id, offset);
+        let mask = u16::from(is_used).wrapping_neg();
+        unused += OffsetNumber::from(!is_used);
+        last_used = offset & mask | last_used & !mask;
+        *bytes = (id.0 & u32::from(is_used).wrapping_neg()).to_le_bytes();
     }
-    if kept.len == 0 {
-        set_upper(page, special(page));
-    } else {
-        kept.check_fit(page)?;
-        kept.compact(page)?;
-    }
+    kept.check(page)?;
+    kept.compact(&tuples, page);
     let cut = if truncate { lines - last_used } else { 0 };
     set_lower(page, lower(page) - cut * ITEM_ID_SIZE as u16);
     set_has_free_lines(page, unused > cut);
@@ -457,14 +505,10 @@ pub(crate) fn repair_fragmentation(page: &mut Page, truncate: bool) -> Result<()
 pub(crate) fn truncate_line_pointers(page: &mut Page) -> Result<(), Fault> {
     check_header(page)?;
     let lines = max_offset(page);
-    let mut left = lines;
-    while left > 1 && !item_id(page, left)?.is_used() {
-        left -= 1;
-    }
-    let mut has_free = false;
-    for offset in 1..=left {
-        has_free |= !item_id(page, offset)?.is_used();
-    }
+    let is_used = |bytes: &[u8; ITEM_ID_SIZE]| ItemId::from_bytes(*bytes).is_used();
+    let line_pointers = line_pointers(page);
+    let left = line_pointers.iter().rposition(is_used).map_or(1, |last| last as OffsetNumber + 1).min(lines);
+    let has_free = !line_pointers[..usize::from(left)].iter().all(is_used);
     set_lower(page, lower(page) - (lines - left) * ITEM_ID_SIZE as u16);
     set_has_free_lines(page, has_free);
     Ok(())
@@ -475,7 +519,7 @@ fn index_tuple(page: &Page, offset: OffsetNumber) -> Result<(ItemId, Range<usize
     let id = item_id(page, offset)?;
     let range = usize::from(id.off())..usize::from(id.off()) + usize::from(id.len());
     if range.start < usize::from(upper(page)) || range.end > usize::from(special(page)) || range.start % 8 != 0 {
-        return Err(format!("line pointer {offset} is corrupt: {id:?}, upper {}, special {}", upper(page), special(page)).into());
+        return Err(misplaced(offset, id, upper(page), special(page)));
     }
     Ok((id, range))
 }
@@ -489,9 +533,7 @@ fn shift_tuples(page: &mut Page, end: usize, by: isize) -> Result<(), Fault> {
         .ok_or_else(|| format!("tuples from {from} to {end} cannot move by {by} bytes"))?;
     page.copy_within(from..end, to);
     set_upper(page, to as u16);
-    // All line pointers at once, without a check for each: most of the time of a deletion is spent here.
-    let line_pointers = PAGE_HEADER_SIZE..PAGE_HEADER_SIZE + usize::from(max_offset(page)) * ITEM_ID_SIZE;
-    for bytes in page[line_pointers].as_chunks_mut::<ITEM_ID_SIZE>().0 {
+    for bytes in line_pointers_mut(page) {
         let id = ItemId::from_bytes(*bytes);
         if id.has_storage() && usize::from(id.off()) <= end {
             *bytes = id.with_off(id.off().wrapping_add_signed(by as i16)).to_bytes();
@@ -518,28 +560,27 @@ pub(crate) fn index_multi_delete(page: &mut Page, offsets: &[OffsetNumber]) -> R
         return offsets.iter().rev().try_for_each(|offset| index_tuple_delete(page, *offset));
     }
     check_header(page)?;
-    let mut kept = KeptTuples::new(page);
-    let mut line_pointers = [ItemId::UNUSED; MAX_INDEX_TUPLES];
+    let (mut tuples, mut kept) = (NONE_KEPT, Compaction::new(page));
+    let mut ids: ArrayVec<ItemId, MAX_INDEX_TUPLES> = ArrayVec::new();
     let mut doomed = offsets.iter().peekable();
     for offset in 1..=max_offset(page) {
         let (id, _) = index_tuple(page, offset)?;
         if doomed.next_if_eq(&&offset).is_some() {
             continue;
         }
-        let place = kept.len;
-        kept.push(page, id, place as OffsetNumber + 1)?;
-        line_pointers[place] = id;
+        kept.push_if(&mut tuples, true, id, kept.len as OffsetNumber + 1);
+        ids.try_push(id).map_err(|_| format!("the page has more than {MAX_INDEX_TUPLES} tuples"))?;
     }
     if let Some(offset) = doomed.next() {
         return Err(format!("line pointer {offset} to be deleted does not exist, or is out of order").into());
     }
-    kept.check_fit(page)?;
-    for (i, id) in line_pointers[..kept.len].iter().enumerate() {
-        let at = PAGE_HEADER_SIZE + i * ITEM_ID_SIZE;
-        page[at..at + ITEM_ID_SIZE].copy_from_slice(&id.to_bytes());
+    kept.check(page)?;
+    for (bytes, id) in line_pointers_mut(page).iter_mut().zip(&ids) {
+        *bytes = id.to_bytes();
     }
-    set_lower(page, (PAGE_HEADER_SIZE + kept.len * ITEM_ID_SIZE) as u16);
-    kept.compact(page)
+    set_lower(page, (PAGE_HEADER_SIZE + ids.len() * ITEM_ID_SIZE) as u16);
+    kept.compact(&tuples, page);
+    Ok(())
 }
 
 /// `PageIndexTupleDeleteNoCompact`: takes an index tuple off the page and leaves its line pointer unused, unless it is the last, which goes.

@@ -15,14 +15,14 @@ use crate::cursor::Cursor;
 use crate::index_tuple::ItemPointer;
 
 /// The number of the record's block `id`, to which a tuple on another is to point.
-pub(super) fn target(record: &BlockRecord, id: u8) -> Result<BlockNumber, Fault> {
+pub(super) fn target(record: &BlockRecord<'_>, id: u8) -> Result<BlockNumber, Fault> {
     record.block_number(id).ok_or_else(|| format!("the record has no block {id}, to which a tuple should point").into())
 }
 
 /// `spgRedoAddLeaf`. Main data (`spgxlogAddLeaf`): whether the page is new `u8`, whether of nulls `u8`, the tuple's offset `u16`, that of
 /// its chain's head `u16`, parent's `u16` and its node `u16`; the tuple. Block 0 gets the tuple; block 1 is the parent's.
-pub(super) fn add_leaf(record: &BlockRecord, page: &mut Page) -> Result<(), Fault> {
-    let mut main = Cursor::new(&record.main_data);
+pub(super) fn add_leaf(record: &BlockRecord<'_>, page: &mut Page) -> Result<(), Fault> {
+    let mut main = Cursor::new(record.main_data);
     let (new_page, stores_nulls) = (main.u8()? != 0, main.u8()? != 0);
     let (offset, head) = (main.u16()?, main.u16()?);
     let (parent, node) = (main.u16()?, main.u16()?);
@@ -47,8 +47,8 @@ pub(super) fn add_leaf(record: &BlockRecord, page: &mut Page) -> Result<(), Faul
 /// source is a dead tuple `u8`, whether of nulls `u8`, padding, parent `u16` and its node `u16`, padding, writer; offsets from which they
 /// go; offsets to which they go and the tuples, one more than are moved for the new tuple, or with a dead source that one alone. The last
 /// of them is their chain's head. Block 0 is the source, 1 the destination, 2 the parent's.
-pub(super) fn move_leafs(record: &BlockRecord, page: &mut Page) -> Result<(), Fault> {
-    let mut main = Cursor::new(&record.main_data);
+pub(super) fn move_leafs(record: &BlockRecord<'_>, page: &mut Page) -> Result<(), Fault> {
+    let mut main = Cursor::new(record.main_data);
     let moved = usize::from(main.u16()?);
     let (new_page, replaces_dead, stores_nulls) = (main.u8()? != 0, main.u8()? != 0, main.u8()? != 0);
     let _padding = main.u8()?;
@@ -76,8 +76,8 @@ pub(super) fn move_leafs(record: &BlockRecord, page: &mut Page) -> Result<(), Fa
 /// `spgRedoAddNode`. Main data (`spgxlogAddNode`): offset of the inner tuple `u16`, of the new one on another page `u16`, whether that page
 /// is new `u8`, block id of the parent `i8` or -1, parent `u16` and its node `u16`, padding, writer; the new tuple. It goes in the old
 /// one's place on block 0, or on block 1 if there is one; block 2 is the parent's if that is on neither.
-pub(super) fn add_node(record: &BlockRecord, page: &mut Page) -> Result<(), Fault> {
-    let mut main = Cursor::new(&record.main_data);
+pub(super) fn add_node(record: &BlockRecord<'_>, page: &mut Page) -> Result<(), Fault> {
+    let mut main = Cursor::new(record.main_data);
     let (offset, new_offset) = (main.u16()?, main.u16()?);
     let (new_page, parent_block) = (main.u8()? != 0, main.u8()?);
     let (parent, node) = (main.u16()?, main.u16()?);
@@ -107,8 +107,8 @@ pub(super) fn add_node(record: &BlockRecord, page: &mut Page) -> Result<(), Faul
 /// `spgRedoSplitTuple`. Main data (`spgxlogSplitTuple`): offset of the tuple with the prefix's first part `u16`, of that with the rest
 /// `u16`, whether the latter's page is new `u8`, whether it is the former's `u8`; both inner tuples. Block 0 is the page of the first, in
 /// whose place it goes; block 1 the page of the second, if that is another.
-pub(super) fn split_tuple(record: &BlockRecord, page: &mut Page) -> Result<(), Fault> {
-    let mut main = Cursor::new(&record.main_data);
+pub(super) fn split_tuple(record: &BlockRecord<'_>, page: &mut Page) -> Result<(), Fault> {
+    let mut main = Cursor::new(record.main_data);
     let (prefix_offset, postfix_offset) = (main.u16()?, main.u16()?);
     let (new_page, same_page) = (main.u8()? != 0, main.u8()? != 0);
     let prefix = take_inner(&mut main)?;

@@ -16,8 +16,8 @@ use crate::index_tuple::ItemPointer;
 ///
 /// Block 0 is the source (not of a root, which only becomes the inner page), 1 the destination if there is one, 2 the inner tuple's, 3 the
 /// parent's if that is another.
-pub(super) fn picksplit(record: &BlockRecord, page: &mut Page) -> Result<(), Fault> {
-    let mut main = Cursor::new(&record.main_data);
+pub(super) fn picksplit(record: &BlockRecord<'_>, page: &mut Page) -> Result<(), Fault> {
+    let mut main = Cursor::new(record.main_data);
     main.take(2)?; // root split and padding: that there is no block 0 says the same
     let (deleted, inserted) = (usize::from(main.u16()?), usize::from(main.u16()?));
     let (init_source, init_destination) = (main.u8()? != 0, main.u8()? != 0);

@@ -11,8 +11,8 @@ use crate::item::{index_multi_delete, item, item_id, max_offset, set_item_id};
 /// `spgRedoVacuumLeaf`. Main data (`spgxlogVacuumLeaf`): numbers of tuples that become dead `u16`, placeholders `u16`, that move within the
 /// page `u16`, whose chain changes `u16`, writer; offsets of the first two, from which and to which tuples move, of those with a changed
 /// chain and what follows each.
-pub(super) fn vacuum_leaf(record: &BlockRecord, page: &mut Page) -> Result<(), Fault> {
-    let mut main = Cursor::new(&record.main_data);
+pub(super) fn vacuum_leaf(record: &BlockRecord<'_>, page: &mut Page) -> Result<(), Fault> {
+    let mut main = Cursor::new(record.main_data);
     let (dead, placeholders) = (usize::from(main.u16()?), usize::from(main.u16()?));
     let (moved, chained) = (usize::from(main.u16()?), usize::from(main.u16()?));
     Writer::read(&mut main)?;
@@ -42,8 +42,8 @@ pub(super) fn vacuum_leaf(record: &BlockRecord, page: &mut Page) -> Result<(), F
 
 /// `spgRedoVacuumRoot`, of a root that is a leaf, whose tuples form no chain. Main data (`spgxlogVacuumRoot`): number of offsets `u16`,
 /// padding, writer; the offsets.
-pub(super) fn vacuum_root(record: &BlockRecord, page: &mut Page) -> Result<(), Fault> {
-    let mut main = Cursor::new(&record.main_data);
+pub(super) fn vacuum_root(record: &BlockRecord<'_>, page: &mut Page) -> Result<(), Fault> {
+    let mut main = Cursor::new(record.main_data);
     let n = main.u16()?;
     let _padding = main.u16()?;
     Writer::read(&mut main)?;
@@ -53,8 +53,8 @@ pub(super) fn vacuum_root(record: &BlockRecord, page: &mut Page) -> Result<(), F
 /// `spgRedoVacuumRedirect`. Main data (`spgxlogVacuumRedirect`): number of redirections that become placeholders `u16`, first of the
 /// placeholders at the page's end that go `u16` or 0, newest transaction of these redirections `u32`, from 16 on whether it is a catalog
 /// `u8` and padding; offsets of the redirections.
-pub(super) fn vacuum_redirect(major: Major, record: &BlockRecord, page: &mut Page) -> Result<(), Fault> {
-    let mut main = Cursor::new(&record.main_data);
+pub(super) fn vacuum_redirect(major: Major, record: &BlockRecord<'_>, page: &mut Page) -> Result<(), Fault> {
+    let mut main = Cursor::new(record.main_data);
     let redirections = main.u16()?;
     let first_placeholder = main.u16()?;
     let _conflict_horizon = main.u32()?;

@@ -108,7 +108,7 @@ impl Verifier {
     ///
     /// # Errors
     /// When pages cannot be read or kept; the verifier is then not to be used.
-    pub fn record(&mut self, record: &Record) -> Result<(), StoreError> {
+    pub fn record(&mut self, record: &Record<'_>) -> Result<(), StoreError> {
         let stats = self.report.types.entry((record.header.rmid, record.kind())).or_default();
         stats.count += 1;
         stats.bytes += u64::from(record.header.total_len);
@@ -135,21 +135,20 @@ impl Verifier {
         }
     }
 
-    fn block(&mut self, record: &Record, block: &Block) -> Result<(), StoreError> {
+    fn block<'a>(&mut self, record: &Record<'a>, block: &Block<'a>) -> Result<(), StoreError> {
         let (rel, blkno, rmid) = (block.rel, block.blkno, record.header.rmid);
         let truth = match &block.image {
             None => None,
             Some(image) if image.apply => return self.restore(record, block, image),
-            Some(image) => match image.restore() {
-                Ok(mut page) => {
-                    page::set_lsn(&mut page, record.end);
-                    Some(page)
-                }
-                Err(what) => {
+            Some(image) => {
+                let mut page = page::ZERO_PAGE;
+                if let Err(what) = image.restore(&mut page) {
                     self.mismatch(record, rel, blkno, Difference::Failed(what));
                     return Ok(());
                 }
-            },
+                page::set_lsn(&mut page, record.end);
+                Some(page)
+            }
         };
         let before = if block.will_init { Some(page::ZERO_PAGE) } else { self.pages.before(rel, blkno)? };
         let Some(before) = before else {
@@ -186,12 +185,13 @@ impl Verifier {
     }
 
     /// Takes the record's image for the page.
-    fn restore(&mut self, record: &Record, block: &Block, image: &Image) -> Result<(), StoreError> {
+    fn restore<'a>(&mut self, record: &Record<'a>, block: &Block<'a>, image: &Image<'a>) -> Result<(), StoreError> {
         let start = Instant::now();
-        let restored = restore_image(record, block);
+        let mut page = page::ZERO_PAGE;
+        let restored = restore_image(record, block, &mut page);
         let nanos = start.elapsed().as_nanos() as u64;
         match restored {
-            Ok(page) => {
+            Ok(()) => {
                 let stats = self.stats(record);
                 stats.images += 1;
                 stats.nanos += nanos;
@@ -209,7 +209,7 @@ impl Verifier {
     }
 
     /// Does to the free-space map what Postgres's redo of this block does.
-    fn record_free_space(&mut self, record: &Record, block: &Block, page: &Page, restored: bool) -> Result<(), StoreError> {
+    fn record_free_space<'a>(&mut self, record: &Record<'a>, block: &Block<'a>, page: &Page, restored: bool) -> Result<(), StoreError> {
         if !self.free_space_maps {
             return Ok(());
         }
@@ -221,9 +221,9 @@ impl Verifier {
         self.pages.put(map, blkno, &page, Some(record.header.rmid))
     }
 
-    fn redo(&mut self, record: &Record, blkno: BlockNumber, change: &Change, page: &mut Page) -> Result<(), String> {
+    fn redo(&mut self, record: &Record<'_>, blkno: BlockNumber, change: &Change<'_>, page: &mut Page) -> Result<(), String> {
         let stored = change.encode();
-        let decoded = Change::decode(stored)?;
+        let decoded = Change::decode(&stored)?;
         if decoded != *change {
             return Err(format!("the change is another after storing: {decoded:?}, expected {change:?}"));
         }
@@ -245,11 +245,11 @@ impl Verifier {
         }
     }
 
-    fn stats(&mut self, record: &Record) -> &mut TypeStats {
+    fn stats(&mut self, record: &Record<'_>) -> &mut TypeStats {
         self.report.types.entry((record.header.rmid, record.kind())).or_default()
     }
 
-    fn mismatch(&mut self, record: &Record, rel: RelFork, blkno: BlockNumber, difference: Difference) {
+    fn mismatch(&mut self, record: &Record<'_>, rel: RelFork, blkno: BlockNumber, difference: Difference) {
         self.stats(record).mismatches += 1;
         self.report.add(Mismatch {
             rmid: record.header.rmid,

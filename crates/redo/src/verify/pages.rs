@@ -204,8 +204,8 @@ impl Pages {
     }
 
     /// What `record` does beyond its blocks: creates, truncates and drops relations, copies and drops databases.
-    pub(super) fn follow(&mut self, record: &Record, major: Major, free_space_maps: bool) -> Result<(), FollowError> {
-        let (kind, data) = (record.kind(), &record.main_data[..]);
+    pub(super) fn follow(&mut self, record: &Record<'_>, major: Major, free_space_maps: bool) -> Result<(), FollowError> {
+        let (kind, data) = (record.kind(), record.main_data);
         match record.header.rmid {
             rmgr::SMGR => match storage::parse(kind, data, major)? {
                 StorageRecord::Create { rel } if rel.fork == Fork::Main => self.relation(rel.node).origin = Origin::zeros(rel.node),

@@ -1,15 +1,17 @@
 //! Redoes WAL from a data directory on, as fast as it can: what Postgres does in crash recovery, to be measured beside it.
 //!
-//! A window of slices is worked on at a time, in two steps. First each slice is framed and its records decoded, slices side by side
-//! ([`batch`]); what its records do is sorted into [`PARTITIONS`] by the page that it is done to. Then each partition's pages are redone, in
-//! the order of the WAL, partitions side by side ([`partition`]). A page belongs to one partition, so no page is ever shared between threads,
+//! A window of slices is worked on at a time, in two steps. First the records of each slice are found, checked and decoded, slices side by side
+//! ([`slice`]); what they do is sorted into [`PARTITIONS`] by the page that it is done to ([`batch`]). Then each partition's pages are redone,
+//! in the order of the WAL, partitions side by side ([`partition`], [`page_table`]). A page belongs to one partition, so no page is ever shared between threads,
 //! and the outcome is the same whatever their number.
 //!
 //! All that Postgres's recovery does to pages is done: blocks, images, visibility maps, free-space maps, transaction status. Pages stay in memory, up to
 //! a limit; nothing is written.
 
 mod batch;
+mod page_table;
 mod partition;
+mod slice;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -23,13 +25,15 @@ use varve_redo::verify::file_differences;
 
 use crate::wal_directory::Segments;
 use crate::{DataDirectory, VerifyError};
-use batch::{Batch, SLICE_SIZE};
+use batch::{Batch, Tasks, emptied};
+use page_table::PageKey;
 use partition::Partition;
+use slice::{SLICE_SIZE, Slice};
 
 /// Groups that pages are divided into; several for each core, so that one that has more work than others does not hold all up.
 const PARTITIONS: usize = 16;
 /// Slices that are in memory at a time, and what is made of them.
-const WINDOW_SLICES: u64 = 8;
+const WINDOW_SLICES: u64 = 4;
 
 /// What to redo, and how.
 #[derive(Debug, Clone)]
@@ -74,24 +78,28 @@ pub fn recover(config: &RecoveryConfig) -> Result<Recovered, VerifyError> {
     let began = Instant::now();
     let mut recovered =
         Recovered { start, end: start, records: 0, changes: 0, elapsed: Duration::ZERO, partitions: Vec::new(), base: base.clone() };
-    let mut batches: Vec<Batch> = (0..WINDOW_SLICES).map(|_| Batch::new(base.major())).collect();
+    let mut window: Vec<Slice> = (0..WINDOW_SLICES).map(|_| Slice::new()).collect();
     let mut from = start;
     // What lies before this is the empty rest of a segment.
     let mut empty_to = Lsn::INVALID;
     let mut ended = false;
     while !ended {
-        let slices: Vec<Mutex<&mut Batch>> = batches.iter_mut().map(Mutex::new).collect();
+        let slices: Vec<Mutex<Option<&mut Slice>>> = window.iter_mut().map(|slice| Mutex::new(Some(slice))).collect();
+        let batches: Vec<Mutex<Option<Batch<'_>>>> = slices.iter().map(|_| Mutex::default()).collect();
         each(config.threads, slices.len(), |index| {
-            let slice = Lsn((from.0 / SLICE_SIZE + index as u64) * SLICE_SIZE);
-            slices[index].lock().fill(&segments, base.control(), from.max(slice))
+            let start = Lsn((from.0 / SLICE_SIZE + index as u64) * SLICE_SIZE);
+            if let Some(slice) = slices[index].lock().take() {
+                *batches[index].lock() = Some(slice.fill(&segments, base.control(), from.max(start))?);
+            }
+            Ok(())
         })?;
-        drop(slices);
+        let mut batches: Vec<Batch<'_>> = batches.into_iter().filter_map(Mutex::into_inner).collect();
         let mut used = 0;
         for (index, batch) in batches.iter_mut().enumerate() {
             used = index + 1;
-            let slice = Lsn((from.0 / SLICE_SIZE + index as u64) * SLICE_SIZE);
-            if slice < empty_to {
-                batch.clear(slice);
+            let start = Lsn((from.0 / SLICE_SIZE + index as u64) * SLICE_SIZE);
+            if start < empty_to {
+                batch.clear(start);
                 continue;
             }
             if batch.begins_behind(recovered.end) {
@@ -103,7 +111,7 @@ pub fn recover(config: &RecoveryConfig) -> Result<Recovered, VerifyError> {
             recovered.end = recovered.end.max(batch.end);
             recovered.records += batch.records;
             if batch.switched {
-                empty_to = Lsn((slice.segment_number() + 1) * WAL_SEGMENT_SIZE);
+                empty_to = Lsn((start.segment_number() + 1) * WAL_SEGMENT_SIZE);
                 recovered.end = empty_to;
             }
             // Whatever lies behind the end of WAL was written earlier.
@@ -114,11 +122,15 @@ pub fn recover(config: &RecoveryConfig) -> Result<Recovered, VerifyError> {
         }
         each(config.threads, PARTITIONS, |index| {
             let mut partition = partitions[index].lock();
-            batches[..used].iter().try_for_each(|batch| partition.redo(batch, index))
+            partition.redo(&batches[..used], index)
         })?;
-        partition::record_free_space(&partitions)?;
+        let empty_tasks: Vec<Tasks<'static>> = batches.into_iter().map(|batch| emptied(batch.tasks)).collect();
+        for (slice, tasks) in window.iter_mut().zip(empty_tasks) {
+            slice.empty_tasks = tasks;
+        }
         from = Lsn((from.0 / SLICE_SIZE + WINDOW_SLICES) * SLICE_SIZE);
     }
+    partition::record_free_space(&partitions)?;
     recovered.partitions = partitions.into_iter().map(Mutex::into_inner).collect();
     recovered.changes = recovered.partitions.iter().map(|partition| partition.changes).sum();
     recovered.elapsed = began.elapsed();
@@ -172,7 +184,7 @@ impl Recovered {
         let theirs = DataDirectory::open(dir)?;
         let mut comparison = Comparison::default();
         let pages = self.partitions.iter().flat_map(Partition::pages);
-        for (rel, blkno, ours, rmid) in pages {
+        for (PageKey { rel, blkno }, ours, rmid) in pages {
             let mut file = [page::ZERO_PAGE];
             theirs.read(rel, blkno, &mut file)?;
             comparison.pages += 1;
