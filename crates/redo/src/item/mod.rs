@@ -440,11 +440,12 @@ impl Compaction {
             stays
         });
         let moved = &tuples[stay.count()..];
-        // Tuples in order all go up, so none is overwritten before it was moved. Otherwise they come from a copy.
+        // Tuples in order all go up, so none is overwritten before it was moved. Otherwise they come from a copy: of all, because on a corrupt
+        // page one may lie where others stay.
         let upper = self.upper as usize;
         let mut copy: ArrayVec<u8, BLCKSZ> = ArrayVec::new();
         if self.unsorted >> 31 != 0 {
-            let _ = copy.try_extend_from_slice(&page[upper..usize::from(target)]); // a page has room for its part
+            let _ = copy.try_extend_from_slice(&page[upper..self.special as usize]); // a page has room for its part
         }
         let move_run = |page: &mut Page, from: Range<usize>, to: usize| {
             if copy.is_empty() {

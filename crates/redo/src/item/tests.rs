@@ -152,3 +152,17 @@ fn line_pointers_are_cut_off_the_end_but_the_first() {
     truncate_line_pointers(&mut page).unwrap();
     assert_eq!((max_offset(&page), flags(&page) & PD_HAS_FREE_LINES), (1, PD_HAS_FREE_LINES));
 }
+
+#[test]
+fn tuples_that_lie_where_others_stay_do_no_harm() {
+    // Line pointers that no sound page has: the second is the same tuple as the first, which is in its place already.
+    for ids in [vec![(8176, 16), (8176, 16)], vec![(8176, 16), (8160, 32), (8160, 8)], vec![(8176, 16), (8168, 16), (8144, 8)]] {
+        let mut page = page_of(0, &[16, 16, 16]);
+        set_lower(&mut page, (PAGE_HEADER_SIZE + ids.len() * ITEM_ID_SIZE) as u16);
+        for (offset, (off, len)) in (1..).zip(ids) {
+            set_item_id(&mut page, offset, ItemId::normal(off, len)).unwrap();
+        }
+        repair_fragmentation(&mut page, true).unwrap();
+        assert!(check_header(&page).is_ok(), "a sound header stays one");
+    }
+}
