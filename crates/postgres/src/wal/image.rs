@@ -78,40 +78,24 @@ impl Image<'_> {
     /// # Errors
     /// What is wrong, in words, when the compressed bytes are not those of a page; `page` is then anything.
     pub fn restore(&self, page: &mut Page) -> Result<(), String> {
-        let stored = BLCKSZ - usize::from(self.hole_len);
-        if self.compression == Compression::None {
-            if self.bytes.len() != stored {
-                return Err(self.not_a_page(stored));
-            }
-            self.unfold(self.bytes, page);
-            return Ok(());
-        }
-        let mut plain = [0; BLCKSZ];
-        let plain = &mut plain[..stored];
-        let is_page = match self.compression {
-            Compression::None => false,
-            Compression::Pglz => pglz_decompress(self.bytes, plain),
-            Compression::Lz4 => lz4_flex::block::decompress_into(self.bytes, plain).is_ok_and(|n| n == stored),
-            Compression::Zstd => zstd::bulk::decompress_to_buffer(self.bytes, plain).is_ok_and(|n| n == stored),
+        let mut decompressed = [0; BLCKSZ];
+        let target = &mut decompressed[..BLCKSZ - usize::from(self.hole_len)];
+        let stored = target.len();
+        let (is_page, plain) = match self.compression {
+            Compression::None => (self.bytes.len() == stored, self.bytes),
+            Compression::Pglz => (pglz_decompress(self.bytes, target), &*target),
+            Compression::Lz4 => (lz4_flex::block::decompress_into(self.bytes, target).is_ok_and(|n| n == stored), &*target),
+            Compression::Zstd => (zstd::bulk::decompress_to_buffer(self.bytes, target).is_ok_and(|n| n == stored), &*target),
         };
         if !is_page {
-            return Err(self.not_a_page(stored));
+            return Err(format!("page image of {} bytes ({:?}) does not decompress to {stored}", self.bytes.len(), self.compression));
         }
-        self.unfold(plain, page);
-        Ok(())
-    }
-
-    /// Fills `page` with `plain` and the hole of zeros.
-    fn unfold(&self, plain: &[u8], page: &mut Page) {
-        let (before, behind) = plain.split_at(usize::from(self.hole_offset).min(plain.len()));
+        let (before, behind) = plain.split_at(usize::from(self.hole_offset).min(stored));
         let hole_end = BLCKSZ - behind.len();
         page[..before.len()].copy_from_slice(before);
         page[before.len()..hole_end].fill(0);
         page[hole_end..].copy_from_slice(behind);
-    }
-
-    fn not_a_page(&self, stored: usize) -> String {
-        format!("page image of {} bytes ({:?}) does not decompress to {stored}", self.bytes.len(), self.compression)
+        Ok(())
     }
 }
 
