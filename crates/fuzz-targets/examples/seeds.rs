@@ -143,7 +143,7 @@ fn major_byte(major: Major) -> u8 {
 
 fn changes(record: &Record<'_>, major: Major, pages: &mut HashMap<(RelFork, BlockNumber), Box<Page>>, seeds: &mut Seeds) {
     let kind = |what: &str| format!("{what}_{:02x}", record.kind());
-    for (rel, blkno, change) in visibility_map_clears(record, major) {
+    for (rel, blkno, change) in visibility_map_clears(record) {
         let page = pages.get(&(rel, blkno)).cloned().unwrap_or_else(|| Box::new(page::ZERO_PAGE));
         let seed = Seed { major, blkno, change: change.encode().to_vec(), page };
         seeds.offer("redo_maps_and_slru", kind("clear"), || seed.encode());

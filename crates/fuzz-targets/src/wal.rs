@@ -82,7 +82,7 @@ fn look_at(record: &Record<'_>, major: Major) {
     let _ = standby::parse(kind, data, major);
     let _ = tablespace::parse(kind, data, major);
     let _ = xlog::parse(kind, data, major);
-    for (_, _, change) in visibility_map_clears(record, major) {
+    for (_, _, change) in visibility_map_clears(record) {
         assert_eq!(Change::decode(&change.encode()).as_ref(), Ok(&change), "a change must survive being stored");
     }
     for block in &record.blocks {

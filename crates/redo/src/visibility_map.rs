@@ -8,7 +8,7 @@
 use smallvec::{SmallVec, smallvec};
 use varve_postgres::page::{self, PAGE_HEADER_SIZE};
 use varve_postgres::wal::{Record, rmgr};
-use varve_postgres::{BLCKSZ, BlockNumber, Fork, Major, Page, RelFork};
+use varve_postgres::{BLCKSZ, BlockNumber, Fork, Page, RelFork};
 
 use crate::Fault;
 use crate::change::{BlockRecord, Change};
@@ -69,7 +69,7 @@ fn init_if_new(page: &mut Page) {
 /// The bits that a record clears on visibility-map pages that it does not name: map page by map page.
 ///
 /// A malformed record clears nothing here; redo of its blocks finds out.
-pub fn visibility_map_clears(record: &Record<'_>, _major: Major) -> Vec<(RelFork, BlockNumber, Change<'static>)> {
+pub fn visibility_map_clears(record: &Record<'_>) -> Vec<(RelFork, BlockNumber, Change<'static>)> {
     if !matches!(record.header.rmid, rmgr::HEAP | rmgr::HEAP2) {
         return Vec::new();
     }
@@ -140,6 +140,7 @@ impl Cleared {
 
 #[cfg(test)]
 mod tests {
+    use varve_postgres::Major;
     use varve_postgres::page::ZERO_PAGE;
 
     use super::*;
@@ -273,11 +274,11 @@ mod tests {
             origin: None,
             toplevel_xid: None,
         };
-        let clears = visibility_map_clears(&record, Major::V18);
+        let clears = visibility_map_clears(&record);
         assert!(
             matches!(&clears[..], [(map, 0, Change::ClearVisibility { heap_blocks, flags: 3 })] if map.fork == Fork::VisibilityMap && heap_blocks[..] == [7])
         );
         record.blocks.push(block(1, Fork::VisibilityMap, 0));
-        assert_eq!(visibility_map_clears(&record, Major::V18), []);
+        assert_eq!(visibility_map_clears(&record), []);
     }
 }

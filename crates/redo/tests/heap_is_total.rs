@@ -178,7 +178,7 @@ proptest! {
             origin: None,
             toplevel_xid: None,
         };
-        for (map, blkno, change) in visibility_map_clears(&record, major) {
+        for (map, blkno, change) in visibility_map_clears(&record) {
             prop_assert_eq!(map.fork, Fork::VisibilityMap);
             let mut page = page::ZERO_PAGE;
             prop_assert_eq!(apply(major, Lsn(16), blkno, &change, &mut page), Ok(()), "what a record clears is on the page that it is said to be on");

@@ -18,7 +18,7 @@ impl Ingest {
             self.put(Key::block(block.rel, block.blkno), record.end, value)?;
         }
         if matches!(record.header.rmid, rmgr::HEAP | rmgr::HEAP2) {
-            for (map, page, change) in visibility_map_clears(record, self.major) {
+            for (map, page, change) in visibility_map_clears(record) {
                 self.clear_visibility(record, map, page, &change)?;
             }
             self.note_free_space(record)?;

@@ -112,7 +112,7 @@ impl Verifier {
         let stats = self.report.types.entry((record.header.rmid, record.kind())).or_default();
         stats.count += 1;
         stats.bytes += u64::from(record.header.total_len);
-        for (rel, blkno, change) in visibility_map::visibility_map_clears(record, self.major) {
+        for (rel, blkno, change) in visibility_map::visibility_map_clears(record) {
             // Postgres makes a map page that is not there when it pins it.
             if let Some(mut page) = self.pages.before(rel, blkno)? {
                 match self.redo(record, blkno, &change, &mut page) {

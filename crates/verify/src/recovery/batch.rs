@@ -15,6 +15,8 @@ use crate::VerifyError;
 
 /// What an error is about when a record is malformed although its CRC is right.
 const DECODED: &str = "a record with the right CRC";
+/// `XLOG_SWITCH`.
+const SWITCH: u8 = 0x40;
 /// Status of a committed transaction.
 const COMMITTED: u8 = 1;
 /// Status of an aborted transaction.
@@ -116,7 +118,7 @@ impl<'a> Batch<'a> {
     }
 
     fn add_record(&mut self, record: &Record<'a>) -> Result<(), VerifyError> {
-        for (rel, blkno, change) in visibility_map_clears(record, self.major) {
+        for (rel, blkno, change) in visibility_map_clears(record) {
             self.push(record.end, PageKey { rel, blkno }, change);
         }
         let (lsn, kind) = (record.end, record.kind());
@@ -125,6 +127,7 @@ impl<'a> Batch<'a> {
             source: WalError::Record { lsn: record.start, what: error.to_string() },
         };
         match record.header.rmid {
+            rmgr::XLOG => self.switched = kind == SWITCH,
             rmgr::XACT => match xact::parse(kind, record.main_data, self.major).map_err(malformed)? {
                 XactRecord::Commit(done) | XactRecord::CommitPrepared(done) => self.completion(record, done, COMMITTED),
                 XactRecord::Abort(done) | XactRecord::AbortPrepared(done) => self.completion(record, done, ABORTED),

@@ -5,7 +5,7 @@ use std::borrow::Cow;
 use typed_arena::Arena;
 use varve_postgres::Lsn;
 use varve_postgres::control::ControlFile;
-use varve_postgres::wal::{FramedRecord, Framer, RecordHeader, rmgr};
+use varve_postgres::wal::{FramedRecord, Framer};
 
 use super::batch::{Batch, Tasks};
 use crate::VerifyError;
@@ -15,8 +15,6 @@ use crate::wal_directory::Segments;
 pub(super) const SLICE_SIZE: u64 = 512 * 1024;
 /// Bytes of the next slice that are read at a time to complete a slice's last record.
 const NEXT_READ_SIZE: usize = 16 * 1024;
-/// `XLOG_SWITCH`.
-const SWITCH: u8 = 0x40;
 
 /// Memory for one slice, which is filled again and again.
 pub(super) struct Slice {
@@ -49,13 +47,11 @@ impl Slice {
         while !batch.is_complete() {
             match framer.next_record(&mut input) {
                 Ok(Some(framed)) => {
-                    let switched = is_switch(&framed.bytes);
                     let bytes = match framed.bytes {
                         Cow::Borrowed(bytes) => bytes,
                         Cow::Owned(bytes) => self.pieced.alloc(bytes),
                     };
                     batch.add(bytes, framed.start, framed.end)?;
-                    batch.switched = switched;
                 }
                 Ok(None) => break,
                 Err(_) => batch.ended = true,
@@ -73,9 +69,7 @@ impl Slice {
             match framer.next_record(&mut &next[..]) {
                 Ok(Some(FramedRecord { start, .. })) if start >= slice_end => break,
                 Ok(Some(FramedRecord { start, end, bytes })) => {
-                    let switched = is_switch(&bytes);
                     batch.add(self.pieced.alloc(bytes.into_owned()), start, end)?;
-                    batch.switched = switched;
                     break;
                 }
                 Ok(None) => {}
@@ -84,8 +78,4 @@ impl Slice {
         }
         Ok(batch)
     }
-}
-
-fn is_switch(record: &[u8]) -> bool {
-    RecordHeader::decode(record).is_some_and(|header| header.rmid == rmgr::XLOG && header.info & 0xF0 == SWITCH)
 }
