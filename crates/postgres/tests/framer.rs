@@ -154,6 +154,20 @@ proptest! {
             prop_assert_eq!(framer.framed(), wal.records.last().expect("a record").1);
             prop_assert_eq!(framer.position(), wal.at());
             prop_assert_eq!(framer.last_record(), Some(wal.prev));
+
+            let mut framer = Framer::new(MAJOR, Some(SYSTEM), wal.start, Some(Lsn(wal.start.0 - 64)));
+            let (mut views, mut rest) = (Vec::new(), &wal.bytes[..]);
+            for cut in cuts.iter().cycle() {
+                let (mut piece, behind) = rest.split_at((*cut).min(rest.len()));
+                while let Some(record) = framer.next_record(&mut piece).expect("WAL as Postgres writes it") {
+                    views.push((record.start, record.end, record.bytes.to_vec()));
+                }
+                rest = behind;
+                if rest.is_empty() {
+                    break;
+                }
+            }
+            prop_assert!(views == wal.records, "a slice cut into {:?}", cuts);
         }
     }
 

@@ -1,4 +1,5 @@
-//! Where pages are kept while WAL is redone.
+//! Where pages are kept while WAL is redone: one partition's, by name, up to a number of pages, in memory that is given again when a page is
+//! removed.
 
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hash, Hasher};
@@ -174,4 +175,36 @@ fn chunk() -> Result<MmapMut, VerifyError> {
     // Records jump between pages: with small memory pages, most of the time goes into finding them. A system that has no large ones says so.
     let _ = chunk.advise(Advice::HugePage);
     Ok(chunk)
+}
+
+#[cfg(test)]
+mod tests {
+    use varve_postgres::{Fork, RelNode};
+
+    use super::*;
+
+    #[test]
+    fn a_removed_page_s_place_is_given_again_and_others_stay() {
+        let fork = |rel| RelNode { spc: 1663, db: 5, rel }.fork(Fork::Main);
+        let key = |rel, blkno| PageKey { rel: fork(rel), blkno };
+        let mut table = PageTable::new(4);
+        for (fill, key) in (1..).zip([key(7, 0), key(7, 1), key(8, 0), key(8, 1)]) {
+            let place = table.insert(key).expect("a place");
+            let (page, notes) = table.at(place).expect("the page");
+            page.fill(fill);
+            notes.free_space = Some(fill);
+        }
+        let told = table.insert(key(9, 0)).expect_err("more pages than are allowed").to_string();
+        assert!(told.contains("allow more"), "{told}");
+
+        table.cut(fork(9), 0);
+        table.cut(fork(7), 1);
+        assert_eq!((table.len(), table.place(key(7, 1))), (3, None), "one page is removed");
+        let place = table.insert(key(9, 0)).expect("the place of the one that was removed");
+        assert_eq!(table.notes(place).expect("notes").free_space, None, "what was known is of the page before");
+        for (fill, key) in [(1, key(7, 0)), (3, key(8, 0)), (4, key(8, 1))] {
+            let place = table.place(key).expect("it stays");
+            assert_eq!(table.at(place).expect("the page").0[..], [fill; BLCKSZ], "{key:?}");
+        }
+    }
 }
