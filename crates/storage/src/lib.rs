@@ -13,6 +13,7 @@ pub mod edit_log;
 pub mod envelope;
 pub mod history;
 pub mod ids;
+pub mod kept_wal;
 pub mod key;
 pub mod key_hash;
 pub mod layer;

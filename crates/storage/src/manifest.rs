@@ -1,4 +1,4 @@
-//! Manifests: which layers a timeline has, and up to where they cover its history.
+//! Manifests: which layers a timeline has, up to where they cover its history, and which WAL is kept beside them.
 //!
 //! A manifest is an edit log ([`crate::edit_log`]) at `tenants/<tenant>/timelines/<timeline>/log/...`; its first entry comes with the timeline's first
 //! layer. Its owner writes it by the right by which it took over the tenant: a server that was replaced collides with the seal.
@@ -17,6 +17,7 @@ use varve_postgres::Lsn;
 use crate::edit_log::{ApplyError, CommitError, EditLog, EditLogError, LogFormat, Ownership, State};
 use crate::envelope::{Codec, Format};
 use crate::ids::{Generation, LayerId, TenantId, TimelineId};
+use crate::kept_wal::KeptWal;
 use crate::key::Key;
 use crate::layer::LayerInfo;
 use crate::store::{ObjectName, ParseObjectNameError, Store};
@@ -93,11 +94,13 @@ pub enum ManifestEdit {
         #[serde(with = "crate::row_fields::lsn")]
         lsn: Lsn,
     },
+    /// A piece of WAL is kept; it was uploaded before.
+    KeepWal(KeptWal),
 }
 
 impl ManifestEdit {
     /// How many kinds there are. A row of a kind at or above this was written by a newer release.
-    pub const KINDS: u32 = 3;
+    pub const KINDS: u32 = 4;
 }
 
 /// What a manifest says, all edits taken together. Cheap to clone.
@@ -105,6 +108,8 @@ impl ManifestEdit {
 pub struct ManifestState {
     layers: OrdMap<LayerId, Arc<LayerRow>>,
     layered: Lsn,
+    /// By start; no two overlap.
+    kept_wal: OrdMap<Lsn, Arc<KeptWal>>,
 }
 
 impl ManifestState {
@@ -126,6 +131,27 @@ impl ManifestState {
     /// Up to where layers cover the whole history; [`Lsn::INVALID`] where there are none yet.
     pub fn layered(&self) -> Lsn {
         self.layered
+    }
+
+    /// The pieces of WAL that are kept, ascending.
+    pub fn kept_wal(&self) -> impl Iterator<Item = &Arc<KeptWal>> {
+        self.kept_wal.values()
+    }
+
+    /// The end of the last piece of WAL that is kept; [`Lsn::INVALID`] if there is none.
+    pub fn kept_wal_end(&self) -> Lsn {
+        self.kept_wal.get_max().map_or(Lsn::INVALID, |(_, piece)| piece.lsn_end)
+    }
+
+    /// The kept piece that holds the byte at `lsn`.
+    pub fn kept_wal_at(&self, lsn: Lsn) -> Option<&Arc<KeptWal>> {
+        self.kept_wal.get_prev(&lsn).map(|(_, piece)| piece).filter(|piece| lsn < piece.lsn_end)
+    }
+
+    /// Whether a kept piece has bytes of `piece`'s range.
+    fn keeps_part_of(&self, piece: &KeptWal) -> bool {
+        let last_before = Lsn(piece.lsn_end.0.saturating_sub(1));
+        self.kept_wal.get_prev(&last_before).is_some_and(|(_, known)| known.lsn_end > piece.lsn_start)
     }
 }
 
@@ -161,6 +187,15 @@ impl State for ManifestState {
                 }
                 self.layered = *lsn;
             }
+            ManifestEdit::KeepWal(piece) => {
+                if piece.lsn_start >= piece.lsn_end || self.keeps_part_of(piece) {
+                    let KeptWal { object, lsn_start, lsn_end, .. } = piece;
+                    return Err(ApplyError(format!(
+                        "WAL of {lsn_start}..{lsn_end} is kept in {object}: no range, or one that is kept already"
+                    )));
+                }
+                self.kept_wal.insert(piece.lsn_start, Arc::new(piece.clone()));
+            }
         }
         Ok(())
     }
@@ -170,6 +205,9 @@ impl State for ManifestState {
             emit(&ManifestEdit::AddLayer(LayerRow::clone(row)));
         }
         emit(&ManifestEdit::Layered { lsn: self.layered });
+        for piece in self.kept_wal.values() {
+            emit(&ManifestEdit::KeepWal(KeptWal::clone(piece)));
+        }
     }
 }
 
@@ -222,6 +260,11 @@ impl Manifest {
         self.log.get_or_try_init(|| EditLog::take_over_as(&self.store, &self.folder, self.owner)).await
     }
 
+    /// The generation by whose right it is written.
+    pub fn generation(&self) -> Generation {
+        self.owner.generation
+    }
+
     /// What the manifest says, as far as it is durable.
     pub fn state(&self) -> Arc<ManifestState> {
         self.log.get().map_or_else(Arc::default, EditLog::state)
@@ -238,6 +281,7 @@ impl Manifest {
                 ManifestEdit::AddLayer(row) => state.layer(row.id).is_none_or(|known| **known != *row),
                 ManifestEdit::RemoveLayer { id } => state.layer(*id).is_some(),
                 ManifestEdit::Layered { lsn } => *lsn > state.layered(),
+                ManifestEdit::KeepWal(piece) => state.kept_wal_at(piece.lsn_start).is_none_or(|known| **known != *piece),
             });
             Ok::<_, std::convert::Infallible>((edits, ()))
         };
@@ -281,6 +325,11 @@ mod tests {
         }
     }
 
+    fn piece(lsn_start: u64, lsn_end: u64) -> KeptWal {
+        let object = format!("tenants/t/timelines/l/wal/00000003-{lsn_start:016x}-{lsn_end:016x}").parse().unwrap();
+        KeptWal { object, length: 1000, lsn_start: Lsn(lsn_start), lsn_end: Lsn(lsn_end), generation: Generation(3), checksum: 7 }
+    }
+
     fn after(edits: &[ManifestEdit]) -> Result<ManifestState, ApplyError> {
         let mut state = ManifestState::default();
         edits.iter().try_for_each(|edit| state.apply(edit)).map(|()| state)
@@ -302,6 +351,24 @@ mod tests {
     }
 
     #[test]
+    fn kept_wal_is_found_by_position_and_never_kept_twice() {
+        let keep = |start, end| ManifestEdit::KeepWal(piece(start, end));
+        let state = after(&[keep(10, 20), keep(40, 50), keep(20, 30)]).unwrap();
+        for (lsn, start) in [(9, None), (10, Some(10)), (19, Some(10)), (20, Some(20)), (30, None), (39, None), (49, Some(40)), (50, None)]
+        {
+            let found = state.kept_wal_at(Lsn(lsn)).map(|piece| piece.lsn_start.0);
+            assert_eq!(found, start, "start of the piece that holds the byte at {lsn}");
+        }
+        let mut snapshot = Vec::new();
+        state.for_each_edit(&mut |edit| snapshot.push(edit.clone()));
+        assert_eq!(after(&snapshot).unwrap(), state, "a snapshot makes the same state");
+        for (start, end) in [(10, 20), (5, 11), (29, 31), (0, 100), (35, 35), (39, 41), (45, 46)] {
+            assert!(after(&[keep(10, 20), keep(40, 50), keep(20, 30), keep(start, end)]).is_err(), "{start}..{end} must be refused");
+        }
+        assert!(after(&[keep(10, 20), keep(40, 50), keep(30, 40), keep(0, 10)]).is_ok(), "neighbours do not overlap");
+    }
+
+    #[test]
     fn rows_are_compact_and_are_shown_as_json() {
         let edit = ManifestEdit::AddLayer(row(1));
         let bytes = postcard::to_stdvec(&edit).unwrap();
@@ -311,7 +378,10 @@ mod tests {
         assert_eq!(json["add_layer"]["lsn_end"], "0/16B3748");
         assert_eq!(json["add_layer"]["first_key"], "010000000000000000000000000000000000");
         assert_eq!(serde_json::from_value::<ManifestEdit>(json).unwrap(), edit);
-        let row = postcard::to_stdvec(&ManifestEdit::Layered { lsn: Lsn(1) }).unwrap();
+        let edit = ManifestEdit::KeepWal(piece(0x16B_3748, 0x26B_3748));
+        let row = postcard::to_stdvec(&edit).unwrap();
+        assert_eq!(postcard::from_bytes::<ManifestEdit>(&row).unwrap(), edit);
+        assert_eq!(serde_json::to_value(&edit).unwrap()["keep_wal"]["lsn_start"], "0/16B3748");
         assert_eq!(u32::from(row[0]) + 1, ManifestEdit::KINDS, "whoever adds a kind counts it, and names it here");
     }
 }

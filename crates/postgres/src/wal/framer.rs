@@ -71,6 +71,13 @@ pub struct FramedRecord<B = Bytes> {
     pub bytes: B,
 }
 
+impl<B: Deref<Target = [u8]>> FramedRecord<B> {
+    /// See [`RecordHeader::has_check_images`].
+    pub fn has_check_images(&self) -> bool {
+        RecordHeader::decode(&self.bytes).is_some_and(|header| header.has_check_images())
+    }
+}
+
 /// Takes WAL bytes in order, however they are cut, and gives whole records.
 ///
 /// It checks page headers (magic, position, continuation, system identifier), record lengths, `xl_prev` and CRCs. Memory is what the

@@ -9,6 +9,8 @@ use crate::{BlockNumber, Fork, Lsn, Major, Oid, RelFork, RelNode};
 pub const RECORD_HEADER_SIZE: usize = 24;
 /// `XLR_MAX_BLOCK_ID`.
 const MAX_BLOCK_ID: u8 = 32;
+/// `XLR_CHECK_CONSISTENCY`.
+const CHECK_CONSISTENCY: u8 = 0x02;
 const ID_DATA_SHORT: u8 = 255;
 const ID_DATA_LONG: u8 = 254;
 const ID_ORIGIN: u8 = 253;
@@ -50,6 +52,11 @@ impl RecordHeader {
             rmid: b[17],
             crc: u32_at(20),
         })
+    }
+
+    /// Whether the record carries its pages as they must be after it (`wal_consistency_checking`).
+    pub fn has_check_images(&self) -> bool {
+        self.info & CHECK_CONSISTENCY != 0
     }
 }
 
