@@ -148,6 +148,40 @@ pub struct Compute {
     pub error: Option<String>,
 }
 
+/// The WAL of a branch and its ancestors that can be had: that written with `wal_consistency_checking`, of which redo can be checked.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct Wal {
+    /// Head: end of the last whole, durable record.
+    pub head: String,
+    /// Whether a compute writes the branch, so that there may be more soon.
+    pub written: bool,
+    /// Ascending; what lies between them is not kept.
+    pub ranges: Vec<WalRange>,
+}
+
+/// WAL without a gap.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct WalRange {
+    /// Its first byte; a record begins there, or the page of one.
+    pub start: String,
+    /// The byte behind its last; a record ends there.
+    pub end: String,
+    /// The timeline that it is of.
+    pub timeline_id: String,
+    /// Where it is.
+    pub place: WalPlace,
+}
+
+/// Where WAL is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum WalPlace {
+    /// In the store, for good.
+    Store,
+    /// In the pageserver's WAL log, which the store soon has.
+    WalLog,
+}
+
 /// The server itself.
 #[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
 pub struct Server {

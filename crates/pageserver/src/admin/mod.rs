@@ -30,6 +30,8 @@ pub fn router(pageserver: Arc<Pageserver>) -> Router {
         )
         .route("/v1/tenants/{tenant}/branches/{branch}/restore", post(routes::restore_branch))
         .route("/v1/tenants/{tenant}/branches/{branch}/moment", get(routes::moment))
+        .route("/v1/tenants/{tenant}/branches/{branch}/wal", get(routes::branch_wal))
+        .route("/v1/tenants/{tenant}/branches/{branch}/wal/bytes", get(routes::branch_wal_bytes))
         .route("/v1/tenants/{tenant}/branches/{branch}/computes", get(routes::list_branch_computes).post(routes::start_compute))
         .route("/v1/computes", get(routes::list_computes))
         .route("/v1/computes/{id}", get(routes::show_compute).merge(delete(routes::stop_compute)))

@@ -24,6 +24,8 @@ use super::routes;
         routes::delete_branch,
         routes::restore_branch,
         routes::moment,
+        routes::branch_wal,
+        routes::branch_wal_bytes,
         routes::list_branch_computes,
         routes::start_compute,
         routes::list_computes,

@@ -9,7 +9,7 @@ use axum::response::IntoResponse;
 use serde::Deserialize;
 use serde_json::{Value, json};
 use varve_protocol::admin::{
-    Branch, BranchChange, Compute, Moment, NewBranch, NewCompute, NewTenant, Restore, Restored, Server as ServerFacts, Tenant,
+    Branch, BranchChange, Compute, Moment, NewBranch, NewCompute, NewTenant, Restore, Restored, Server as ServerFacts, Tenant, Wal,
 };
 use varve_protocol::control::{Attach, Attached, Begin, Ended, FileVersion, Orders, StartupBlocks};
 
@@ -120,6 +120,33 @@ pub(super) async fn moment(
     Query(query): Query<MomentQuery>,
 ) -> Answer<Moment> {
     server.moment(&tenant, &branch, query.lsn.as_deref(), query.at.as_deref()).await.map(Json)
+}
+
+/// Says which WAL of a branch can be had: that of which redo can be checked.
+#[utoipa::path(get, path = "/v1/tenants/{tenant}/branches/{branch}/wal", params(("tenant", description = "name"), ("branch", description = "name")),
+    responses((status = 200, body = Wal)))]
+pub(super) async fn branch_wal(State(server): Server, Path((tenant, branch)): Path<(String, String)>) -> Answer<Wal> {
+    server.branch_wal(&tenant, &branch).await.map(Json)
+}
+
+/// A position in WAL in a query string.
+#[derive(Debug, Deserialize)]
+pub(crate) struct WalQuery {
+    #[serde(default)]
+    from: String,
+}
+
+/// Gives WAL of a branch as it is, from a position on: at least a byte and at most 16 MiB.
+#[utoipa::path(get, path = "/v1/tenants/{tenant}/branches/{branch}/wal/bytes",
+    params(("tenant", description = "name"), ("branch", description = "name"), ("from" = String, Query, description = "an LSN")),
+    responses((status = 200, body = [u8], content_type = "application/octet-stream")))]
+pub(super) async fn branch_wal_bytes(
+    State(server): Server,
+    Path((tenant, branch)): Path<(String, String)>,
+    Query(query): Query<WalQuery>,
+) -> Result<impl IntoResponse, ServerError> {
+    let bytes = server.branch_wal_bytes(&tenant, &branch, &query.from).await?;
+    Ok(([(header::CONTENT_TYPE, "application/octet-stream")], bytes))
 }
 
 /// Lists a branch's computes.

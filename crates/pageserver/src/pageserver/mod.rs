@@ -8,6 +8,7 @@ mod computes;
 mod moments;
 mod source;
 mod tenants;
+mod wal;
 
 use std::collections::HashMap;
 use std::path::PathBuf;

@@ -119,7 +119,12 @@ impl Pageserver {
     }
 
     /// The timeline and its ancestors, nearest first, each with the end of the part of its own history that counts.
-    async fn owners(&self, tenant: &Arc<Tenant>, timeline: TimelineId, head: Lsn) -> Result<Vec<(Arc<ServedTimeline>, Lsn)>, ServerError> {
+    pub(super) async fn owners(
+        &self,
+        tenant: &Arc<Tenant>,
+        timeline: TimelineId,
+        head: Lsn,
+    ) -> Result<Vec<(Arc<ServedTimeline>, Lsn)>, ServerError> {
         let ids: Vec<(TimelineId, Lsn)> = {
             let state = tenant.log().state();
             state.ancestry(timeline)?.into_iter().map(|(state, limit)| (state.facts.id, limit.min(head))).collect()

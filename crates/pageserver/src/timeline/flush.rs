@@ -75,9 +75,11 @@ impl ServedTimeline {
         self.history.flush_all(&mut publish, &give_up);
     }
 
-    /// Makes a change of layers durable, and lets go of the WAL that the layers cover.
+    /// Makes a change of layers durable, and lets go of the WAL that the layers cover. What of that is to be kept is uploaded before.
     pub(super) fn publish(&self, change: &LayerChange) -> Result<(), PublishError> {
-        self.context.runtime.block_on(self.manifest.publish(change.edits())).map_err(|error| PublishError(error.to_string()))?;
+        let kept = self.keep_wal(change.layered).map_err(|error| PublishError(format!("the WAL below them is to be kept: {error}")))?;
+        let edits = kept.into_iter().chain(change.edits()).collect();
+        self.context.runtime.block_on(self.manifest.publish(edits)).map_err(|error| PublishError(error.to_string()))?;
         self.update(|positions| positions.layered = positions.layered.max(change.layered));
         self.wal.release(self.tenant, self.facts.id, change.layered);
         self.free_wal_log();

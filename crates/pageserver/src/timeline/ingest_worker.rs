@@ -78,6 +78,9 @@ impl ServedTimeline {
             }
             let mut records = 0;
             while let Some(record) = framer.next_record(&mut bytes).map_err(|error| error.to_string())? {
+                if record.has_check_images() {
+                    self.note_check_images(record.end);
+                }
                 if let Err(error) = ingest.record(&record) {
                     return Err(error.to_string());
                 }

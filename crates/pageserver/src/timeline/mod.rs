@@ -15,6 +15,7 @@
 mod compaction;
 mod flush;
 mod ingest_worker;
+mod kept_wal;
 mod open;
 mod writer;
 
@@ -30,6 +31,7 @@ use varve_storage::tenant_log::TimelineFacts;
 use varve_storage::timeline::Timeline;
 use varve_storage::wal_log::WalLog;
 
+pub(crate) use kept_wal::WalRange;
 pub use open::OpenContext;
 pub(crate) use open::OpenTimeline;
 pub use writer::{ComputeAddress, EpochStart, Tail};
@@ -77,6 +79,8 @@ pub struct ServedTimeline {
     writer: tokio::sync::Mutex<writer::Writer>,
     /// Held by a compute that begins.
     pub(crate) beginning: tokio::sync::Mutex<()>,
+    /// End of the newest record that carries its pages (an [`Lsn`]), or of the WAL that was kept for such before this was opened; see [`kept_wal`].
+    check_images: std::sync::atomic::AtomicU64,
     /// The store is to have everything up to here soon (an [`Lsn`]): a commit waits for it.
     awaited: std::sync::atomic::AtomicU64,
     /// Whether a flush runs.

@@ -1,7 +1,7 @@
 //! Opening a timeline: its positions are derived from what tenant log, manifest and WAL log hold.
 
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, AtomicU64};
 
 use parking_lot::{Condvar, Mutex};
 use varve_postgres::wal::Framer;
@@ -89,6 +89,7 @@ impl ServedTimeline {
             Some(last) if last.closed.is_some_and(|end| layered >= end) => Tail::Known,
             Some(_) => Tail::Unknown,
         };
+        let check_images = manifest.state().kept_wal_end();
         let name = format!("{tenant}/{timeline}");
         tracing::info!(timeline = name, %head, layered = %layered, ?tail, "opened");
         let writer = Writer {
@@ -111,7 +112,8 @@ impl ServedTimeline {
             positions: Mutex::new(Positions { head, applied: layered, layered, readers_waiting: 0, ingest_sleeps: false, stopped: None }),
             changed: Condvar::new(),
             ingest_wakes: Condvar::new(),
-            awaited: std::sync::atomic::AtomicU64::new(0),
+            check_images: AtomicU64::new(check_images.0),
+            awaited: AtomicU64::new(0),
             stopping: AtomicBool::new(false),
             worker: Mutex::new(None),
             writer: tokio::sync::Mutex::new(writer),

@@ -1,0 +1,129 @@
+//! WAL that carries its pages (`wal_consistency_checking`): kept when its flush is published, and given again.
+//!
+//! Ingest notes the end of each such record *before* it puts what the record changes, so no flush that covers it overlooks it, also when a restart ingests the
+//! WAL log anew. A flush without such a record costs nothing and is not kept, unless it ends soon behind one: a pause in a load makes no gap, behind which
+//! each page would have to be taken for true anew. What is kept is taken from the WAL log, as ingest took it: framed, durable, and without what is void.
+
+use std::sync::atomic::Ordering;
+
+use bytes::Bytes;
+use varve_postgres::Lsn;
+use varve_storage::kept_wal::{Keeper, KeptWalError, PIECE_BYTES_MAX};
+use varve_storage::manifest::ManifestEdit;
+use varve_storage::wal_log::WalLogError;
+
+use super::ServedTimeline;
+
+/// So far behind the last record that carries its pages WAL is kept.
+const PAUSE_BYTES_MAX: u64 = 1 << 20;
+
+/// WAL without a gap that can be had from one place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct WalRange {
+    /// Its first byte.
+    pub(crate) start: Lsn,
+    /// The byte behind its last.
+    pub(crate) end: Lsn,
+    /// Whether it is in the store; else it is in this pageserver's WAL log only.
+    pub(crate) in_store: bool,
+}
+
+impl ServedTimeline {
+    /// Remembers that the record that ends at `end` carries its pages. Records come in order.
+    pub(super) fn note_check_images(&self, end: Lsn) {
+        self.check_images.store(end.0, Ordering::Release);
+    }
+
+    /// Whether the WAL between *layered* and `end`, all that there is or less, is to be kept.
+    fn keeps_wal(&self, layered: Lsn, end: Lsn) -> bool {
+        is_worth_keeping(Lsn(self.check_images.load(Ordering::Acquire)), layered, end)
+    }
+
+    /// Puts the WAL between *layered* and `end` into the store, if it is to be kept there, and gives the edits that say so. Blocks.
+    ///
+    /// # Errors
+    /// When it cannot be read or uploaded; to be called again later.
+    pub(super) fn keep_wal(&self, end: Lsn) -> Result<Vec<ManifestEdit>, KeptWalError> {
+        let layered = self.layered();
+        if end <= layered || !self.keeps_wal(layered, end) {
+            return Ok(Vec::new());
+        }
+        let keeper = Keeper {
+            tenant: self.tenant,
+            timeline: self.facts.id,
+            generation: self.manifest.generation(),
+            store: &self.context.resources.store,
+        };
+        let pieces = keeper.keep((layered, end), &mut |from, max| self.wal.read(self.tenant, self.facts.id, from, max))?;
+        tracing::debug!(timeline = self.name, start = %layered, %end, pieces = pieces.len(), "WAL that carries its pages is kept");
+        Ok(pieces.into_iter().map(ManifestEdit::KeepWal).collect())
+    }
+
+    /// Where there is WAL of this timeline, below `limit`, that is kept, or will be; ascending. Of records that ingest has not seen yet it is not known
+    /// whether they carry their pages.
+    pub(crate) fn wal_ranges(&self, limit: Lsn) -> Vec<WalRange> {
+        let mut ranges: Vec<WalRange> = Vec::new();
+        let mut add = |start: Lsn, end: Lsn, in_store: bool| match ranges.last_mut() {
+            Some(last) if last.end == start && last.in_store == in_store => last.end = end,
+            _ => ranges.push(WalRange { start, end, in_store }),
+        };
+        // *layered* first: a flush publishes before it moves it, so what it says is in the store is in the manifest, and pieces beyond do not count yet.
+        let (layered, head) = {
+            let positions = self.positions.lock();
+            (positions.layered, positions.head)
+        };
+        let published = self.manifest.state();
+        for piece in published.kept_wal().filter(|piece| piece.lsn_start < limit.min(layered)) {
+            add(piece.lsn_start, piece.lsn_end.min(limit), true);
+        }
+        let end = head.min(limit);
+        if layered < end && self.keeps_wal(layered, end) {
+            add(layered, end, false);
+        }
+        ranges
+    }
+
+    /// WAL from `from` on, which lies below `limit`: at least a byte and at most [`PIECE_BYTES_MAX`]; nothing if it is neither kept nor in the WAL log. Blocks.
+    ///
+    /// # Errors
+    /// When the store or the WAL log cannot be read.
+    pub(crate) fn wal_bytes(&self, from: Lsn, limit: Lsn) -> Result<Option<Bytes>, KeptWalError> {
+        let max = limit.min(self.head()).distance_from(from).min(PIECE_BYTES_MAX as u64) as usize;
+        match self.wal.read(self.tenant, self.facts.id, from, max) {
+            Ok(bytes) => return Ok(Some(bytes).filter(|bytes| !bytes.is_empty())),
+            // What the log lets go of is published before.
+            Err(WalLogError::NotHeld { .. }) => {}
+            Err(error) => return Err(error.into()),
+        }
+        let Some(piece) = self.manifest.state().kept_wal_at(from).cloned() else { return Ok(None) };
+        let bytes = piece.read(&self.context.resources.store, from)?;
+        let below_limit = limit.distance_from(from).min(bytes.len() as u64) as usize;
+        Ok(Some(bytes.slice(..below_limit)))
+    }
+}
+
+/// Whether WAL from `start` to `end` is kept, where `last` is the end of the newest record that carries its pages, if there is one.
+fn is_worth_keeping(last: Lsn, start: Lsn, end: Lsn) -> bool {
+    last > start || last.is_valid() && end.distance_from(last) <= PAUSE_BYTES_MAX
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn wal_is_kept_with_check_images_and_a_little_behind_them() {
+        let mib = |n: u64| Lsn(n << 20);
+        for (last, start, end, kept, what) in [
+            (Lsn::INVALID, Lsn(0x28), Lsn(0x100), false, "no record ever carried its pages"),
+            (mib(5), mib(4), mib(9), true, "a record between the two does"),
+            (mib(9), mib(4), mib(9), true, "the last one does"),
+            (mib(20), mib(4), mib(9), true, "one does, and so does a later one"),
+            (mib(4), mib(4), mib(5), true, "it ends soon behind one"),
+            (mib(4), mib(4), mib(5) + 8, false, "it does not"),
+            (mib(3), mib(4), mib(5), false, "it begins soon behind one, but does not end so"),
+        ] {
+            assert_eq!(is_worth_keeping(last, start, end), kept, "{what}: {last}, {start}..{end}");
+        }
+    }
+}
