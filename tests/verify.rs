@@ -3,11 +3,13 @@
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
 use serde_json::Value;
 use varve_postgres::Major;
 use varve_testing::dev::{Dev, program, psql};
+use varve_testing::minio::Minio;
 use varve_testing::postgres::Postgres;
 use varve_testing::redo;
 
@@ -24,9 +26,9 @@ VACUUM work;
 TRUNCATE work;
 INSERT INTO work (word) SELECT md5(i::text) FROM generate_series(1, 500) i;";
 
-/// Runs [`WORK`], statement by statement.
-fn work(mut run: impl FnMut(&str) -> anyhow::Result<String>) -> anyhow::Result<()> {
-    WORK.split(';').filter(|statement| !statement.trim().is_empty()).try_for_each(|statement| run(statement).map(drop))
+/// Runs statements one by one.
+fn statements(sql: &str, mut run: impl FnMut(&str) -> anyhow::Result<String>) -> anyhow::Result<()> {
+    sql.split(';').filter(|statement| !statement.trim().is_empty()).try_for_each(|statement| run(statement).map(drop))
 }
 
 /// Runs `varve verify ...`; gives whether all matched, and its JSON.
@@ -89,7 +91,7 @@ fn wal_in_a_folder_is_redone_from_the_pages_before_it() -> anyhow::Result<()> {
     let base = postgres.dir().join("base");
     copy(&postgres.data_dir(), &base)?;
     postgres.start()?;
-    work(|sql| postgres.psql("postgres", sql))?;
+    statements(WORK, |sql| postgres.psql("postgres", sql))?;
     postgres.psql("postgres", "UPDATE before SET word = 'changed' WHERE i = 1")?;
     let running = refused(&["wal", path(&postgres.data_dir())?, "--base", path(&postgres.data_dir())?])?;
     ensure!(running.contains("pg_ctl stop"), "pages of a running server are no base: {running}");
@@ -135,7 +137,7 @@ fn redo_of_a_crashed_servers_wal_arrives_where_its_recovery_does() -> anyhow::Re
     postgres.stop("fast")?;
     copy(&postgres.data_dir(), &base)?;
     postgres.start()?;
-    work(|sql| postgres.psql("postgres", sql))?;
+    statements(WORK, |sql| postgres.psql("postgres", sql))?;
     postgres.psql("postgres", "UPDATE before SET word = 'changed' WHERE i % 2 = 0; SELECT pg_switch_wal()")?;
     // A record that is longer than what is redone at a time.
     postgres.psql("postgres", "SELECT pg_logical_emit_message(false, 'long', repeat('x', 3000000))")?;
@@ -176,7 +178,7 @@ fn postgres_file(data: &Path, postgres: &mut Postgres, relation: &str) -> anyhow
 fn damaged_wal_is_told_from_its_end() -> anyhow::Result<()> {
     let mut postgres = redo::init(Major::V15, &[], &[])?;
     postgres.start()?;
-    work(|sql| postgres.psql("postgres", sql))?;
+    statements(WORK, |sql| postgres.psql("postgres", sql))?;
     postgres.stop("fast")?;
     let (whole, report) = verify(&["wal", path(&postgres.data_dir())?])?;
     ensure!(whole, "whole WAL is verified: {report:#}");
@@ -206,7 +208,7 @@ fn the_wal_of_a_running_server_is_followed() -> anyhow::Result<()> {
         // The last record of the work is not known yet; a point that the server is made to pass does.
         move || verify(&["wal", &conninfo, "--from", &from, "--until", "0/6000000"])
     });
-    work(|sql| postgres.psql("postgres", sql))?;
+    statements(WORK, |sql| postgres.psql("postgres", sql))?;
     let released = postgres.psql("postgres", "SELECT count(*) FROM pg_stat_replication WHERE application_name = 'varve_verify' AND sync_state = 'sync' AND flush_lsn IS NOT NULL")?;
     ensure!(released.trim() == "0", "who verifies is no standby that releases commits");
     for _ in 0..5 {
@@ -225,15 +227,13 @@ fn a_branch_holds_what_postgres_has() -> anyhow::Result<()> {
     let dev = Dev::start(VARVE)?;
     dev.json(&["tenant", "create", "acme"])?;
     let db = dev.compute("acme/main", &[])?;
-    psql(&db, "ALTER SYSTEM SET wal_consistency_checking = 'all'")?;
-    psql(&db, "SELECT pg_reload_conf()")?;
-    let from = psql(&db, "SELECT pg_current_wal_lsn()")?;
-    work(|sql| psql(&db, sql))?;
+    check_consistency(&db)?;
+    statements(WORK, |sql| psql(&db, sql))?;
     let until = psql(&db, "SELECT pg_current_wal_lsn()")?;
 
-    // Its WAL, through the compute that writes it.
-    let report = matched(&dev, &["wal", "acme/main", "--from", &from, "--until", &until])?;
-    ensure!(report["compared"].as_u64() > Some(1000), "the branch's WAL is followed through its compute: {report:#}");
+    // Its WAL, while a compute writes it.
+    let report = matched(&dev, &["wal", "acme/main", "--until", &until])?;
+    ensure!(report["compared"].as_u64() > Some(1000), "the branch's WAL is verified up to what was just written: {report:#}");
     // Its pages, on their own.
     matched(&dev, &["timeline", "acme/main"])?;
 
@@ -266,6 +266,114 @@ fn a_branch_holds_what_postgres_has() -> anyhow::Result<()> {
     ensure!(told.contains("another cluster"), "{told}");
     let told = dev.refused(&["verify", "timeline", "acme/main", "--against", &db])?;
     ensure!(told.contains("no standby"), "{told}");
+    Ok(())
+}
+
+/// Makes the server at `conninfo` put each page into its WAL.
+fn check_consistency(conninfo: &str) -> anyhow::Result<()> {
+    psql(conninfo, "ALTER SYSTEM SET wal_consistency_checking = 'all'")?;
+    reload(conninfo, "all")
+}
+
+/// Makes the server read its settings, and waits until sessions find `wal_consistency_checking` to be `expected`.
+fn reload(conninfo: &str, expected: &str) -> anyhow::Result<()> {
+    psql(conninfo, "SELECT pg_reload_conf()")?;
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while psql(conninfo, "SHOW wal_consistency_checking")? != expected {
+        ensure!(Instant::now() < deadline, "wal_consistency_checking must become '{expected}'");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    Ok(())
+}
+
+/// Indexes of all kinds on the table of [`WORK`], and changes of them.
+const INDEXES: &str = "
+CREATE INDEX ON work USING gin (to_tsvector('simple', word));
+CREATE INDEX ON work USING gist (point(id, id));
+CREATE INDEX ON work USING spgist (word);
+CREATE INDEX ON work USING brin (id);
+UPDATE work SET word = md5(word) WHERE id % 2 = 0;
+INSERT INTO work (word) SELECT md5(i::text) || ' more' FROM generate_series(1, 2000) i;
+DELETE FROM work WHERE id % 3 = 0;
+VACUUM work";
+
+#[test]
+fn the_wal_of_a_branch_is_verified_without_its_compute() -> anyhow::Result<()> {
+    kept_wal(Dev::start(VARVE)?)
+}
+
+#[test]
+fn the_wal_of_a_branch_is_verified_from_the_bucket() -> anyhow::Result<()> {
+    let Some(minio) = Minio::start_unless_skipped() else { return Ok(()) };
+    kept_wal(Dev::start_on(VARVE, Some(minio.url("varve")), minio.variables())?)
+}
+
+fn kept_wal(mut dev: Dev) -> anyhow::Result<()> {
+    dev.json(&["tenant", "create", "acme"])?;
+    let db = dev.compute("acme/main", &[])?;
+    statements(WORK, |sql| psql(&db, sql))?;
+    let told = dev.refused(&["verify", "wal", "acme/main"])?;
+    ensure!(told.contains("ALTER SYSTEM SET wal_consistency_checking"), "without check images it says how to get them: {told}");
+    psql(&db, "DROP TABLE work")?;
+    check_consistency(&db)?;
+    statements(WORK, |sql| psql(&db, sql))?;
+    let early = psql(&db, "SELECT pg_current_wal_lsn()")?;
+
+    // A server that was killed ingests its WAL log anew: what was kept, and what is still to be, join on.
+    dev.kill()?;
+    dev.run()?;
+    statements(INDEXES, |sql| psql(&db, sql))?;
+    let until = psql(&db, "SELECT pg_current_wal_lsn()")?;
+    let running = matched(&dev, &["wal", "acme/main", "--until", &until])?;
+    expect(&running, "gaps", 0);
+
+    // Without the compute, and without the pageserver's disk: from the store alone.
+    dev.json(&["compute", "stop", "acme/main"])?;
+    dev.stop()?;
+    dev.wipe()?;
+    dev.run()?;
+    let whole = matched(&dev, &["wal", "acme/main"])?;
+    expect(&whole, "gaps", 0);
+    let types = whole["types"].as_array().context("a list of types")?;
+    for rmgr in ["Heap", "Heap2", "Btree", "Hash", "Gin", "Gist", "SPGist", "BRIN"] {
+        let compared = types.iter().filter(|t| t["rmgr"] == rmgr).filter_map(|t| t["compared"].as_u64()).sum::<u64>();
+        ensure!(compared > 0, "pages of {rmgr} are compared: {whole:#}");
+    }
+    let from = matched(&dev, &["wal", "acme/main", "--from", &early])?;
+    ensure!(from["records"].as_u64() < whole["records"].as_u64(), "it begins where it is told to: {from:#}");
+    let told = dev.refused(&["verify", "wal", "acme/main", "--from", "0/1000028"])?;
+    ensure!(told.contains("no WAL is kept at 0/1000028; there is 0/"), "it says what there is: {told}");
+
+    // A branch has its ancestor's WAL up to where it left it, and then its own.
+    dev.json(&["branch", "create", "acme/child", "--lsn", &early])?;
+    let db = dev.compute("acme/child", &[])?;
+    psql(&db, "UPDATE work SET word = 'of the child'")?;
+    dev.json(&["compute", "stop", "acme/child"])?;
+    let child = matched(&dev, &["wal", "acme/child"])?;
+    expect(&child, "from", whole["from"].clone());
+    let of_ancestor = matched(&dev, &["wal", "acme/child", "--until", &early])?;
+    ensure!(of_ancestor["compared"].as_u64() < child["compared"].as_u64(), "its own WAL is verified, too: {child:#}");
+
+    // What does not carry its pages is not kept: more than a pause of that makes a gap.
+    let db = dev.compute("acme/child", &[])?;
+    psql(&db, "ALTER SYSTEM RESET wal_consistency_checking")?;
+    reload(&db, "")?;
+    // A flush for itself.
+    dev.json(&["compute", "stop", "acme/child"])?;
+    let before = matched(&dev, &["wal", "acme/child"])?;
+    let gaps = before["gaps"].as_u64().context("a number of gaps")?;
+    let db = dev.compute("acme/child", &[])?;
+    psql(&db, "INSERT INTO work (word) SELECT md5(i::text) FROM generate_series(1, 30000) i")?;
+    dev.json(&["compute", "stop", "acme/child"])?;
+    let same = matched(&dev, &["wal", "acme/child"])?;
+    expect(&same, "compared", before["compared"].clone());
+    let db = dev.compute("acme/child", &[])?;
+    check_consistency(&db)?;
+    statements("UPDATE work SET word = 'checked again'; UPDATE work SET word = 'and again'", |sql| psql(&db, sql))?;
+    dev.json(&["compute", "stop", "acme/child"])?;
+    let behind = matched(&dev, &["wal", "acme/child"])?;
+    expect(&behind, "gaps", gaps + 1);
+    ensure!(behind["compared"].as_u64() > before["compared"].as_u64(), "what lies behind the gap is verified: {behind:#}");
     Ok(())
 }
 

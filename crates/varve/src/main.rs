@@ -1,5 +1,6 @@
 //! `varve`: one binary for the server, for computes and for the operator.
 
+mod branch_wal;
 mod client;
 mod commands;
 mod output;

@@ -1,7 +1,7 @@
 //! Checks Varve against Postgres, from outside the engine.
 //!
 //! - [`wal`]: redoes WAL that was written with `wal_consistency_checking = all` and compares every page with the one that Postgres put into
-//!   the record. The WAL comes from a [`WalDirectory`] or a server's [`WalStream`].
+//!   the record. The WAL comes from a [`WalDirectory`], a server's [`WalStream`] or what a pageserver keeps of a branch's ([`branch_wal`]).
 //! - [`timeline`]: compares every page of a branch at an LSN with a stopped [`DataDirectory`] or a paused [`Standby`].
 //! - [`recovery`]: redoes WAL as fast as it can, to be measured beside Postgres's own crash recovery.
 //!
@@ -17,6 +17,7 @@ mod standby;
 mod wal_directory;
 mod wal_stream;
 
+pub mod branch_wal;
 pub mod recovery;
 pub mod timeline;
 pub mod wal;

@@ -15,6 +15,8 @@ use crate::VerifyError;
 pub enum Next {
     /// A record.
     Record(FramedRecord),
+    /// WAL is missing here, so what was known of pages does not hold any more; the next record begins behind that.
+    Gap,
     /// Nothing yet; there may be more later.
     Idle,
     /// There is no more.
@@ -51,7 +53,7 @@ pub struct Extent<'a> {
 ///
 /// What goes wrong is in the result, with what was found before; see [`WalReport::failure`].
 pub fn verify(source: &mut dyn WalSource, mut verifier: Verifier, extent: Extent<'_>, progress: &mut dyn FnMut(Lsn)) -> WalReport {
-    let mut seen = Seen { first: None, end: source.position() };
+    let mut seen = Seen { first: None, end: source.position(), gaps: 0 };
     let failure = run(source, &mut verifier, extent, &mut seen, progress).err().map(|error| error.to_string());
     WalReport::new(source.major(), &seen, &verifier, failure)
 }
@@ -60,6 +62,7 @@ pub fn verify(source: &mut dyn WalSource, mut verifier: Verifier, extent: Extent
 struct Seen {
     first: Option<Lsn>,
     end: Lsn,
+    gaps: u64,
 }
 
 fn run(
@@ -75,6 +78,11 @@ fn run(
     while !extent.stop.load(Ordering::Relaxed) {
         let framed = match source.next()? {
             Next::Record(framed) => framed,
+            Next::Gap => {
+                verifier.forget_pages();
+                seen.gaps += 1;
+                continue;
+            }
             Next::Idle => {
                 progress(source.position());
                 continue;
@@ -112,6 +120,8 @@ pub struct WalReport {
     pub from: String,
     /// End of the last record.
     pub to: String,
+    /// Places between the two where WAL is missing. Behind each, pages are unknown anew.
+    pub gaps: u64,
     /// Records.
     pub records: u64,
     /// Their bytes.
@@ -227,6 +237,7 @@ impl WalReport {
             pg_version: major.number(),
             from: seen.first.unwrap_or(seen.end).to_string(),
             to: seen.end.to_string(),
+            gaps: seen.gaps,
             records: sum(|t| t.count),
             bytes: sum(|t| t.bytes),
             compared,

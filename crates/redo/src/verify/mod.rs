@@ -94,6 +94,11 @@ impl Verifier {
         self.pages.put(rel, blkno, page, None)
     }
 
+    /// Tells that WAL is missing here: what any page is now is not known.
+    pub fn forget_pages(&mut self) {
+        self.pages.forget_all();
+    }
+
     /// What was found so far.
     pub fn report(&self) -> &Report {
         &self.report

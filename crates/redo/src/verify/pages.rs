@@ -171,6 +171,17 @@ impl Pages {
         self.forget_blocks(rel.node, |fork, other| (fork, other) == (rel.fork, blkno));
     }
 
+    /// Makes everything unknown, the base and what the WAL said of relations included.
+    pub(super) fn forget_all(&mut self) {
+        for known in self.relations.drain().flat_map(|(_, relation)| relation.blocks.into_values()) {
+            self.buffer.free(known.place);
+        }
+        self.base = None;
+        self.directories.clear();
+        self.complete_base = false;
+        self.hollow_maps.clear();
+    }
+
     fn forget_blocks(&mut self, node: RelNode, gone: impl Fn(Fork, BlockNumber) -> bool) {
         let Some(relation) = self.relations.get_mut(&node) else { return };
         relation.blocks.retain(|(fork, blkno), known| {
@@ -336,5 +347,36 @@ pub(super) enum FollowError {
 impl From<RecordError> for FollowError {
     fn from(error: RecordError) -> FollowError {
         FollowError::Bad(error.to_string())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Every block is full of ones.
+    #[derive(Debug)]
+    struct Ones;
+
+    impl BasePages for Ones {
+        fn page(&self, _: RelFork, _: BlockNumber) -> Result<Option<Page>, StoreError> {
+            Ok(Some([1; varve_postgres::BLCKSZ]))
+        }
+    }
+
+    #[test]
+    fn nothing_is_known_after_all_is_forgotten() {
+        let node = |rel| RelNode { spc: 1663, db: 5, rel }.fork(Fork::Main);
+        let (changed, created, of_base) = (node(1), node(2), node(3));
+        let mut pages = Pages::default();
+        pages.set_base(Box::new(Ones));
+        pages.put(changed, 0, &[2; varve_postgres::BLCKSZ], None).unwrap();
+        pages.reset(created.node);
+        let known = |pages: &Pages| [changed, created, of_base].map(|rel| pages.before(rel, 0).unwrap().map(|page| page[100]));
+        assert_eq!(known(&pages), [Some(2), Some(0), Some(1)], "changed, created, of the base");
+        pages.forget_all();
+        assert_eq!(known(&pages), [None; 3], "the base is out of date, too");
+        pages.put(created, 7, &[3; varve_postgres::BLCKSZ], None).unwrap();
+        assert_eq!(pages.before(created, 7).unwrap().map(|page| page[100]), Some(3), "and it goes on");
     }
 }

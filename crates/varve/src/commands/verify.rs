@@ -1,24 +1,28 @@
 //! `varve verify`: whether redo makes the pages that Postgres makes, and whether a branch holds the pages that Postgres has.
 
+use std::fmt::Display;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use anyhow::{Context as _, bail, ensure};
+use anyhow::{Context as _, ensure};
 use clap::{Args, Subcommand};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use varve_postgres::{BLCKSZ, Lsn};
+use tokio::runtime::Handle;
+use varve_postgres::{BLCKSZ, Lsn, Major};
 use varve_protocol::admin::{Compute, Moment, Server, Tenant};
 use varve_protocol::connect::blocking::Connection;
 use varve_protocol::{ConnectConfig, Endpoint};
 use varve_redo::verify::{Difference, PageDiff, Verifier};
+use varve_verify::branch_wal::{BranchExtent, BranchWal};
 use varve_verify::timeline::{self, Branch, Reference, TimelineReport};
 use varve_verify::wal::{self, Extent, WalReport, WalSource};
 use varve_verify::{DataDirectory, OverflowFile, Standby, WalDirectory, WalStream};
 
 use super::BranchPath;
+use crate::branch_wal::BranchWalClient;
 use crate::client::{Client, segment};
 use crate::output;
 
@@ -38,7 +42,7 @@ pub(crate) enum VerifyCommand {
 #[derive(Debug, Args)]
 pub(crate) struct WalArgs {
     /// A pg_wal folder or data directory; a running server, as postgresql://... or "host=...", whose WAL is followed from now on; or a branch,
-    /// as tenant/branch, whose compute is followed.
+    /// as tenant/branch, whose kept WAL is read and, while a compute runs on it, followed.
     source: String,
     /// A data directory that was shut down before this WAL was written: the pages to begin with. Without it a page's first image is taken for true.
     #[arg(long)]
@@ -46,7 +50,7 @@ pub(crate) struct WalArgs {
     /// Where to begin.
     #[arg(long)]
     from: Option<Lsn>,
-    /// Where to end; a server is otherwise followed until Ctrl-C.
+    /// Where to end; what is still written is otherwise followed until Ctrl-C.
     #[arg(long)]
     until: Option<Lsn>,
     /// Megabytes for pages in memory; further ones go into a temporary file.
@@ -80,7 +84,7 @@ pub(crate) async fn run(command: VerifyCommand, client: &Client, json: bool) -> 
     let matched = match command {
         VerifyCommand::Wal(args) => {
             let source = wal_source(&args.source, client).await?;
-            let report = tokio::task::spawn_blocking(move || verify_wal(&source, &args, &stop)).await??;
+            let report = tokio::task::spawn_blocking(move || verify_wal(source, &args, &stop)).await??;
             output::print(json, &report, || wal_text(&report))?;
             report.matched
         }
@@ -98,6 +102,7 @@ pub(crate) async fn run(command: VerifyCommand, client: &Client, json: bool) -> 
 enum Source {
     Directory(PathBuf),
     Server(ConnectConfig),
+    Branch { branch: String, wal: BranchWalClient, major: Major, system_identifier: u64 },
 }
 
 fn is_conninfo(text: &str) -> bool {
@@ -120,13 +125,12 @@ async fn wal_source(text: &str, client: &Client) -> anyhow::Result<Source> {
     }
     let branch = text.parse::<BranchPath>().ok().filter(|_| !text.starts_with(['.', '/']));
     let branch = branch.with_context(|| format!("'{text}' is no folder, no connection string and no tenant/branch"))?;
-    match writer_of(&branch, client).await? {
-        Some(conninfo) => Ok(Source::Server(ConnectConfig::from_conninfo(&conninfo)?)),
-        None => bail!(
-            "no compute runs on {branch}, and a branch's WAL is followed through its compute: what layers hold is kept as pages, not as WAL. \
-             Start one with 'varve compute start {branch}', or compare the pages with 'varve verify timeline {branch}'"
-        ),
-    }
+    let tenant: Tenant = client.get(&format!("tenants/{}", segment(&branch.tenant))).await?;
+    let major = Major::from_number(tenant.pg_version);
+    let major =
+        major.with_context(|| format!("tenant {} is of PostgreSQL {}, which this varve does not know", tenant.name, tenant.pg_version))?;
+    let wal = BranchWalClient::new(client.clone(), branch.api(), Handle::current());
+    Ok(Source::Branch { branch: branch.to_string(), wal, major, system_identifier: tenant.system_identifier.parse()? })
 }
 
 /// How to reach the compute that writes a branch, if there is one.
@@ -143,7 +147,7 @@ fn bar(length: Option<u64>, template: &str) -> anyhow::Result<ProgressBar> {
     Ok(bar)
 }
 
-fn verify_wal(source: &Source, args: &WalArgs, stop: &AtomicBool) -> anyhow::Result<WalReport> {
+fn verify_wal(source: Source, args: &WalArgs, stop: &AtomicBool) -> anyhow::Result<WalReport> {
     let base = args.base.as_deref().map(DataDirectory::open).transpose()?;
     let from = args.from.or(base.as_ref().map(DataDirectory::checkpoint));
     if let (Some(base), Some(from)) = (&base, args.from) {
@@ -154,27 +158,23 @@ fn verify_wal(source: &Source, args: &WalArgs, stop: &AtomicBool) -> anyhow::Res
             base.checkpoint()
         );
     }
+    let until = args.until.unwrap_or(Lsn::MAX);
     let mut length = None;
     let mut wal: Box<dyn WalSource> = match source {
         Source::Directory(dir) => {
-            let mut wal = WalDirectory::open(dir)?;
-            if let Some(base) = &base {
-                ensure!(
-                    base.control().system_identifier == wal.system_identifier(),
-                    "{} and {} are of two clusters, with system identifiers {} and {}",
-                    base.path().display(),
-                    dir.display(),
-                    base.control().system_identifier,
-                    wal.system_identifier()
-                );
-            }
+            let mut wal = WalDirectory::open(&dir)?;
+            check_cluster(base.as_ref(), &dir.display(), wal.system_identifier())?;
             if let Some(from) = from {
                 wal.seek(from)?;
             }
             length = Some(wal.bytes_left_max());
             Box::new(wal)
         }
-        Source::Server(config) => Box::new(WalStream::connect(config, from)?),
+        Source::Server(config) => Box::new(WalStream::connect(&config, from)?),
+        Source::Branch { branch, wal, major, system_identifier } => {
+            check_cluster(base.as_ref(), &branch, system_identifier)?;
+            Box::new(BranchWal::open(wal, BranchExtent { branch, major, system_identifier, from, until })?)
+        }
     };
     let temp = args.temp.clone().unwrap_or_else(std::env::temp_dir);
     let pages_max = args.memory_mb.saturating_mul(1 << 20) / BLCKSZ;
@@ -187,7 +187,7 @@ fn verify_wal(source: &Source, args: &WalArgs, stop: &AtomicBool) -> anyhow::Res
         None => bar(None, "{spinner} {msg}, Ctrl-C ends ({elapsed})")?,
     };
     let start = wal.position();
-    let extent = Extent { from: from.unwrap_or(Lsn::INVALID), until: args.until.unwrap_or(Lsn::MAX), stop };
+    let extent = Extent { from: from.unwrap_or(Lsn::INVALID), until, stop };
     let report = wal::verify(wal.as_mut(), verifier, extent, &mut |at| {
         bar.set_position(at.distance_from(start));
         if length.is_none() {
@@ -197,6 +197,18 @@ fn verify_wal(source: &Source, args: &WalArgs, stop: &AtomicBool) -> anyhow::Res
     });
     bar.finish_and_clear();
     Ok(report)
+}
+
+/// Pages and WAL must be of one cluster.
+fn check_cluster(base: Option<&DataDirectory>, of: &dyn Display, system_identifier: u64) -> anyhow::Result<()> {
+    let Some(base) = base else { return Ok(()) };
+    ensure!(
+        base.control().system_identifier == system_identifier,
+        "{} and {of} are of two clusters, with system identifiers {} and {system_identifier}",
+        base.path().display(),
+        base.control().system_identifier
+    );
+    Ok(())
 }
 
 fn wal_text(report: &WalReport) -> String {
@@ -236,6 +248,12 @@ fn wal_text(report: &WalReport) -> String {
         report.adopted,
         report.mismatches
     );
+    if report.gaps > 0 {
+        text += &format!(
+            "\nin {} places between the two WAL is missing, because it was written without its pages and not kept: behind each, pages were taken for true anew",
+            report.gaps
+        );
+    }
     if let Some(failure) = &report.failure {
         text += &format!("\nstopped early: {failure}");
     }
