@@ -377,6 +377,44 @@ fn kept_wal(mut dev: Dev) -> anyhow::Result<()> {
     Ok(())
 }
 
+#[test]
+fn wal_that_cannot_be_uploaded_is_not_let_go_of() -> anyhow::Result<()> {
+    let mut dev = Dev::start(VARVE)?;
+    let tenant = dev.json(&["tenant", "create", "acme"])?;
+    let branch = dev.json(&["branch", "show", "acme/main"])?;
+    let (tenant, timeline) = (tenant["id"].as_str().context("an id")?, branch["timeline_id"].as_str().context("a timeline")?);
+    let folder = Path::new(&dev.store()).join("tenants").join(tenant).join("timelines").join(timeline);
+    let db = dev.compute("acme/main", &[])?;
+    check_consistency(&db)?;
+    // A file stands where the folder of kept WAL is to be made; layers can be written.
+    std::fs::create_dir_all(&folder)?;
+    std::fs::write(folder.join("wal"), "")?;
+    statements(WORK, |sql| psql(&db, sql))?;
+    let commit = std::thread::spawn({
+        let db = db.clone();
+        // Returns when the store has it.
+        move || psql(&db, "SET synchronous_commit = remote_apply; UPDATE work SET word = 'in the store'")
+    });
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while !std::fs::read_to_string(dev.log())?.contains("a flush failed, it is tried again") {
+        ensure!(Instant::now() < deadline, "a flush whose WAL cannot be kept must fail");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    ensure!(!commit.is_finished(), "what is not in the store is not said to be there");
+    let from_log = matched(&dev, &["wal", "acme/main", "--until", &psql(&db, "SELECT pg_current_wal_lsn()")?])?;
+    std::fs::remove_file(folder.join("wal"))?;
+    commit.join().map_err(|_| anyhow::anyhow!("psql panicked"))??;
+    dev.json(&["compute", "stop", "acme/main"])?;
+    dev.stop()?;
+    dev.wipe()?;
+    dev.run()?;
+    let from_store = matched(&dev, &["wal", "acme/main"])?;
+    expect(&from_store, "gaps", 0);
+    expect(&from_store, "from", from_log["from"].clone());
+    ensure!(from_store["compared"].as_u64() >= from_log["compared"].as_u64(), "nothing was lost meanwhile: {from_store:#}");
+    Ok(())
+}
+
 /// A streaming standby of the server at `conninfo`, running.
 fn standby_of(conninfo: &str) -> anyhow::Result<Postgres> {
     let mut standby = Postgres::bare(Major::V15)?;
