@@ -59,6 +59,7 @@ pub struct BlockRecord<'a> {
 
 impl<'a> BlockRecord<'a> {
     /// The part of `record` that concerns its block `block`.
+    #[inline(always)]
     pub fn trim(record: &wal::Record<'a>, block: &wal::Block<'a>) -> BlockRecord<'a> {
         BlockRecord {
             rmid: record.header.rmid,
@@ -71,12 +72,7 @@ impl<'a> BlockRecord<'a> {
             will_init: block.will_init,
             has_data: block.has_data,
             data: block.data,
-            others: record
-                .blocks
-                .iter()
-                .filter(|other| other.id != block.id)
-                .map(|other| OtherBlock { id: other.id, fork: other.rel.fork, blkno: other.blkno })
-                .collect(),
+            others: if record.blocks.len() < 2 { Others::new() } else { other_blocks(record, block).collect() },
         }
     }
 
@@ -143,9 +139,12 @@ pub fn encode_block_record(record: &wal::Record<'_>, block: &wal::Block<'_>) -> 
         fork: block.rel.fork,
         blkno: block.blkno,
     };
+    head.encode(other_blocks(record, block), record.main_data, block.data)
+}
+
+fn other_blocks(record: &wal::Record<'_>, block: &wal::Block<'_>) -> impl Iterator<Item = OtherBlock> + Clone {
     let others = record.blocks.iter().filter(|other| other.id != block.id);
-    let others = others.map(|other| OtherBlock { id: other.id, fork: other.rel.fork, blkno: other.blkno });
-    head.encode(others, record.main_data, block.data)
+    others.map(|other| OtherBlock { id: other.id, fork: other.rel.fork, blkno: other.blkno })
 }
 
 /// What one record does to one page.

@@ -14,6 +14,7 @@ impl<'a> Cursor<'a> {
     }
 
     /// The next `len` bytes.
+    #[inline]
     pub(crate) fn take(&mut self, len: usize) -> Result<&'a [u8], Fault> {
         let (head, rest) = self.rest.split_at_checked(len).ok_or_else(|| ends_early(len, self.rest.len()))?;
         self.rest = rest;
@@ -21,20 +22,24 @@ impl<'a> Cursor<'a> {
     }
 
     /// The next `N` bytes.
+    #[inline(always)]
     pub(crate) fn array<const N: usize>(&mut self) -> Result<[u8; N], Fault> {
         let (head, rest) = self.rest.split_first_chunk().ok_or_else(|| ends_early(N, self.rest.len()))?;
         self.rest = rest;
         Ok(*head)
     }
 
+    #[inline(always)]
     pub(crate) fn u8(&mut self) -> Result<u8, Fault> {
         Ok(self.array::<1>()?[0])
     }
 
+    #[inline(always)]
     pub(crate) fn u16(&mut self) -> Result<u16, Fault> {
         Ok(u16::from_le_bytes(self.array()?))
     }
 
+    #[inline(always)]
     pub(crate) fn u32(&mut self) -> Result<u32, Fault> {
         Ok(u32::from_le_bytes(self.array()?))
     }

@@ -35,7 +35,9 @@ mod xlog;
 
 use varve_postgres::{BlockNumber, Lsn, Major, Page, page, wal::rmgr};
 
+pub use heap::first_tuple;
 pub use heap::free_space::free_space_effect;
+pub use heap::layout::HeapLayout;
 pub use image::restore_image;
 pub use item::heap_free_space;
 pub use supported::is_supported;
@@ -100,11 +102,13 @@ impl Redo<'_> {
 }
 
 /// What a page function says is wrong; [`apply`] adds which record and block.
-#[derive(Debug)]
+#[derive(Debug, thiserror::Error)]
 pub(crate) enum Fault {
     /// No such record type.
+    #[error("no such record type")]
     Unsupported,
     /// What contradicts what.
+    #[error("{0}")]
     Inconsistent(String),
 }
 
@@ -126,6 +130,29 @@ impl From<&str> for Fault {
 /// # Errors
 /// [`RedoError`]; the page is then not to be used.
 pub fn apply(major: Major, lsn: Lsn, blkno: BlockNumber, change: &Change<'_>, page: &mut Page) -> Result<(), RedoError> {
+    let mut layout = HeapLayout::default();
+    apply_loosely(major, lsn, blkno, change, page, &mut layout)?;
+    layout.settle(page, blkno)
+}
+
+/// The same as one of a series of changes to the page, whose `layout` is kept from one to the next and
+/// [settled](HeapLayout::settle) before the page is used. Heap pages then are compacted once instead of at each prune.
+///
+/// # Errors
+/// [`RedoError`]; page and layout are then not to be used.
+pub fn apply_loosely(
+    major: Major,
+    lsn: Lsn,
+    blkno: BlockNumber,
+    change: &Change<'_>,
+    page: &mut Page,
+    layout: &mut HeapLayout,
+) -> Result<(), RedoError> {
+    if change.will_init() {
+        *layout = HeapLayout::default();
+    } else if !matches!(change, Change::Record(BlockRecord { rmid: rmgr::HEAP | rmgr::HEAP2, .. })) {
+        layout.end(page).map_err(|fault| RedoError::BadChange { lsn, blkno, what: fault.to_string() })?;
+    }
     let record = match change {
         Change::Record(record) => record,
         Change::ClearVisibility { heap_blocks, flags } => {
@@ -139,8 +166,8 @@ pub fn apply(major: Major, lsn: Lsn, blkno: BlockNumber, change: &Change<'_>, pa
     let redo = Redo { major, lsn, record };
     let done = match record.rmid {
         rmgr::XLOG => xlog::redo(&redo, page),
-        rmgr::HEAP => heap::redo(&redo, page),
-        rmgr::HEAP2 => heap::redo_heap2(&redo, page),
+        rmgr::HEAP => heap::redo(&redo, page, layout),
+        rmgr::HEAP2 => heap::redo_heap2(&redo, page, layout),
         rmgr::BTREE => btree::redo(&redo, page),
         rmgr::HASH => hash::redo(&redo, page),
         rmgr::GIN => gin::redo(&redo, page),

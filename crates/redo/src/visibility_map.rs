@@ -73,12 +73,12 @@ pub fn visibility_map_clears(record: &Record<'_>) -> Vec<(RelFork, BlockNumber, 
     if !matches!(record.header.rmid, rmgr::HEAP | rmgr::HEAP2) {
         return Vec::new();
     }
-    // A record that names a map page names all that it changes.
-    if record.blocks.iter().any(|block| block.rel.fork == Fork::VisibilityMap) {
-        return Vec::new();
-    }
     let has_old_block = record.block(OLD_BLOCK).is_some();
     let Ok(cleared) = Cleared::of(record.header.rmid, record.kind(), record.main_data, has_old_block) else { return Vec::new() };
+    // Most records clear nothing. And one that names a map page names all that it changes.
+    if cleared.blocks == [None; 2] || record.blocks.iter().any(|block| block.rel.fork == Fork::VisibilityMap) {
+        return Vec::new();
+    }
     let mut clears: Vec<(RelFork, BlockNumber, SmallVec<[BlockNumber; 2]>)> = Vec::new();
     for id in cleared.blocks.into_iter().flatten() {
         let Some(block) = record.block(id) else { continue };
@@ -117,6 +117,7 @@ struct Cleared {
 
 impl Cleared {
     /// Of a record of Heap or Heap2; `has_old_block` says whether an update has one.
+    #[inline]
     fn of(rmid: u8, info: u8, data: &[u8], has_old_block: bool) -> Result<Cleared, Fault> {
         let first = |clears: bool, flags| Cleared { blocks: [clears.then_some(0), None], flags };
         Ok(match (rmid, info & opcode::MASK) {

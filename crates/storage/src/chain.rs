@@ -5,8 +5,8 @@ use std::fmt;
 use bytes::Bytes;
 use varve_postgres::page::ZERO_PAGE;
 use varve_postgres::{BLCKSZ, Lsn, Major, Page};
-use varve_redo::RedoError;
 use varve_redo::change::Change;
+use varve_redo::{HeapLayout, RedoError};
 
 use crate::key::{Key, KeyKind};
 use crate::value::Value;
@@ -111,9 +111,11 @@ impl Lookup {
     /// When a version is malformed or cannot be redone.
     pub fn materialise(&self, major: Major, base: Option<&Page>) -> Result<Box<Page>, ChainError> {
         let mut page = Box::new(if self.is_complete() { ZERO_PAGE } else { *base.unwrap_or(&ZERO_PAGE) });
+        let mut layout = HeapLayout::default();
         for version in self.versions.iter().rev() {
-            apply(major, self.key, version, &mut page)?;
+            apply_loosely(major, self.key, version, &mut page, &mut layout)?;
         }
+        settle(self.key, &mut page, &mut layout)?;
         Ok(page)
     }
 }
@@ -123,19 +125,35 @@ impl Lookup {
 /// # Errors
 /// When the version is malformed or cannot be redone; the page is then not to be used.
 pub fn apply(major: Major, key: Key, version: &Version, page: &mut Page) -> Result<(), ChainError> {
+    let mut layout = HeapLayout::default();
+    apply_loosely(major, key, version, page, &mut layout)?;
+    settle(key, page, &mut layout)
+}
+
+fn settle(key: Key, page: &mut Page, layout: &mut HeapLayout) -> Result<(), ChainError> {
+    let lsn = varve_postgres::page::lsn(page);
+    layout.settle(page, page_number(key).unwrap_or(0)).map_err(|source| ChainError::Redo { key, lsn, source })
+}
+
+/// The same as one of a series: see [`varve_redo::apply_loosely`].
+fn apply_loosely(major: Major, key: Key, version: &Version, page: &mut Page, layout: &mut HeapLayout) -> Result<(), ChainError> {
     let lsn = version.lsn;
     let malformed = |what: String| ChainError::Malformed { key, lsn, what };
     match &version.value {
-        Value::Absent => page.fill(0),
+        Value::Absent => {
+            *layout = HeapLayout::default();
+            page.fill(0);
+        }
         Value::Image(bytes) => {
             let image: &Page =
                 bytes.as_ref().try_into().map_err(|_| malformed(format!("an image of {} bytes, a page has {BLCKSZ}", bytes.len())))?;
+            *layout = HeapLayout::default();
             *page = *image;
         }
         Value::Change { bytes, .. } => {
             let number = page_number(key).ok_or_else(|| malformed("a change, though the key is no page".to_owned()))?;
             let change = Change::decode(bytes).map_err(malformed)?;
-            varve_redo::apply(major, lsn, number, &change, page).map_err(|source| ChainError::Redo { key, lsn, source })?;
+            varve_redo::apply_loosely(major, lsn, number, &change, page, layout).map_err(|source| ChainError::Redo { key, lsn, source })?;
         }
     }
     Ok(())

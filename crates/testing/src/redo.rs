@@ -191,7 +191,7 @@ pub fn redo_workload(
     workload: impl FnOnce(&mut Postgres) -> Result<()>,
 ) -> Result<Report> {
     let major = postgres.major();
-    let mut verifier = Verifier::new(major).with_complete_base();
+    let mut verifier = Verifier::new(major).with_complete_base().with_loose_pages();
     if one_session {
         verifier = verifier.with_strict_visibility_map();
     }

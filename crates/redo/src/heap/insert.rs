@@ -4,19 +4,20 @@ use std::ops::Range;
 
 use varve_postgres::{Page, page};
 
+use super::layout::HeapLayout;
 use super::record::{Insert, MultiInsert, TupleHeader, opcode};
 use super::{set_all_visible, tuple};
 use crate::cursor::Cursor;
-use crate::item::{self, OffsetNumber};
+use crate::item::OffsetNumber;
 use crate::{Fault, Redo};
 
 /// `heap_xlog_insert`.
-pub(super) fn insert(redo: &Redo<'_>, page: &mut Page) -> Result<(), Fault> {
+pub(super) fn insert(redo: &Redo<'_>, page: &mut Page, layout: &mut HeapLayout) -> Result<(), Fault> {
     let insert = Insert::decode(redo.record.main_data)?;
-    init_if_told(redo, page);
+    init_if_told(redo, page, layout);
     let mut data = Cursor::new(redo.record.data);
     let header = TupleHeader::decode(&mut data)?;
-    add_tuple(redo, page, insert.offset, header, 0, data.rest())?;
+    add_tuple(redo, page, layout, insert.offset, header, data.rest())?;
     if insert.all_visible_cleared() {
         set_all_visible(page, false);
     }
@@ -24,10 +25,10 @@ pub(super) fn insert(redo: &Redo<'_>, page: &mut Page) -> Result<(), Fault> {
 }
 
 /// `heap_xlog_multi_insert`.
-pub(super) fn multi_insert(redo: &Redo<'_>, page: &mut Page) -> Result<(), Fault> {
+pub(super) fn multi_insert(redo: &Redo<'_>, page: &mut Page, layout: &mut HeapLayout) -> Result<(), Fault> {
     let init = redo.record.info & opcode::INIT_PAGE != 0;
     let multi = MultiInsert::decode(redo.record.main_data, init)?;
-    init_if_told(redo, page);
+    init_if_told(redo, page, layout);
     let mut data = Cursor::new(redo.record.data);
     for i in 0..multi.tuples {
         if !(redo.record.data.len() - data.len()).is_multiple_of(2) {
@@ -35,7 +36,7 @@ pub(super) fn multi_insert(redo: &Redo<'_>, page: &mut Page) -> Result<(), Fault
         }
         let len = usize::from(data.u16()?);
         let header = TupleHeader::decode(&mut data)?;
-        add_tuple(redo, page, multi.offset(i), header, 0, data.take(len)?)?;
+        add_tuple(redo, page, layout, multi.offset(i), header, data.take(len)?)?;
     }
     if !data.is_empty() {
         return Err(format!("{} bytes follow the last of {} tuples", data.len(), multi.tuples).into());
@@ -50,15 +51,23 @@ pub(super) fn multi_insert(redo: &Redo<'_>, page: &mut Page) -> Result<(), Fault
 }
 
 /// Initialises the page if the record says so.
-pub(super) fn init_if_told(redo: &Redo<'_>, page: &mut Page) {
+pub(super) fn init_if_told(redo: &Redo<'_>, page: &mut Page, layout: &mut HeapLayout) {
     if redo.record.info & opcode::INIT_PAGE != 0 {
         page::init(page, 0);
+        *layout = HeapLayout::default();
     }
 }
 
 /// Puts a tuple of a new transaction on the page: `header`, then `body` (null bitmap and values).
-fn add_tuple(redo: &Redo<'_>, page: &mut Page, offset: OffsetNumber, header: TupleHeader, xmax: u32, body: &[u8]) -> Result<(), Fault> {
-    let range = reserve_tuple(redo, page, offset, header, xmax, body.len())?;
+fn add_tuple(
+    redo: &Redo<'_>,
+    page: &mut Page,
+    layout: &mut HeapLayout,
+    offset: OffsetNumber,
+    header: TupleHeader,
+    body: &[u8],
+) -> Result<(), Fault> {
+    let range = reserve_tuple(redo, page, layout, offset, header, 0, body.len())?;
     page[range].copy_from_slice(body);
     Ok(())
 }
@@ -67,6 +76,7 @@ fn add_tuple(redo: &Redo<'_>, page: &mut Page, offset: OffsetNumber, header: Tup
 pub(super) fn reserve_tuple(
     redo: &Redo<'_>,
     page: &mut Page,
+    layout: &mut HeapLayout,
     offset: OffsetNumber,
     header: TupleHeader,
     xmax: u32,
@@ -79,7 +89,7 @@ pub(super) fn reserve_tuple(
     if body_len == 0 || len > tuple::TUPLE_SIZE_MAX {
         return Err(format!("a tuple of {len} bytes").into());
     }
-    let (offset, range) = item::reserve_item(page, len, offset, true, true)?;
+    let range = layout.reserve(page, len, offset)?;
     let new = tuple::header_mut(&mut page[range.clone()])?;
     *new = [0; tuple::HEADER_SIZE];
     tuple::set_xmin(new, redo.record.xid);

@@ -1,33 +1,53 @@
 //! Page functions of the heap: resource managers Heap and Heap2 (`access/heapam_xlog.h`).
 //!
 //! [`record`] takes records apart, [`tuple`] knows a tuple's header; [`insert`] makes tuples, [`update`] changes them, [`prune`] removes
-//! and freezes them. Which bits of visibility-map pages a record clears says [`crate::visibility_map`], what it makes known about free
+//! and freezes them, [`layout`] says where they lie until gaps are closed. Which bits of visibility-map pages a record clears says [`crate::visibility_map`], what it makes known about free
 //! space [`free_space`].
 
 pub(crate) mod free_space;
 mod insert;
+pub(crate) mod layout;
 mod prune;
 pub(crate) mod record;
 pub(crate) mod tuple;
 mod update;
 
+use std::ops::Range;
+
 use varve_postgres::page::{self, PD_ALL_VISIBLE};
+use varve_postgres::wal::rmgr;
 use varve_postgres::{Fork, Page};
 
+use crate::change::{BlockRecord, Change};
+use crate::item::{self, ItemId};
 use crate::visibility_map;
 use crate::{Fault, Redo};
+use layout::HeapLayout;
 use record::{Visible, opcode};
 
+/// Where on its page the tuple lies that a heap change reads first, as far as that can be told at a glance: so that memory can be waited for ahead.
+pub fn first_tuple(change: &Change<'_>, page: &Page) -> Option<Range<usize>> {
+    let Change::Record(BlockRecord { rmid: rmgr::HEAP, info, main_data, fork: Fork::Main, .. }) = change else { return None };
+    // Records of these types begin with a transaction and the line pointer of the tuple.
+    if !matches!(info & opcode::MASK, opcode::UPDATE | opcode::HOT_UPDATE | opcode::DELETE | opcode::LOCK) {
+        return None;
+    }
+    let offset = main_data.get(4..6)?;
+    let index = usize::from(u16::from_le_bytes([offset[0], offset[1]])).checked_sub(1)?;
+    let id = ItemId::from_bytes(*item::line_pointers(page).get(index)?);
+    Some(usize::from(id.off())..usize::from(id.off()) + usize::from(id.len()))
+}
+
 /// `heap_redo`.
-pub(crate) fn redo(redo: &Redo<'_>, page: &mut Page) -> Result<(), Fault> {
+pub(crate) fn redo(redo: &Redo<'_>, page: &mut Page, layout: &mut HeapLayout) -> Result<(), Fault> {
     if redo.record.fork == Fork::VisibilityMap {
         return visibility_map::clear_named(redo.record, page);
     }
     match redo.record.info & opcode::MASK {
-        opcode::INSERT => insert::insert(redo, page),
+        opcode::INSERT => insert::insert(redo, page, layout),
         opcode::DELETE => update::delete(redo, page),
-        opcode::UPDATE => update::update(redo, page, false),
-        opcode::HOT_UPDATE => update::update(redo, page, true),
+        opcode::UPDATE => update::update(redo, page, layout, false),
+        opcode::HOT_UPDATE => update::update(redo, page, layout, true),
         opcode::CONFIRM => update::confirm(redo, page),
         opcode::LOCK => update::lock(redo, page),
         opcode::INPLACE => update::inplace(redo, page),
@@ -36,19 +56,21 @@ pub(crate) fn redo(redo: &Redo<'_>, page: &mut Page) -> Result<(), Fault> {
 }
 
 /// `heap2_redo`.
-pub(crate) fn redo_heap2(redo: &Redo<'_>, page: &mut Page) -> Result<(), Fault> {
+pub(crate) fn redo_heap2(redo: &Redo<'_>, page: &mut Page, layout: &mut HeapLayout) -> Result<(), Fault> {
     let kind = redo.record.info & opcode::MASK;
     if redo.record.fork == Fork::VisibilityMap && kind != opcode::VISIBLE {
         return visibility_map::clear_named(redo.record, page);
     }
     match kind {
-        opcode::PRUNE | opcode::VACUUM | opcode::FREEZE_PAGE if redo.major.has_one_prune_record() => prune::prune_and_freeze(redo, page),
-        opcode::PRUNE => prune::prune(redo, page),
-        opcode::VACUUM => prune::vacuum(redo, page),
+        opcode::PRUNE | opcode::VACUUM | opcode::FREEZE_PAGE if redo.major.has_one_prune_record() => {
+            prune::prune_and_freeze(redo, page, layout)
+        }
+        opcode::PRUNE => prune::prune(redo, page, layout),
+        opcode::VACUUM => prune::vacuum(redo, page, layout),
         opcode::FREEZE_PAGE if redo.major.has_freeze_plans() => prune::freeze_plans(redo, page),
         opcode::FREEZE_PAGE => prune::freeze_tuples(redo, page),
         opcode::VISIBLE => visible(redo, page),
-        opcode::MULTI_INSERT => insert::multi_insert(redo, page),
+        opcode::MULTI_INSERT => insert::multi_insert(redo, page, layout),
         opcode::LOCK_UPDATED => update::lock_updated(redo, page),
         _ => Err(Fault::Unsupported), // XLOG_HEAP2_NEW_CID and XLOG_HEAP2_REWRITE have no blocks
     }

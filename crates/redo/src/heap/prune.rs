@@ -6,6 +6,7 @@
 
 use varve_postgres::Page;
 
+use super::layout::HeapLayout;
 use super::record::opcode;
 use super::tuple::{self, Header};
 use crate::cursor::Cursor;
@@ -14,37 +15,42 @@ use crate::{Fault, Redo};
 
 /// Array of line pointer numbers as records have it.
 #[derive(Clone, Copy, Default)]
-struct Offsets<'a>(&'a [u8]);
+pub(super) struct Offsets<'a>(&'a [u8]);
 
 impl<'a> Offsets<'a> {
     fn take(data: &mut Cursor<'a>, count: usize) -> Result<Offsets<'a>, Fault> {
         Ok(Offsets(data.take(count.saturating_mul(2))?))
     }
 
-    fn iter(self) -> impl Iterator<Item = OffsetNumber> + 'a {
-        self.0.chunks_exact(2).map(|bytes| u16::from_le_bytes([bytes[0], bytes[1]]))
+    pub(super) fn iter(self) -> impl Iterator<Item = OffsetNumber> + 'a {
+        self.0.as_chunks().0.iter().map(|bytes| u16::from_le_bytes(*bytes))
     }
 }
 
 /// What pruning does to line pointers.
 #[derive(Clone, Copy, Default)]
-struct Pruned<'a> {
+pub(super) struct Pruned<'a> {
     /// Pairs: from, to.
     redirected: Offsets<'a>,
-    dead: Offsets<'a>,
-    unused: Offsets<'a>,
+    pub(super) dead: Offsets<'a>,
+    pub(super) unused: Offsets<'a>,
 }
 
-impl Pruned<'_> {
+impl<'a> Pruned<'a> {
     fn is_empty(&self) -> bool {
         self.redirected.0.is_empty() && self.dead.0.is_empty() && self.unused.0.is_empty()
     }
 
+    /// Line pointers that lead to another now: from, to.
+    pub(super) fn redirections(&self) -> impl Iterator<Item = (OffsetNumber, OffsetNumber)> + use<'a> {
+        let pairs = self.redirected.0.as_chunks().0.iter();
+        pairs.map(|[a, b, c, d]| (u16::from_le_bytes([*a, *b]), u16::from_le_bytes([*c, *d])))
+    }
+
     /// The line pointers' part of `heap_page_prune_execute`.
-    fn set_line_pointers(&self, page: &mut Page) -> Result<(), Fault> {
+    pub(super) fn set_line_pointers(&self, page: &mut Page) -> Result<(), Fault> {
         let line_pointers = item::line_pointers_mut(page);
-        let mut redirected = self.redirected.iter();
-        while let (Some(from), Some(to)) = (redirected.next(), redirected.next()) {
+        for (from, to) in self.redirections() {
             item::set(line_pointers, from, ItemId::redirect(to))?;
         }
         for offset in self.dead.iter() {
@@ -58,7 +64,7 @@ impl Pruned<'_> {
 }
 
 /// `heap_xlog_prune` (up to 16).
-pub(super) fn prune(redo: &Redo<'_>, page: &mut Page) -> Result<(), Fault> {
+pub(super) fn prune(redo: &Redo<'_>, page: &mut Page, layout: &mut HeapLayout) -> Result<(), Fault> {
     let mut main = Cursor::new(redo.record.main_data);
     main.u32()?; // snapshot conflict horizon, for standbys
     let (redirected, dead) = (usize::from(main.u16()?), usize::from(main.u16()?));
@@ -68,12 +74,12 @@ pub(super) fn prune(redo: &Redo<'_>, page: &mut Page) -> Result<(), Fault> {
         dead: Offsets::take(&mut data, dead)?,
         unused: Offsets(data.rest()),
     };
-    pruned.set_line_pointers(page)?;
-    item::repair_fragmentation(page, redo.major.prune_truncates_line_pointers())
+    layout.prune(page, &pruned, redo.major.prune_truncates_line_pointers())
 }
 
 /// `heap_xlog_vacuum` (up to 16).
-pub(super) fn vacuum(redo: &Redo<'_>, page: &mut Page) -> Result<(), Fault> {
+pub(super) fn vacuum(redo: &Redo<'_>, page: &mut Page, layout: &mut HeapLayout) -> Result<(), Fault> {
+    layout.end(page)?;
     let count = usize::from(Cursor::new(redo.record.main_data).u16()?);
     let unused = Offsets::take(&mut Cursor::new(redo.record.data), count)?;
     Pruned { unused, ..Pruned::default() }.set_line_pointers(page)?;
@@ -166,7 +172,7 @@ pub(super) mod part {
 }
 
 /// `heap_xlog_prune_freeze` (from 17 on).
-pub(super) fn prune_and_freeze(redo: &Redo<'_>, page: &mut Page) -> Result<(), Fault> {
+pub(super) fn prune_and_freeze(redo: &Redo<'_>, page: &mut Page, layout: &mut HeapLayout) -> Result<(), Fault> {
     let flags = prune_flags(redo.record.main_data)?;
     let mut data = Cursor::new(redo.record.data);
     let mut plans: &[u8] = &[];
@@ -185,11 +191,12 @@ pub(super) fn prune_and_freeze(redo: &Redo<'_>, page: &mut Page) -> Result<(), F
     let pruned =
         Pruned { redirected: items(part::REDIRECTIONS, 2)?, dead: items(part::DEAD_ITEMS, 1)?, unused: items(part::UNUSED_ITEMS, 1)? };
     if !pruned.is_empty() {
-        pruned.set_line_pointers(page)?;
         if flags & part::CLEANUP_LOCK == 0 {
+            layout.end(page)?;
+            pruned.set_line_pointers(page)?;
             item::truncate_line_pointers(page)?;
         } else {
-            item::repair_fragmentation(page, redo.major.prune_truncates_line_pointers())?;
+            layout.prune(page, &pruned, redo.major.prune_truncates_line_pointers())?;
         }
     }
     execute_plans(page, plans, &mut data)?;

@@ -61,6 +61,7 @@ pub(crate) struct Insert {
 }
 
 impl Insert {
+    #[inline]
     pub(crate) fn decode(data: &[u8]) -> Result<Insert, Fault> {
         let b: [u8; 3] = Cursor::new(data).array()?;
         Ok(Insert { offset: u16_at(&b, 0), flags: b[2] })
@@ -120,6 +121,7 @@ pub(crate) struct Delete {
 }
 
 impl Delete {
+    #[inline]
     pub(crate) fn decode(data: &[u8]) -> Result<Delete, Fault> {
         let b: [u8; 8] = Cursor::new(data).array()?;
         Ok(Delete { xmax: u32_at(&b, 0), offset: u16_at(&b, 4), infobits: b[6], flags: b[7] })
@@ -152,6 +154,7 @@ pub(crate) struct Update {
 }
 
 impl Update {
+    #[inline]
     pub(crate) fn decode(data: &[u8]) -> Result<Update, Fault> {
         let b: [u8; 14] = Cursor::new(data).array()?;
         Ok(Update {
@@ -193,6 +196,7 @@ pub(crate) struct Lock {
 }
 
 impl Lock {
+    #[inline]
     pub(crate) fn decode(data: &[u8]) -> Result<Lock, Fault> {
         let b: [u8; 8] = Cursor::new(data).array()?;
         Ok(Lock { xmax: u32_at(&b, 0), offset: u16_at(&b, 4), infobits: b[6], flags: b[7] })
@@ -211,6 +215,7 @@ pub(crate) struct Visible {
 }
 
 impl Visible {
+    #[inline]
     pub(crate) fn decode(data: &[u8]) -> Result<Visible, Fault> {
         let mut data = Cursor::new(data);
         data.u32()?; // snapshot conflict horizon, for standbys

@@ -52,9 +52,16 @@ pub(crate) const MOVED_PARTITIONS_BLOCK: BlockNumber = BlockNumber::MAX;
 pub(crate) type Header = [u8; HEADER_SIZE];
 
 /// The header of `tuple`.
+#[inline]
 pub(crate) fn header_mut(tuple: &mut [u8]) -> Result<&mut Header, Fault> {
     let len = tuple.len();
-    tuple.first_chunk_mut().ok_or_else(|| format!("a tuple of {len} bytes has no header").into())
+    tuple.first_chunk_mut().ok_or_else(|| no_header(len))
+}
+
+#[cold]
+#[inline(never)]
+fn no_header(len: usize) -> Fault {
+    format!("a tuple of {len} bytes has no header").into()
 }
 
 fn u16_at(header: &Header, at: usize) -> u16 {

@@ -3,20 +3,28 @@
 use varve_postgres::{BlockNumber, Page, page};
 
 use super::insert::{init_if_told, reserve_tuple};
+use super::layout::HeapLayout;
 use super::record::{Delete, Lock, TupleHeader, Update};
 use super::set_all_visible;
 use super::tuple::{self, Header};
 use crate::cursor::Cursor;
-use crate::item::{self, OffsetNumber};
+use crate::item::{self, ItemId, OffsetNumber};
 use crate::{Fault, Redo};
 
 /// The header of the tuple behind line pointer `offset`, which must be a normal one.
+#[inline]
 fn normal_tuple(page: &mut Page, offset: OffsetNumber) -> Result<&mut Header, Fault> {
     let id = item::item_id(page, offset)?;
     if !id.is_normal() {
-        return Err(format!("line pointer {offset} is not normal: {id:?}").into());
+        return Err(not_normal(offset, id));
     }
     tuple::header_mut(item::item_mut(page, offset)?)
+}
+
+#[cold]
+#[inline(never)]
+fn not_normal(offset: OffsetNumber, id: ItemId) -> Fault {
+    format!("line pointer {offset} is not normal: {id:?}").into()
 }
 
 /// `fix_infomask_from_infobits`, after clearing all that tells of xmax.
@@ -89,7 +97,7 @@ pub(super) fn delete(redo: &Redo<'_>, page: &mut Page) -> Result<(), Fault> {
 }
 
 /// `heap_xlog_update`: block 0 has the new tuple, block 1, if there is one, the old.
-pub(super) fn update(redo: &Redo<'_>, page: &mut Page, hot: bool) -> Result<(), Fault> {
+pub(super) fn update(redo: &Redo<'_>, page: &mut Page, layout: &mut HeapLayout, hot: bool) -> Result<(), Fault> {
     let update = Update::decode(redo.record.main_data)?;
     let new_block = redo.record.block_number(0).ok_or("the record has no block 0")?;
     let same_page = redo.record.block_number(1).is_none();
@@ -98,9 +106,9 @@ pub(super) fn update(redo: &Redo<'_>, page: &mut Page, hot: bool) -> Result<(), 
     }
     if redo.record.block_id == 0 {
         if !same_page {
-            init_if_told(redo, page);
+            init_if_told(redo, page, layout);
         }
-        update_new(redo, page, &update, same_page)?;
+        update_new(redo, page, layout, &update, same_page)?;
     }
     Ok(())
 }
@@ -119,33 +127,35 @@ fn update_old(redo: &Redo<'_>, page: &mut Page, update: &Update, new_block: Bloc
     Ok(())
 }
 
-fn update_new(redo: &Redo<'_>, page: &mut Page, update: &Update, same_page: bool) -> Result<(), Fault> {
+fn update_new(redo: &Redo<'_>, page: &mut Page, layout: &mut HeapLayout, update: &Update, same_page: bool) -> Result<(), Fault> {
     let mut data = Cursor::new(redo.record.data);
     let prefix_len = if update.prefix_from_old() { usize::from(data.u16()?) } else { 0 };
     let suffix_len = if update.suffix_from_old() { usize::from(data.u16()?) } else { 0 };
     let header = TupleHeader::decode(&mut data)?;
     if prefix_len + suffix_len == 0 {
         let body = data.rest();
-        let range = reserve_tuple(redo, page, update.new_offset, header, update.new_xmax, body.len())?;
+        let range = reserve_tuple(redo, page, layout, update.new_offset, header, update.new_xmax, body.len())?;
         page[range].copy_from_slice(body);
     } else {
         if !same_page {
             return Err("the new tuple takes bytes of an old one that is on another page".into());
         }
         let old = item::item_range(page, update.old_offset)?;
-        let old_values = old.start + usize::from(tuple::hoff(normal_tuple(page, update.old_offset)?));
-        if old_values + prefix_len > old.end || suffix_len > old.len() {
+        let hoff = usize::from(tuple::hoff(normal_tuple(page, update.old_offset)?));
+        if hoff + prefix_len > old.len() || suffix_len > old.len() {
             return Err(format!("the new tuple takes {prefix_len} and {suffix_len} bytes of an old one of {}", old.len()).into());
         }
         // With a prefix, the null bitmap comes before it, and the rest of the record's bytes after.
         let bitmap = if prefix_len > 0 { data.take(usize::from(header.hoff).saturating_sub(tuple::HEADER_SIZE))? } else { &[] };
         let middle = data.rest();
         let body_len = bitmap.len() + prefix_len + middle.len() + suffix_len;
-        let range = reserve_tuple(redo, page, update.new_offset, header, update.new_xmax, body_len)?;
+        let range = reserve_tuple(redo, page, layout, update.new_offset, header, update.new_xmax, body_len)?;
+        // Room may have been made by moving tuples.
+        let old = item::item_range(page, update.old_offset)?;
         let mut at = range.start;
         page[at..at + bitmap.len()].copy_from_slice(bitmap);
         at += bitmap.len();
-        page.copy_within(old_values..old_values + prefix_len, at);
+        page.copy_within(old.start + hoff..old.start + hoff + prefix_len, at);
         at += prefix_len;
         page[at..at + middle.len()].copy_from_slice(middle);
         at += middle.len();

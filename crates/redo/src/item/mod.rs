@@ -134,12 +134,19 @@ pub(crate) fn max_align(len: usize) -> usize {
 }
 
 /// Checks `pd_lower`, `pd_upper` and `pd_special`; after it, 24 <= lower <= upper <= special <= 8192, and special is a multiple of 8.
+#[inline]
 pub(crate) fn check_header(page: &Page) -> Result<(), Fault> {
     let (lower, upper, special) = (lower(page), upper(page), special(page));
     if usize::from(lower) < PAGE_HEADER_SIZE || lower > upper || upper > special || usize::from(special) > BLCKSZ || special % 8 != 0 {
-        return Err(format!("the page's pointers are corrupt: lower {lower}, upper {upper}, special {special}").into());
+        return Err(corrupt_header(page));
     }
     Ok(())
+}
+
+#[cold]
+#[inline(never)]
+fn corrupt_header(page: &Page) -> Fault {
+    format!("the page's pointers are corrupt: lower {}, upper {}, special {}", lower(page), upper(page), special(page)).into()
 }
 
 /// Sets `pd_lower` of a page whose content is not behind line pointers: it ends at `end`, at the most at `pd_upper`.
@@ -177,30 +184,38 @@ fn item_id_at(offset: OffsetNumber) -> usize {
     PAGE_HEADER_SIZE + (usize::from(offset) - 1) * ITEM_ID_SIZE
 }
 
+#[inline]
 fn existing(page: &Page, offset: OffsetNumber) -> Result<usize, Fault> {
     let max = max_offset(page);
     if offset == 0 || offset > max { Err(does_not_exist(offset, max)) } else { Ok(item_id_at(offset)) }
 }
 
 #[cold]
+#[inline(never)]
 fn does_not_exist(offset: OffsetNumber, max: OffsetNumber) -> Fault {
     format!("line pointer {offset} does not exist: the page has {max}").into()
 }
 
 /// Line pointer `offset`; a [`Fault`] if there is none with this number.
+#[inline]
 pub(crate) fn item_id(page: &Page, offset: OffsetNumber) -> Result<ItemId, Fault> {
-    let at = existing(page, offset)?;
-    Ok(ItemId::from_bytes([page[at], page[at + 1], page[at + 2], page[at + 3]]))
+    match line_pointers(page).get(usize::from(offset).wrapping_sub(1)) {
+        Some(bytes) => Ok(ItemId::from_bytes(*bytes)),
+        None => Err(does_not_exist(offset, max_offset(page))),
+    }
 }
 
 /// Sets line pointer `offset`, which exists.
+#[inline]
 pub(crate) fn set_item_id(page: &mut Page, offset: OffsetNumber, id: ItemId) -> Result<(), Fault> {
     let at = existing(page, offset)?;
     page[at..at + ITEM_ID_SIZE].copy_from_slice(&id.to_bytes());
     Ok(())
 }
 
-fn at_mut(line_pointers: &mut [[u8; ITEM_ID_SIZE]], offset: OffsetNumber) -> Result<&mut [u8; ITEM_ID_SIZE], Fault> {
+/// Line pointer `offset` of all [`line_pointers_mut`].
+#[inline]
+pub(crate) fn at_mut(line_pointers: &mut [[u8; ITEM_ID_SIZE]], offset: OffsetNumber) -> Result<&mut [u8; ITEM_ID_SIZE], Fault> {
     let max = line_pointers.len() as OffsetNumber;
     line_pointers.get_mut(usize::from(offset.wrapping_sub(1))).ok_or_else(|| does_not_exist(offset, max))
 }
@@ -212,22 +227,31 @@ pub(crate) fn set(line_pointers: &mut [[u8; ITEM_ID_SIZE]], offset: OffsetNumber
 }
 
 /// Where the tuple behind line pointer `offset` lies: within the page, behind the header, not empty.
+#[inline]
 pub(crate) fn item_range(page: &Page, offset: OffsetNumber) -> Result<Range<usize>, Fault> {
     let id = item_id(page, offset)?;
     let range = usize::from(id.off())..usize::from(id.off()) + usize::from(id.len());
     if !id.has_storage() || range.start < PAGE_HEADER_SIZE || range.end > BLCKSZ {
-        return Err(format!("line pointer {offset} has no tuple: {id:?}").into());
+        return Err(no_tuple(offset, id));
     }
     Ok(range)
 }
 
+#[cold]
+#[inline(never)]
+fn no_tuple(offset: OffsetNumber, id: ItemId) -> Fault {
+    format!("line pointer {offset} has no tuple: {id:?}").into()
+}
+
 /// The tuple behind line pointer `offset`.
+#[inline]
 pub(crate) fn item(page: &Page, offset: OffsetNumber) -> Result<&[u8], Fault> {
     let range = item_range(page, offset)?;
     Ok(&page[range])
 }
 
 /// The tuple behind line pointer `offset`, to be changed in place.
+#[inline]
 pub(crate) fn item_mut(page: &mut Page, offset: OffsetNumber) -> Result<&mut [u8], Fault> {
     let range = item_range(page, offset)?;
     Ok(&mut page[range])
@@ -253,7 +277,8 @@ fn special_start(page: &Page, len: usize) -> Result<usize, Fault> {
     Ok(start)
 }
 
-fn set_has_free_lines(page: &mut Page, has: bool) {
+/// Sets the hint that a line pointer is unused.
+pub(crate) fn set_has_free_lines(page: &mut Page, has: bool) {
     let others = flags(page) & !PD_HAS_FREE_LINES;
     set_flags(page, if has { others | PD_HAS_FREE_LINES } else { others });
 }
@@ -479,8 +504,8 @@ fn misplaced(offset: OffsetNumber, id: ItemId, upper: u16, special: u16) -> Faul
 }
 
 /// `PageRepairFragmentation`: closes gaps between a heap page's tuples, cuts unused line pointers off the end if told (from 15 on Postgres
-/// does), sets the free-lines hint.
-pub(crate) fn repair_fragmentation(page: &mut Page, truncate: bool) -> Result<(), Fault> {
+/// does), sets the free-lines hint. Returns how many unused line pointers are left.
+pub(crate) fn repair_fragmentation(page: &mut Page, truncate: bool) -> Result<OffsetNumber, Fault> {
     check_header(page)?;
     let lines = max_offset(page);
     let (mut tuples, mut kept) = (NONE_KEPT, Compaction::new(page));
@@ -499,6 +524,23 @@ pub(crate) fn repair_fragmentation(page: &mut Page, truncate: bool) -> Result<()
     let cut = if truncate { lines - last_used } else { 0 };
     set_lower(page, lower(page) - cut * ITEM_ID_SIZE as u16);
     set_has_free_lines(page, unused > cut);
+    Ok(unused - cut)
+}
+
+/// Moves a heap page's tuples, which lie anywhere between `bottom` and the special space, to the page's end without gaps: first those behind all
+/// other line pointers, in order of these, then those behind `last`, in that order.
+pub(crate) fn close_gaps(page: &mut Page, bottom: u16, last: &[OffsetNumber]) -> Result<(), Fault> {
+    let (mut tuples, mut kept) = (NONE_KEPT, Compaction { upper: u32::from(bottom), ..Compaction::new(page) });
+    for (bytes, offset) in line_pointers(page).iter().zip(1..) {
+        let id = ItemId::from_bytes(*bytes);
+        kept.push_if(&mut tuples, id.is_used() & id.has_storage() & !last.contains(&offset), id, offset);
+    }
+    for offset in last {
+        let id = item_id(page, *offset)?;
+        kept.push_if(&mut tuples, id.is_used() & id.has_storage(), id, *offset);
+    }
+    kept.check(page)?;
+    kept.compact(&tuples, page);
     Ok(())
 }
 

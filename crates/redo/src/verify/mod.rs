@@ -8,6 +8,7 @@
 //!
 //! After a mismatch the record's image replaces the page, so that one fault is reported once.
 
+mod loose;
 mod page_buffer;
 mod page_diff;
 mod pages;
@@ -24,6 +25,7 @@ pub use page_diff::PageDiff;
 pub use pages::{BasePages, Pages};
 pub use report::{Difference, Mismatch, Report, TypeStats};
 
+use loose::LoosePages;
 use pages::FollowError;
 
 use crate::change::{BlockRecord, Change};
@@ -40,6 +42,7 @@ pub struct Verifier {
     major: Major,
     strict_visibility_map: bool,
     free_space_maps: bool,
+    loose: Option<LoosePages>,
     pages: Pages,
     report: Report,
 }
@@ -47,7 +50,14 @@ pub struct Verifier {
 impl Verifier {
     /// A verifier for WAL of `major`.
     pub fn new(major: Major) -> Verifier {
-        Verifier { major, strict_visibility_map: false, free_space_maps: false, pages: Pages::default(), report: Report::default() }
+        Verifier {
+            major,
+            strict_visibility_map: false,
+            free_space_maps: false,
+            loose: None,
+            pages: Pages::default(),
+            report: Report::default(),
+        }
     }
 
     /// Compares visibility-map pages too, of which Postgres's masking leaves nothing to compare. Only for WAL that one session wrote:
@@ -62,6 +72,13 @@ impl Verifier {
     #[must_use]
     pub fn with_free_space_maps(mut self) -> Verifier {
         self.free_space_maps = true;
+        self
+    }
+
+    /// Redoes heap pages a second time, with [compaction put off](crate::apply_loosely), and compares after each record. All of them are kept in memory.
+    #[must_use]
+    pub fn with_loose_pages(mut self) -> Verifier {
+        self.loose = Some(LoosePages::default());
         self
     }
 
@@ -165,7 +182,10 @@ impl Verifier {
         };
         let mut page = before;
         let change = Change::Record(BlockRecord::trim(record, block));
-        let redone = self.redo(record, blkno, &change, &mut page);
+        let redone = self.redo(record, blkno, &change, &mut page).and_then(|()| {
+            let Some(loose) = &mut self.loose else { return Ok(()) };
+            loose.redo(self.major, record.end, (rel, blkno), &change, (&before, &page))
+        });
         match (redone, truth) {
             (Err(what), truth) => {
                 self.mismatch(record, rel, blkno, Difference::Failed(what));
