@@ -110,6 +110,7 @@ struct Cursor<'a> {
 }
 
 impl<'a> Cursor<'a> {
+    #[inline]
     fn take(&mut self, len: usize) -> Result<&'a [u8], String> {
         let (taken, rest) =
             self.rest.split_at_checked(len).ok_or_else(|| format!("{len} bytes are missing of which {} are there", self.rest.len()))?;
@@ -117,21 +118,25 @@ impl<'a> Cursor<'a> {
         Ok(taken)
     }
 
-    fn array<const N: usize>(&mut self) -> Result<[u8; N], String> {
+    #[inline(always)]
+    fn array<const N: usize>(&mut self) -> Result<[u8; N], &'static str> {
         let (taken, rest) = self.rest.split_first_chunk().ok_or("the headers end too early")?;
         self.rest = rest;
         Ok(*taken)
     }
 
-    fn u8(&mut self) -> Result<u8, String> {
+    #[inline(always)]
+    fn u8(&mut self) -> Result<u8, &'static str> {
         Ok(self.array::<1>()?[0])
     }
 
-    fn u16(&mut self) -> Result<u16, String> {
+    #[inline(always)]
+    fn u16(&mut self) -> Result<u16, &'static str> {
         self.array().map(u16::from_le_bytes)
     }
 
-    fn u32(&mut self) -> Result<u32, String> {
+    #[inline(always)]
+    fn u32(&mut self) -> Result<u32, &'static str> {
         self.array().map(u32::from_le_bytes)
     }
 }
@@ -141,22 +146,26 @@ impl<'a> Record<'a> {
     ///
     /// # Errors
     /// [`WalError::Record`] when headers and lengths contradict each other.
+    #[inline]
     pub fn decode(bytes: &'a [u8], start: Lsn, end: Lsn, major: Major) -> Result<Record<'a>, WalError> {
-        Self::decode_inner(bytes, start, end, major).map_err(|what| WalError::Record { lsn: start, what })
+        let malformed = |what: String| WalError::Record { lsn: start, what };
+        let header = RecordHeader::decode(bytes).ok_or_else(|| malformed("shorter than a record header".to_owned()))?;
+        let mut record = Record { header, start, end, blocks: SmallVec::new(), main_data: &[], origin: None, toplevel_xid: None };
+        match record.fill(bytes, major) {
+            Ok(()) => Ok(record),
+            Err(what) => Err(malformed(what)),
+        }
     }
 
-    fn decode_inner(bytes: &'a [u8], start: Lsn, end: Lsn, major: Major) -> Result<Record<'a>, String> {
-        let header = RecordHeader::decode(bytes).ok_or("shorter than a record header")?;
+    /// Fills in what stands behind the header of the record `bytes`.
+    fn fill(&mut self, bytes: &'a [u8], major: Major) -> Result<(), String> {
+        let Record { header, blocks, main_data, origin, toplevel_xid, .. } = self;
         if header.total_len as usize != bytes.len() {
             return Err(format!("has {} bytes and says that it has {}", bytes.len(), header.total_len));
         }
         let mut cursor = Cursor { rest: &bytes[RECORD_HEADER_SIZE..] };
-        let mut blocks: SmallVec<[Block<'a>; 2]> = SmallVec::new();
-        // Of each block's image and data, in the order of the blocks.
-        let mut lengths: SmallVec<[(usize, usize); 4]> = SmallVec::new();
         let mut main_len = 0usize;
         let mut payload = 0usize;
-        let (mut origin, mut toplevel_xid) = (None, None);
         let mut last_rel: Option<RelNode> = None;
         while cursor.rest.len() > payload {
             let id = cursor.u8()?;
@@ -166,8 +175,8 @@ impl<'a> Record<'a> {
                     payload = payload.saturating_add(main_len);
                     break; // by convention, the main data fragment is always last
                 }
-                ID_ORIGIN => origin = Some(cursor.u16()?),
-                ID_TOPLEVEL_XID => toplevel_xid = Some(cursor.u32()?),
+                ID_ORIGIN => *origin = Some(cursor.u16()?),
+                ID_TOPLEVEL_XID => *toplevel_xid = Some(cursor.u32()?),
                 0..=MAX_BLOCK_ID => {
                     if blocks.last().is_some_and(|last| last.id >= id) {
                         return Err(format!("block id {id} is out of order"));
@@ -199,9 +208,13 @@ impl<'a> Record<'a> {
                         .ok_or_else(|| format!("block {id}: fork number {} does not exist", flags & BLOCK_FORK_MASK))?;
                     let blkno = cursor.u32()?;
                     payload += image_len + data_len;
-                    lengths.push((image_len, data_len));
-                    let (rel, will_init) = (node.fork(fork), flags & BLOCK_WILL_INIT != 0);
-                    blocks.push(Block { id, rel, blkno, will_init, has_data, image, data: &[] });
+                    // Images and data follow the headers: their places are known when these have ended, their lengths stand in for them.
+                    let of_length = |len| bytes.get(..len).ok_or("the record is shorter than a block's image or data");
+                    if let Some(image) = &mut image {
+                        image.bytes = of_length(image_len)?;
+                    }
+                    let (rel, will_init, data) = (node.fork(fork), flags & BLOCK_WILL_INIT != 0, of_length(data_len)?);
+                    blocks.push(Block { id, rel, blkno, will_init, has_data, image, data });
                 }
                 _ => return Err(format!("block id {id} is invalid")),
             }
@@ -209,15 +222,14 @@ impl<'a> Record<'a> {
         if cursor.rest.len() != payload {
             return Err(format!("the headers announce {payload} bytes and {} follow", cursor.rest.len()));
         }
-        for (block, (image_len, data_len)) in blocks.iter_mut().zip(lengths) {
-            let image_bytes = cursor.take(image_len)?;
+        for block in blocks {
             if let Some(image) = &mut block.image {
-                image.bytes = image_bytes;
+                image.bytes = cursor.take(image.bytes.len())?;
             }
-            block.data = cursor.take(data_len)?;
+            block.data = cursor.take(block.data.len())?;
         }
-        let main_data = cursor.take(main_len)?;
-        Ok(Record { header, start, end, blocks, main_data, origin, toplevel_xid })
+        *main_data = cursor.take(main_len)?;
+        Ok(())
     }
 
     /// The record's type within its resource manager: `info` without the flags that belong to the WAL machinery (`~XLR_INFO_MASK`).
