@@ -64,12 +64,17 @@ pub(super) fn emptied<'b>(tasks: Tasks<'_>) -> Tasks<'b> {
     })
 }
 
-/// The partition of a block.
+/// Blocks that follow each other and are in one partition, for the sake of caches.
+const NEIGHBOURS: u32 = 8;
+
+/// The partition of a block: neighbours are dealt out in turn, beginning with another partition for each fork.
 pub(super) fn partition_of(PageKey { rel, blkno }: PageKey) -> usize {
-    // Neighbouring blocks stay together, for the sake of caches; heap and map pages of a relation are apart.
-    let hash =
-        (u64::from(rel.node.rel) << 32 | u64::from(blkno >> 3) << 2 | u64::from(rel.fork.number())).wrapping_mul(0x9E37_79B9_7F4A_7C15);
-    (hash >> 32) as usize % PARTITIONS
+    (blkno / NEIGHBOURS).wrapping_add(rel.node.rel.wrapping_mul(7)).wrapping_add(u32::from(rel.fork.number()) * 5) as usize % PARTITIONS
+}
+
+/// The number of a block among those of its fork that are in the same partition.
+pub(super) fn slot_of(blkno: BlockNumber) -> usize {
+    (blkno / NEIGHBOURS) as usize / PARTITIONS * NEIGHBOURS as usize + (blkno % NEIGHBOURS) as usize
 }
 
 impl<'a> Batch<'a> {
@@ -109,6 +114,7 @@ impl<'a> Batch<'a> {
         Ok(())
     }
 
+    #[inline(always)]
     fn push(&mut self, lsn: Lsn, block: PageKey, change: Change<'a>) {
         self.tasks[partition_of(block)].push(Task::Change { lsn, block, change });
     }

@@ -130,6 +130,7 @@ pub fn recover(config: &RecoveryConfig) -> Result<Recovered, VerifyError> {
         }
         from = Lsn((from.0 / SLICE_SIZE + WINDOW_SLICES) * SLICE_SIZE);
     }
+    each(config.threads, PARTITIONS, |index| partitions[index].lock().settle())?;
     partition::record_free_space(&partitions)?;
     recovered.partitions = partitions.into_iter().map(Mutex::into_inner).collect();
     recovered.changes = recovered.partitions.iter().map(|partition| partition.changes).sum();

@@ -2,12 +2,14 @@
 //! removed.
 
 use std::collections::HashMap;
-use std::hash::{BuildHasherDefault, Hash, Hasher};
-use std::hint::black_box;
+use std::num::NonZeroU32;
 
 use memmap2::{Advice, MmapMut};
-use varve_postgres::{BLCKSZ, BlockNumber, Page, RelFork, page};
+use prefetch_index::prefetch_index;
+use varve_postgres::{BLCKSZ, BlockNumber, Page, RelFork};
+use varve_redo::{HeapLayout, RedoError};
 
+use super::batch::slot_of;
 use crate::VerifyError;
 
 /// Names a page.
@@ -17,42 +19,16 @@ pub(super) struct PageKey {
     pub(super) blkno: BlockNumber,
 }
 
-impl Hash for PageKey {
-    fn hash<H: Hasher>(&self, state: &mut H) {
-        let node = self.rel.node;
-        state.write_u64(u64::from(node.rel) << 32 | u64::from(self.blkno));
-        state.write_u64(u64::from(node.db) << 32 | u64::from(node.spc) << 2 ^ u64::from(self.rel.fork.number()));
-    }
-}
-
-/// Hashes small keys of numbers fast; nobody chooses these keys to make it slow.
-#[derive(Debug, Default)]
-struct NumberHasher(u64);
-
-impl Hasher for NumberHasher {
-    fn finish(&self) -> u64 {
-        self.0
-    }
-
-    fn write(&mut self, bytes: &[u8]) {
-        bytes.iter().for_each(|byte| self.write_u64(u64::from(*byte)));
-    }
-
-    fn write_u64(&mut self, number: u64) {
-        let product = u128::from(self.0 ^ number) * 0x9E37_79B9_7F4A_7C15;
-        self.0 = product as u64 ^ (product >> 64) as u64;
-    }
-}
-
-/// What is known of a page.
-#[derive(Clone, Copy, Debug, Default)]
+/// What is known of a page. It lies in one line of a core's cache.
+#[derive(Clone, Debug, Default)]
+#[repr(align(64))]
 pub(super) struct Notes {
+    /// Where its tuples lie, for heap pages.
+    pub(super) layout: HeapLayout,
     /// Resource manager of the last change.
     pub(super) rmid: u8,
     /// What redo told of its free space, in the map's categories; for heap pages.
     pub(super) free_space: Option<u8>,
-    /// Number of the last task that waits for it.
-    pub(super) last_task: Option<u32>,
 }
 
 const NO_PLACE: VerifyError = VerifyError::Internal("a page's place exists");
@@ -60,32 +36,141 @@ const NO_PLACE: VerifyError = VerifyError::Internal("a page's place exists");
 /// Number of a page's place.
 pub(super) type Place = u32;
 
+/// Pages that memory is asked for at a time. Only what is touched is really taken.
+const CHUNK_PAGES: usize = 8192;
+/// Bytes that a processor reads from memory at once.
+pub(super) const CACHE_LINE: usize = 64;
+/// Up to here lie the header and the line pointers of most heap pages.
+const LINE_POINTERS_SIZE: usize = 5 * CACHE_LINE;
+/// Blocks of a fork whose places stand together.
+const RUN_BLOCKS: usize = 1024;
+/// Forks that are found without a hash.
+const RECENT_FORKS: usize = 16;
+
+/// Where the pages of one fork are.
+#[derive(Debug)]
+struct ForkPlaces {
+    rel: RelFork,
+    /// By [`slot_of`] the block.
+    runs: Vec<Option<Run>>,
+}
+
+/// Entries of blocks that follow each other in a partition.
+type Run = Box<[Entry; RUN_BLOCKS]>;
+
+fn empty_run() -> Run {
+    Box::new([Entry::default(); RUN_BLOCKS])
+}
+
+fn recent_fork_slot(rel: RelFork) -> usize {
+    (rel.node.rel as usize * 4 + usize::from(rel.fork.number())) % RECENT_FORKS
+}
+
+impl ForkPlaces {
+    #[inline]
+    fn run(&mut self, number: usize) -> &mut Run {
+        if self.runs.get(number).is_none_or(Option::is_none) {
+            self.make_run(number);
+        }
+        // just made, if it was not there
+        self.runs[number].get_or_insert_with(empty_run)
+    }
+
+    #[cold]
+    fn make_run(&mut self, number: usize) {
+        self.runs.resize_with(self.runs.len().max(number + 1), || None);
+        self.runs[number] = Some(empty_run());
+    }
+}
+
+/// What is looked up of each block. It is small, so that many fit into a core's cache.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Entry {
+    /// Its page's place, plus one; none if it has no page.
+    place: Option<NonZeroU32>,
+    /// Number of the last task that waits for the page.
+    pub(super) last_task: Option<NonZeroU32>,
+}
+
+impl Entry {
+    /// Its page's place, if it has one.
+    pub(super) fn place(self) -> Option<Place> {
+        self.place.map(|number| number.get() - 1)
+    }
+}
+
 /// Pages by name. A page's place stays the same until it is removed.
 #[derive(Debug)]
 pub(super) struct PageTable {
-    places: HashMap<PageKey, Place, BuildHasherDefault<NumberHasher>>,
-    /// How many pages of each fork there are.
-    forks: HashMap<RelFork, usize>,
+    forks: Vec<ForkPlaces>,
+    /// Where each fork stands in `forks`.
+    fork_numbers: HashMap<RelFork, usize>,
+    /// The same of some, by a few bits of their names.
+    recent_forks: [usize; RECENT_FORKS],
     chunks: Vec<MmapMut>,
+    /// The page at each place; none where it was removed.
+    keys: Vec<Option<PageKey>>,
     notes: Vec<Notes>,
     free: Vec<Place>,
     pages_max: usize,
 }
 
-/// Pages that memory is asked for at a time. Only what is touched is really taken.
-const CHUNK_PAGES: usize = 8192;
-
 impl PageTable {
     pub(super) fn new(pages_max: usize) -> PageTable {
-        PageTable { places: HashMap::default(), forks: HashMap::new(), chunks: Vec::new(), notes: Vec::new(), free: Vec::new(), pages_max }
+        PageTable {
+            forks: Vec::new(),
+            fork_numbers: HashMap::new(),
+            recent_forks: [0; RECENT_FORKS],
+            chunks: Vec::new(),
+            keys: Vec::new(),
+            notes: Vec::new(),
+            free: Vec::new(),
+            pages_max,
+        }
     }
 
     pub(super) fn len(&self) -> usize {
-        self.places.len()
+        self.keys.len() - self.free.len()
     }
 
-    pub(super) fn place(&self, key: PageKey) -> Option<Place> {
-        self.places.get(&key).copied()
+    /// Where what is known of a fork stands, if it is among those that were asked for recently.
+    #[inline]
+    fn recent_fork(&self, rel: RelFork) -> Option<usize> {
+        let recent = self.recent_forks[recent_fork_slot(rel)];
+        self.forks.get(recent).is_some_and(|fork| fork.rel == rel).then_some(recent)
+    }
+
+    #[inline]
+    fn fork(&mut self, rel: RelFork) -> &mut ForkPlaces {
+        let number = self.recent_fork(rel).unwrap_or_else(|| self.find_fork(rel));
+        &mut self.forks[number]
+    }
+
+    #[cold]
+    fn find_fork(&mut self, rel: RelFork) -> usize {
+        let number = *self.fork_numbers.entry(rel).or_insert(self.forks.len());
+        if number == self.forks.len() {
+            self.forks.push(ForkPlaces { rel, runs: Vec::new() });
+        }
+        self.recent_forks[recent_fork_slot(rel)] = number;
+        number
+    }
+
+    /// The entry of a block, which may have no page.
+    #[inline]
+    pub(super) fn entry(&mut self, key: PageKey) -> &mut Entry {
+        let slot = slot_of(key.blkno);
+        &mut self.fork(key.rel).run(slot / RUN_BLOCKS)[slot % RUN_BLOCKS]
+    }
+
+    /// Has the entry of a block brought to the processor, without waiting for it.
+    #[inline]
+    pub(super) fn prefetch_entry(&self, key: PageKey) {
+        let slot = slot_of(key.blkno);
+        let run = self.recent_fork(key.rel).and_then(|fork| self.forks[fork].runs.get(slot / RUN_BLOCKS));
+        if let Some(Some(run)) = run {
+            prefetch_index(&run[..], slot % RUN_BLOCKS);
+        }
     }
 
     /// A place for a page that has none; what is there is anything.
@@ -105,12 +190,13 @@ impl PageTable {
                 if place.is_multiple_of(CHUNK_PAGES) {
                     self.chunks.push(chunk()?);
                 }
+                self.keys.push(None);
                 self.notes.push(Notes::default());
                 place as Place
             }
         };
-        self.places.insert(key, place);
-        *self.forks.entry(key.rel).or_default() += 1;
+        self.keys[place as usize] = Some(key);
+        self.entry(key).place = NonZeroU32::new(place + 1);
         Ok(place)
     }
 
@@ -127,42 +213,58 @@ impl PageTable {
         self.notes.get_mut(place as usize).ok_or(NO_PLACE)
     }
 
-    /// Reads the parts of pages that most changes begin with: so memory is waited for once, and not for each page.
-    pub(super) fn touch(&self, places: impl Iterator<Item = Place> + Clone) {
-        let pages = places.filter_map(|place| self.peek(place));
-        for (page, _) in pages.clone() {
-            black_box(page[0]);
-        }
-        for (page, _) in pages {
-            black_box(page.get(usize::from(page::upper(page)).wrapping_sub(64)));
+    /// Has a page's header and line pointers, and what is known of it, brought to the processor, without waiting for them.
+    pub(super) fn prefetch(&self, place: Place) {
+        let place = place as usize;
+        prefetch_index(&self.notes, place);
+        if let Some(chunk) = self.chunks.get(place / CHUNK_PAGES) {
+            let page = place % CHUNK_PAGES * BLCKSZ;
+            (page..page + LINE_POINTERS_SIZE).step_by(CACHE_LINE).for_each(|at| prefetch_index(chunk, at));
         }
     }
 
-    fn peek(&self, place: Place) -> Option<(&Page, &Notes)> {
+    /// A page, and what is known of it.
+    pub(super) fn peek(&self, place: Place) -> Option<(&Page, &Notes)> {
         let place = place as usize;
         let page = self.chunks.get(place / CHUNK_PAGES)?.get(place % CHUNK_PAGES * BLCKSZ..)?.first_chunk()?;
         Some((page, self.notes.get(place)?))
     }
 
+    /// Makes each page what it is for others to see.
+    pub(super) fn settle(&mut self) -> Result<(), RedoError> {
+        let pages = self.chunks.iter_mut().flat_map(|chunk| chunk.as_chunks_mut().0);
+        for ((key, page), notes) in self.keys.iter().zip(pages).zip(&mut self.notes) {
+            if let Some(key) = key {
+                notes.layout.settle(page, key.blkno)?;
+            }
+        }
+        Ok(())
+    }
+
     /// Removes pages of `rel` from `blocks` on.
     pub(super) fn cut(&mut self, rel: RelFork, blocks: BlockNumber) {
-        let Some(left) = self.forks.get_mut(&rel) else { return };
-        let free = &mut self.free;
-        self.places.retain(|key, place| {
-            let stays = key.rel != rel || key.blkno < blocks;
-            if !stays {
-                free.push(*place);
-                *left -= 1;
+        let mut runs = std::mem::take(&mut self.fork(rel).runs);
+        for entry in runs.iter_mut().flatten().flat_map(|run| run.iter_mut()) {
+            if let Some(place) = entry.place()
+                && let Some(key) = self.keys.get_mut(place as usize)
+                && key.is_none_or(|key| key.blkno >= blocks)
+            {
+                *key = None;
+                *entry = Entry::default();
+                self.free.push(place);
             }
-            stays
-        });
-        if *left == 0 {
-            self.forks.remove(&rel);
         }
+        for run in &mut runs {
+            run.take_if(|run| run.iter().all(|entry| entry.place.is_none()));
+        }
+        self.fork(rel).runs = runs;
     }
 
     pub(super) fn iter(&self) -> impl Iterator<Item = (PageKey, &Page, &Notes)> {
-        self.places.iter().filter_map(|(key, place)| self.peek(*place).map(|(page, notes)| (*key, page, notes)))
+        self.keys.iter().zip(0..).filter_map(|(key, place)| {
+            let (page, notes) = self.peek(place)?;
+            Some(((*key)?, page, notes))
+        })
     }
 }
 
@@ -179,8 +281,11 @@ fn chunk() -> Result<MmapMut, VerifyError> {
 
 #[cfg(test)]
 mod tests {
+    use proptest::collection::vec;
+    use proptest::prelude::*;
     use varve_postgres::{Fork, RelNode};
 
+    use super::super::batch::partition_of;
     use super::*;
 
     #[test]
@@ -199,12 +304,44 @@ mod tests {
 
         table.cut(fork(9), 0);
         table.cut(fork(7), 1);
-        assert_eq!((table.len(), table.place(key(7, 1))), (3, None), "one page is removed");
+        assert_eq!((table.len(), table.entry(key(7, 1)).place()), (3, None), "one page is removed");
         let place = table.insert(key(9, 0)).expect("the place of the one that was removed");
         assert_eq!(table.notes(place).expect("notes").free_space, None, "what was known is of the page before");
         for (fill, key) in [(1, key(7, 0)), (3, key(8, 0)), (4, key(8, 1))] {
-            let place = table.place(key).expect("it stays");
+            let place = table.entry(key).place().expect("it stays");
             assert_eq!(table.at(place).expect("the page").0[..], [fill; BLCKSZ], "{key:?}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn pages_are_found_where_they_were_put(steps in vec((0u32..40, prop_oneof![4 => 0u32..30, 1 => 0..u32::MAX / 16], prop::bool::weighted(0.1)), 1..300)) {
+            let mut table = PageTable::new(1000);
+            let mut model: HashMap<(u32, BlockNumber), Place> = HashMap::new();
+            for (rel, number, is_cut) in steps {
+                let fork = RelNode { spc: 1663, db: 5, rel }.fork(Fork::Main);
+                // A table has the blocks of one partition.
+                let blkno = number / 8 * 8 * super::super::PARTITIONS as u32 + number % 8;
+                let key = PageKey { rel: fork, blkno };
+                prop_assert_eq!((partition_of(key), slot_of(blkno)), (partition_of(PageKey { rel: fork, blkno: 0 }), number as usize));
+                if is_cut {
+                    table.cut(fork, blkno);
+                    model.retain(|(other, block), _| *other != rel || *block < blkno);
+                } else if let Some(place) = model.get(&(rel, blkno)) {
+                    prop_assert_eq!(table.entry(key).place(), Some(*place));
+                } else {
+                    prop_assert_eq!(table.entry(key).place(), None);
+                    let place = table.insert(key).expect("a place");
+                    prop_assert!(model.values().all(|other| *other != place), "place {} is given twice", place);
+                    model.insert((rel, blkno), place);
+                }
+                prop_assert_eq!(table.len(), model.len());
+            }
+            let mut found: Vec<(u32, BlockNumber)> = table.iter().map(|(key, ..)| (key.rel.node.rel, key.blkno)).collect();
+            let mut expected: Vec<(u32, BlockNumber)> = model.keys().copied().collect();
+            found.sort_unstable();
+            expected.sort_unstable();
+            prop_assert_eq!(found, expected);
         }
     }
 }

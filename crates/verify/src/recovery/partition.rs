@@ -1,21 +1,31 @@
 //! Pages of one partition, and redo of what is done to them.
 
 use std::collections::HashMap;
+use std::num::NonZeroU32;
+use std::ops::Range;
 use std::sync::Arc;
 
 use parking_lot::Mutex;
+use prefetch_index::prefetch_index;
 use varve_postgres::wal::rmgr;
 use varve_postgres::{BlockNumber, Fork, Major, Page, RelFork, page};
 use varve_redo::change::{BlockRecord, Change};
 use varve_redo::verify::BasePages;
-use varve_redo::{apply, free_space_effect, free_space_map, restore_image};
+use varve_redo::{HeapLayout, apply_loosely, first_tuple, free_space_effect, free_space_map, restore_image};
 
 use super::batch::{Batch, TRANSACTION_STATUS, Task, partition_of};
-use super::page_table::{Notes, PageKey, PageTable, Place};
+use super::page_table::{CACHE_LINE, Notes, PageKey, PageTable, Place};
 use crate::{DataDirectory, VerifyError};
 
 /// Pages that are brought to the processor together, before they are changed.
 const TOGETHER: usize = 32;
+
+/// So many tasks ahead it is looked up where the pages are.
+const ENTRIES_AHEAD: usize = 8;
+/// Lines of a tuple that are read ahead: of longer ones, the processor itself reads ahead.
+const TUPLE_LINES_MAX: usize = 4;
+
+const NO_PAGE: VerifyError = VerifyError::Internal("a page that tasks wait for is there");
 
 /// The pages of one partition.
 #[derive(Debug)]
@@ -46,7 +56,11 @@ impl Partition {
     pub(super) fn redo(&mut self, batches: &[Batch<'_>], index: usize) -> Result<(), VerifyError> {
         let mut queue = Queue::default();
         for batch in batches {
-            for task in &batch.tasks[index] {
+            let tasks = &batch.tasks[index];
+            for (number, task) in tasks.iter().enumerate() {
+                if let Some(Task::Change { block, .. }) = tasks.get(number + ENTRIES_AHEAD) {
+                    self.pages.prefetch_entry(*block);
+                }
                 match task {
                     Task::Change { block, change, .. } => self.enqueue(&mut queue, *block, !change.will_init(), task)?,
                     Task::Image { block, .. } => self.enqueue(&mut queue, *block, false, task)?,
@@ -66,27 +80,45 @@ impl Partition {
 
     /// Adds a task to those of its page.
     fn enqueue<'a, 'w>(&mut self, queue: &mut Queue<'a, 'w>, block: PageKey, of_base: bool, task: &'a Task<'w>) -> Result<(), VerifyError> {
-        let place = self.place(block, of_base)?;
-        let number = queue.tasks.len() as u32;
         queue.tasks.push((task, None));
-        match self.pages.notes(place)?.last_task.replace(number) {
-            Some(before) => queue.tasks[before as usize].1 = Some(number),
-            None => queue.pages.push((place, number)),
+        let number = NonZeroU32::new(queue.tasks.len() as u32);
+        let entry = self.pages.entry(block);
+        let before = std::mem::replace(&mut entry.last_task, number);
+        let place = match entry.place() {
+            Some(place) => place,
+            None => self.take_in(block, of_base)?,
+        };
+        match before {
+            Some(before) => queue.tasks[before.get() as usize - 1].1 = number,
+            None => {
+                queue.pages.push((block, number));
+                self.pages.prefetch(place);
+            }
+        }
+        if let Task::Change { change: Change::Record(record), .. } = task {
+            prefetch_index(record.main_data, 0);
+            prefetch_index(record.data, 0);
         }
         Ok(())
     }
 
     /// Does what is queued, page by page: most of the time of redo goes into bringing pages to the processor, and so each comes once.
     fn work_off(&mut self, major: Major, queue: &mut Queue<'_, '_>) -> Result<(), VerifyError> {
+        let mut together: Vec<(Place, TaskNumber)> = Vec::with_capacity(TOGETHER);
         for pages in queue.pages.chunks(TOGETHER) {
-            self.pages.touch(pages.iter().map(|(place, _)| *place));
-            for (place, first) in pages {
+            together.clear();
+            for (block, first) in pages {
+                let entry = self.pages.entry(*block);
+                entry.last_task = None;
+                together.push((entry.place().ok_or(NO_PAGE)?, *first));
+            }
+            for (place, first) in &together {
+                self.prefetch_tuples(*place, queue.of_page(*first));
+            }
+            for (place, first) in &together {
                 let (page, notes) = self.pages.at(*place)?;
-                notes.last_task = None;
-                let mut next = Some(*first);
-                while let Some((task, then)) = next.and_then(|number| queue.tasks.get(number as usize)) {
+                for task in queue.of_page(*first) {
                     redo_task(major, task, page, notes)?;
-                    next = *then;
                 }
             }
         }
@@ -96,11 +128,31 @@ impl Partition {
         Ok(())
     }
 
-    /// The place of a block's page. If it is not known yet, it is as in the base, or anything if what it was does not matter.
-    fn place(&mut self, key: PageKey, of_base: bool) -> Result<Place, VerifyError> {
-        if let Some(place) = self.pages.place(key) {
-            return Ok(place);
+    /// Has the tuples that tasks of a page begin with brought to the processor, without waiting for them.
+    fn prefetch_tuples<'t, 'w: 't>(&self, place: Place, tasks: impl Iterator<Item = &'t Task<'w>>) {
+        let Some((page, notes)) = self.pages.peek(place) else { return };
+        let mut len = CACHE_LINE;
+        for task in tasks {
+            if let Task::Change { change, .. } = task
+                && let Some(tuple) = first_tuple(change, page)
+            {
+                len = tuple.len();
+                prefetch_range(page, tuple);
+            }
         }
+        // The next tuple is likely to be as long as the one before.
+        let next = notes.layout.next_place().map_or_else(|| usize::from(page::upper(page)).saturating_sub(len), usize::from);
+        prefetch_range(page, next..next + len);
+    }
+
+    /// Makes each page what it is for others to see.
+    pub(super) fn settle(&mut self) -> Result<(), VerifyError> {
+        Ok(self.pages.settle()?)
+    }
+
+    /// Takes in the page of a block that is not there yet: it is as in the base, or anything if what it was does not matter.
+    #[cold]
+    fn take_in(&mut self, key: PageKey, of_base: bool) -> Result<Place, VerifyError> {
         let PageKey { rel, blkno } = key;
         let is_kept = of_base && rel != TRANSACTION_STATUS && self.cut.get(&rel).is_none_or(|blocks| blkno < *blocks);
         let before = if is_kept { self.base.page(rel, blkno)? } else { None };
@@ -122,15 +174,31 @@ impl Partition {
 #[derive(Default)]
 struct Queue<'a, 'w> {
     /// Each with the next one of its page.
-    tasks: Vec<(&'a Task<'w>, Option<u32>)>,
-    /// Pages, each with its first task.
-    pages: Vec<(Place, u32)>,
+    tasks: Vec<(&'a Task<'w>, TaskNumber)>,
+    /// Blocks, each with its first task.
+    pages: Vec<(PageKey, TaskNumber)>,
+}
+
+/// Number of a task in a queue, from 1; or that there is none.
+type TaskNumber = Option<NonZeroU32>;
+
+impl<'a, 'w> Queue<'a, 'w> {
+    /// The tasks of the page whose first one this is.
+    fn of_page(&self, first: TaskNumber) -> impl Iterator<Item = &'a Task<'w>> {
+        let numbered = |number: TaskNumber| number.and_then(|number| self.tasks.get(number.get() as usize - 1));
+        std::iter::successors(numbered(first), move |(_, next)| numbered(*next)).map(|(task, _)| *task)
+    }
+}
+
+/// Has a tuple's lines brought to the processor.
+fn prefetch_range(page: &Page, range: Range<usize>) {
+    range.step_by(CACHE_LINE).take(TUPLE_LINES_MAX).for_each(|at| prefetch_index(page, at));
 }
 
 fn redo_task(major: Major, task: &Task<'_>, page: &mut Page, notes: &mut Notes) -> Result<(), VerifyError> {
     let space = match task {
         Task::Change { lsn, block, change } => {
-            apply(major, *lsn, block.blkno, change, page)?;
+            apply_loosely(major, *lsn, block.blkno, change, page, &mut notes.layout)?;
             let Change::Record(record) = change else {
                 notes.rmid = rmgr::HEAP2;
                 return Ok(());
@@ -140,6 +208,7 @@ fn redo_task(major: Major, task: &Task<'_>, page: &mut Page, notes: &mut Notes) 
         }
         Task::Image { record, index, .. } => {
             let block = record.blocks.get(*index).ok_or(VerifyError::Internal("an image is of a block"))?;
+            notes.layout = HeapLayout::default();
             restore_image(record, block, page)?;
             notes.rmid = record.header.rmid;
             free_space_effect(major, &BlockRecord::trim(record, block), page, true)
@@ -161,7 +230,10 @@ pub(super) fn record_free_space(partitions: &[Mutex<Partition>]) -> Result<(), V
             let (map_block, slot) = free_space_map::location(blkno);
             let map = PageKey { rel: rel.node.fork(Fork::FreeSpaceMap), blkno: map_block };
             let mut of_map = partitions[partition_of(map)].lock();
-            let place = of_map.place(map, true)?;
+            let place = match of_map.pages.entry(map).place() {
+                Some(place) => place,
+                None => of_map.take_in(map, true)?,
+            };
             let (page, _) = of_map.pages.at(place)?;
             free_space_map::set(page, slot, category);
         }

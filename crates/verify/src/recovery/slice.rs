@@ -12,7 +12,7 @@ use crate::VerifyError;
 use crate::wal_directory::Segments;
 
 /// Bytes of WAL in a slice: what is made of them stays in a core's cache until it is done. A segment is whole slices.
-pub(super) const SLICE_SIZE: u64 = 512 * 1024;
+pub(super) const SLICE_SIZE: u64 = 256 * 1024;
 /// Bytes of the next slice that are read at a time to complete a slice's last record.
 const NEXT_READ_SIZE: usize = 16 * 1024;
 
