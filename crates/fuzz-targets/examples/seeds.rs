@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
 use bytes::BytesMut;
-use varve_fuzz_targets::redo::Seed;
+use varve_fuzz_targets::redo::{Seed, Series};
 use varve_postgres::control::Parameters;
 use varve_postgres::lsn::WAL_PAGE_SIZE;
 use varve_postgres::wal::{Record, rmgr};
@@ -21,6 +21,10 @@ use varve_verify::{DataDirectory, WalDirectory};
 
 /// Largest input that is kept.
 const SEED_SIZE_MAX: usize = 6000;
+/// The same of a series, whose pages are full.
+const SERIES_SIZE_MAX: usize = 12_000;
+/// Prunes with which a series is worth keeping.
+const SERIES_PRUNES: std::ops::RangeInclusive<usize> = 2..=5;
 /// Pages of WAL in a seed of `wal_stream`.
 const STREAM_PAGES: u64 = 2;
 
@@ -42,7 +46,12 @@ impl Seeds {
             return;
         }
         let input = input();
-        if input.len() > SEED_SIZE_MAX && target != "wal_stream" {
+        let is_small = match target {
+            "wal_stream" => true,
+            "redo_heap_series" => input.len() <= SERIES_SIZE_MAX,
+            _ => input.len() <= SEED_SIZE_MAX,
+        };
+        if !is_small {
             return;
         }
         let known = self.inputs.entry((target, shows)).or_insert_with(|| input.clone());
@@ -115,10 +124,12 @@ fn from_sql(major: Major, file: &Path, seeds: &mut Seeds) -> Result<()> {
     let directory = DataDirectory::open(&postgres.data_dir())?;
     let mut wal = WalDirectory::open(&postgres.data_dir())?;
     let mut pages: HashMap<(RelFork, BlockNumber), Box<Page>> = HashMap::new();
+    let mut series: HashMap<(RelFork, BlockNumber), (Series, usize)> = HashMap::new();
     while let Next::Record(framed) = wal.next()? {
         let record = Record::decode(&framed.bytes, framed.start, framed.end, major)?;
         let shows = format!("{}_{:02x}", family(major, record.header.rmid), record.kind());
         seeds.offer("wal_record", shows, || [&[index], &framed.bytes[..]].concat());
+        heap_series(&record, major, &pages, &mut series, seeds);
         changes(&record, major, &mut pages, seeds);
         if framed.start >= directory.checkpoint() {
             break;
@@ -181,6 +192,33 @@ fn changes(record: &Record<'_>, major: Major, pages: &mut HashMap<(RelFork, Bloc
             let head =
                 [&[major_byte(major), flags][..], &image.hole_offset.to_le_bytes(), &image.hole_len.to_le_bytes(), &[record.header.rmid]];
             seeds.offer("image", format!("pg{major}_{:?}", image.compression).to_lowercase(), || [&head.concat(), image.bytes].concat());
+        }
+    }
+}
+
+/// What is done to heap pages one after the other, from a page that is known on.
+fn heap_series(
+    record: &Record<'_>,
+    major: Major,
+    pages: &HashMap<(RelFork, BlockNumber), Box<Page>>,
+    series: &mut HashMap<(RelFork, BlockNumber), (Series, usize)>,
+    seeds: &mut Seeds,
+) {
+    let is_heap = matches!(record.header.rmid, rmgr::HEAP | rmgr::HEAP2);
+    for block in record.blocks.iter().filter(|block| block.rel.fork == Fork::Main) {
+        let key = (block.rel, block.blkno);
+        if !is_heap || block.will_init || block.image.as_ref().is_some_and(|image| image.apply) {
+            series.remove(&key);
+            continue;
+        }
+        let Some(before) = pages.get(&key) else { continue };
+        let begun = Series { major, blkno: block.blkno, page: before.clone(), changes: Vec::new() };
+        let (series, prunes) = series.entry(key).or_insert((begun, 0));
+        series.changes.push(Change::Record(BlockRecord::trim(record, block)).encode().to_vec());
+        // The first type of Heap2 that has blocks prunes, in all majors.
+        *prunes += usize::from(record.header.rmid == rmgr::HEAP2 && record.kind() & 0x70 == 0x10);
+        if SERIES_PRUNES.contains(prunes) && record.kind() & 0x70 != 0x10 {
+            seeds.offer("redo_heap_series", format!("pg{major}_{prunes}_prunes"), || series.encode());
         }
     }
 }

@@ -20,7 +20,7 @@ use varve_postgres::wal::rmgr;
 pub type Target = (&'static str, fn(&[u8]));
 
 /// All targets.
-pub const TARGETS: [Target; 19] = [
+pub const TARGETS: [Target; 20] = [
     ("wal_stream", wal::stream),
     ("wal_record", wal::record),
     ("image", wal::image),
@@ -32,6 +32,7 @@ pub const TARGETS: [Target; 19] = [
     ("redo_xlog", |data| redo::redo(rmgr::XLOG, data)),
     ("redo_heap", |data| redo::redo(rmgr::HEAP, data)),
     ("redo_heap2", |data| redo::redo(rmgr::HEAP2, data)),
+    ("redo_heap_series", redo::heap_series),
     ("redo_btree", |data| redo::redo(rmgr::BTREE, data)),
     ("redo_hash", |data| redo::redo(rmgr::HASH, data)),
     ("redo_gin", |data| redo::redo(rmgr::GIN, data)),

@@ -6,7 +6,7 @@ use varve_postgres::page::{self, PAGE_HEADER_SIZE, ZERO_PAGE};
 use varve_postgres::wal::rmgr;
 use varve_postgres::{BLCKSZ, BlockNumber, Lsn, Major, Page};
 use varve_redo::change::Change;
-use varve_redo::{apply, free_space_effect, mask};
+use varve_redo::{HeapLayout, apply, apply_loosely, free_space_effect, mask};
 
 use crate::input::Input;
 
@@ -54,6 +54,82 @@ impl Seed {
         let tail = input.take(BLCKSZ - head.len());
         page[BLCKSZ - tail.len()..].copy_from_slice(tail);
         Seed { major, blkno, change, page }
+    }
+}
+
+/// Changes that are made one after the other to a heap page.
+///
+/// Layout: major `u8`, block number `u32`, length of the page's head `u16` and the head, length of its tail `u16` and the tail, then each change in its
+/// stored form behind its length `u16`. Little-endian.
+#[derive(Debug, Clone)]
+pub struct Series {
+    /// The major that wrote the records.
+    pub major: Major,
+    /// The page's number.
+    pub blkno: BlockNumber,
+    /// The page before.
+    pub page: Box<Page>,
+    /// The stored forms of the changes.
+    pub changes: Vec<Vec<u8>>,
+}
+
+impl Series {
+    /// The input that means this.
+    pub fn encode(&self) -> Vec<u8> {
+        let major = Major::ALL.iter().position(|major| *major == self.major).unwrap_or_default() as u8;
+        let mut out = vec![major];
+        out.extend_from_slice(&self.blkno.to_le_bytes());
+        let (head, tail) = ends(&self.page);
+        for piece in [head, tail].into_iter().chain(self.changes.iter().map(Vec::as_slice)) {
+            out.extend_from_slice(&(piece.len() as u16).to_le_bytes());
+            out.extend_from_slice(piece);
+        }
+        out
+    }
+
+    fn decode(data: &[u8]) -> Series {
+        let mut input = Input::new(data);
+        let (major, blkno) = (input.major(), input.u32());
+        let mut page = Box::new(ZERO_PAGE);
+        let head = input.piece();
+        let head = &head[..head.len().min(BLCKSZ)];
+        page[..head.len()].copy_from_slice(head);
+        let tail = input.piece();
+        let tail = &tail[..tail.len().min(BLCKSZ - head.len())];
+        page[BLCKSZ - tail.len()..].copy_from_slice(tail);
+        let mut changes = Vec::new();
+        while !input.is_empty() && changes.len() < SERIES_MAX {
+            changes.push(input.piece().to_vec());
+        }
+        Series { major, blkno, page, changes }
+    }
+}
+
+/// Changes of a series.
+const SERIES_MAX: usize = 100;
+
+/// A series of heap changes comes to the same whether compaction is put off or not.
+pub(crate) fn heap_series(data: &[u8]) {
+    let Series { major, blkno, page, changes } = Series::decode(data);
+    let (mut at_once, mut loose, mut layout) = (page.clone(), page, HeapLayout::default());
+    for (number, stored) in (1..).zip(&changes) {
+        let Ok(Change::Record(record)) = Change::decode(stored) else { continue };
+        if !matches!(record.rmid, rmgr::HEAP | rmgr::HEAP2) {
+            continue;
+        }
+        let (lsn, change) = (LSN + number * 8, Change::Record(record));
+        let done = apply(major, lsn, blkno, &change, &mut at_once);
+        let done_loosely = apply_loosely(major, lsn, blkno, &change, &mut loose, &mut layout);
+        assert_eq!(done, done_loosely, "{change:?} must come to the same when compaction is put off");
+        if done.is_err() {
+            return;
+        }
+        let mut settled = loose.clone();
+        layout.clone().settle(&mut settled, blkno).expect("a page that was redone can be settled");
+        let mut expected = at_once.clone();
+        let masked = mask::mask_page(major, rmgr::HEAP, &mut expected, blkno);
+        assert_eq!(masked.is_ok(), mask::mask_page(major, rmgr::HEAP, &mut settled, blkno).is_ok());
+        assert!(masked.is_err() || settled == expected, "after {change:?} the pages differ");
     }
 }
 
@@ -120,6 +196,19 @@ fn is_sound(page: &Page) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_series_means_what_it_was_made_of() {
+        let mut page = Box::new(ZERO_PAGE);
+        page::init(&mut page, 0);
+        page[8000] = 7;
+        let series = Series { major: Major::V16, blkno: 5, page, changes: vec![vec![1, 2], vec![3; 300]] };
+        let decoded = Series::decode(&series.encode());
+        assert_eq!(
+            (decoded.major, decoded.blkno, decoded.page, decoded.changes),
+            (series.major, series.blkno, series.page, series.changes)
+        );
+    }
 
     #[test]
     fn a_seed_means_what_it_was_made_of() {

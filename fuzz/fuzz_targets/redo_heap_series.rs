@@ -1,0 +1,3 @@
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| varve_fuzz_targets::run("redo_heap_series", data));
