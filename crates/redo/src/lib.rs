@@ -148,9 +148,7 @@ pub fn apply_loosely(
     page: &mut Page,
     layout: &mut HeapLayout,
 ) -> Result<(), RedoError> {
-    if change.will_init() {
-        *layout = HeapLayout::default();
-    } else if !matches!(change, Change::Record(BlockRecord { rmid: rmgr::HEAP | rmgr::HEAP2, .. })) {
+    if !matches!(change, Change::Record(BlockRecord { rmid: rmgr::HEAP | rmgr::HEAP2, .. })) {
         layout.end(page).map_err(|fault| RedoError::BadChange { lsn, blkno, what: fault.to_string() })?;
     }
     let record = match change {
