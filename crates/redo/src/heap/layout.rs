@@ -60,17 +60,22 @@ impl HeapLayout {
     ///
     /// # Errors
     /// When they contradict the page's header; the page is then not to be used.
+    #[inline]
     pub fn settle(&mut self, page: &mut Page, blkno: BlockNumber) -> Result<(), RedoError> {
         self.close_gaps(page).map_err(|fault| RedoError::BadChange { lsn: page::lsn(page), blkno, what: fault.to_string() })
     }
 
     /// Settles a page that is about to see a change which does not keep to the rules, and forgets its layout.
+    #[inline]
     pub(crate) fn end(&mut self, page: &mut Page) -> Result<(), Fault> {
-        self.close_gaps(page)?;
-        *self = HeapLayout::default();
+        if self.known {
+            self.close_gaps(page)?;
+            *self = HeapLayout::default();
+        }
         Ok(())
     }
 
+    #[inline]
     fn close_gaps(&mut self, page: &mut Page) -> Result<(), Fault> {
         if self.loose {
             item::close_gaps(page, self.bottom, &self.added)?;
