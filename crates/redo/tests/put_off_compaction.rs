@@ -70,11 +70,30 @@ fn free_offset(states: &[u32], taken: &[u16]) -> u16 {
     (1..).find(is_free).expect("numbers do not end")
 }
 
+/// A record.
 struct Made {
     rmid: u8,
     info: u8,
     main_data: Vec<u8>,
     data: Vec<u8>,
+}
+
+impl Made {
+    fn change(&self) -> Change<'_> {
+        Change::Record(BlockRecord {
+            rmid: self.rmid,
+            info: self.info,
+            xid: 700,
+            main_data: &self.main_data,
+            block_id: 0,
+            fork: Fork::Main,
+            blkno: BLKNO,
+            will_init: false,
+            has_data: !self.data.is_empty(),
+            data: &self.data,
+            others: Others::new(),
+        })
+    }
 }
 
 fn heap(info: u8, main_data: Vec<u8>, data: Vec<u8>) -> Option<Made> {
@@ -193,19 +212,7 @@ proptest! {
                 (loose, layout) = (at_once, HeapLayout::default());
             }
             let Some(made) = record(major, step, &at_once, number as u8) else { continue };
-            let change = Change::Record(BlockRecord {
-                rmid: made.rmid,
-                info: made.info,
-                xid: 700,
-                main_data: &made.main_data,
-                block_id: 0,
-                fork: Fork::Main,
-                blkno: BLKNO,
-                will_init: false,
-                has_data: !made.data.is_empty(),
-                data: &made.data,
-                others: Others::new(),
-            });
+            let change = made.change();
             let lsn = Lsn(number * 8);
             let (before, before_loose, before_layout) = (at_once, loose, layout.clone());
             let done = apply(major, lsn, BLKNO, &change, &mut at_once);
@@ -234,19 +241,7 @@ fn a_prune_moves_nothing_after_the_first() {
     let mut layout = HeapLayout::default();
     let apply = |step: &Step, page: &mut Page, layout: &mut HeapLayout, fill: u8| {
         let made = record(major, step, page, fill).expect("the page has what it takes");
-        let change = Change::Record(BlockRecord {
-            rmid: made.rmid,
-            info: made.info,
-            xid: 700,
-            main_data: &made.main_data,
-            block_id: 0,
-            fork: Fork::Main,
-            blkno: BLKNO,
-            will_init: false,
-            has_data: true,
-            data: &made.data,
-            others: Others::new(),
-        });
+        let change = made.change();
         apply_loosely(major, Lsn(8), BLKNO, &change, page, layout).expect("it fits");
     };
     for fill in 1..=40 {

@@ -58,6 +58,7 @@ struct ForkPlaces {
 /// Entries of blocks that follow each other in a partition.
 type Run = Box<[Entry; RUN_BLOCKS]>;
 
+#[cold]
 fn empty_run() -> Run {
     Box::new([Entry::default(); RUN_BLOCKS])
 }
@@ -69,17 +70,10 @@ fn recent_fork_slot(rel: RelFork) -> usize {
 impl ForkPlaces {
     #[inline]
     fn run(&mut self, number: usize) -> &mut Run {
-        if self.runs.get(number).is_none_or(Option::is_none) {
-            self.make_run(number);
+        if self.runs.len() <= number {
+            self.runs.resize_with(number + 1, || None);
         }
-        // just made, if it was not there
         self.runs[number].get_or_insert_with(empty_run)
-    }
-
-    #[cold]
-    fn make_run(&mut self, number: usize) {
-        self.runs.resize_with(self.runs.len().max(number + 1), || None);
-        self.runs[number] = Some(empty_run());
     }
 }
 
