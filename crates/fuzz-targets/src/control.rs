@@ -17,7 +17,7 @@ pub(crate) fn control_file(data: &[u8]) {
     let crc_at = if major.control_has_char_signedness() { 292 } else { 288 };
     if repair && bytes.len() >= crc_at + 4 {
         bytes[VERSION_AT..VERSION_AT + 4].copy_from_slice(&major.control_version().to_le_bytes());
-        let crc = crc32c::crc32c(&bytes[..crc_at]);
+        let crc = crc_fast::crc32_iscsi(&bytes[..crc_at]);
         bytes[crc_at..crc_at + 4].copy_from_slice(&crc.to_le_bytes());
     }
     let Ok(control) = ControlFile::decode(&bytes, major) else { return };

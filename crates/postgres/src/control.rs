@@ -300,7 +300,7 @@ impl ControlFile {
         }
         let crc_at = Self::crc_offset(major);
         let stored = Fields::new(bytes.get(crc_at..).unwrap_or(&[])).u32()?;
-        let found = crc32c::crc32c(&bytes[..crc_at]);
+        let found = crc_fast::crc32_iscsi(&bytes[..crc_at]);
         if found != stored {
             return Err(format!("CRC is {found:08X}, the file says {stored:08X}"));
         }
@@ -433,7 +433,7 @@ impl ControlFile {
         }
         out[at..at + NONCE_SIZE].copy_from_slice(&self.mock_authentication_nonce);
         let crc_at = Self::crc_offset(self.major);
-        let crc = crc32c::crc32c(&out[..crc_at]);
+        let crc = crc_fast::crc32_iscsi(&out[..crc_at]);
         put_u32(&mut out, crc_at, crc);
         out
     }

@@ -19,7 +19,7 @@ pub fn encode(origins: &[(u16, Lsn)]) -> Vec<u8> {
         out.extend_from_slice(&u64::from(*origin).to_le_bytes());
         out.extend_from_slice(&remote.0.to_le_bytes());
     }
-    let crc = crc32c::crc32c(&out);
+    let crc = crc_fast::crc32_iscsi(&out);
     out.extend_from_slice(&crc.to_le_bytes());
     out
 }
@@ -30,7 +30,7 @@ pub fn encode(origins: &[(u16, Lsn)]) -> Vec<u8> {
 /// What is wrong, in words.
 pub fn decode(bytes: &[u8]) -> Result<Vec<(u16, Lsn)>, String> {
     let (body, crc) = bytes.split_last_chunk::<4>().ok_or("the file of replication origins is shorter than its CRC")?;
-    let (stored, found) = (u32::from_le_bytes(*crc), crc32c::crc32c(body));
+    let (stored, found) = (u32::from_le_bytes(*crc), crc_fast::crc32_iscsi(body));
     if stored != found {
         return Err(format!("the file of replication origins has the CRC {found:08X} and says {stored:08X}"));
     }

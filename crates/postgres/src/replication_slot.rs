@@ -30,7 +30,7 @@ pub fn physical_slot_state(slot_name: &str, restart: Lsn, major: Major) -> Vec<u
     let name = &name[..name.len().min(NAME_SIZE - 1)];
     out[CONSTANT_SIZE..CONSTANT_SIZE + name.len()].copy_from_slice(name);
     out[RESTART_LSN_AT..RESTART_LSN_AT + 8].copy_from_slice(&restart.0.to_le_bytes());
-    let crc = crc32c::crc32c(&out[NOT_CHECKSUMMED..]);
+    let crc = crc_fast::crc32_iscsi(&out[NOT_CHECKSUMMED..]);
     out[4..8].copy_from_slice(&crc.to_le_bytes());
     out
 }
@@ -45,7 +45,7 @@ mod tests {
         assert_eq!(state.len(), 200);
         assert_eq!(&state[16..22], b"varve\0");
         assert_eq!(state[96..104], 0x16B_3748u64.to_le_bytes());
-        assert_eq!(state[4..8], crc32c::crc32c(&state[8..]).to_le_bytes());
+        assert_eq!(state[4..8], crc_fast::crc32_iscsi(&state[8..]).to_le_bytes());
         assert_eq!(physical_slot_state(&"x".repeat(100), Lsn(1), Major::V18).len(), 200);
         assert_eq!(state_path("varve"), "pg_replslot/varve/state");
     }

@@ -57,7 +57,7 @@ impl Prepared {
 /// The file of a prepared transaction whose record has the main data `state`.
 pub fn file(state: &[u8]) -> Vec<u8> {
     let mut out = state.to_vec();
-    out.extend_from_slice(&crc32c::crc32c(state).to_le_bytes());
+    out.extend_from_slice(&crc_fast::crc32_iscsi(state).to_le_bytes());
     out
 }
 
@@ -67,7 +67,7 @@ pub fn file(state: &[u8]) -> Vec<u8> {
 /// What is wrong, in words.
 pub fn state_of_file(file: &[u8]) -> Result<&[u8], String> {
     let (state, crc) = file.split_last_chunk::<CRC_SIZE>().ok_or("a two-phase file is shorter than its CRC")?;
-    let (stored, found) = (u32::from_le_bytes(*crc), crc32c::crc32c(state));
+    let (stored, found) = (u32::from_le_bytes(*crc), crc_fast::crc32_iscsi(state));
     if stored == found { Ok(state) } else { Err(format!("a two-phase file has the CRC {found:08X} and says {stored:08X}")) }
 }
 

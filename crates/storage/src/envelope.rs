@@ -154,7 +154,7 @@ pub fn encode(format: &Format, codec: Codec, object: &str, content: &[u8]) -> Re
     out.put_u64(content.len() as u64);
     out.put_u64(stored.len() as u64);
     out.put_slice(stored);
-    let crc = crc32c::crc32c(&out);
+    let crc = crc_fast::crc32_iscsi(&out);
     out.put_u32(crc);
     Ok(out.freeze())
 }
@@ -170,7 +170,7 @@ pub fn decode(format: &Format, object: &str, bytes: &Bytes) -> Result<Opened, En
         return Err(EnvelopeError::WrongKind { object: object.to_owned(), expected: format.what, found });
     }
     let body_end = bytes.len() - TRAILER_SIZE;
-    let (crc_stored, crc_found) = (u32_at(&bytes[body_end..]), crc32c::crc32c(&bytes[..body_end]));
+    let (crc_stored, crc_found) = (u32_at(&bytes[body_end..]), crc_fast::crc32_iscsi(&bytes[..body_end]));
     if crc_stored != crc_found {
         return Err(damaged(object, format!("its CRC-32C is {crc_found:08x}, it says {crc_stored:08x}")));
     }
@@ -265,7 +265,7 @@ mod tests {
         let mut bytes = encode(&FORMAT, Codec::None, "a/b", b"secret").unwrap().to_vec();
         bytes[11] = 7;
         let end = bytes.len() - 4;
-        let crc = crc32c::crc32c(&bytes[..end]).to_be_bytes();
+        let crc = crc_fast::crc32_iscsi(&bytes[..end]).to_be_bytes();
         bytes[end..].copy_from_slice(&crc);
         let error = decode(&FORMAT, "a/b", &bytes.into()).unwrap_err();
         assert_eq!(error, EnvelopeError::UnknownKey { object: "a/b".into(), key_id: 7 });
@@ -309,7 +309,7 @@ mod tests {
                 // As bad, but with magic and checksum right.
                 bytes[..4].copy_from_slice(b"VTST");
                 let end = bytes.len() - 4;
-                let crc = crc32c::crc32c(&bytes[..end]).to_be_bytes();
+                let crc = crc_fast::crc32_iscsi(&bytes[..end]).to_be_bytes();
                 bytes[end..].copy_from_slice(&crc);
                 let _ = decode(&FORMAT, "o", &bytes.into());
             }

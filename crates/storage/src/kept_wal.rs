@@ -119,7 +119,7 @@ impl Keeper<'_> {
         let name = format!("wal/{:08x}-{:016x}-{:016x}", self.generation.0, lsn_start.0, lsn_end.0);
         let object = timeline_folder(self.tenant, self.timeline)?.join(&name)?;
         let encoded = envelope::encode(&FORMAT, Codec::Zstd, object.as_str(), bytes)?;
-        let (length, checksum) = (encoded.len() as u64, crc32c::crc32c(&encoded));
+        let (length, checksum) = (encoded.len() as u64, crc_fast::crc32_iscsi(&encoded));
         self.store.put(&object, encoded)?;
         Ok(KeptWal { object, length, lsn_start, lsn_end, generation: self.generation, checksum })
     }
@@ -133,7 +133,7 @@ impl KeptWal {
     pub fn read(&self, store: &BlockingStore, from: Lsn) -> Result<Bytes, KeptWalError> {
         let encoded = store.get(&self.object)?;
         let other = |problem: String| KeptWalError::Other { object: self.object.clone(), problem };
-        let found = (encoded.len() as u64, crc32c::crc32c(&encoded));
+        let found = (encoded.len() as u64, crc_fast::crc32_iscsi(&encoded));
         if found != (self.length, self.checksum) {
             let (length, checksum) = found;
             return Err(other(format!("{length} bytes with CRC-32C {checksum:08x}, expected {} with {:08x}", self.length, self.checksum)));

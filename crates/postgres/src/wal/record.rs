@@ -1,5 +1,6 @@
 //! One WAL record taken apart: `access/xlogrecord.h`, decoded as `DecodeXLogRecord` does.
 
+use crc_fast::{CrcAlgorithm, Digest};
 use smallvec::SmallVec;
 
 use super::{WalError, image::Image};
@@ -64,7 +65,10 @@ impl RecordHeader {
 /// `record` has at least [`RECORD_HEADER_SIZE`] bytes.
 pub fn record_crc(record: &[u8]) -> u32 {
     let (header, rest) = record.split_at(RECORD_HEADER_SIZE.min(record.len()));
-    crc32c::crc32c_append(crc32c::crc32c(rest), header.get(..20).unwrap_or(header))
+    let mut digest = Digest::new(CrcAlgorithm::Crc32Iscsi);
+    digest.update(rest);
+    digest.update(header.get(..20).unwrap_or(header));
+    digest.finalize() as u32
 }
 
 /// A block that a record touches.
@@ -146,20 +150,35 @@ impl<'a> Record<'a> {
     ///
     /// # Errors
     /// [`WalError::Record`] when headers and lengths contradict each other.
-    #[inline]
     pub fn decode(bytes: &'a [u8], start: Lsn, end: Lsn, major: Major) -> Result<Record<'a>, WalError> {
+        let mut record = Record::empty();
+        record.decode_here(bytes, start, end, major).map(|()| record)
+    }
+
+    /// Nothing yet: a place for [`Record::decode_here`].
+    pub fn empty() -> Record<'a> {
+        let header = RecordHeader { total_len: 0, xid: 0, prev: Lsn::INVALID, info: 0, rmid: 0, crc: 0 };
+        let (start, end) = (Lsn::INVALID, Lsn::INVALID);
+        Record { header, start, end, blocks: SmallVec::new(), main_data: &[], origin: None, toplevel_xid: None }
+    }
+
+    /// The same as [`Record::decode`] in the place of another record: for one record after the other, it takes half the time.
+    ///
+    /// # Errors
+    /// As there; what is here is then no record.
+    #[inline]
+    pub fn decode_here(&mut self, bytes: &'a [u8], start: Lsn, end: Lsn, major: Major) -> Result<(), WalError> {
         let malformed = |what: String| WalError::Record { lsn: start, what };
-        let header = RecordHeader::decode(bytes).ok_or_else(|| malformed("shorter than a record header".to_owned()))?;
-        let mut record = Record { header, start, end, blocks: SmallVec::new(), main_data: &[], origin: None, toplevel_xid: None };
-        match record.fill(bytes, major) {
-            Ok(()) => Ok(record),
-            Err(what) => Err(malformed(what)),
-        }
+        self.header = RecordHeader::decode(bytes).ok_or_else(|| malformed("shorter than a record header".to_owned()))?;
+        (self.start, self.end) = (start, end);
+        self.fill(bytes, major).map_err(malformed)
     }
 
     /// Fills in what stands behind the header of the record `bytes`.
     fn fill(&mut self, bytes: &'a [u8], major: Major) -> Result<(), String> {
         let Record { header, blocks, main_data, origin, toplevel_xid, .. } = self;
+        blocks.clear();
+        (*origin, *toplevel_xid) = (None, None);
         if header.total_len as usize != bytes.len() {
             return Err(format!("has {} bytes and says that it has {}", bytes.len(), header.total_len));
         }

@@ -144,7 +144,7 @@ impl Footer {
         out.put_u64(self.top_offset);
         out.put_u32(self.top_length);
         out.put_u32(self.top_checksum);
-        out.put_u32(crc32c::crc32c(&out));
+        out.put_u32(crc_fast::crc32_iscsi(&out));
         let mut bytes = [0; FOOTER_SIZE];
         bytes.copy_from_slice(&out);
         bytes
@@ -155,7 +155,7 @@ impl Footer {
         if bytes[..8] != FOOTER_MAGIC {
             return Err("it does not end as a layer does".to_owned());
         }
-        let crc = crc32c::crc32c(&bytes[..FOOTER_SIZE - 4]);
+        let crc = crc_fast::crc32_iscsi(&bytes[..FOOTER_SIZE - 4]);
         if crc != u32_at(28) {
             return Err(format!("its footer's CRC-32C is {crc:08x}, it says {:08x}", u32_at(28)));
         }

@@ -3,6 +3,7 @@
 use std::sync::{Arc, OnceLock};
 
 use bytes::Bytes;
+use crc_fast::{CrcAlgorithm, Digest};
 use varve_postgres::Lsn;
 
 use super::blob::LayerBlob;
@@ -267,12 +268,13 @@ impl Layer {
     /// # Errors
     /// When something is not as it should be.
     pub fn verify(self: &Arc<Self>) -> Result<(), LayerError> {
-        let (mut checksum, mut offset) = (0, 0);
+        let (mut digest, mut offset) = (Digest::new(CrcAlgorithm::Crc32Iscsi), 0);
         while offset < self.info.length {
             let bytes = self.read_at(offset, REQUEST_BYTES_MAX.min(self.info.length - offset), None)?;
-            checksum = crc32c::crc32c_append(checksum, &bytes);
+            digest.update(&bytes);
             offset += bytes.len() as u64;
         }
+        let checksum = digest.finalize() as u32;
         if checksum != self.info.checksum {
             return Err(self.corrupt(0, None, format!("its CRC-32C is {checksum:08x}, it should be {:08x}", self.info.checksum)));
         }

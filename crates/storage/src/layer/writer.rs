@@ -2,6 +2,7 @@
 
 use std::io::Write;
 
+use crc_fast::{CrcAlgorithm, Digest};
 use varve_postgres::Lsn;
 
 use super::block::{BLOCK_BYTES_TARGET, BlockBuilder};
@@ -34,7 +35,7 @@ pub struct LayerWriter<W> {
     limits: Limits,
     out: W,
     written_bytes: u64,
-    checksum: u32,
+    checksum: Digest,
     versions: u64,
     first_key: Key,
     last: Option<(Key, Lsn)>,
@@ -60,7 +61,7 @@ impl<W: Write> LayerWriter<W> {
             limits: LIMITS,
             out,
             written_bytes: 0,
-            checksum: 0,
+            checksum: Digest::new(CrcAlgorithm::Crc32Iscsi),
             versions: 0,
             first_key: Key::MIN,
             last: None,
@@ -139,7 +140,7 @@ impl<W: Write> LayerWriter<W> {
             versions,
             length: self.written_bytes,
             codec: self.codec,
-            checksum: self.checksum,
+            checksum: self.checksum.finalize() as u32,
         };
         Ok((info, self.out))
     }
@@ -182,7 +183,7 @@ impl<W: Write> LayerWriter<W> {
 
     fn write(&mut self, bytes: &[u8]) -> Result<(), LayerError> {
         self.out.write_all(bytes).map_err(|error| self.write_error(error.to_string()))?;
-        self.checksum = crc32c::crc32c_append(self.checksum, bytes);
+        self.checksum.update(bytes);
         self.written_bytes += bytes.len() as u64;
         Ok(())
     }

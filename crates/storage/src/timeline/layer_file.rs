@@ -226,7 +226,7 @@ pub(super) fn upload(resources: &Resources, layers: &mut [WrittenLayer]) -> Resu
     for layer in layers.iter_mut().filter(|layer| !layer.uploaded) {
         if resources.store.store().local_path(&layer.row.object).is_none() {
             let bytes = fs::read(&layer.path).map_err(io_error(&layer.path, "read it"))?;
-            let checksum = crc32c::crc32c(&bytes);
+            let checksum = crc_fast::crc32_iscsi(&bytes);
             if checksum != layer.row.checksum {
                 let problem = format!("its CRC-32C is {checksum:08x}, it should be {:08x}", layer.row.checksum);
                 let object = layer.row.object.to_string();

@@ -22,6 +22,7 @@
 //! What a timeline that lags behind still needs of an old segment is copied to the log's head. A copy counts in the place of its origin: bytes
 //! that were appended later than the origin, but earlier than the copy, replace those of the copy.
 
+use crc_fast::{CrcAlgorithm, Digest};
 use varve_postgres::Lsn;
 
 use crate::ids::{TenantId, TimelineId, WriterEpoch};
@@ -64,6 +65,14 @@ pub(super) fn chunk_size(payload_len: usize) -> usize {
     (HEADER_SIZE + payload_len).next_multiple_of(8)
 }
 
+/// CRC-32C of a header up to its own place, and a payload.
+fn checksum(header: &[u8], payload: &[u8]) -> u32 {
+    let mut digest = Digest::new(CrcAlgorithm::Crc32Iscsi);
+    digest.update(header);
+    digest.update(payload);
+    digest.finalize() as u32
+}
+
 impl ChunkHeader {
     /// The whole chunk's bytes, padding included.
     pub(super) fn encode(&self, payload: &[u8], out: &mut Vec<u8>) {
@@ -79,7 +88,7 @@ impl ChunkHeader {
         out.extend_from_slice(&self.start.0.to_le_bytes());
         out.extend_from_slice(&self.origin.to_le_bytes());
         out.extend_from_slice(&self.epoch.0.to_le_bytes());
-        let crc = crc32c::crc32c_append(crc32c::crc32c(&out[begin..]), payload);
+        let crc = checksum(&out[begin..], payload);
         out.extend_from_slice(&crc.to_le_bytes());
         out.extend_from_slice(payload);
         out.resize(begin + chunk_size(payload.len()), 0);
@@ -100,7 +109,7 @@ impl ChunkHeader {
         }
         let payload_len = u32_at(12) as usize;
         let Some(payload) = bytes.get(HEADER_SIZE..HEADER_SIZE.saturating_add(payload_len)) else { return Found::Nothing };
-        if crc32c::crc32c_append(crc32c::crc32c(&header[..CRC_AT]), payload) != u32_at(CRC_AT) {
+        if checksum(&header[..CRC_AT], payload) != u32_at(CRC_AT) {
             return Found::Nothing;
         }
         if header[4] != VERSION || header[5] != 0 || u32_at(8) != 0 {
