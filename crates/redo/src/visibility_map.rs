@@ -69,14 +69,21 @@ fn init_if_new(page: &mut Page) {
 /// The bits that a record clears on visibility-map pages that it does not name: map page by map page.
 ///
 /// A malformed record clears nothing here; redo of its blocks finds out.
+#[inline]
 pub fn visibility_map_clears(record: &Record<'_>) -> Vec<(RelFork, BlockNumber, Change<'static>)> {
     if !matches!(record.header.rmid, rmgr::HEAP | rmgr::HEAP2) {
         return Vec::new();
     }
-    let has_old_block = record.block(OLD_BLOCK).is_some();
-    let Ok(cleared) = Cleared::of(record.header.rmid, record.kind(), record.main_data, has_old_block) else { return Vec::new() };
-    // Most records clear nothing. And one that names a map page names all that it changes.
-    if cleared.blocks == [None; 2] || record.blocks.iter().any(|block| block.rel.fork == Fork::VisibilityMap) {
+    let has_old_block = record.blocks.len() > 1 && record.block(OLD_BLOCK).is_some();
+    match Cleared::of(record.header.rmid, record.kind(), record.main_data, has_old_block) {
+        Ok(cleared) if cleared.blocks != [None; 2] => unnamed_clears(record, &cleared),
+        _ => Vec::new(), // as most records
+    }
+}
+
+fn unnamed_clears(record: &Record<'_>, cleared: &Cleared) -> Vec<(RelFork, BlockNumber, Change<'static>)> {
+    // A record that names a map page names all that it changes.
+    if record.blocks.iter().any(|block| block.rel.fork == Fork::VisibilityMap) {
         return Vec::new();
     }
     let mut clears: Vec<(RelFork, BlockNumber, SmallVec<[BlockNumber; 2]>)> = Vec::new();
@@ -117,7 +124,7 @@ struct Cleared {
 
 impl Cleared {
     /// Of a record of Heap or Heap2; `has_old_block` says whether an update has one.
-    #[inline]
+    #[inline(always)]
     fn of(rmid: u8, info: u8, data: &[u8], has_old_block: bool) -> Result<Cleared, Fault> {
         let first = |clears: bool, flags| Cleared { blocks: [clears.then_some(0), None], flags };
         Ok(match (rmid, info & opcode::MASK) {

@@ -11,6 +11,8 @@ use crate::{Lsn, Major};
 
 /// `XLogRecordMaxSize`: no record is longer.
 const RECORD_SIZE_MAX: u32 = 1020 * 1024 * 1024;
+/// Most memory that is taken for a record in pieces on its length alone: enough for a page's image.
+const RESERVED_MAX: usize = 16 * 1024;
 /// `XLOG_SWITCH` of `catalog/pg_control.h`.
 const XLOG_SWITCH: u8 = 0x40;
 
@@ -81,7 +83,7 @@ impl<B: Deref<Target = [u8]>> FramedRecord<B> {
 /// Takes WAL bytes in order, however they are cut, and gives whole records.
 ///
 /// It checks page headers (magic, position, continuation, system identifier), record lengths, `xl_prev` and CRCs. Memory is what the
-/// record under way has brought so far, never what a length field announces. After an error it stays at the error.
+/// record under way has brought so far, beyond 16 KiB never what a length field announces. After an error it stays at the error.
 #[derive(Debug)]
 pub struct Framer {
     major: Major,
@@ -267,6 +269,7 @@ impl Framer {
                     self.position += u64::from(total);
                     return self.finish(input.take(total as usize)).map(Some);
                 }
+                self.partial.reserve((total as usize).min(RESERVED_MAX));
             }
         }
         let wanted = match self.partial.first_chunk() {

@@ -18,18 +18,17 @@ use varve_postgres::page::{self, PD_ALL_VISIBLE};
 use varve_postgres::wal::rmgr;
 use varve_postgres::{Fork, Page};
 
-use crate::change::{BlockRecord, Change};
 use crate::item::{self, ItemId};
 use crate::visibility_map;
 use crate::{Fault, Redo};
 use layout::HeapLayout;
 use record::{Visible, opcode};
 
-/// Where on its page the tuple lies that a heap change reads first, as far as that can be told at a glance: so that memory can be waited for ahead.
-pub fn first_tuple(change: &Change<'_>, page: &Page) -> Option<Range<usize>> {
-    let Change::Record(BlockRecord { rmid: rmgr::HEAP, info, main_data, fork: Fork::Main, .. }) = change else { return None };
+/// Where on its page the tuple lies that a record of this type (resource manager, info) reads first, as far as that can be told at a glance: so that
+/// memory can be waited for ahead.
+pub fn first_tuple((rmid, info): (u8, u8), main_data: &[u8], page: &Page) -> Option<Range<usize>> {
     // Records of these types begin with a transaction and the line pointer of the tuple.
-    if !matches!(info & opcode::MASK, opcode::UPDATE | opcode::HOT_UPDATE | opcode::DELETE | opcode::LOCK) {
+    if rmid != rmgr::HEAP || !matches!(info & opcode::MASK, opcode::UPDATE | opcode::HOT_UPDATE | opcode::DELETE | opcode::LOCK) {
         return None;
     }
     let offset = main_data.get(4..6)?;

@@ -1,16 +1,17 @@
-//! What the records of one slice of WAL do, sorted by partition.
+//! What records of one slice of WAL do, sorted by partition.
 
 use varve_postgres::slru::CLOG_XACTS_PER_PAGE;
 use varve_postgres::wal::records::RecordError;
 use varve_postgres::wal::records::storage::{self, StorageRecord};
 use varve_postgres::wal::records::xact::{self, Completion, XactRecord};
 use varve_postgres::wal::{Record, WalError, rmgr};
-use varve_postgres::{BlockNumber, Fork, Lsn, Major, RelFork, RelNode};
-use varve_redo::change::{BlockRecord, Change, Xids};
+use varve_postgres::{Fork, Lsn, Major, RelFork, RelNode};
+use varve_redo::change::{Change, Xids};
 use varve_redo::visibility_map::{HEAP_BLOCKS_PER_PAGE, visibility_map_clears};
 
-use super::PARTITIONS;
 use super::page_table::PageKey;
+use super::partitioning::Partitioning;
+use super::task::{BlockTask, RareTask, Task};
 use crate::VerifyError;
 
 /// What an error is about when a record is malformed although its CRC is right.
@@ -24,27 +25,20 @@ const ABORTED: u8 = 2;
 /// Under this name pages of `pg_xact` are kept: no relation has it.
 pub(super) const TRANSACTION_STATUS: RelFork = RelFork { node: RelNode { spc: 0, db: 0, rel: 1 }, fork: Fork::Main };
 
-/// Something to do to a page, or to a relation.
-#[derive(Debug)]
-pub(super) enum Task<'a> {
-    /// A change of a page.
-    Change { lsn: Lsn, block: PageKey, change: Change<'a> },
-    /// The block with this index comes with an image, which the page becomes.
-    Image { block: PageKey, record: Box<Record<'a>>, index: usize },
-    /// A fork is cut.
-    Cut { rel: RelFork, blocks: BlockNumber },
-    /// A relation is new, or gone.
-    Reset { node: RelNode },
-}
-
 /// What is to be done in each partition, in the order of the WAL.
-pub(super) type Tasks<'a> = [Vec<Task<'a>>; PARTITIONS];
+pub(super) type Tasks<'a> = Vec<Vec<Task<'a>>>;
 
-/// What one slice's records do, by partition.
+/// What a slice's records do, or the latest of them, by partition.
 #[derive(Debug)]
 pub(super) struct Batch<'a> {
     pub(super) major: Major,
+    partitioning: Partitioning,
+    /// Where the slice's records begin.
+    pub(super) from: Lsn,
     pub(super) tasks: Tasks<'a>,
+    pub(super) rare: Vec<RareTask<'a>>,
+    /// Transactions that ended, and how, for [`Batch::put_down_transactions`].
+    transactions: Vec<(u32, u8)>,
     pub(super) records: u64,
     /// Where the first record begins.
     first: Lsn,
@@ -58,35 +52,25 @@ pub(super) struct Batch<'a> {
 
 /// No tasks, in the memory of these.
 pub(super) fn emptied<'b>(tasks: Tasks<'_>) -> Tasks<'b> {
-    tasks.map(|mut tasks| {
-        tasks.clear();
-        tasks.into_iter().map_while(|_| None).collect() // collecting keeps the memory of what it takes from
-    })
-}
-
-/// Blocks that follow each other and are in one partition, for the sake of caches.
-const NEIGHBOURS: u32 = 8;
-
-/// The partition of a block: neighbours are dealt out in turn, beginning with another partition for each fork.
-pub(super) fn partition_of(PageKey { rel, blkno }: PageKey) -> usize {
-    (blkno / NEIGHBOURS).wrapping_add(rel.node.rel.wrapping_mul(7)).wrapping_add(u32::from(rel.fork.number()) * 5) as usize % PARTITIONS
-}
-
-/// The number of a block among those of its fork that are in the same partition.
-pub(super) fn slot_of(blkno: BlockNumber) -> usize {
-    (blkno / NEIGHBOURS) as usize / PARTITIONS * NEIGHBOURS as usize + (blkno % NEIGHBOURS) as usize
+    // Collecting keeps the memory of what it takes from.
+    tasks.into_iter().map(|tasks| tasks.into_iter().map_while(|_| None).collect()).collect()
 }
 
 impl<'a> Batch<'a> {
     /// Nothing yet, of the slice at `from`, in the memory of `tasks`.
-    pub(super) fn new(major: Major, from: Lsn, tasks: Tasks<'_>) -> Batch<'a> {
-        Batch { major, tasks: emptied(tasks), records: 0, first: from, end: from, ended: false, switched: false }
+    pub(super) fn new(major: Major, partitioning: Partitioning, from: Lsn, tasks: Tasks<'_>) -> Batch<'a> {
+        let mut tasks = emptied(tasks);
+        tasks.resize_with(partitioning.count(), Vec::new);
+        let (rare, transactions) = (Vec::new(), Vec::new());
+        Batch { major, partitioning, from, tasks, rare, transactions, records: 0, first: from, end: from, ended: false, switched: false }
     }
 
-    /// Forgets all records, as if there were none from `from` on.
-    pub(super) fn clear(&mut self, from: Lsn) {
+    /// Forgets all records, as if none had been there.
+    pub(super) fn clear(&mut self) {
         self.tasks.iter_mut().for_each(Vec::clear);
-        (self.records, self.first, self.end, self.ended, self.switched) = (0, from, from, false, false);
+        self.rare.clear();
+        self.transactions.clear();
+        (self.records, self.ended, self.switched) = (0, false, false);
     }
 
     /// Whether no more records belong to it.
@@ -100,12 +84,10 @@ impl<'a> Batch<'a> {
         self.records > 0 && self.first > end + 64
     }
 
-    /// Adds what the record with these bytes does.
-    pub(super) fn add(&mut self, bytes: &'a [u8], start: Lsn, end: Lsn) -> Result<(), VerifyError> {
-        match Record::decode(bytes, start, end, self.major) {
-            Ok(ref record) => self.add_record(record)?,
-            Err(source) => return Err(VerifyError::Wal { of: DECODED.to_owned(), source }),
-        }
+    /// Adds what the record with these bytes does, which is decoded in `place`.
+    pub(super) fn add(&mut self, bytes: &'a [u8], start: Lsn, end: Lsn, place: &mut Record<'a>) -> Result<(), VerifyError> {
+        place.decode_here(bytes, start, end, self.major).map_err(|source| VerifyError::Wal { of: DECODED.to_owned(), source })?;
+        self.add_record(bytes, place)?;
         if self.records == 0 {
             self.first = start;
         }
@@ -114,18 +96,27 @@ impl<'a> Batch<'a> {
         Ok(())
     }
 
-    #[inline(always)]
-    fn push(&mut self, lsn: Lsn, block: PageKey, change: Change<'a>) {
-        self.tasks[partition_of(block)].push(Task::Change { lsn, block, change });
+    #[cold]
+    fn push_rare(&mut self, block: PageKey, task: RareTask<'a>) {
+        self.tasks[self.partitioning.partition_of(block)].push(Task::Rare(self.rare.len() as u32));
+        self.rare.push(task);
     }
 
-    fn push_to_all(&mut self, task: impl Fn() -> Task<'a>) {
-        self.tasks.iter_mut().for_each(|tasks| tasks.push(task()));
+    #[cold]
+    fn push_unnamed(&mut self, lsn: Lsn, block: PageKey, change: Change<'static>) {
+        self.push_rare(block, RareTask::Unnamed { lsn, block, change });
     }
 
-    fn add_record(&mut self, record: &Record<'a>) -> Result<(), VerifyError> {
+    #[cold]
+    fn push_to_all(&mut self, task: RareTask<'a>) {
+        let number = self.rare.len() as u32;
+        self.tasks.iter_mut().for_each(|tasks| tasks.push(Task::Rare(number)));
+        self.rare.push(task);
+    }
+
+    fn add_record(&mut self, bytes: &'a [u8], record: &Record<'a>) -> Result<(), VerifyError> {
         for (rel, blkno, change) in visibility_map_clears(record) {
-            self.push(record.end, PageKey { rel, blkno }, change);
+            self.push_unnamed(record.end, PageKey { rel, blkno }, change);
         }
         let (lsn, kind) = (record.end, record.kind());
         let malformed = |error: RecordError| VerifyError::Wal {
@@ -140,16 +131,16 @@ impl<'a> Batch<'a> {
                 XactRecord::Prepare | XactRecord::Assignment { .. } | XactRecord::Invalidations => {}
             },
             rmgr::SMGR => match storage::parse(kind, record.main_data, self.major).map_err(malformed)? {
-                StorageRecord::Create { rel } => self.push_to_all(|| Task::Cut { rel, blocks: 0 }),
+                StorageRecord::Create { rel } => self.push_to_all(RareTask::Cut { rel, blocks: 0 }),
                 StorageRecord::Truncate { node, blocks, visibility_map, .. } => {
-                    self.push_to_all(|| Task::Cut { rel: node.fork(Fork::Main), blocks });
+                    self.push_to_all(RareTask::Cut { rel: node.fork(Fork::Main), blocks });
                     let (map, last) = (node.fork(Fork::VisibilityMap), blocks / HEAP_BLOCKS_PER_PAGE);
                     if visibility_map {
-                        self.push_to_all(|| Task::Cut { rel: map, blocks: blocks.div_ceil(HEAP_BLOCKS_PER_PAGE) });
+                        self.push_to_all(RareTask::Cut { rel: map, blocks: blocks.div_ceil(HEAP_BLOCKS_PER_PAGE) });
                     }
                     if visibility_map && !blocks.is_multiple_of(HEAP_BLOCKS_PER_PAGE) {
                         let change = Change::TruncateVisibility { heap_blocks: blocks };
-                        self.push(lsn, PageKey { rel: map, blkno: last }, change);
+                        self.push_unnamed(lsn, PageKey { rel: map, blkno: last }, change);
                     }
                 }
             },
@@ -158,9 +149,14 @@ impl<'a> Batch<'a> {
         for (index, block) in record.blocks.iter().enumerate() {
             let key = PageKey { rel: block.rel, blkno: block.blkno };
             if block.image.as_ref().is_some_and(|image| image.apply) {
-                self.tasks[partition_of(key)].push(Task::Image { block: key, record: Box::new(record.clone()), index });
+                self.push_rare(key, RareTask::Image { block: key, record: Box::new(record.clone()), index });
             } else {
-                self.push(lsn, key, Change::Record(BlockRecord::trim(record, block)));
+                let tasks = &mut self.tasks[self.partitioning.partition_of(key)];
+                // It is made where it stands: to move it takes longer than to make it.
+                tasks.push(Task::Rare(0));
+                if let Some(task) = tasks.last_mut() {
+                    *task = Task::Block(BlockTask::new(bytes, record, block));
+                }
             }
         }
         Ok(())
@@ -168,16 +164,22 @@ impl<'a> Batch<'a> {
 
     fn completion(&mut self, record: &Record<'a>, done: Completion, status: u8) {
         let xid = done.two_phase_xid.unwrap_or(record.header.xid);
-        self.transaction(record.end, xid, &done.subxids, status);
-        done.dropped.into_iter().for_each(|node| self.push_to_all(|| Task::Reset { node }));
+        self.transactions.extend(std::iter::once(xid).filter(|xid| *xid != 0).chain(done.subxids).map(|xid| (xid, status)));
+        done.dropped.into_iter().for_each(|node| self.push_to_all(RareTask::Reset { node }));
     }
 
-    fn transaction(&mut self, lsn: Lsn, xid: u32, subxacts: &[u32], status: u8) {
-        let mut xids: Xids = std::iter::once(xid).filter(|xid| *xid != 0).chain(subxacts.iter().copied()).collect();
-        while let Some(page) = xids.first().map(|xid| xid / CLOG_XACTS_PER_PAGE) {
-            let (here, rest) = xids.into_iter().partition(|xid| xid / CLOG_XACTS_PER_PAGE == page);
-            xids = rest;
-            self.push(lsn, PageKey { rel: TRANSACTION_STATUS, blkno: page }, Change::ClogStatus { status, xids: here });
+    /// When all records are added: makes tasks of the transactions that ended, one for each page of `pg_xact` and status. No transaction ends twice,
+    /// so their order does not matter.
+    pub(super) fn put_down_transactions(&mut self) {
+        let mut transactions = std::mem::take(&mut self.transactions);
+        transactions.sort_unstable_by_key(|(xid, status)| (xid / CLOG_XACTS_PER_PAGE, *status));
+        for here in
+            transactions.chunk_by(|(a, status_a), (b, status_b)| (a / CLOG_XACTS_PER_PAGE, status_a) == (b / CLOG_XACTS_PER_PAGE, status_b))
+        {
+            let Some((first, status)) = here.first() else { continue };
+            let xids: Xids = here.iter().map(|(xid, _)| *xid).collect();
+            let block = PageKey { rel: TRANSACTION_STATUS, blkno: first / CLOG_XACTS_PER_PAGE };
+            self.push_unnamed(self.end, block, Change::ClogStatus { status: *status, xids });
         }
     }
 }

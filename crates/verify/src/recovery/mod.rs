@@ -1,7 +1,7 @@
 //! Redoes WAL from a data directory on, as fast as it can: what Postgres does in crash recovery, to be measured beside it.
 //!
 //! A window of slices is worked on at a time, in two steps. First the records of each slice are found, checked and decoded, slices side by side
-//! ([`slice`]); what they do is sorted into [`PARTITIONS`] by the page that it is done to ([`batch`]). Then each partition's pages are redone,
+//! ([`slice`]); what they do is sorted into partitions by the page that it is done to ([`batch`], [`partitioning`]). Then each partition's pages are redone,
 //! in the order of the WAL, partitions side by side ([`partition`], [`page_table`]). A page belongs to one partition, so no page is ever shared between threads,
 //! and the outcome is the same whatever their number.
 //!
@@ -11,7 +11,9 @@
 mod batch;
 mod page_table;
 mod partition;
+mod partitioning;
 mod slice;
+mod task;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -28,12 +30,14 @@ use crate::{DataDirectory, VerifyError};
 use batch::{Batch, Tasks, emptied};
 use page_table::PageKey;
 use partition::Partition;
-use slice::{SLICE_SIZE, Slice};
+use partitioning::Partitioning;
+use slice::{SLICE_SIZE, Slice, Source};
 
-/// Groups that pages are divided into; several for each core, so that one that has more work than others does not hold all up.
-const PARTITIONS: usize = 16;
-/// Slices that are in memory at a time, and what is made of them.
-const WINDOW_SLICES: u64 = 4;
+/// Slices that are in memory at a time with several threads, and what is made of them: so much stays in a core's cache until it is done.
+const WINDOW_SLICES: usize = 4;
+/// Records that a single thread decodes before it redoes them: enough to bring their pages to the processor together, so few that all of it stays
+/// in a core's cache.
+const PORTION_RECORDS: u64 = 1024;
 
 /// What to redo, and how.
 #[derive(Debug, Clone)]
@@ -73,69 +77,92 @@ pub fn recover(config: &RecoveryConfig) -> Result<Recovered, VerifyError> {
     let base = Arc::new(DataDirectory::open(&config.base)?);
     let segments = Segments::list(&config.wal)?;
     let start = base.checkpoint();
-    let pages_max = config.pages_max.div_ceil(PARTITIONS);
-    let partitions: Vec<Mutex<Partition>> = (0..PARTITIONS).map(|_| Mutex::new(Partition::new(base.clone(), pages_max))).collect();
+    let alone = config.threads <= 1;
+    let (partitioning, window_slices, portion) =
+        if alone { (Partitioning::NONE, 1, PORTION_RECORDS) } else { (Partitioning::MANY, WINDOW_SLICES, u64::MAX) };
+    let pages_max = config.pages_max.div_ceil(partitioning.count());
+    let new_partition = |_| Mutex::new(Partition::new(partitioning, base.clone(), pages_max));
+    let partitions: Vec<Mutex<Partition>> = (0..partitioning.count()).map(new_partition).collect();
+    let source = Source { segments: &segments, control: base.control(), partitioning, portion };
     let began = Instant::now();
-    let mut recovered =
-        Recovered { start, end: start, records: 0, changes: 0, elapsed: Duration::ZERO, partitions: Vec::new(), base: base.clone() };
-    let mut window: Vec<Slice> = (0..WINDOW_SLICES).map(|_| Slice::new()).collect();
+    let mut progress = Progress { wal: &config.wal, end: start, records: 0, empty_to: Lsn::INVALID, ended: false };
+    let mut window: Vec<Slice> = (0..window_slices).map(|_| Slice::new()).collect();
     let mut from = start;
-    // What lies before this is the empty rest of a segment.
-    let mut empty_to = Lsn::INVALID;
-    let mut ended = false;
-    while !ended {
-        let slices: Vec<Mutex<Option<&mut Slice>>> = window.iter_mut().map(|slice| Mutex::new(Some(slice))).collect();
-        let batches: Vec<Mutex<Option<Batch<'_>>>> = slices.iter().map(|_| Mutex::default()).collect();
-        each(config.threads, slices.len(), |index| {
-            let start = Lsn((from.0 / SLICE_SIZE + index as u64) * SLICE_SIZE);
-            if let Some(slice) = slices[index].lock().take() {
-                *batches[index].lock() = Some(slice.fill(&segments, base.control(), from.max(start))?);
+    while !progress.ended {
+        let start = |index: usize| from.max(Lsn((from.0 / SLICE_SIZE + index as u64) * SLICE_SIZE));
+        let mut batches: Vec<Batch<'_>> = match &mut window[..] {
+            [slice] => {
+                let work = |batch: &Batch<'_>| {
+                    if progress.accept(batch)? { partitions[0].lock().redo(std::slice::from_ref(batch), 0) } else { Ok(()) }
+                };
+                vec![slice.fill(&source, start(0), work)?]
             }
-            Ok(())
-        })?;
-        let mut batches: Vec<Batch<'_>> = batches.into_iter().filter_map(Mutex::into_inner).collect();
+            slices => {
+                let slices: Vec<Mutex<Option<&mut Slice>>> = slices.iter_mut().map(|slice| Mutex::new(Some(slice))).collect();
+                let batches: Vec<Mutex<Option<Batch<'_>>>> = slices.iter().map(|_| Mutex::default()).collect();
+                each(config.threads, slices.len(), |index| {
+                    if let Some(slice) = slices[index].lock().take() {
+                        *batches[index].lock() = Some(slice.fill(&source, start(index), |_| Ok(()))?);
+                    }
+                    Ok(())
+                })?;
+                batches.into_iter().filter_map(Mutex::into_inner).collect()
+            }
+        };
         let mut used = 0;
-        for (index, batch) in batches.iter_mut().enumerate() {
-            used = index + 1;
-            let start = Lsn((from.0 / SLICE_SIZE + index as u64) * SLICE_SIZE);
-            if start < empty_to {
-                batch.clear(start);
-                continue;
+        while used < batches.len() && !progress.ended {
+            if !progress.accept(&batches[used])? {
+                batches[used].clear();
             }
-            if batch.begins_behind(recovered.end) {
-                return Err(VerifyError::not_usable(
-                    &config.wal,
-                    format!("the record at {} does not follow the one before", recovered.end),
-                ));
-            }
-            recovered.end = recovered.end.max(batch.end);
-            recovered.records += batch.records;
-            if batch.switched {
-                empty_to = Lsn((start.segment_number() + 1) * WAL_SEGMENT_SIZE);
-                recovered.end = empty_to;
-            }
-            // Whatever lies behind the end of WAL was written earlier.
-            ended = batch.ended;
-            if ended {
-                break;
-            }
+            used += 1;
         }
-        each(config.threads, PARTITIONS, |index| {
-            let mut partition = partitions[index].lock();
-            partition.redo(&batches[..used], index)
-        })?;
+        each(config.threads, partitions.len(), |index| partitions[index].lock().redo(&batches[..used], index))?;
         let empty_tasks: Vec<Tasks<'static>> = batches.into_iter().map(|batch| emptied(batch.tasks)).collect();
         for (slice, tasks) in window.iter_mut().zip(empty_tasks) {
             slice.empty_tasks = tasks;
         }
-        from = Lsn((from.0 / SLICE_SIZE + WINDOW_SLICES) * SLICE_SIZE);
+        from = Lsn((from.0 / SLICE_SIZE + window.len() as u64) * SLICE_SIZE);
     }
-    each(config.threads, PARTITIONS, |index| partitions[index].lock().settle())?;
-    partition::record_free_space(&partitions)?;
+    each(config.threads, partitions.len(), |index| partitions[index].lock().settle())?;
+    partition::record_free_space(partitioning, &partitions)?;
+    let Progress { end, records, .. } = progress;
+    let mut recovered = Recovered { start, end, records, changes: 0, elapsed: Duration::ZERO, partitions: Vec::new(), base };
     recovered.partitions = partitions.into_iter().map(Mutex::into_inner).collect();
     recovered.changes = recovered.partitions.iter().map(|partition| partition.changes).sum();
     recovered.elapsed = began.elapsed();
     Ok(recovered)
+}
+
+/// How far the WAL was read, in order.
+struct Progress<'a> {
+    wal: &'a Path,
+    /// End of the last record.
+    end: Lsn,
+    records: u64,
+    /// What lies before this is the empty rest of a segment.
+    empty_to: Lsn,
+    /// The WAL ends here: whatever lies behind was written earlier.
+    ended: bool,
+}
+
+impl Progress<'_> {
+    /// Goes on behind the records of `batch`, which come next; `false` if they are none, but lie in the empty rest of a segment.
+    fn accept(&mut self, batch: &Batch<'_>) -> Result<bool, VerifyError> {
+        if batch.from < self.empty_to {
+            return Ok(false);
+        }
+        if batch.begins_behind(self.end) {
+            return Err(VerifyError::not_usable(self.wal, format!("the record at {} does not follow the one before", self.end)));
+        }
+        self.end = self.end.max(batch.end);
+        self.records += batch.records;
+        if batch.switched {
+            self.empty_to = Lsn((batch.from.segment_number() + 1) * WAL_SEGMENT_SIZE);
+            self.end = self.empty_to;
+        }
+        self.ended = batch.ended;
+        Ok(true)
+    }
 }
 
 /// Calls `work` for each number below `count`, on so many threads; gives the first error.

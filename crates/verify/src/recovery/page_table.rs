@@ -9,7 +9,7 @@ use prefetch_index::prefetch_index;
 use varve_postgres::{BLCKSZ, BlockNumber, Page, RelFork};
 use varve_redo::{HeapLayout, RedoError};
 
-use super::batch::slot_of;
+use super::partitioning::Partitioning;
 use crate::VerifyError;
 
 /// Names a page.
@@ -31,7 +31,10 @@ pub(super) struct Notes {
     pub(super) free_space: Option<u8>,
 }
 
-const NO_PLACE: VerifyError = VerifyError::Internal("a page's place exists");
+#[cold]
+fn no_place() -> VerifyError {
+    VerifyError::Internal("a page's place exists")
+}
 
 /// Number of a page's place.
 pub(super) type Place = u32;
@@ -45,13 +48,13 @@ const LINE_POINTERS_SIZE: usize = 5 * CACHE_LINE;
 /// Blocks of a fork whose places stand together.
 const RUN_BLOCKS: usize = 1024;
 /// Forks that are found without a hash.
-const RECENT_FORKS: usize = 16;
+const RECENT_FORKS: usize = 256;
 
 /// Where the pages of one fork are.
 #[derive(Debug)]
 struct ForkPlaces {
     rel: RelFork,
-    /// By [`slot_of`] the block.
+    /// By [`Partitioning::slot_of`] the block.
     runs: Vec<Option<Run>>,
 }
 
@@ -64,7 +67,8 @@ fn empty_run() -> Run {
 }
 
 fn recent_fork_slot(rel: RelFork) -> usize {
-    (rel.node.rel as usize * 4 + usize::from(rel.fork.number())) % RECENT_FORKS
+    // Relations that are made together have numbers that follow each other.
+    (rel.node.rel as usize + usize::from(rel.fork.number()) * (RECENT_FORKS / 4)) % RECENT_FORKS
 }
 
 impl ForkPlaces {
@@ -96,6 +100,7 @@ impl Entry {
 /// Pages by name. A page's place stays the same until it is removed.
 #[derive(Debug)]
 pub(super) struct PageTable {
+    partitioning: Partitioning,
     forks: Vec<ForkPlaces>,
     /// Where each fork stands in `forks`.
     fork_numbers: HashMap<RelFork, usize>,
@@ -110,8 +115,9 @@ pub(super) struct PageTable {
 }
 
 impl PageTable {
-    pub(super) fn new(pages_max: usize) -> PageTable {
+    pub(super) fn new(partitioning: Partitioning, pages_max: usize) -> PageTable {
         PageTable {
+            partitioning,
             forks: Vec::new(),
             fork_numbers: HashMap::new(),
             recent_forks: [0; RECENT_FORKS],
@@ -153,14 +159,14 @@ impl PageTable {
     /// The entry of a block, which may have no page.
     #[inline]
     pub(super) fn entry(&mut self, key: PageKey) -> &mut Entry {
-        let slot = slot_of(key.blkno);
+        let slot = self.partitioning.slot_of(key.blkno);
         &mut self.fork(key.rel).run(slot / RUN_BLOCKS)[slot % RUN_BLOCKS]
     }
 
     /// Has the entry of a block brought to the processor, without waiting for it.
     #[inline]
     pub(super) fn prefetch_entry(&self, key: PageKey) {
-        let slot = slot_of(key.blkno);
+        let slot = self.partitioning.slot_of(key.blkno);
         let run = self.recent_fork(key.rel).and_then(|fork| self.forks[fork].runs.get(slot / RUN_BLOCKS));
         if let Some(Some(run)) = run {
             prefetch_index(&run[..], slot % RUN_BLOCKS);
@@ -175,8 +181,10 @@ impl PageTable {
                 place
             }
             None if self.notes.len() >= self.pages_max => {
-                let what =
-                    format!("the WAL changes more than {} MB of pages: allow more", (self.pages_max * super::PARTITIONS * BLCKSZ) >> 20);
+                let what = format!(
+                    "the WAL changes more than {} MB of pages: allow more",
+                    (self.pages_max * self.partitioning.count() * BLCKSZ) >> 20
+                );
                 return Err(VerifyError::Store(varve_redo::verify::StoreError(what)));
             }
             None => {
@@ -197,14 +205,14 @@ impl PageTable {
     /// The page at a place that [`PageTable::place`] or [`PageTable::insert`] gave, and what is known of it.
     pub(super) fn at(&mut self, place: Place) -> Result<(&mut Page, &mut Notes), VerifyError> {
         let place = place as usize;
-        let chunk = self.chunks.get_mut(place / CHUNK_PAGES).ok_or(NO_PLACE)?;
-        let page = chunk.get_mut(place % CHUNK_PAGES * BLCKSZ..).and_then(<[u8]>::first_chunk_mut).ok_or(NO_PLACE)?;
-        Ok((page, self.notes.get_mut(place).ok_or(NO_PLACE)?))
+        let chunk = self.chunks.get_mut(place / CHUNK_PAGES).ok_or_else(no_place)?;
+        let page = chunk.get_mut(place % CHUNK_PAGES * BLCKSZ..).and_then(<[u8]>::first_chunk_mut).ok_or_else(no_place)?;
+        Ok((page, self.notes.get_mut(place).ok_or_else(no_place)?))
     }
 
     /// What is known of the page at a place.
     pub(super) fn notes(&mut self, place: Place) -> Result<&mut Notes, VerifyError> {
-        self.notes.get_mut(place as usize).ok_or(NO_PLACE)
+        self.notes.get_mut(place as usize).ok_or_else(no_place)
     }
 
     /// Has a page's header and line pointers, and what is known of it, brought to the processor, without waiting for them.
@@ -279,14 +287,13 @@ mod tests {
     use proptest::prelude::*;
     use varve_postgres::{Fork, RelNode};
 
-    use super::super::batch::partition_of;
     use super::*;
 
     #[test]
     fn a_removed_page_s_place_is_given_again_and_others_stay() {
         let fork = |rel| RelNode { spc: 1663, db: 5, rel }.fork(Fork::Main);
         let key = |rel, blkno| PageKey { rel: fork(rel), blkno };
-        let mut table = PageTable::new(4);
+        let mut table = PageTable::new(Partitioning::MANY, 4);
         for (fill, key) in (1..).zip([key(7, 0), key(7, 1), key(8, 0), key(8, 1)]) {
             let place = table.insert(key).expect("a place");
             let (page, notes) = table.at(place).expect("the page");
@@ -309,15 +316,19 @@ mod tests {
 
     proptest! {
         #[test]
-        fn pages_are_found_where_they_were_put(steps in vec((0u32..40, prop_oneof![4 => 0u32..30, 1 => 0..u32::MAX / 16], prop::bool::weighted(0.1)), 1..300)) {
-            let mut table = PageTable::new(1000);
+        fn pages_are_found_where_they_were_put(
+            partitioning in prop::sample::select(vec![Partitioning::NONE, Partitioning::MANY]),
+            steps in vec((0u32..40, prop_oneof![4 => 0u32..30, 1 => 0..u32::MAX / 16], prop::bool::weighted(0.1)), 1..300)) {
+            let mut table = PageTable::new(partitioning, 1000);
             let mut model: HashMap<(u32, BlockNumber), Place> = HashMap::new();
             for (rel, number, is_cut) in steps {
                 let fork = RelNode { spc: 1663, db: 5, rel }.fork(Fork::Main);
                 // A table has the blocks of one partition.
-                let blkno = number / 8 * 8 * super::super::PARTITIONS as u32 + number % 8;
+                let partitioning = table.partitioning;
+                let blkno = number / 8 * 8 * partitioning.count() as u32 + number % 8;
                 let key = PageKey { rel: fork, blkno };
-                prop_assert_eq!((partition_of(key), slot_of(blkno)), (partition_of(PageKey { rel: fork, blkno: 0 }), number as usize));
+                let begin = PageKey { rel: fork, blkno: 0 };
+                prop_assert_eq!((partitioning.partition_of(key), partitioning.slot_of(blkno)), (partitioning.partition_of(begin), number as usize));
                 if is_cut {
                     table.cut(fork, blkno);
                     model.retain(|(other, block), _| *other != rel || *block < blkno);

@@ -8,13 +8,15 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 use prefetch_index::prefetch_index;
 use varve_postgres::wal::rmgr;
-use varve_postgres::{BlockNumber, Fork, Major, Page, RelFork, page};
+use varve_postgres::{BlockNumber, Fork, Lsn, Major, Page, RelFork, page};
 use varve_redo::change::{BlockRecord, Change};
 use varve_redo::verify::BasePages;
 use varve_redo::{HeapLayout, apply_loosely, first_tuple, free_space_effect, free_space_map, restore_image};
 
-use super::batch::{Batch, TRANSACTION_STATUS, Task, partition_of};
+use super::batch::{Batch, TRANSACTION_STATUS};
 use super::page_table::{CACHE_LINE, Notes, PageKey, PageTable, Place};
+use super::partitioning::Partitioning;
+use super::task::{BlockTask, RareTask, Task};
 use crate::{DataDirectory, VerifyError};
 
 /// Pages that are brought to the processor together, before they are changed.
@@ -25,7 +27,17 @@ const ENTRIES_AHEAD: usize = 8;
 /// Lines of a tuple that are read ahead: of longer ones, the processor itself reads ahead.
 const TUPLE_LINES_MAX: usize = 4;
 
-const NO_PAGE: VerifyError = VerifyError::Internal("a page that tasks wait for is there");
+/// Of so many tasks of a page are the tuples read ahead: with more, the page is at hand before long.
+const TUPLES_AHEAD: usize = 8;
+
+#[cold]
+fn no_task() -> VerifyError {
+    VerifyError::Internal("a rare task is there")
+}
+#[cold]
+fn no_page() -> VerifyError {
+    VerifyError::Internal("a page that tasks wait for is there")
+}
 
 /// The pages of one partition.
 #[derive(Debug)]
@@ -38,8 +50,8 @@ pub(super) struct Partition {
 }
 
 impl Partition {
-    pub(super) fn new(base: Arc<DataDirectory>, pages_max: usize) -> Partition {
-        Partition { pages: PageTable::new(pages_max), cut: HashMap::new(), base, changes: 0 }
+    pub(super) fn new(partitioning: Partitioning, base: Arc<DataDirectory>, pages_max: usize) -> Partition {
+        Partition { pages: PageTable::new(partitioning, pages_max), cut: HashMap::new(), base, changes: 0 }
     }
 
     pub(super) fn len(&self) -> usize {
@@ -58,17 +70,25 @@ impl Partition {
         for batch in batches {
             let tasks = &batch.tasks[index];
             for (number, task) in tasks.iter().enumerate() {
-                if let Some(Task::Change { block, .. }) = tasks.get(number + ENTRIES_AHEAD) {
+                if let Some(Task::Block(BlockTask { block, .. })) = tasks.get(number + ENTRIES_AHEAD) {
                     self.pages.prefetch_entry(*block);
                 }
-                match task {
-                    Task::Change { block, change, .. } => self.enqueue(&mut queue, *block, !change.will_init(), task)?,
-                    Task::Image { block, .. } => self.enqueue(&mut queue, *block, false, task)?,
-                    Task::Cut { rel, blocks } => {
+                let rare = match task {
+                    Task::Block(task) => {
+                        self.enqueue(&mut queue, task.block, !task.will_init, PageTask::Block(task))?;
+                        task.prefetch();
+                        continue;
+                    }
+                    Task::Rare(number) => batch.rare.get(*number as usize).ok_or_else(no_task)?,
+                };
+                match rare {
+                    RareTask::Unnamed { block, .. } => self.enqueue(&mut queue, *block, true, PageTask::Rare(rare))?,
+                    RareTask::Image { block, .. } => self.enqueue(&mut queue, *block, false, PageTask::Rare(rare))?,
+                    RareTask::Cut { rel, blocks } => {
                         self.work_off(batch.major, &mut queue)?;
                         self.cut(*rel, *blocks);
                     }
-                    Task::Reset { node } => {
+                    RareTask::Reset { node } => {
                         self.work_off(batch.major, &mut queue)?;
                         Fork::ALL.into_iter().for_each(|fork| self.cut(node.fork(fork), 0));
                     }
@@ -79,7 +99,14 @@ impl Partition {
     }
 
     /// Adds a task to those of its page.
-    fn enqueue<'a, 'w>(&mut self, queue: &mut Queue<'a, 'w>, block: PageKey, of_base: bool, task: &'a Task<'w>) -> Result<(), VerifyError> {
+    #[inline(always)]
+    fn enqueue<'a, 'w>(
+        &mut self,
+        queue: &mut Queue<'a, 'w>,
+        block: PageKey,
+        of_base: bool,
+        task: PageTask<'a, 'w>,
+    ) -> Result<(), VerifyError> {
         queue.tasks.push((task, None));
         let number = NonZeroU32::new(queue.tasks.len() as u32);
         let entry = self.pages.entry(block);
@@ -95,10 +122,6 @@ impl Partition {
                 self.pages.prefetch(place);
             }
         }
-        if let Task::Change { change: Change::Record(record), .. } = task {
-            prefetch_index(record.main_data, 0);
-            prefetch_index(record.data, 0);
-        }
         Ok(())
     }
 
@@ -110,7 +133,7 @@ impl Partition {
             for (block, first) in pages {
                 let entry = self.pages.entry(*block);
                 entry.last_task = None;
-                together.push((entry.place().ok_or(NO_PAGE)?, *first));
+                together.push((entry.place().ok_or_else(no_page)?, *first));
             }
             for (place, first) in &together {
                 self.prefetch_tuples(*place, queue.of_page(*first));
@@ -118,7 +141,13 @@ impl Partition {
             for (place, first) in &together {
                 let (page, notes) = self.pages.at(*place)?;
                 for task in queue.of_page(*first) {
-                    redo_task(major, task, page, notes)?;
+                    match task {
+                        PageTask::Block(task) => {
+                            let (lsn, blkno) = (task.lsn, task.block.blkno);
+                            task.with_change(major, |change| redo(major, lsn, blkno, change, page, notes))?;
+                        }
+                        PageTask::Rare(task) => redo_rare(major, task, page, notes)?,
+                    }
                 }
             }
         }
@@ -129,12 +158,13 @@ impl Partition {
     }
 
     /// Has the tuples that tasks of a page begin with brought to the processor, without waiting for them.
-    fn prefetch_tuples<'t, 'w: 't>(&self, place: Place, tasks: impl Iterator<Item = &'t Task<'w>>) {
+    fn prefetch_tuples<'t, 'w: 't>(&self, place: Place, tasks: impl Iterator<Item = PageTask<'t, 'w>>) {
         let Some((page, notes)) = self.pages.peek(place) else { return };
         let mut len = CACHE_LINE;
-        for task in tasks {
-            if let Task::Change { change, .. } = task
-                && let Some(tuple) = first_tuple(change, page)
+        for task in tasks.take(TUPLES_AHEAD) {
+            if let PageTask::Block(task) = task
+                && task.block.rel.fork == Fork::Main
+                && let Some(tuple) = first_tuple(task.record_type(), task.main_data(), page)
             {
                 len = tuple.len();
                 prefetch_range(page, tuple);
@@ -174,9 +204,16 @@ impl Partition {
 #[derive(Default)]
 struct Queue<'a, 'w> {
     /// Each with the next one of its page.
-    tasks: Vec<(&'a Task<'w>, TaskNumber)>,
+    tasks: Vec<(PageTask<'a, 'w>, TaskNumber)>,
     /// Blocks, each with its first task.
     pages: Vec<(PageKey, TaskNumber)>,
+}
+
+/// A task of one page.
+#[derive(Clone, Copy)]
+enum PageTask<'a, 'w> {
+    Block(&'a BlockTask<'w>),
+    Rare(&'a RareTask<'w>),
 }
 
 /// Number of a task in a queue, from 1; or that there is none.
@@ -184,7 +221,7 @@ type TaskNumber = Option<NonZeroU32>;
 
 impl<'a, 'w> Queue<'a, 'w> {
     /// The tasks of the page whose first one this is.
-    fn of_page(&self, first: TaskNumber) -> impl Iterator<Item = &'a Task<'w>> {
+    fn of_page(&self, first: TaskNumber) -> impl Iterator<Item = PageTask<'a, 'w>> {
         let numbered = |number: TaskNumber| number.and_then(|number| self.tasks.get(number.get() as usize - 1));
         std::iter::successors(numbered(first), move |(_, next)| numbered(*next)).map(|(task, _)| *task)
     }
@@ -195,41 +232,50 @@ fn prefetch_range(page: &Page, range: Range<usize>) {
     range.step_by(CACHE_LINE).take(TUPLE_LINES_MAX).for_each(|at| prefetch_index(page, at));
 }
 
-fn redo_task(major: Major, task: &Task<'_>, page: &mut Page, notes: &mut Notes) -> Result<(), VerifyError> {
-    let space = match task {
-        Task::Change { lsn, block, change } => {
-            apply_loosely(major, *lsn, block.blkno, change, page, &mut notes.layout)?;
-            let Change::Record(record) = change else {
-                notes.rmid = rmgr::HEAP2;
-                return Ok(());
-            };
-            notes.rmid = record.rmid;
-            free_space_effect(major, record, page, false)
-        }
-        Task::Image { record, index, .. } => {
-            let block = record.blocks.get(*index).ok_or(VerifyError::Internal("an image is of a block"))?;
-            notes.layout = HeapLayout::default();
-            restore_image(record, block, page)?;
-            notes.rmid = record.header.rmid;
-            free_space_effect(major, &BlockRecord::trim(record, block), page, true)
-        }
-        Task::Cut { .. } | Task::Reset { .. } => return Err(VerifyError::Internal("a page's task changes the page")),
-    };
-    if let Some(space) = space {
-        notes.free_space = Some(free_space_map::category(space));
+#[inline(never)]
+fn redo(major: Major, lsn: Lsn, blkno: BlockNumber, change: &Change<'_>, page: &mut Page, notes: &mut Notes) -> Result<(), VerifyError> {
+    apply_loosely(major, lsn, blkno, change, page, &mut notes.layout)?;
+    if let Change::Record(record) = change {
+        notes.rmid = record.rmid;
+        note_free_space(notes, free_space_effect(major, record, page, false));
     }
     Ok(())
 }
 
+#[cold]
+fn redo_rare(major: Major, task: &RareTask<'_>, page: &mut Page, notes: &mut Notes) -> Result<(), VerifyError> {
+    match task {
+        RareTask::Unnamed { lsn, block, change } => {
+            notes.rmid = rmgr::HEAP2;
+            Ok(apply_loosely(major, *lsn, block.blkno, change, page, &mut notes.layout)?)
+        }
+        RareTask::Image { record, index, .. } => {
+            let block = record.blocks.get(*index).ok_or(VerifyError::Internal("an image is of a block"))?;
+            notes.layout = HeapLayout::default();
+            restore_image(record, block, page)?;
+            notes.rmid = record.header.rmid;
+            note_free_space(notes, free_space_effect(major, &BlockRecord::trim(record, block), page, true));
+            Ok(())
+        }
+        RareTask::Cut { .. } | RareTask::Reset { .. } => Err(VerifyError::Internal("a page's task changes the page")),
+    }
+}
+
+fn note_free_space(notes: &mut Notes, space: Option<usize>) {
+    if let Some(space) = space {
+        notes.free_space = Some(free_space_map::category(space));
+    }
+}
+
 /// Puts what redo told of free space into the maps.
-pub(super) fn record_free_space(partitions: &[Mutex<Partition>]) -> Result<(), VerifyError> {
+pub(super) fn record_free_space(partitioning: Partitioning, partitions: &[Mutex<Partition>]) -> Result<(), VerifyError> {
     for partition in partitions {
         let known: Vec<(PageKey, u8)> =
             partition.lock().pages.iter().filter_map(|(key, _, notes)| Some((key, notes.free_space?))).collect();
         for (PageKey { rel, blkno }, category) in known {
             let (map_block, slot) = free_space_map::location(blkno);
             let map = PageKey { rel: rel.node.fork(Fork::FreeSpaceMap), blkno: map_block };
-            let mut of_map = partitions[partition_of(map)].lock();
+            let mut of_map = partitions[partitioning.partition_of(map)].lock();
             let place = match of_map.pages.entry(map).place() {
                 Some(place) => place,
                 None => of_map.take_in(map, true)?,
