@@ -168,6 +168,7 @@ impl Framer {
         result
     }
 
+    #[inline]
     fn advance<I: WalInput>(&mut self, input: &mut I) -> Result<Option<FramedRecord<I::Record>>, WalError> {
         while !input.is_empty() {
             if self.position < self.switched_until {
@@ -177,7 +178,8 @@ impl Framer {
                 if self.position == self.switched_until
                     && let Some(FramedRecord { start, end, bytes }) = self.switch.take()
                 {
-                    return Ok(Some(self.count(FramedRecord { start, end, bytes: I::from_pieces(bytes) })));
+                    self.count(start, end);
+                    return Ok(Some(FramedRecord { start, end, bytes: I::from_pieces(bytes) }));
                 }
                 continue;
             }
@@ -192,13 +194,14 @@ impl Framer {
                 self.in_page_header = self.position.page_offset() == 0;
                 continue;
             }
-            if let Some(record) = self.take_record_bytes(input, page_left)? {
-                if record.end > self.position.align() {
-                    let FramedRecord { start, end, bytes } = record;
+            if let Some(bytes) = self.take_record_bytes(input, page_left)? {
+                let (start, end) = (self.partial_start, self.check(&bytes)?);
+                if end > self.position.align() {
                     self.switch = Some(FramedRecord { start, end, bytes: bytes.to_vec() });
                     continue;
                 }
-                return Ok(Some(self.count(record)));
+                self.count(start, end);
+                return Ok(Some(FramedRecord { start, end, bytes }));
             }
         }
         Ok(None)
@@ -259,7 +262,9 @@ impl Framer {
         Ok(())
     }
 
-    fn take_record_bytes<I: WalInput>(&mut self, input: &mut I, page_left: usize) -> Result<Option<FramedRecord<I::Record>>, WalError> {
+    /// The bytes of the record that begins at `partial_start`, if it ends in `input`.
+    #[inline]
+    fn take_record_bytes<I: WalInput>(&mut self, input: &mut I, page_left: usize) -> Result<Option<I::Record>, WalError> {
         if self.partial.is_empty() {
             self.partial_start = self.position;
             // The usual case: the whole record is at hand, and is given as a view of the input.
@@ -267,7 +272,7 @@ impl Framer {
                 self.check_length(total)?;
                 if total as usize <= page_left.min(input.len()) {
                     self.position += u64::from(total);
-                    return self.finish(input.take(total as usize)).map(Some);
+                    return Ok(Some(input.take(total as usize)));
                 }
                 self.partial.reserve((total as usize).min(RESERVED_MAX));
             }
@@ -285,8 +290,7 @@ impl Framer {
         if self.partial.len() < total as usize {
             return Ok(None);
         }
-        let bytes = std::mem::take(&mut self.partial);
-        self.finish(I::from_pieces(bytes)).map(Some)
+        Ok(Some(I::from_pieces(std::mem::take(&mut self.partial))))
     }
 
     fn check_length(&self, total: u32) -> Result<(), WalError> {
@@ -297,11 +301,12 @@ impl Framer {
         Err(WalError::Record { lsn: self.partial_start, what })
     }
 
-    fn finish<B: Deref<Target = [u8]>>(&mut self, bytes: B) -> Result<FramedRecord<B>, WalError> {
+    /// Checks the whole record `bytes`, which begins at `partial_start`, and gives its end.
+    fn check(&mut self, bytes: &[u8]) -> Result<Lsn, WalError> {
         let start = self.partial_start;
         let wrong = |what: String| WalError::Record { lsn: start, what };
-        let header = RecordHeader::decode(&bytes).ok_or_else(|| wrong("shorter than its header".to_owned()))?;
-        let found = record_crc(&bytes);
+        let header = RecordHeader::decode(bytes).ok_or_else(|| wrong("shorter than its header".to_owned()))?;
+        let found = record_crc(bytes);
         if found != header.crc {
             return Err(WalError::Crc { lsn: start, found, expected: header.crc });
         }
@@ -317,12 +322,11 @@ impl Framer {
         }
         self.skip_until = self.position.align();
         self.in_page_header = self.position.page_offset() == 0;
-        Ok(FramedRecord { start, end, bytes })
+        Ok(end)
     }
 
-    fn count<B>(&mut self, record: FramedRecord<B>) -> FramedRecord<B> {
-        self.last_record = Some(record.start);
-        self.framed = record.end;
-        record
+    fn count(&mut self, start: Lsn, end: Lsn) {
+        self.last_record = Some(start);
+        self.framed = end;
     }
 }

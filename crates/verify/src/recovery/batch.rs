@@ -125,6 +125,7 @@ impl<'a> Batch<'a> {
         };
         match record.header.rmid {
             rmgr::XLOG => self.switched = kind == SWITCH,
+            rmgr::XACT if xact::is_plain_commit(kind) && record.header.xid != 0 => self.transactions.push((record.header.xid, COMMITTED)),
             rmgr::XACT => match xact::parse(kind, record.main_data, self.major).map_err(malformed)? {
                 XactRecord::Commit(done) | XactRecord::CommitPrepared(done) => self.completion(record, done, COMMITTED),
                 XactRecord::Abort(done) | XactRecord::AbortPrepared(done) => self.completion(record, done, ABORTED),

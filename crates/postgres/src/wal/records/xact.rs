@@ -63,6 +63,12 @@ pub enum XactRecord {
     Invalidations,
 }
 
+/// Whether a record of this type is a commit that tells nothing but its time: no subtransactions, nothing dropped.
+#[inline]
+pub fn is_plain_commit(info: u8) -> bool {
+    info & (OPMASK | HAS_INFO) == 0
+}
+
 /// Parses a record's main data.
 ///
 /// # Errors
@@ -173,6 +179,10 @@ mod tests {
     fn a_plain_commit_is_only_a_time() {
         let done = Completion { time: Timestamp(5), ..Completion::default() };
         assert_eq!(parse(0x00, &5i64.to_le_bytes(), Major::V15), Ok(XactRecord::Commit(done)));
+        assert!(is_plain_commit(0x00), "a commit without flags");
+        for other in [HAS_INFO, 0x20, 0x30] {
+            assert!(!is_plain_commit(other), "{other:02X} may say more, or is no commit");
+        }
         assert!(matches!(parse(0x30, &5i64.to_le_bytes(), Major::V15), Err(RecordError::Malformed(_))));
     }
 }
