@@ -74,7 +74,7 @@ pub fn visibility_map_clears(record: &Record<'_>) -> Vec<(RelFork, BlockNumber, 
     if !matches!(record.header.rmid, rmgr::HEAP | rmgr::HEAP2) {
         return Vec::new();
     }
-    let has_old_block = record.blocks.len() > 1 && record.block(OLD_BLOCK).is_some();
+    let has_old_block = record.block(OLD_BLOCK).is_some();
     match Cleared::of(record.header.rmid, record.kind(), record.main_data, has_old_block) {
         Ok(cleared) if cleared.blocks != [None; 2] => unnamed_clears(record, &cleared),
         _ => Vec::new(), // as most records

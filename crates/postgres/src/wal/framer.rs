@@ -316,7 +316,7 @@ impl Framer {
             return Err(wrong(format!("says that the record before is at {}, expected {last}", header.prev)));
         }
         let mut end = self.position.align();
-        if header.rmid == rmgr::XLOG && header.info & 0xF0 == XLOG_SWITCH {
+        if header.rmid == rmgr::XLOG && header.kind() == XLOG_SWITCH {
             end = Lsn(end.0.next_multiple_of(WAL_SEGMENT_SIZE));
             self.switched_until = end;
         }

@@ -153,10 +153,8 @@ fn update_new(redo: &Redo<'_>, page: &mut Page, layout: &mut HeapLayout, update:
         // Room may have been made by moving tuples.
         let old = item::item_range(page, update.old_offset)?;
         let mut at = range.start;
-        if !bitmap.is_empty() {
-            page[at..at + bitmap.len()].copy_from_slice(bitmap);
-            at += bitmap.len();
-        }
+        page[at..at + bitmap.len()].copy_from_slice(bitmap);
+        at += bitmap.len();
         page.copy_within(old.start + hoff..old.start + hoff + prefix_len, at);
         at += prefix_len;
         page[at..at + middle.len()].copy_from_slice(middle);

@@ -153,7 +153,7 @@ impl<'a> Batch<'a> {
                 self.push_rare(key, RareTask::Image { block: key, record: Box::new(record.clone()), index });
             } else {
                 let tasks = &mut self.tasks[self.partitioning.partition_of(key)];
-                // It is made where it stands: to move it takes longer than to make it.
+                // It is made where it stands: to move what was just written makes a processor wait.
                 tasks.push(Task::Rare(0));
                 if let Some(task) = tasks.last_mut() {
                     *task = Task::Block(BlockTask::new(bytes, record, block));
@@ -182,5 +182,7 @@ impl<'a> Batch<'a> {
             let block = PageKey { rel: TRANSACTION_STATUS, blkno: first / CLOG_XACTS_PER_PAGE };
             self.push_unnamed(self.end, block, Change::ClogStatus { status: *status, xids });
         }
+        transactions.clear();
+        self.transactions = transactions; // its memory serves the next portion
     }
 }

@@ -69,10 +69,11 @@ impl<'a> BlockTask<'a> {
     /// Resource manager and type.
     #[inline(always)]
     pub(super) fn record_type(&self) -> (u8, u8) {
-        RecordHeader::decode(self.record).map_or((0, 0), |header| (header.rmid, header.info & 0xF0))
+        RecordHeader::decode(self.record).map_or((0, 0), |header| (header.rmid, header.kind()))
     }
 
-    /// Calls `work` with the change that page functions are given. It is made where it is used: to move it takes as long as to redo it.
+    /// Calls `work` with the change that page functions are given. It is made where it is used: to move what was just
+    /// written makes a processor wait.
     #[inline(always)]
     pub(super) fn with_change(&self, major: Major, work: impl FnOnce(&Change<'a>) -> Result<(), VerifyError>) -> Result<(), VerifyError> {
         if !self.is_alone {
@@ -84,7 +85,7 @@ impl<'a> BlockTask<'a> {
         let data_at = main_at.checked_sub(usize::from(self.data_len)).ok_or_else(not_as_before)?;
         work(&Change::Record(BlockRecord {
             rmid: header.rmid,
-            info: header.info & 0xF0,
+            info: header.kind(),
             xid: header.xid,
             main_data,
             block_id: self.block_id,
