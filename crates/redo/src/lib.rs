@@ -35,7 +35,7 @@ mod xlog;
 
 use varve_postgres::{BlockNumber, Lsn, Major, Page, page, wal::rmgr};
 
-pub use heap::first_tuple;
+pub use heap::NamedTuples;
 pub use heap::free_space::free_space_effect;
 pub use heap::layout::HeapLayout;
 pub use image::restore_image;
@@ -148,19 +148,34 @@ pub fn apply_loosely(
     page: &mut Page,
     layout: &mut HeapLayout,
 ) -> Result<(), RedoError> {
-    if !matches!(change, Change::Record(BlockRecord { rmid: rmgr::HEAP | rmgr::HEAP2, .. })) {
+    let bad_change = |what| RedoError::BadChange { lsn, blkno, what };
+    if let Change::Record(record) = change {
+        return apply_record_loosely(major, lsn, blkno, record, page, layout);
+    }
+    layout.end(page).map_err(|fault| bad_change(fault.to_string()))?;
+    match change {
+        Change::ClearVisibility { heap_blocks, flags } => visibility_map::clear(page, blkno, heap_blocks, *flags),
+        Change::TruncateVisibility { heap_blocks } => visibility_map::truncate(page, blkno, *heap_blocks),
+        other => slru::apply(page, blkno, other),
+    }
+    .map_err(bad_change)
+}
+
+/// [`apply_loosely`] of a [`Change::Record`].
+///
+/// # Errors
+/// As there.
+pub fn apply_record_loosely(
+    major: Major,
+    lsn: Lsn,
+    blkno: BlockNumber,
+    record: &BlockRecord<'_>,
+    page: &mut Page,
+    layout: &mut HeapLayout,
+) -> Result<(), RedoError> {
+    if !matches!(record.rmid, rmgr::HEAP | rmgr::HEAP2) {
         layout.end(page).map_err(|fault| RedoError::BadChange { lsn, blkno, what: fault.to_string() })?;
     }
-    let record = match change {
-        Change::Record(record) => record,
-        Change::ClearVisibility { heap_blocks, flags } => {
-            return visibility_map::clear(page, blkno, heap_blocks, *flags).map_err(|what| RedoError::BadChange { lsn, blkno, what });
-        }
-        Change::TruncateVisibility { heap_blocks } => {
-            return visibility_map::truncate(page, blkno, *heap_blocks).map_err(|what| RedoError::BadChange { lsn, blkno, what });
-        }
-        other => return slru::apply(page, blkno, other).map_err(|what| RedoError::BadChange { lsn, blkno, what }),
-    };
     let redo = Redo { major, lsn, record };
     let done = match record.rmid {
         rmgr::XLOG => xlog::redo(&redo, page),

@@ -7,7 +7,7 @@
 
 use smallvec::{SmallVec, smallvec};
 use varve_postgres::page::{self, PAGE_HEADER_SIZE};
-use varve_postgres::wal::{Record, rmgr};
+use varve_postgres::wal::{PlainRecord, Record, rmgr};
 use varve_postgres::{BLCKSZ, BlockNumber, Fork, Page, RelFork};
 
 use crate::Fault;
@@ -81,6 +81,12 @@ pub fn visibility_map_clears(record: &Record<'_>) -> Vec<(RelFork, BlockNumber, 
     }
 }
 
+/// Whether [`visibility_map_clears`] of the record may be something.
+#[inline(always)]
+pub fn clears_visibility(record: &PlainRecord<'_>) -> bool {
+    record::clears_visibility(record.header.rmid, record.header.kind(), record.main_data)
+}
+
 fn unnamed_clears(record: &Record<'_>, cleared: &Cleared) -> Vec<(RelFork, BlockNumber, Change<'static>)> {
     // A record that names a map page names all that it changes.
     if record.blocks.iter().any(|block| block.rel.fork == Fork::VisibilityMap) {
@@ -148,6 +154,8 @@ impl Cleared {
 
 #[cfg(test)]
 mod tests {
+    use proptest::collection::vec;
+    use proptest::prelude::*;
     use varve_postgres::Major;
     use varve_postgres::page::ZERO_PAGE;
 
@@ -288,5 +296,18 @@ mod tests {
         );
         record.blocks.push(block(1, Fork::VisibilityMap, 0));
         assert_eq!(visibility_map_clears(&record), []);
+    }
+
+    proptest! {
+        #[test]
+        fn that_a_record_clears_bits_is_seen_at_a_glance(
+            rmid in prop::sample::select(vec![rmgr::HEAP, rmgr::HEAP2, rmgr::BTREE]), info: u8, has_old_block: bool,
+            data in vec(prop_oneof![Just(0u8), any::<u8>()], 0..16)) {
+            let glance = record::clears_visibility(rmid, info, &data);
+            // A malformed one clears nothing: see visibility_map_clears.
+            if let Ok(cleared) = Cleared::of(rmid, info, &data, has_old_block) {
+                prop_assert_eq!(glance, cleared.blocks != [None; 2]);
+            }
+        }
     }
 }

@@ -5,7 +5,8 @@ use std::ops::Deref;
 
 use bytes::{Buf, Bytes};
 
-use super::{PageHeader, RECORD_HEADER_SIZE, RecordHeader, WalError, record::record_crc, rmgr};
+use super::record::RecordCrc;
+use super::{PageHeader, RECORD_HEADER_SIZE, RecordHeader, WalError, rmgr};
 use crate::lsn::{WAL_PAGE_SIZE, WAL_SEGMENT_SIZE};
 use crate::{Lsn, Major};
 
@@ -105,6 +106,7 @@ pub struct Framer {
     partial_start: Lsn,
     /// Whether the first page may begin in the middle of a record, which is skipped.
     skip_first_continuation: bool,
+    crc: RecordCrc,
     error: Option<WalError>,
 }
 
@@ -127,6 +129,7 @@ impl Framer {
             partial: Vec::new(),
             partial_start: start,
             skip_first_continuation: false,
+            crc: RecordCrc::new(),
             error: None,
         }
     }
@@ -270,11 +273,15 @@ impl Framer {
             // The usual case: the whole record is at hand, and is given as a view of the input.
             if let Some(total) = input.first_chunk().map(|b| u32::from_le_bytes(*b)) {
                 self.check_length(total)?;
-                if total as usize <= page_left.min(input.len()) {
-                    self.position += u64::from(total);
-                    return Ok(Some(input.take(total as usize)));
+                let (total, at_hand) = (total as usize, page_left.min(input.len()));
+                if total <= at_hand {
+                    let record = input.take(total);
+                    self.position += total as u64;
+                    let padding = self.position.align().distance_from(self.position) as usize;
+                    self.skip(input, padding.min(at_hand - total));
+                    return Ok(Some(record));
                 }
-                self.partial.reserve((total as usize).min(RESERVED_MAX));
+                self.partial.reserve(total.min(RESERVED_MAX));
             }
         }
         let wanted = match self.partial.first_chunk() {
@@ -306,7 +313,7 @@ impl Framer {
         let start = self.partial_start;
         let wrong = |what: String| WalError::Record { lsn: start, what };
         let header = RecordHeader::decode(bytes).ok_or_else(|| wrong("shorter than its header".to_owned()))?;
-        let found = record_crc(bytes);
+        let found = self.crc.of(bytes);
         if found != header.crc {
             return Err(WalError::Crc { lsn: start, found, expected: header.crc });
         }

@@ -7,6 +7,7 @@
 mod framer;
 pub mod image;
 mod page_header;
+mod plain;
 mod record;
 pub mod record_type;
 pub mod records;
@@ -15,6 +16,7 @@ pub mod synthesis;
 
 pub use framer::{FramedRecord, Framer, WalInput};
 pub use page_header::{LONG_HEADER_SIZE, PageHeader, SHORT_HEADER_SIZE};
+pub use plain::PlainRecord;
 pub use record::{Block, RECORD_HEADER_SIZE, Record, RecordHeader, record_crc};
 
 use crate::Lsn;

@@ -9,19 +9,19 @@ use crate::{BlockNumber, Fork, Lsn, Major, Oid, RelFork, RelNode};
 /// Bytes in a record's header (`SizeOfXLogRecord`).
 pub const RECORD_HEADER_SIZE: usize = 24;
 /// `XLR_MAX_BLOCK_ID`.
-const MAX_BLOCK_ID: u8 = 32;
+pub(super) const MAX_BLOCK_ID: u8 = 32;
 /// `XLR_CHECK_CONSISTENCY`.
 const CHECK_CONSISTENCY: u8 = 0x02;
-const ID_DATA_SHORT: u8 = 255;
+pub(super) const ID_DATA_SHORT: u8 = 255;
 const ID_DATA_LONG: u8 = 254;
 const ID_ORIGIN: u8 = 253;
 const ID_TOPLEVEL_XID: u8 = 252;
 
-const BLOCK_FORK_MASK: u8 = 0x0F;
-const BLOCK_HAS_IMAGE: u8 = 0x10;
-const BLOCK_HAS_DATA: u8 = 0x20;
-const BLOCK_WILL_INIT: u8 = 0x40;
-const BLOCK_SAME_REL: u8 = 0x80;
+pub(super) const BLOCK_FORK_MASK: u8 = 0x0F;
+pub(super) const BLOCK_HAS_IMAGE: u8 = 0x10;
+pub(super) const BLOCK_HAS_DATA: u8 = 0x20;
+pub(super) const BLOCK_WILL_INIT: u8 = 0x40;
+pub(super) const BLOCK_SAME_REL: u8 = 0x80;
 
 /// `XLogRecord`: the fixed header.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -69,11 +69,28 @@ impl RecordHeader {
 /// The CRC that a record with these bytes must carry: over what follows the header, then the header without the CRC itself.
 /// `record` has at least [`RECORD_HEADER_SIZE`] bytes.
 pub fn record_crc(record: &[u8]) -> u32 {
-    let (header, rest) = record.split_at(RECORD_HEADER_SIZE.min(record.len()));
-    let mut digest = Digest::new(CrcAlgorithm::Crc32Iscsi);
-    digest.update(rest);
-    digest.update(header.get(..20).unwrap_or(header));
-    digest.finalize() as u32
+    RecordCrc::new().of(record)
+}
+
+/// [`record_crc`] for many records: what it works with is made once.
+#[derive(Clone, Debug)]
+pub(super) struct RecordCrc {
+    digest: Digest,
+}
+
+impl RecordCrc {
+    pub(super) fn new() -> RecordCrc {
+        RecordCrc { digest: Digest::new(CrcAlgorithm::Crc32Iscsi) }
+    }
+
+    #[inline]
+    pub(super) fn of(&mut self, record: &[u8]) -> u32 {
+        let (header, rest) = record.split_at(RECORD_HEADER_SIZE.min(record.len()));
+        self.digest.reset();
+        self.digest.update(rest);
+        self.digest.update(header.get(..20).unwrap_or(header));
+        self.digest.finalize() as u32
+    }
 }
 
 /// A block that a record touches.

@@ -1,5 +1,7 @@
 //! The heap's WAL records taken apart (`access/heapam_xlog.h`), as far as redo needs them.
 
+use varve_postgres::wal::rmgr;
+
 use crate::Fault;
 use crate::cursor::Cursor;
 use crate::item::OffsetNumber;
@@ -28,6 +30,20 @@ pub(crate) mod opcode {
     pub(crate) const VISIBLE: u8 = 0x40;
     pub(crate) const MULTI_INSERT: u8 = 0x50;
     pub(crate) const LOCK_UPDATED: u8 = 0x60;
+}
+
+/// Whether a record of type `info` of resource manager `rmid` says that it clears bits of the visibility map.
+#[inline(always)]
+pub(crate) fn clears_visibility(rmid: u8, info: u8, main_data: &[u8]) -> bool {
+    // Where the record's flags stand, and which of them.
+    let (at, flags) = match (rmid, info & opcode::MASK) {
+        (rmgr::HEAP, opcode::INSERT) => (2, 1),
+        (rmgr::HEAP, opcode::UPDATE | opcode::HOT_UPDATE) => (7, 3),
+        (rmgr::HEAP, opcode::DELETE | opcode::LOCK) | (rmgr::HEAP2, opcode::LOCK_UPDATED) => (7, 1),
+        (rmgr::HEAP2, opcode::MULTI_INSERT) => (0, 1),
+        _ => return false,
+    };
+    main_data.get(at).is_some_and(|found| found & flags != 0)
 }
 
 fn u16_at(bytes: &[u8], at: usize) -> u16 {

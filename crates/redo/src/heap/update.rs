@@ -141,7 +141,7 @@ fn update_new(redo: &Redo<'_>, page: &mut Page, layout: &mut HeapLayout, update:
             return Err("the new tuple takes bytes of an old one that is on another page".into());
         }
         let old = item::item_range(page, update.old_offset)?;
-        let hoff = usize::from(tuple::hoff(normal_tuple(page, update.old_offset)?));
+        let hoff = usize::from(tuple::hoff(tuple::header_mut(&mut page[old.clone()])?));
         if hoff + prefix_len > old.len() || suffix_len > old.len() {
             return Err(format!("the new tuple takes {prefix_len} and {suffix_len} bytes of an old one of {}", old.len()).into());
         }

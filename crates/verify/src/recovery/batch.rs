@@ -4,10 +4,10 @@ use varve_postgres::slru::CLOG_XACTS_PER_PAGE;
 use varve_postgres::wal::records::RecordError;
 use varve_postgres::wal::records::storage::{self, StorageRecord};
 use varve_postgres::wal::records::xact::{self, Completion, XactRecord};
-use varve_postgres::wal::{Record, WalError, rmgr};
+use varve_postgres::wal::{PlainRecord, Record, WalError, rmgr};
 use varve_postgres::{Fork, Lsn, Major, RelFork, RelNode};
 use varve_redo::change::{Change, Xids};
-use varve_redo::visibility_map::{HEAP_BLOCKS_PER_PAGE, visibility_map_clears};
+use varve_redo::visibility_map::{HEAP_BLOCKS_PER_PAGE, clears_visibility, visibility_map_clears};
 
 use super::page_table::PageKey;
 use super::partitioning::Partitioning;
@@ -50,6 +50,12 @@ pub(super) struct Batch<'a> {
     pub(super) switched: bool,
 }
 
+/// Whether nothing but redo of its block has to do with a record.
+#[inline(always)]
+fn changes_only_its_block(record: &PlainRecord<'_>) -> bool {
+    !matches!(record.header.rmid, rmgr::XLOG | rmgr::XACT | rmgr::SMGR) && !clears_visibility(record)
+}
+
 /// No tasks, in the memory of these.
 pub(super) fn emptied<'b>(tasks: Tasks<'_>) -> Tasks<'b> {
     // Collecting keeps the memory of what it takes from.
@@ -86,8 +92,13 @@ impl<'a> Batch<'a> {
 
     /// Adds what the record with these bytes does, which is decoded in `place`.
     pub(super) fn add(&mut self, bytes: &'a [u8], start: Lsn, end: Lsn, place: &mut Record<'a>) -> Result<(), VerifyError> {
-        place.decode_here(bytes, start, end, self.major).map_err(|source| VerifyError::Wal { of: DECODED.to_owned(), source })?;
-        self.add_record(bytes, place)?;
+        match PlainRecord::decode(bytes) {
+            Some(record) if changes_only_its_block(&record) => {
+                let block = PageKey { rel: record.rel, blkno: record.blkno };
+                self.tasks[self.partitioning.partition_of(block)].push(Task::Block(BlockTask::plain(bytes, end, &record)));
+            }
+            _ => self.add_record(bytes, start, end, place)?,
+        }
         if self.records == 0 {
             self.first = start;
         }
@@ -114,7 +125,9 @@ impl<'a> Batch<'a> {
         self.rare.push(task);
     }
 
-    fn add_record(&mut self, bytes: &'a [u8], record: &Record<'a>) -> Result<(), VerifyError> {
+    #[inline(never)]
+    fn add_record(&mut self, bytes: &'a [u8], start: Lsn, end: Lsn, record: &mut Record<'a>) -> Result<(), VerifyError> {
+        record.decode_here(bytes, start, end, self.major).map_err(|source| VerifyError::Wal { of: DECODED.to_owned(), source })?;
         for (rel, blkno, change) in visibility_map_clears(record) {
             self.push_unnamed(record.end, PageKey { rel, blkno }, change);
         }
@@ -153,11 +166,7 @@ impl<'a> Batch<'a> {
                 self.push_rare(key, RareTask::Image { block: key, record: Box::new(record.clone()), index });
             } else {
                 let tasks = &mut self.tasks[self.partitioning.partition_of(key)];
-                // It is made where it stands: to move what was just written makes a processor wait.
-                tasks.push(Task::Rare(0));
-                if let Some(task) = tasks.last_mut() {
-                    *task = Task::Block(BlockTask::new(bytes, record, block));
-                }
+                tasks.push(Task::Block(BlockTask::new(bytes, record, block)));
             }
         }
         Ok(())

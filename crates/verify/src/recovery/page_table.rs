@@ -7,7 +7,7 @@ use std::num::NonZeroU32;
 use memmap2::{Advice, MmapMut};
 use prefetch_index::prefetch_index;
 use varve_postgres::{BLCKSZ, BlockNumber, Page, RelFork};
-use varve_redo::{HeapLayout, RedoError};
+use varve_redo::{HeapLayout, NamedTuples, RedoError};
 
 use super::partitioning::Partitioning;
 use crate::VerifyError;
@@ -215,13 +215,20 @@ impl PageTable {
         self.notes.get_mut(place as usize).ok_or_else(no_place)
     }
 
-    /// Has a page's header and line pointers, and what is known of it, brought to the processor, without waiting for them.
-    pub(super) fn prefetch(&self, place: Place) {
+    /// Has a page's header, what is known of it, and the line pointers of `tuples`, or most of them if none are named, brought to the processor,
+    /// without waiting for them.
+    #[inline]
+    pub(super) fn prefetch(&self, place: Place, tuples: NamedTuples) {
         let place = place as usize;
         prefetch_index(&self.notes, place);
         if let Some(chunk) = self.chunks.get(place / CHUNK_PAGES) {
             let page = place % CHUNK_PAGES * BLCKSZ;
-            (page..page + LINE_POINTERS_SIZE).step_by(CACHE_LINE).for_each(|at| prefetch_index(chunk, at));
+            prefetch_index(chunk, page);
+            if tuples == NamedTuples::default() {
+                (CACHE_LINE..LINE_POINTERS_SIZE).step_by(CACHE_LINE).for_each(|at| prefetch_index(chunk, page + at));
+            } else {
+                tuples.line_pointers().for_each(|at| prefetch_index(chunk, page + at));
+            }
         }
     }
 

@@ -9,9 +9,9 @@ use parking_lot::Mutex;
 use prefetch_index::prefetch_index;
 use varve_postgres::wal::rmgr;
 use varve_postgres::{BlockNumber, Fork, Lsn, Major, Page, RelFork, page};
-use varve_redo::change::{BlockRecord, Change};
+use varve_redo::change::BlockRecord;
 use varve_redo::verify::BasePages;
-use varve_redo::{HeapLayout, apply_loosely, first_tuple, free_space_effect, free_space_map, restore_image};
+use varve_redo::{HeapLayout, NamedTuples, apply_loosely, apply_record_loosely, free_space_effect, free_space_map, restore_image};
 
 use super::batch::{Batch, TRANSACTION_STATUS};
 use super::page_table::{CACHE_LINE, Notes, PageKey, PageTable, Place};
@@ -119,7 +119,7 @@ impl Partition {
             Some(before) => queue.tasks[before.get() as usize - 1].1 = number,
             None => {
                 queue.pages.push((block, number));
-                self.pages.prefetch(place);
+                self.pages.prefetch(place, task.tuples());
             }
         }
         Ok(())
@@ -144,7 +144,7 @@ impl Partition {
                     match task {
                         PageTask::Block(task) => {
                             let (lsn, blkno) = (task.lsn, task.block.blkno);
-                            task.with_change(major, |change| redo(major, lsn, blkno, change, page, notes))?;
+                            task.with_record(major, |record| redo(major, lsn, blkno, record, page, notes))?;
                         }
                         PageTask::Rare(task) => redo_rare(major, task, page, notes)?,
                     }
@@ -163,8 +163,7 @@ impl Partition {
         let mut len = CACHE_LINE;
         for task in tasks.take(TUPLES_AHEAD) {
             if let PageTask::Block(task) = task
-                && task.block.rel.fork == Fork::Main
-                && let Some(tuple) = first_tuple(task.record_type(), task.main_data(), page)
+                && let Some(tuple) = task.tuples.changed(page)
             {
                 len = tuple.len();
                 prefetch_range(page, tuple);
@@ -216,6 +215,12 @@ enum PageTask<'a, 'w> {
     Rare(&'a RareTask<'w>),
 }
 
+impl PageTask<'_, '_> {
+    fn tuples(self) -> NamedTuples {
+        if let PageTask::Block(task) = self { task.tuples } else { NamedTuples::default() }
+    }
+}
+
 /// Number of a task in a queue, from 1; or that there is none.
 type TaskNumber = Option<NonZeroU32>;
 
@@ -233,12 +238,17 @@ fn prefetch_range(page: &Page, range: Range<usize>) {
 }
 
 #[inline(never)]
-fn redo(major: Major, lsn: Lsn, blkno: BlockNumber, change: &Change<'_>, page: &mut Page, notes: &mut Notes) -> Result<(), VerifyError> {
-    apply_loosely(major, lsn, blkno, change, page, &mut notes.layout)?;
-    if let Change::Record(record) = change {
-        notes.rmid = record.rmid;
-        note_free_space(notes, free_space_effect(major, record, page, false));
-    }
+fn redo(
+    major: Major,
+    lsn: Lsn,
+    blkno: BlockNumber,
+    record: &BlockRecord<'_>,
+    page: &mut Page,
+    notes: &mut Notes,
+) -> Result<(), VerifyError> {
+    apply_record_loosely(major, lsn, blkno, record, page, &mut notes.layout)?;
+    notes.rmid = record.rmid;
+    note_free_space(notes, free_space_effect(major, record, page, false));
     Ok(())
 }
 

@@ -1,8 +1,9 @@
 //! What there is to do in a partition.
 
 use prefetch_index::prefetch_index;
-use varve_postgres::wal::{Block, Record, RecordHeader};
+use varve_postgres::wal::{Block, PlainRecord, Record};
 use varve_postgres::{BlockNumber, Lsn, Major, RelFork, RelNode};
+use varve_redo::NamedTuples;
 use varve_redo::change::{BlockRecord, Change, Others};
 
 use super::page_table::PageKey;
@@ -17,7 +18,7 @@ pub(super) enum Task<'a> {
     Rare(u32),
 }
 
-/// What a record does to one of its blocks: the record's bytes, and what is known of where in them that stands.
+/// What a record does to one of its blocks: the record's bytes, and what must be known before they are at hand.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct BlockTask<'a> {
     /// End of the record.
@@ -25,11 +26,10 @@ pub(super) struct BlockTask<'a> {
     pub(super) block: PageKey,
     record: &'a [u8],
     main_len: u32,
-    data_len: u16,
     block_id: u8,
     pub(super) will_init: bool,
-    /// It is the record's only block, and has no image: its data and the record's are all that follows the headers.
-    is_alone: bool,
+    /// To be brought to the processor ahead.
+    pub(super) tuples: NamedTuples,
 }
 
 #[cold]
@@ -39,18 +39,24 @@ fn not_as_before() -> VerifyError {
 
 impl<'a> BlockTask<'a> {
     /// What `record`, which is `bytes`, does to its block `block`.
-    #[inline(always)]
     pub(super) fn new(bytes: &'a [u8], record: &Record<'a>, block: &Block<'a>) -> BlockTask<'a> {
         BlockTask {
             lsn: record.end,
             block: PageKey { rel: block.rel, blkno: block.blkno },
             record: bytes,
             main_len: record.main_data.len() as u32,
-            data_len: block.data.len() as u16,
             block_id: block.id,
             will_init: block.will_init,
-            is_alone: record.blocks.len() == 1 && block.image.is_none(),
+            tuples: NamedTuples::of(record.header.rmid, record.kind(), record.main_data),
         }
+    }
+
+    /// What `record`, which is `bytes` and ends at `lsn`, does to its block.
+    #[inline(always)]
+    pub(super) fn plain(bytes: &'a [u8], lsn: Lsn, record: &PlainRecord<'a>) -> BlockTask<'a> {
+        let PlainRecord { header, block_id, rel, blkno, will_init, main_data, .. } = *record;
+        let tuples = NamedTuples::of(header.rmid, header.kind(), main_data);
+        BlockTask { lsn, block: PageKey { rel, blkno }, record: bytes, main_len: main_data.len() as u32, block_id, will_init, tuples }
     }
 
     /// The record's own data.
@@ -66,36 +72,26 @@ impl<'a> BlockTask<'a> {
         prefetch_index(self.main_data(), 0);
     }
 
-    /// Resource manager and type.
-    #[inline(always)]
-    pub(super) fn record_type(&self) -> (u8, u8) {
-        RecordHeader::decode(self.record).map_or((0, 0), |header| (header.rmid, header.kind()))
-    }
-
-    /// Calls `work` with the change that page functions are given. It is made where it is used: to move what was just
+    /// Calls `work` with what page functions are given of the record. It is made where it is used: to move what was just
     /// written makes a processor wait.
     #[inline(always)]
-    pub(super) fn with_change(&self, major: Major, work: impl FnOnce(&Change<'a>) -> Result<(), VerifyError>) -> Result<(), VerifyError> {
-        if !self.is_alone {
-            return work(&Change::Record(self.block_record_of_many(major)?));
-        }
-        let header = RecordHeader::decode(self.record).ok_or_else(not_as_before)?;
-        let main_at = self.record.len().checked_sub(self.main_len as usize).ok_or_else(not_as_before)?;
-        let (before, main_data) = self.record.split_at(main_at);
-        let data_at = main_at.checked_sub(usize::from(self.data_len)).ok_or_else(not_as_before)?;
-        work(&Change::Record(BlockRecord {
+    pub(super) fn with_record(&self, major: Major, work: impl FnOnce(&BlockRecord<'a>) -> Result<(), VerifyError>) -> Result<(), VerifyError> {
+        let Some(PlainRecord { header, block_id, rel, blkno, will_init, data, main_data }) = PlainRecord::decode(self.record) else {
+            return work(&self.block_record_of_many(major)?);
+        };
+        work(&BlockRecord {
             rmid: header.rmid,
             info: header.kind(),
             xid: header.xid,
             main_data,
-            block_id: self.block_id,
-            fork: self.block.rel.fork,
-            blkno: self.block.blkno,
-            will_init: self.will_init,
-            has_data: self.data_len > 0,
-            data: &before[data_at..],
+            block_id,
+            fork: rel.fork,
+            blkno,
+            will_init,
+            has_data: !data.is_empty(),
+            data,
             others: Others::new(),
-        }))
+        })
     }
 
     #[inline(never)]
