@@ -5,7 +5,7 @@ use varve_postgres::lsn::WAL_SEGMENT_SIZE;
 use varve_postgres::wal::records::{
     clog, commit_ts, database, multixact, relation_map, replication_origin, standby, storage, tablespace, xact, xlog,
 };
-use varve_postgres::wal::{FramedRecord, Framer, RECORD_HEADER_SIZE, Record, WalError};
+use varve_postgres::wal::{FramedRecord, Framer, PlainRecord, RECORD_HEADER_SIZE, Record, WalError};
 use varve_postgres::{Lsn, Major};
 use varve_redo::change::{BlockRecord, Change};
 use varve_redo::visibility_map::visibility_map_clears;
@@ -62,7 +62,14 @@ pub(crate) fn record(data: &[u8]) {
     bytes.resize(bytes.len().max(RECORD_HEADER_SIZE), 0);
     let len = bytes.len() as u32;
     bytes[..4].copy_from_slice(&len.to_le_bytes());
-    if let Ok(record) = Record::decode(&bytes, Lsn(0x100_0028), Lsn(0x100_0100), major) {
+    let record = Record::decode(&bytes, Lsn(0x100_0028), Lsn(0x100_0100), major);
+    if let Some(plain) = PlainRecord::decode(&bytes) {
+        let record = record.as_ref().expect("a plain record is a record");
+        assert_eq!(record.blocks.len(), 1, "a plain record has one block");
+        let block = &record.blocks[0];
+        assert_eq!((block.rel, block.blkno, block.data, record.main_data), (plain.rel, plain.blkno, plain.data, plain.main_data));
+    }
+    if let Ok(record) = record {
         look_at(&record, major);
     }
 }

@@ -25,7 +25,6 @@ pub(super) struct BlockTask<'a> {
     pub(super) lsn: Lsn,
     pub(super) block: PageKey,
     record: &'a [u8],
-    main_len: u32,
     block_id: u8,
     pub(super) will_init: bool,
     /// To be brought to the processor ahead.
@@ -44,7 +43,6 @@ impl<'a> BlockTask<'a> {
             lsn: record.end,
             block: PageKey { rel: block.rel, blkno: block.blkno },
             record: bytes,
-            main_len: record.main_data.len() as u32,
             block_id: block.id,
             will_init: block.will_init,
             tuples: NamedTuples::of(record.header.rmid, record.kind(), record.main_data),
@@ -56,26 +54,24 @@ impl<'a> BlockTask<'a> {
     pub(super) fn plain(bytes: &'a [u8], lsn: Lsn, record: &PlainRecord<'a>) -> BlockTask<'a> {
         let PlainRecord { header, block_id, rel, blkno, will_init, main_data, .. } = *record;
         let tuples = NamedTuples::of(header.rmid, header.kind(), main_data);
-        BlockTask { lsn, block: PageKey { rel, blkno }, record: bytes, main_len: main_data.len() as u32, block_id, will_init, tuples }
+        BlockTask { lsn, block: PageKey { rel, blkno }, record: bytes, block_id, will_init, tuples }
     }
 
-    /// The record's own data.
-    #[inline(always)]
-    pub(super) fn main_data(&self) -> &'a [u8] {
-        self.record.get(self.record.len().saturating_sub(self.main_len as usize)..).unwrap_or_default()
-    }
-
-    /// Has the record brought to the processor, without waiting for it.
+    /// Has the record, both ends of it, brought to the processor, without waiting for it.
     #[inline(always)]
     pub(super) fn prefetch(&self) {
         prefetch_index(self.record, 0);
-        prefetch_index(self.main_data(), 0);
+        prefetch_index(self.record, self.record.len().saturating_sub(1));
     }
 
     /// Calls `work` with what page functions are given of the record. It is made where it is used: to move what was just
     /// written makes a processor wait.
     #[inline(always)]
-    pub(super) fn with_record(&self, major: Major, work: impl FnOnce(&BlockRecord<'a>) -> Result<(), VerifyError>) -> Result<(), VerifyError> {
+    pub(super) fn with_record(
+        &self,
+        major: Major,
+        work: impl FnOnce(&BlockRecord<'a>) -> Result<(), VerifyError>,
+    ) -> Result<(), VerifyError> {
         let Some(PlainRecord { header, block_id, rel, blkno, will_init, data, main_data }) = PlainRecord::decode(self.record) else {
             return work(&self.block_record_of_many(major)?);
         };
