@@ -70,13 +70,23 @@ pub fn rows(conninfo: &str) -> anyhow::Result<String> {
 }
 
 /// What the `pg_dumpall` in the folder `bin`, whose major must not be below the server's, says of the server at `conninfo` (a libpq URI or string),
-/// without what unlogged tables hold.
+/// without what unlogged tables hold. After a recovery that ended between a tablespace's drop and the end of its transaction, a server does not know
+/// where the tablespace is: then what it says to that, and the rest.
 ///
 /// # Errors
 /// When it fails: with what it said.
 pub fn dump(bin: &Path, conninfo: &str) -> anyhow::Result<String> {
+    match dump_with(&[], bin, conninfo) {
+        Err(error) if error.to_string().contains("could not stat file \"pg_tblspc/") => {
+            Ok(format!("{error}\n{}", dump_with(&["--no-tablespaces"], bin, conninfo)?))
+        }
+        dumped => dumped,
+    }
+}
+
+fn dump_with(options: &[&str], bin: &Path, conninfo: &str) -> anyhow::Result<String> {
     let mut command = Command::new(bin.join("pg_dumpall"));
-    command.args(["--no-unlogged-table-data", "--no-password", "-d", conninfo]).stdin(Stdio::null());
+    command.args(["--no-unlogged-table-data", "--no-password", "-d", conninfo]).args(options).stdin(Stdio::null());
     // pg_dumpall does not hand a URI's password on to the pg_dump of each database.
     if let Some(password) = conninfo.strip_prefix("postgresql://").and_then(|uri| uri.split([':', '@']).nth(1)) {
         command.env("PGPASSWORD", password);
