@@ -35,9 +35,9 @@ mod xlog;
 
 use varve_postgres::{BlockNumber, Lsn, Major, Page, page, wal::rmgr};
 
-pub use heap::NamedTuples;
 pub use heap::free_space::free_space_effect;
 pub use heap::layout::HeapLayout;
+pub use heap::named::NamedTuples;
 pub use image::restore_image;
 pub use item::heap_free_space;
 pub use supported::is_supported;

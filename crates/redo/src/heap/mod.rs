@@ -1,65 +1,26 @@
 //! Page functions of the heap: resource managers Heap and Heap2 (`access/heapam_xlog.h`).
 //!
 //! [`record`] takes records apart, [`tuple`] knows a tuple's header; [`insert`] makes tuples, [`update`] changes them, [`prune`] removes
-//! and freezes them, [`layout`] says where they lie until gaps are closed. Which bits of visibility-map pages a record clears says [`crate::visibility_map`], what it makes known about free
-//! space [`free_space`].
+//! and freezes them, [`layout`] says where they lie until gaps are closed. Which bits of visibility-map pages a record clears says
+//! [`crate::visibility_map`], what it makes known about free space [`free_space`], which tuples it names [`named`].
 
 pub(crate) mod free_space;
 mod insert;
 pub(crate) mod layout;
+pub(crate) mod named;
 mod prune;
 pub(crate) mod record;
 pub(crate) mod tuple;
 mod update;
 
-use std::ops::Range;
-
-use varve_postgres::page::{self, PAGE_HEADER_SIZE, PD_ALL_VISIBLE};
+use varve_postgres::page::{self, PD_ALL_VISIBLE};
 use varve_postgres::wal::rmgr;
 use varve_postgres::{Fork, Page};
 
-use crate::item::{self, ITEM_ID_SIZE, ItemId, OffsetNumber};
 use crate::visibility_map;
 use crate::{Fault, Redo};
 use layout::HeapLayout;
 use record::{Visible, opcode};
-
-/// Tuples that a record names, as far as that can be told at a glance: so that memory can be waited for ahead.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct NamedTuples {
-    /// Line pointer of the one that is changed, from 1; 0 if there is none.
-    changed: OffsetNumber,
-    /// Line pointer of the one that is made.
-    made: OffsetNumber,
-}
-
-impl NamedTuples {
-    /// Those of a record of type `info` of resource manager `rmid`.
-    #[inline(always)]
-    pub fn of(rmid: u8, info: u8, main_data: &[u8]) -> NamedTuples {
-        let offset = |at: usize| main_data.get(at..at + 2).map_or(0, |bytes| OffsetNumber::from_le_bytes([bytes[0], bytes[1]]));
-        match (rmid, info & opcode::MASK) {
-            // They begin with a transaction, `xl_heap_update` has another one before the new tuple's number.
-            (rmgr::HEAP, opcode::UPDATE | opcode::HOT_UPDATE) => NamedTuples { changed: offset(4), made: offset(12) },
-            (rmgr::HEAP, opcode::DELETE | opcode::LOCK) => NamedTuples { changed: offset(4), made: 0 },
-            (rmgr::HEAP, opcode::INSERT) => NamedTuples { changed: 0, made: offset(0) },
-            _ => NamedTuples::default(),
-        }
-    }
-
-    /// Where on their page the line pointers lie.
-    pub fn line_pointers(self) -> impl Iterator<Item = usize> {
-        let place = |offset| usize::from(offset).checked_sub(1).map(|index| PAGE_HEADER_SIZE + index * ITEM_ID_SIZE);
-        [self.changed, self.made].into_iter().filter_map(place)
-    }
-
-    /// Where on `page` the tuple lies that is changed.
-    pub fn changed(self, page: &Page) -> Option<Range<usize>> {
-        let index = usize::from(self.changed).checked_sub(1)?;
-        let id = ItemId::from_bytes(*item::line_pointers(page).get(index)?);
-        Some(usize::from(id.off())..usize::from(id.off()) + usize::from(id.len()))
-    }
-}
 
 /// `heap_redo`.
 pub(crate) fn redo(redo: &Redo<'_>, page: &mut Page, layout: &mut HeapLayout) -> Result<(), Fault> {
