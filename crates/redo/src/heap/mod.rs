@@ -14,7 +14,6 @@ pub(crate) mod tuple;
 mod update;
 
 use varve_postgres::page::{self, PD_ALL_VISIBLE};
-use varve_postgres::wal::rmgr;
 use varve_postgres::{Fork, Page};
 
 use crate::visibility_map;
