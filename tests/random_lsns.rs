@@ -173,6 +173,12 @@ fn random_lsns(loaded: &Loaded, random: &mut SeededRng, count: usize) -> Vec<Mom
     moments
 }
 
+/// Right behind each record of a tablespace: its drop cannot be undone, and is done before its transaction ends.
+fn behind_tablespace_records(loaded: &Loaded) -> impl Iterator<Item = Moment> {
+    let pairs = loaded.records.windows(2).filter(|pair| pair[0].rmgr == "Tablespace");
+    pairs.map(|pair| Moment::Lsn(boundary_before(pair[1].start)))
+}
+
 /// Half of them exactly when a transaction ended, half between two ends.
 fn random_times(loaded: &Loaded, random: &mut SeededRng, count: usize) -> anyhow::Result<Vec<Moment>> {
     let times: Vec<&str> = loaded.records.iter().filter_map(|record| record.end_time.as_deref()).collect();
@@ -201,6 +207,7 @@ fn branches_are_what_postgres_recovers_to(major: Major, lsns: usize) -> anyhow::
     let mut moments = random_lsns(&loaded, &mut random, lsns);
     if major == Major::V15 {
         moments.extend(random_times(&loaded, &mut random, lsns / LSNS_PER_TIME)?);
+        moments.extend(behind_tablespace_records(&loaded));
     }
     println!("{} records; {moments:?}", loaded.records.len());
     let lane = |lane: usize| {

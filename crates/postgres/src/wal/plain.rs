@@ -7,8 +7,8 @@ use crate::{BlockNumber, Fork, RelFork, RelNode};
 /// Bytes before the data: the header, the block's header with relation and number, and the header of at most 255 bytes of main data.
 const HEADERS_SIZE: usize = RECORD_HEADER_SIZE + 20 + 2;
 
-/// A record with one block, which has no image, with main data, and with nothing else: a view of its bytes. As [`super::Record::decode`] would
-/// have it, in a fraction of the time.
+/// A record with one block, which has no image, with main data, and with nothing else: a view of its bytes, with what
+/// [`super::Record::decode`] would find.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PlainRecord<'a> {
     /// The fixed header.

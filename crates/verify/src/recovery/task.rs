@@ -73,7 +73,7 @@ impl<'a> BlockTask<'a> {
         work: impl FnOnce(&BlockRecord<'a>) -> Result<(), VerifyError>,
     ) -> Result<(), VerifyError> {
         let Some(PlainRecord { header, block_id, rel, blkno, will_init, data, main_data }) = PlainRecord::decode(self.record) else {
-            return work(&self.block_record_of_many(major)?);
+            return work(&self.block_record_of_any(major)?);
         };
         work(&BlockRecord {
             rmid: header.rmid,
@@ -91,7 +91,7 @@ impl<'a> BlockTask<'a> {
     }
 
     #[inline(never)]
-    fn block_record_of_many(&self, major: Major) -> Result<BlockRecord<'a>, VerifyError> {
+    fn block_record_of_any(&self, major: Major) -> Result<BlockRecord<'a>, VerifyError> {
         let record = Record::decode(self.record, self.lsn, self.lsn, major).map_err(|_| not_as_before())?;
         Ok(BlockRecord::trim(&record, record.block(self.block_id).ok_or_else(not_as_before)?))
     }
