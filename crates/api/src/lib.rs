@@ -1,0 +1,13 @@
+//! What the parts of Varve say to each other over HTTP, and to operators: JSON types, errors with stable codes, one client.
+//!
+//! - [`admin`]: bodies of the admin API `/v1`, as operators and the CLI use it.
+//! - [`host`]: bodies of the routes that hosts and the computes on them use.
+//! - [`refusal`]: why something was not done: a code that stays, and a sentence that says what to do.
+//!
+//! This crate stands below all roles and knows none of them: no storage, no sockets of Postgres, no processes.
+
+pub mod admin;
+pub mod host;
+pub mod refusal;
+
+pub use refusal::{Code, Problem, Refusal};

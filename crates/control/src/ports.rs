@@ -1,0 +1,209 @@
+//! What the control plane asks of a pageserver. It knows no engine and no socket: the binary puts a pageserver behind this door, the
+//! simulation another one.
+//!
+//! A pageserver *owns* a tenant when it has the newest generation of the tenant's log. Only work takes ownership ([`Pageserver::own`]);
+//! finding, listing and describing read the log in the store.
+
+use std::future::Future;
+
+use bytes::Bytes;
+use varve_api::Refusal;
+use varve_api::host::{BlockName, Walsender};
+use varve_postgres::{Lsn, Timestamp};
+use varve_storage::ids::{BranchName, TenantId, TimelineId, WriterEpoch};
+use varve_storage::tenant_log::{FileContents, TenantLog};
+
+/// A moment of a timeline's history.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Moment {
+    /// The end of what is durable.
+    Head,
+    /// This LSN, rounded down to a record's end.
+    Lsn(Lsn),
+    /// Before the first commit or abort later than this.
+    Time(Timestamp),
+}
+
+/// A record boundary in one timeline's own history.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Resolved {
+    /// The timeline in whose own history it lies: the one asked about, or an ancestor.
+    pub timeline: TimelineId,
+    /// Where.
+    pub lsn: Lsn,
+}
+
+/// A timeline that is open.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Live {
+    /// End of the last whole record that is durable.
+    pub head: Lsn,
+    /// Everything up to here can be read.
+    pub applied: Lsn,
+    /// Everything up to here is in uploaded layers.
+    pub layered: Lsn,
+    /// Bytes of all relations when it was last flushed, if it was.
+    pub size_bytes: Option<u64>,
+    /// Why ingest stopped, if it did.
+    pub stopped: Option<String>,
+}
+
+/// A writer epoch that has begun.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EpochStart {
+    /// Its number.
+    pub epoch: WriterEpoch,
+    /// Where it begins: the base of the compute's data directory.
+    pub lsn: Lsn,
+    /// Name that its synchronous standby will have.
+    pub standby_name: String,
+}
+
+/// What a mount must know of a data directory before it has read any of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Places {
+    /// Databases, each (tablespace, database).
+    pub databases: Vec<(u32, u32)>,
+    /// Tablespaces but for the two default ones.
+    pub tablespaces: Vec<u32>,
+    /// Postgres's catalog version, part of the names of directories in tablespaces.
+    pub catalog_version: u32,
+    /// Blocks that a start reads.
+    pub startup_blocks: Vec<BlockName>,
+}
+
+/// A template that tenants can begin with.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Template {
+    /// Name of its folder in the store.
+    pub name: String,
+    /// Major of its Postgres.
+    pub pg_version: u32,
+    /// Where its history ends and tenants' begin.
+    pub end: Lsn,
+}
+
+/// WAL without a gap that can be had from one place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct WalRange {
+    /// The timeline that it is of.
+    pub timeline: TimelineId,
+    /// Its first byte.
+    pub start: Lsn,
+    /// The byte behind its last.
+    pub end: Lsn,
+    /// Whether it is in the store; else it is in the pageserver's WAL log only.
+    pub in_store: bool,
+}
+
+/// A tenant that this pageserver lost to another one.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Lost {
+    /// The tenant.
+    pub tenant: TenantId,
+    /// Its name, if it is known.
+    pub name: Option<String>,
+    /// Who has it now: name of the server, or its generation where it did not say.
+    pub owner: String,
+    /// Address of that server's admin API, if it said so.
+    pub url: Option<String>,
+}
+
+/// What went wrong there, as a message from another role: a code and a sentence.
+pub type PortResult<T> = Result<T, Refusal>;
+
+/// See the module's doc. All of it may wait for the store; nothing of it blocks the thread.
+pub trait Pageserver: Send + Sync + 'static {
+    /// The tenant's log, to write; taken over if this pageserver does not own the tenant. `why` is logged when it does take it.
+    ///
+    /// Errors: [`varve_api::Code::UnknownTenant`], also of one that was removed.
+    fn own(&self, tenant: TenantId, why: &'static str) -> impl Future<Output = PortResult<TenantLog>> + Send;
+
+    /// The log of a tenant that this pageserver owns right now, without I/O; none takes nothing.
+    fn owned(&self, tenant: TenantId) -> Option<TenantLog>;
+
+    /// A tenant that was just created is this pageserver's.
+    fn adopt(&self, log: TenantLog) -> impl Future<Output = PortResult<()>> + Send;
+
+    /// Stops a tenant's timelines and forgets it and its WAL: it was deleted.
+    fn forget(&self, tenant: TenantId) -> impl Future<Output = ()> + Send;
+
+    /// Stops timelines that the log no longer has, and removes what is stored of them.
+    fn remove_timelines(&self, tenant: TenantId, timelines: Vec<TimelineId>) -> impl Future<Output = ()> + Send;
+
+    /// Where a timeline stands, if it is open here: never opens it.
+    fn live(&self, tenant: TenantId, timeline: TimelineId) -> Option<Live>;
+
+    /// The boundary that a moment of a timeline is. Opens the timeline; for head it waits for the compute that has the tail.
+    fn resolve(&self, tenant: TenantId, timeline: TimelineId, moment: Moment) -> impl Future<Output = PortResult<Resolved>> + Send;
+
+    /// When the last transaction before a boundary ended; none before any.
+    fn time_at(&self, tenant: TenantId, at: Resolved) -> impl Future<Output = PortResult<Option<Timestamp>>> + Send;
+
+    /// Begins the next writer epoch at head, if `branch` still points to `timeline` when that is written; older writers are fenced.
+    ///
+    /// Errors: [`varve_api::Code::Fenced`] when the branch points elsewhere by now.
+    fn begin_epoch(
+        &self,
+        tenant: TenantId,
+        branch: &BranchName,
+        timeline: TimelineId,
+    ) -> impl Future<Output = PortResult<EpochStart>> + Send;
+
+    /// Ends the newest epoch's stream without beginning another: its compute's commits are not acknowledged any more, until it attaches again.
+    fn end_stream(&self, tenant: TenantId, timeline: TimelineId) -> impl Future<Output = PortResult<()>> + Send;
+
+    /// Takes WAL from the compute of epoch `epoch`, if `branch` still points to `timeline`. Gives the standby name that it must wait for.
+    ///
+    /// Errors: [`varve_api::Code::Fenced`] when a later epoch has begun or the branch points elsewhere.
+    fn attach_writer(&self, writer: AttachWriter) -> impl Future<Output = PortResult<String>> + Send;
+
+    /// The compute of epoch `epoch` ended cleanly after it sent all its WAL: puts everything into the store and closes the epoch.
+    fn close_epoch(&self, tenant: TenantId, timeline: TimelineId, epoch: WriterEpoch) -> impl Future<Output = PortResult<()>> + Send;
+
+    /// What a mount of a timeline at `lsn` must know; waits until that is applied.
+    fn places(&self, tenant: TenantId, timeline: TimelineId, lsn: Lsn) -> impl Future<Output = PortResult<Places>> + Send;
+
+    /// Keeps a file of a data directory: in the row where it is small, as an object of its own elsewhere.
+    fn put_file(&self, tenant: TenantId, bytes: Vec<u8>) -> impl Future<Output = PortResult<FileContents>> + Send;
+
+    /// Where there is WAL of a timeline and its ancestors of which redo can be checked, ascending, and its head.
+    fn kept_wal(&self, tenant: TenantId, timeline: TimelineId) -> impl Future<Output = PortResult<(Lsn, Vec<WalRange>)>> + Send;
+
+    /// That WAL from `from` on: at least a byte.
+    ///
+    /// Errors: [`varve_api::Code::NotRetained`] where it is not kept, [`varve_api::Code::InTheFuture`] where there is none yet.
+    fn kept_wal_bytes(&self, tenant: TenantId, timeline: TimelineId, from: Lsn) -> impl Future<Output = PortResult<Bytes>> + Send;
+
+    /// The template for new tenants of a major, if there is one.
+    fn template_of(&self, pg_version: u32) -> impl Future<Output = PortResult<Option<Template>>> + Send;
+
+    /// Takes what a host's `initdb` made (a tar of the data directory, compressed with zstd) as the template of its major.
+    fn import_template(&self, pg_version: u32, archive: Bytes) -> impl Future<Output = PortResult<Template>> + Send;
+
+    /// Keeps which blocks a start of a tenant's Postgres read, for the tenant's template.
+    fn learn_startup_blocks(&self, tenant: TenantId, blocks: Vec<BlockName>) -> impl Future<Output = PortResult<()>> + Send;
+
+    /// Address of the page service, `host:port`, for computes of a tenant that this pageserver owns.
+    fn page_service(&self) -> String;
+
+    /// The tenants that it lost to others since it was started.
+    fn lost(&self) -> Vec<Lost>;
+}
+
+/// See [`Pageserver::attach_writer`].
+#[derive(Clone, Debug)]
+pub struct AttachWriter {
+    /// The tenant.
+    pub tenant: TenantId,
+    /// The branch that the compute belongs to.
+    pub branch: BranchName,
+    /// The timeline that it was started on.
+    pub timeline: TimelineId,
+    /// Its writer epoch.
+    pub epoch: WriterEpoch,
+    /// Where its walsender is reached.
+    pub walsender: Walsender,
+    /// Where its WAL was flushed to when it said so: everything it ever got acknowledged ends at or before.
+    pub flushed: Lsn,
+}
