@@ -13,15 +13,15 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use parking_lot::RwLock;
-use varve_pageserver::ingest::Ingest;
-use varve_pageserver::template::import_data_directory;
+use varve_engine::ingest::Ingest;
+use varve_engine::template::import_data_directory;
 use varve_postgres::wal::{FramedRecord, Framer};
 use varve_postgres::{Lsn, Major, Page};
 use varve_storage::history::{History, HistoryError, HistoryWriter, Visit};
 use varve_storage::key::Key;
 use varve_storage::value::Value;
 use varve_testing::naive_history::NaiveHistory;
-use varve_testing::postgres::{Postgres, wal_segments};
+use varve_testbed::postgres::{Postgres, wal_segments};
 
 /// Answers as the history before the run, takes everything and keeps nothing.
 struct Discard {

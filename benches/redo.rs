@@ -15,8 +15,8 @@ use varve_postgres::wal::{Framer, Record, rmgr};
 use varve_postgres::{BlockNumber, Lsn, Major, Page, RelFork, page};
 use varve_redo::apply;
 use varve_redo::change::{BlockRecord, Change};
-use varve_testing::postgres::Postgres;
-use varve_testing::redo;
+use varve_testbed::postgres::Postgres;
+use varve_testbed::redo;
 use varve_verify::WalDirectory;
 use varve_verify::wal::{Next, WalSource as _};
 

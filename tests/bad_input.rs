@@ -7,7 +7,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::ensure;
-use varve_testing::dev::{Dev, psql};
+use varve_testbed::dev::{Dev, psql};
 
 const VARVE: &str = env!("CARGO_BIN_EXE_varve");
 

@@ -10,12 +10,12 @@ use serde_json::Value;
 use varve_postgres::{Lsn, Major};
 use varve_protocol::client::{BaseBackup, BaseBackupOptions};
 use varve_protocol::connect::{ConnectConfig, Endpoint};
-use varve_testing::application::{load, start};
-use varve_testing::beside::{Private, make_plain, wait_replayed};
-use varve_testing::comparison::{Comparison, DataDirectory, PageService};
-use varve_testing::dev::{Dev, amcheck, program, psql, settle};
-use varve_testing::dump::{Sequences, ensure_same, everything};
-use varve_testing::postgres::{Postgres, is_skipped};
+use varve_testbed::application::{load, start};
+use varve_testbed::beside::{Private, make_plain, wait_replayed};
+use varve_testbed::comparison::{Comparison, DataDirectory, PageService};
+use varve_testbed::dev::{Dev, amcheck, program, psql, settle};
+use varve_testbed::dump::{Sequences, ensure_same, everything};
+use varve_testbed::postgres::{Postgres, is_skipped};
 
 const VARVE: &str = env!("CARGO_BIN_EXE_varve");
 /// How long the page service may be silent.

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use anyhow::{Context as _, ensure};
-use varve_testing::dev::{Dev, program, psql};
+use varve_testbed::dev::{Dev, program, psql};
 
 const VARVE: &str = env!("CARGO_BIN_EXE_varve");
 

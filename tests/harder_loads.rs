@@ -10,12 +10,12 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, ensure};
 use serde_json::Value;
 use varve_postgres::Major;
-use varve_testing::application::{pgbench, run_script, sql, start};
-use varve_testing::beside::Private;
-use varve_testing::comparison::{Comparison, DataDirectory, PageService};
-use varve_testing::dev::{Dev, amcheck, program, psql, settle};
-use varve_testing::dump::{Sequences, ensure_same, rows};
-use varve_testing::postgres::is_skipped;
+use varve_testbed::application::{pgbench, run_script, sql, start};
+use varve_testbed::beside::Private;
+use varve_testbed::comparison::{Comparison, DataDirectory, PageService};
+use varve_testbed::dev::{Dev, amcheck, program, psql, settle};
+use varve_testbed::dump::{Sequences, ensure_same, rows};
+use varve_testbed::postgres::is_skipped;
 
 const VARVE: &str = env!("CARGO_BIN_EXE_varve");
 /// How long each storm lasts.

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
-use varve_testing::dev::{Dev, free_port, program, psql};
+use varve_testbed::dev::{Dev, free_port, program, psql};
 
 const VARVE: &str = env!("CARGO_BIN_EXE_varve");
 
@@ -205,7 +205,7 @@ fn a_commit_that_waits_for_the_store_does_not_wait_long_and_is_there() -> anyhow
     // Both machines are lost: the compute's and the pageserver's disks.
     dev.json(&["compute", "list"])?.as_array().context("a list")?.iter().for_each(|compute| {
         for pid in ["pid", "mount_pid"] {
-            varve_testing::dev::signal(compute[pid].as_u64().unwrap_or_default() as u32, rustix::process::Signal::KILL);
+            varve_testbed::dev::signal(compute[pid].as_u64().unwrap_or_default() as u32, rustix::process::Signal::KILL);
         }
     });
     dev.kill()?;

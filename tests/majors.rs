@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use anyhow::ensure;
 use varve_postgres::Major;
-use varve_testing::dev::{Dev, amcheck, program, psql};
-use varve_testing::postgres::{bin_dir, is_skipped};
+use varve_testbed::dev::{Dev, amcheck, program, psql};
+use varve_testbed::postgres::{bin_dir, is_skipped};
 
 const VARVE: &str = env!("CARGO_BIN_EXE_varve");
 const NOW: &str = "SELECT to_char(clock_timestamp() AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.US\"Z\"')";

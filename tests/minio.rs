@@ -3,9 +3,9 @@
 use std::time::Duration;
 
 use anyhow::ensure;
-use varve_testing::acknowledged::Writers;
-use varve_testing::dev::{Dev, amcheck, program, psql};
-use varve_testing::minio::Minio;
+use varve_testbed::acknowledged::Writers;
+use varve_testbed::dev::{Dev, amcheck, program, psql};
+use varve_testbed::minio::Minio;
 
 const VARVE: &str = env!("CARGO_BIN_EXE_varve");
 

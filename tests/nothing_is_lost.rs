@@ -5,8 +5,8 @@ use std::time::Duration;
 use anyhow::{Context as _, ensure};
 use rustix::process::Signal;
 use serde_json::Value;
-use varve_testing::acknowledged::Writers;
-use varve_testing::dev::{Dev, amcheck, free_port, program, psql, signal};
+use varve_testbed::acknowledged::Writers;
+use varve_testbed::dev::{Dev, amcheck, free_port, program, psql, signal};
 
 const VARVE: &str = env!("CARGO_BIN_EXE_varve");
 const BACK_MAX: Duration = Duration::from_secs(60);

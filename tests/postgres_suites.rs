@@ -14,11 +14,11 @@ use serde_json::Value;
 use varve_postgres::{Lsn, Major};
 use varve_protocol::ConnectConfig;
 use varve_redo::verify::{Difference, PageDiff, Verifier};
-use varve_testing::beside::Private;
-use varve_testing::comparison::{Comparison, DataDirectory, PageService};
-use varve_testing::dev::{Dev, program, psql, settle};
-use varve_testing::dump::{Sequences, dump, ensure_same};
-use varve_testing::suites::{Suite, Suites, Target};
+use varve_testbed::beside::Private;
+use varve_testbed::comparison::{Comparison, DataDirectory, PageService};
+use varve_testbed::dev::{Dev, program, psql, settle};
+use varve_testbed::dump::{Sequences, dump, ensure_same};
+use varve_testbed::suites::{Suite, Suites, Target};
 use varve_verify::wal::{self, Extent, WalReport};
 use varve_verify::{OverflowFile, WalStream};
 

@@ -7,11 +7,11 @@ use std::collections::BTreeMap;
 
 use anyhow::{Context as _, ensure};
 use varve_postgres::{Lsn, Major};
-use varve_testing::application::{load, start};
-use varve_testing::beside::{Archive, Private, Target, WalRecord, recovered};
-use varve_testing::dev::{Dev, psql};
-use varve_testing::dump::{Sequences, ensure_same, everything};
-use varve_testing::postgres::{Postgres, is_skipped};
+use varve_testbed::application::{load, start};
+use varve_testbed::beside::{Archive, Private, Target, WalRecord, recovered};
+use varve_testbed::dev::{Dev, psql};
+use varve_testbed::dump::{Sequences, ensure_same, everything};
+use varve_testbed::postgres::{Postgres, is_skipped};
 use varve_testing::random::SeededRng;
 
 const VARVE: &str = env!("CARGO_BIN_EXE_varve");

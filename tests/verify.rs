@@ -8,10 +8,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, ensure};
 use serde_json::Value;
 use varve_postgres::Major;
-use varve_testing::dev::{Dev, program, psql};
-use varve_testing::minio::Minio;
-use varve_testing::postgres::Postgres;
-use varve_testing::redo;
+use varve_testbed::dev::{Dev, program, psql};
+use varve_testbed::minio::Minio;
+use varve_testbed::postgres::Postgres;
+use varve_testbed::redo;
 
 const VARVE: &str = env!("CARGO_BIN_EXE_varve");
 

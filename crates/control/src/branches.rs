@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use varve_postgres::Lsn;
-use varve_protocol::admin::{Branch, Moment as MomentAnswer, NewBranch, Restore, Restored};
-use varve_protocol::control::Desired;
+use varve_api::admin::{Branch, Moment as MomentAnswer, NewBranch, Restore, Restored};
+use varve_api::host::Desired;
 use varve_storage::ids::{BranchName, TimelineId};
 use varve_storage::tenant_log::{Ancestor, TenantEdit, TenantState, TimelineFacts};
 

@@ -6,8 +6,8 @@ use std::time::Duration;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use varve_postgres::Lsn;
-use varve_protocol::admin::{Compute, NewCompute};
-use varve_protocol::control::{Attach, Attached, Begin, BlockName, Desired, Ended, FileVersion, Orders};
+use varve_api::admin::{Compute, NewCompute};
+use varve_api::host::{Attach, Attached, Begin, BlockName, Desired, Ended, FileVersion, Orders};
 use varve_storage::ids::WriterEpoch;
 use varve_storage::tenant_log::{FileContents, TenantEdit};
 

@@ -1,6 +1,6 @@
 //! What the pageserver says when it cannot do what it was asked: a stable code, an HTTP status, and a sentence that says what to do.
 
-use varve_protocol::control::Problem;
+use varve_api::Problem;
 use varve_storage::edit_log::{CommitError, EditLogError};
 use varve_storage::store::StoreError;
 use varve_storage::tenant_log::TenantError;

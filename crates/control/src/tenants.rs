@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
-use varve_protocol::admin::{NewTenant, Tenant as TenantAnswer};
-use varve_protocol::control::Desired;
+use varve_api::admin::{NewTenant, Tenant as TenantAnswer};
+use varve_api::host::Desired;
 use varve_storage::ids::{BranchName, TenantId, TenantName, TimelineId};
 use varve_storage::tenant_log::{CreateTenantError, TenantEdit, TenantFacts, TimelineFacts, create_tenant, delete_objects, names};
 

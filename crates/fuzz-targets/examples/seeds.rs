@@ -15,7 +15,7 @@ use varve_protocol::wire::{StartupPacket, backend};
 use varve_protocol::{Answer, Header, Query, Request, Response};
 use varve_redo::change::{BlockRecord, Change};
 use varve_redo::visibility_map::visibility_map_clears;
-use varve_testing::redo;
+use varve_testbed::redo;
 use varve_verify::wal::{Next, WalSource as _};
 use varve_verify::{DataDirectory, WalDirectory};
 
@@ -80,7 +80,7 @@ fn redo_target(rmid: u8) -> Option<&'static str> {
 fn main() -> Result<()> {
     let mut majors: Vec<Major> = std::env::args().skip(1).filter_map(|arg| Major::from_number(arg.parse().ok()?)).collect();
     if majors.is_empty() {
-        majors = Major::ALL.into_iter().filter(|major| varve_testing::postgres::bin_dir(*major).is_ok()).collect();
+        majors = Major::ALL.into_iter().filter(|major| varve_testbed::postgres::bin_dir(*major).is_ok()).collect();
     }
     let mut seeds = Seeds::default();
     messages(&mut seeds);

@@ -3,8 +3,8 @@
 use std::io::{self, Write};
 
 use bytes::Bytes;
-use varve_pageserver::base_backup::{Options, TimelineFacts, write_base_backup};
-use varve_pageserver::cluster::ClusterFacts;
+use varve_engine::base_backup::{Options, TimelineFacts, write_base_backup};
+use varve_engine::cluster::ClusterFacts;
 use varve_postgres::slru::SlruKind;
 use varve_postgres::{Fork, Lsn, RelNode, Timestamp};
 use varve_storage::history::HistoryWriter;

@@ -15,7 +15,7 @@ use std::{
 
 use support::{Mounted, Server, StoppedCluster};
 use varve_postgres::Major;
-use varve_testing::postgres::Postgres;
+use varve_testbed::postgres::Postgres;
 
 const BLOCK: usize = 8192;
 

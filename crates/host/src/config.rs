@@ -4,7 +4,7 @@
 //! and the one safety setting that changes while the server runs (`synchronous_standby_names`); and the command line, which beats `ALTER SYSTEM`,
 //! for all other settings that safety rests on.
 
-use varve_protocol::control::Begin;
+use varve_api::host::Begin;
 
 use crate::dirs::Dirs;
 

@@ -9,7 +9,7 @@ use base64::engine::general_purpose::STANDARD as BASE64;
 use parking_lot::Mutex;
 use rustix::process::{Pid, Signal, kill_process};
 use tokio::sync::Notify;
-use varve_protocol::control::FileVersion;
+use varve_api::host::FileVersion;
 
 use crate::config;
 use crate::dirs::Dirs;

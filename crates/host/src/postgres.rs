@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use rustix::process::{Pid, Signal, kill_process};
 use tokio::process::{Child, Command};
 use tokio_postgres::{Client, NoTls};
-use varve_protocol::control::Begin;
+use varve_api::host::Begin;
 
 use crate::config;
 use crate::dirs::{Dirs, kill_tree};

@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::task::JoinHandle;
-use varve_protocol::control::{Attach, Begin, Desired, Ended, Orders};
+use varve_api::host::{Attach, Begin, Desired, Ended, Orders};
 
 use crate::config;
 use crate::dirs::{Dirs, User};

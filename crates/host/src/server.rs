@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use varve_protocol::control::{Attach, Attached, Begin, Ended, FileVersion, Orders, Problem, StartupBlocks};
+use varve_api::host::{Attach, Attached, Begin, Ended, FileVersion, Orders, Problem, StartupBlocks};
 
 /// A call that did not succeed.
 #[derive(Debug, thiserror::Error)]

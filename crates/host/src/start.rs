@@ -12,7 +12,7 @@ use varve_postgres::lsn::WAL_SEGMENT_SIZE;
 use varve_postgres::{Fork, Lsn, Major, RelFork, RelNode};
 use varve_protocol::client::{BaseBackup, BaseBackupOptions};
 use varve_protocol::connect::{ConnectConfig, Endpoint};
-use varve_protocol::control::{Begin, StartupBlocks};
+use varve_api::host::{Begin, StartupBlocks};
 
 use crate::config;
 use crate::dirs::Dirs;

@@ -18,7 +18,7 @@ use support::{
     Mounted, scratch,
     synthetic::{BLOCK, block_contents, synthetic_cluster},
 };
-use varve_compute::mount::{Mount, MountError, remove_stale_mount};
+use varve_host::mount::{Mount, MountError, remove_stale_mount};
 
 fn read_block(file: &File, block: u32) -> std::io::Result<Vec<u8>> {
     let mut page = vec![0; BLOCK];

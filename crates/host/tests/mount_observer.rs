@@ -12,7 +12,7 @@ use std::{
 
 use parking_lot::Mutex;
 use support::{Mounted, scratch, synthetic::synthetic_cluster};
-use varve_compute::mount::FileObserver;
+use varve_host::mount::FileObserver;
 
 /// What would be kept by now, and how often it was told.
 #[derive(Default)]

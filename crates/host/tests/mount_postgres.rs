@@ -13,9 +13,9 @@ use std::{
 
 use parking_lot::Mutex;
 use support::{Mounted, Server, StoppedCluster, cluster::copy_directory, scratch};
-use varve_compute::mount::FileObserver;
+use varve_host::mount::FileObserver;
 use varve_postgres::Major;
-use varve_testing::postgres::Postgres;
+use varve_testbed::postgres::Postgres;
 
 /// A stopped cluster in which `prepare` was run. The cluster lives as long as the first value.
 fn cluster(prepare: impl FnOnce(&Postgres)) -> (Postgres, Arc<StoppedCluster>) {
@@ -300,7 +300,7 @@ fn settings_statistics_and_slots_are_observed() {
 #[test]
 fn every_major_that_is_installed_runs_on_the_mount() {
     for major in Major::ALL {
-        if varve_testing::postgres::bin_dir(major).is_err() {
+        if varve_testbed::postgres::bin_dir(major).is_err() {
             println!("{major:?} is not installed: passed over");
             continue;
         }

@@ -16,7 +16,7 @@ use varve_postgres::{Lsn, Major};
 use varve_protocol::{ConnectConfig, Endpoint};
 use varve_storage::ids::{TenantId, TimelineId, WriterEpoch};
 use varve_storage::wal_log::{LogPosition, WalLog};
-use varve_testing::postgres::Postgres;
+use varve_testbed::postgres::Postgres;
 
 const EPOCH: WriterEpoch = WriterEpoch(1);
 const TENANT: TenantId = TenantId([1; 16]);

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use varve_postgres::Lsn;
-use varve_protocol::admin::{Wal, WalPlace, WalRange};
+use varve_api::admin::{Wal, WalPlace, WalRange};
 use varve_storage::kept_wal::KeptWalError;
 
 use super::Pageserver;

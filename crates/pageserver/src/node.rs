@@ -235,8 +235,8 @@ impl Pageserver {
     }
 
     /// What the API says of the server itself.
-    pub fn facts(&self) -> varve_protocol::admin::Server {
-        varve_protocol::admin::Server { version: env!("CARGO_PKG_VERSION").to_owned(), page_service: self.page_service_address() }
+    pub fn facts(&self) -> varve_api::admin::Server {
+        varve_api::admin::Server { version: env!("CARGO_PKG_VERSION").to_owned(), page_service: self.page_service_address() }
     }
 
     fn page_service_address(&self) -> String {

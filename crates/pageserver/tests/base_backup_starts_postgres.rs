@@ -11,7 +11,7 @@ use anyhow::{Context, Result, ensure};
 use oracle::{Comparison, Loaded, servers};
 use varve_postgres::Major;
 use varve_postgres::wal::synthesis::AncestorTimeline;
-use varve_testing::postgres::Postgres;
+use varve_testbed::postgres::Postgres;
 
 const SETTINGS: [(&str, &str); 9] = [
     ("wal_level", "logical"),

@@ -10,8 +10,8 @@ use std::process::Command;
 use anyhow::{Context, Result, ensure};
 use oracle::{Comparison, servers};
 use varve_postgres::Major;
-use varve_testing::postgres::Postgres;
-use varve_testing::redo::sql_path;
+use varve_testbed::postgres::Postgres;
+use varve_testbed::redo::sql_path;
 
 const SETTINGS: [(&str, &str); 7] = [
     ("autovacuum", "off"),
@@ -152,7 +152,7 @@ fn run_multixacts() -> Result<()> {
     postgres.stop("fast")?;
     oracle::ingest(&postgres, &mut loaded)?;
     Comparison::new(&loaded).data_directory(&postgres.data_dir())?;
-    let next = varve_pageserver::template::read_control(&postgres.data_dir(), Major::V15)?.checkpoint_copy;
+    let next = varve_engine::template::read_control(&postgres.data_dir(), Major::V15)?.checkpoint_copy;
     ensure!(next.next_multi < multi, "the multixacts cross the edge: the next is {}", next.next_multi);
     ensure!(next.next_multi_offset < offset, "the members cross the edge: the next offset is {}", next.next_multi_offset);
     postgres.start()?;

@@ -8,7 +8,7 @@ use anyhow::{Context, Result, ensure};
 use oracle::servers;
 use varve_postgres::Major;
 use varve_postgres::wal::synthesis::AncestorTimeline;
-use varve_testing::postgres::Postgres;
+use varve_testbed::postgres::Postgres;
 
 const SETTINGS: [(&str, &str); 3] = [("autovacuum", "off"), ("wal_keep_size", "'16GB'"), ("shared_buffers", "'32MB'")];
 

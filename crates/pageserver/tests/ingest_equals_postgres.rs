@@ -10,8 +10,8 @@ use anyhow::{Context, Result, ensure};
 use varve_postgres::lsn::WAL_PAGE_SIZE;
 use varve_postgres::wal::{record_crc, rmgr};
 use varve_postgres::{Lsn, Major};
-use varve_testing::postgres::Postgres;
-use varve_testing::redo::{Preamble, sql_path};
+use varve_testbed::postgres::Postgres;
+use varve_testbed::redo::{Preamble, sql_path};
 
 const SETTINGS: [(&str, &str); 10] = [
     ("wal_level", "logical"),

@@ -9,12 +9,12 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use oracle::{Comparison, Loaded, servers};
-use varve_pageserver::base_backup::{Options, write_base_backup};
-use varve_pageserver::template::{RunAs, TemplateError, import_data_directory, prepare_template, server_major};
+use varve_engine::base_backup::{Options, write_base_backup};
+use varve_engine::template::{RunAs, TemplateError, import_data_directory, prepare_template, server_major};
 use varve_postgres::wal::synthesis::AncestorTimeline;
 use varve_postgres::{Lsn, Major};
 use varve_testing::naive_history::NaiveHistory;
-use varve_testing::postgres::{Postgres, bin_dir};
+use varve_testbed::postgres::{Postgres, bin_dir};
 
 /// The user that Postgres runs as here.
 fn run_as() -> Result<RunAs> {

@@ -17,7 +17,7 @@ use varve_pageserver::wal_receiver::{Phase, Receiver, ReceiverConfig, ReceiverEr
 use varve_postgres::Lsn;
 use varve_postgres::wal::WalError;
 use varve_protocol::Endpoint;
-use varve_testing::postgres::Postgres;
+use varve_testbed::postgres::Postgres;
 
 const NAME: &str = "varve_standby";
 const LONG: Duration = Duration::from_secs(30);

@@ -5,7 +5,7 @@ use proptest::prelude::*;
 use varve_postgres::lsn::{WAL_PAGE_SIZE, WAL_SEGMENT_SIZE};
 use varve_postgres::wal::{FramedRecord, Framer, PageHeader, RECORD_HEADER_SIZE, WalError, record_crc, rmgr};
 use varve_postgres::{Lsn, Major};
-use varve_testing::postgres::Postgres;
+use varve_testbed::postgres::Postgres;
 
 const MAJOR: Major = Major::V15;
 const SYSTEM: u64 = 0x1234_5678_9ABC_DEF0;

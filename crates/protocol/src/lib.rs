@@ -3,16 +3,13 @@
 //! - [`message`]: requests and responses of the page stream, as bytes and back.
 //! - [`wire`]: the Postgres wire protocol's messages, both sides, without I/O.
 //! - [`connect`]: making a connection, authentication, a blocking connection (to the page service or to Postgres itself).
-//! - [`admin`] and [`control`]: the JSON of the admin HTTP API, as operators and as computes use it.
 //! - [`client`]: [`client::PageClient`] for async code, [`client::BlockingPageClient`] for plain threads, [`client::BaseBackup`].
 //!
 //! Whatever bytes come in, nothing here panics, and no buffer grows beyond a named limit. The crate knows nothing of storage or tenants: a
 //! tenant or a timeline is a word in a command.
 
-pub mod admin;
 pub mod client;
 pub mod connect;
-pub mod control;
 pub mod message;
 pub mod wire;
 

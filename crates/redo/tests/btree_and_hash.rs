@@ -3,7 +3,7 @@
 use varve_postgres::Major;
 use varve_postgres::wal::rmgr;
 use varve_redo::verify::Report;
-use varve_testing::redo::assert_redone;
+use varve_testbed::redo::assert_redone;
 
 /// Types of B-tree records that change pages (`access/nbtxlog.h`): all but `XLOG_BTREE_REUSE_PAGE`, which is looked for too.
 const BTREE: [(u8, &str); 15] = [

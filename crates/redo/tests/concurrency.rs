@@ -4,8 +4,8 @@ use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 use varve_postgres::Major;
-use varve_testing::postgres::{Postgres, is_skipped};
-use varve_testing::redo::{Ending, init, redo_workload};
+use varve_testbed::postgres::{Postgres, is_skipped};
+use varve_testbed::redo::{Ending, init, redo_workload};
 
 const SETTINGS: [(&str, &str); 7] = [
     ("autovacuum", "on"),

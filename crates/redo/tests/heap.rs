@@ -1,6 +1,6 @@
 //! Redo of heap records, sequences, generic WAL and what goes with them against Postgres.
 
-varve_testing::redo_tests!(
+varve_testbed::redo_tests!(
     heap_basic,
     heap_freeze,
     heap_locks,
@@ -21,4 +21,4 @@ varve_testing::redo_tests!(
     transactions,
 );
 
-varve_testing::redo_tests!(recovery: free_space, heap_basic, heap_freeze, heap_locks, heap_rows, heap_vacuum, heap_visibility);
+varve_testbed::redo_tests!(recovery: free_space, heap_basic, heap_freeze, heap_locks, heap_rows, heap_vacuum, heap_visibility);

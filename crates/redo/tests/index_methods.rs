@@ -3,7 +3,7 @@
 use varve_postgres::Major;
 use varve_postgres::wal::rmgr;
 use varve_redo::verify::Report;
-use varve_testing::redo::assert_redone;
+use varve_testbed::redo::assert_redone;
 
 /// A resource manager's record types: info and Postgres's name.
 type RecordTypes = [(u8, &'static str)];

@@ -4,9 +4,9 @@
 
 use anyhow::{Result, ensure};
 use varve_postgres::Major;
-use varve_testing::postgres::Postgres;
-use varve_testing::redo::{Ending, init, redo_workload};
-use varve_testing::suites::{Suite, Suites, Target};
+use varve_testbed::postgres::Postgres;
+use varve_testbed::redo::{Ending, init, redo_workload};
+use varve_testbed::suites::{Suite, Suites, Target};
 
 /// The port that a server has which is told none.
 const PORT: u16 = 5432;

@@ -9,7 +9,7 @@ use bytes::Bytes;
 use futures::FutureExt;
 use futures::future::{BoxFuture, join_all};
 use varve_storage::store::{ClientError, Created, Failure, Listed, ObjectClient, ObjectName, PutMode, Store, StoreConfig, StoreError};
-use varve_testing::minio::Minio;
+use varve_testbed::minio::Minio;
 use varve_testing::sim_store::{Faults, Link, SimStore};
 
 fn name(text: &str) -> ObjectName {

@@ -13,7 +13,7 @@ use varve_storage::tenant_log::{
     Ancestor, CreateTenantError, TenantEdit, TenantError, TenantFacts, TenantLog, TimelineFacts, create_tenant, delete_objects, names,
     tenant_folder,
 };
-use varve_testing::minio::Minio;
+use varve_testbed::minio::Minio;
 use varve_testing::sim_store::{Faults, SimStore};
 
 fn facts(name: &str) -> TenantFacts {

@@ -3,7 +3,7 @@
 
 use anyhow::{Context, Result, bail};
 use varve_postgres::Major;
-use varve_testing::redo_coverage::{run_corpus, table};
+use varve_testbed::redo_coverage::{run_corpus, table};
 
 fn main() -> Result<()> {
     let mut majors = Vec::new();

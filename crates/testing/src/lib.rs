@@ -1,17 +1,6 @@
-//! What the tests of the other crates share: models to compare with, and things to start.
+//! What tests of any crate share and that needs no server: seeds, a simulated disk and store, a naive history to compare with.
 
-pub mod acknowledged;
-pub mod application;
-pub mod beside;
-pub mod comparison;
-pub mod dev;
-pub mod dump;
-pub mod minio;
 pub mod naive_history;
-pub mod postgres;
 pub mod random;
-pub mod redo;
-pub mod redo_coverage;
 pub mod sim_disk;
 pub mod sim_store;
-pub mod suites;

@@ -3,7 +3,7 @@
 use bytes::Bytes;
 use tokio::runtime::Handle;
 use varve_postgres::Lsn;
-use varve_protocol::admin::Wal;
+use varve_api::admin::Wal;
 use varve_verify::VerifyError;
 use varve_verify::branch_wal::{Kept, WalKeeper};
 

@@ -5,7 +5,7 @@ use bytes::Bytes;
 use reqwest::Method;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use varve_protocol::control::Problem;
+use varve_api::Problem;
 
 /// A client of one server. Cheap to clone.
 #[derive(Clone, Debug)]

@@ -8,10 +8,10 @@ use axum::http::{StatusCode, header};
 use axum::response::IntoResponse;
 use serde::Deserialize;
 use serde_json::{Value, json};
-use varve_protocol::admin::{
+use varve_api::admin::{
     Branch, BranchChange, Compute, Moment, NewBranch, NewCompute, NewTenant, Restore, Restored, Server as ServerFacts, Tenant, Wal,
 };
-use varve_protocol::control::{Attach, Attached, Begin, Ended, FileVersion, Orders, StartupBlocks};
+use varve_api::host::{Attach, Attached, Begin, Ended, FileVersion, Orders, StartupBlocks};
 
 use super::Body;
 use crate::error::ServerError;

@@ -7,7 +7,7 @@ use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 use varve_postgres::Lsn;
-use varve_protocol::control::Desired;
+use varve_api::host::Desired;
 use varve_storage::ids::{TenantId, TimelineId, WriterEpoch};
 
 use crate::error::{Code, ServerError};

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use parking_lot::{Mutex, RwLock};
 use serde::{Deserialize, Serialize};
 use varve_postgres::{Lsn, Major};
-use varve_protocol::control::BlockName;
+use varve_api::host::BlockName;
 use varve_storage::manifest::LayerRow;
 use varve_storage::store::{ObjectName, Store};
 

@@ -15,7 +15,7 @@ use std::{
 
 use bytes::Bytes;
 use parking_lot::Mutex;
-use varve_compute::mount::{BaseSource, InitialContent, InitialFile, MountConfig};
+use varve_host::mount::{BaseSource, InitialContent, InitialFile, MountConfig};
 use varve_postgres::{
     Fork, Major, Oid, RelFork,
     paths::{BLOCKS_PER_FILE, RelationFileName, database_directory, relation_file},

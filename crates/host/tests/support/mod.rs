@@ -12,7 +12,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use varve_compute::mount::{Mount, MountConfig};
+use varve_host::mount::{Mount, MountConfig};
 
 pub(crate) use self::{cluster::StoppedCluster, server::Server};
 

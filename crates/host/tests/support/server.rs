@@ -11,7 +11,7 @@ use std::{
 };
 
 use varve_postgres::Major;
-use varve_testing::postgres::bin_dir;
+use varve_testbed::postgres::bin_dir;
 
 /// Settings of every server: a socket of its own, and what a compute runs with.
 const SETTINGS: [(&str, &str); 4] =

@@ -11,7 +11,7 @@ use varve_postgres::lsn::WAL_SEGMENT_SIZE;
 use varve_postgres::wal::FramedRecord;
 use varve_postgres::{Lsn, Major};
 use varve_protocol::{ConnectConfig, Endpoint};
-use varve_testing::postgres::Postgres;
+use varve_testbed::postgres::Postgres;
 
 #[derive(Default)]
 struct Log {

@@ -11,8 +11,8 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, bail, ensure};
 use bytes::Bytes;
-use varve_pageserver::ingest::Ingest;
-use varve_pageserver::template::{Imported, import_data_directory, read_control};
+use varve_engine::ingest::Ingest;
+use varve_engine::template::{Imported, import_data_directory, read_control};
 use varve_postgres::ids::{DEFAULT_TABLESPACE, GLOBAL_TABLESPACE};
 use varve_postgres::page::{self, PAGE_HEADER_SIZE, ZERO_PAGE};
 use varve_postgres::paths::{BLOCKS_PER_FILE, RelationFileName};
@@ -28,7 +28,7 @@ use varve_storage::history::History;
 use varve_storage::key::{Key, KeyKind};
 use varve_storage::relation;
 use varve_testing::naive_history::NaiveHistory;
-use varve_testing::postgres::{Postgres, wal_segments};
+use varve_testbed::postgres::{Postgres, wal_segments};
 
 /// Records after which the history is advanced.
 const BATCH_RECORDS: usize = 500;
@@ -177,7 +177,7 @@ impl<'a> Comparison<'a> {
         for (spc, db, path) in &databases {
             self.directory(path, *spc, *db)?;
         }
-        let at = varve_pageserver::time::round_down(self.history, self.lsn, self.lsn, self.lsn)?;
+        let at = varve_engine::moments::round_down(self.history, self.lsn, self.lsn, self.lsn)?;
         let mut known = Vec::new();
         let (from, to) = Key::all_of_kind(Key::database(0, 0));
         self.history.scan(from, to, self.lsn, &mut |key, value| {

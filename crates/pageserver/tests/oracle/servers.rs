@@ -6,12 +6,12 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use varve_pageserver::base_backup::{ExtraFile, Options, TimelineFacts, write_base_backup};
-use varve_pageserver::time::round_down;
+use varve_engine::base_backup::{ExtraFile, Options, TimelineFacts, write_base_backup};
+use varve_engine::moments::round_down;
 use varve_postgres::wal::synthesis::AncestorTimeline;
 use varve_postgres::{Lsn, Major};
 use varve_storage::history::History;
-use varve_testing::postgres::Postgres;
+use varve_testbed::postgres::Postgres;
 
 use super::Loaded;
 

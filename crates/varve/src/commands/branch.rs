@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use clap::{Args, Subcommand};
 use reqwest::Method;
-use varve_protocol::admin::{Branch, BranchChange, Moment, NewBranch, Restore, Restored};
+use varve_api::admin::{Branch, BranchChange, Moment, NewBranch, Restore, Restored};
 
 use super::BranchPath;
 use crate::client::{Client, segment};

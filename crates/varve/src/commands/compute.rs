@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use anyhow::{Context as _, bail};
 use clap::Subcommand;
 use reqwest::Method;
-use varve_protocol::admin::{Compute, NewCompute};
+use varve_api::admin::{Compute, NewCompute};
 
 use super::BranchPath;
 use super::branch::MomentArgs;

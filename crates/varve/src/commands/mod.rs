@@ -130,12 +130,12 @@ pub(crate) async fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Bench(command) => bench::run(command, &Client::new(&url)?, json).await?,
         Command::Verify(command) => return verify::run(command, &Client::new(&url)?, json).await,
         Command::ComputeCleanup { id, home } => {
-            let user = varve_compute::dirs::User::for_postgres()?;
-            varve_compute::dirs::Dirs::existing(&home, &id, user).clean_up();
+            let user = varve_host::dirs::User::for_postgres()?;
+            varve_host::dirs::Dirs::existing(&home, &id, user).clean_up();
         }
         Command::ComputeProcess { server, id, home } => {
             dev::log_to_stderr();
-            varve_compute::process::run(&varve_compute::process::ProcessConfig { server_url: server, id, home }).await?;
+            varve_host::process::run(&varve_host::process::ProcessConfig { server_url: server, id, home }).await?;
         }
     }
     Ok(ExitCode::SUCCESS)

@@ -5,7 +5,7 @@ use std::io::{IsTerminal as _, Write as _};
 use anyhow::bail;
 use clap::Subcommand;
 use reqwest::Method;
-use varve_protocol::admin::{NewTenant, Tenant};
+use varve_api::admin::{NewTenant, Tenant};
 
 use crate::client::{Client, segment};
 use crate::output;

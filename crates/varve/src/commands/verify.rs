@@ -12,7 +12,7 @@ use clap::{Args, Subcommand};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use tokio::runtime::Handle;
 use varve_postgres::{BLCKSZ, Lsn, Major};
-use varve_protocol::admin::{Compute, Moment, Server, Tenant};
+use varve_api::admin::{Compute, Moment, Server, Tenant};
 use varve_protocol::connect::blocking::Connection;
 use varve_protocol::{ConnectConfig, Endpoint};
 use varve_redo::verify::{Difference, PageDiff, Verifier};
@@ -266,7 +266,7 @@ fn wal_text(report: &WalReport) -> String {
 async fn verify_timeline(args: TimelineArgs, client: &Client, stop: Arc<AtomicBool>) -> anyhow::Result<TimelineReport> {
     let TimelineArgs { branch, lsn, against } = args;
     let facts: Server = client.get("server").await?;
-    let found: varve_protocol::admin::Branch = client.get(&branch.api()).await?;
+    let found: varve_api::admin::Branch = client.get(&branch.api()).await?;
     let connect = ConnectConfig::new(facts.page_service.parse::<Endpoint>()?, "varve");
     let writer = writer_of(&branch, client).await?;
     let reference = tokio::task::spawn_blocking(move || reference(against.as_deref(), lsn, writer.as_deref())).await??;
