@@ -3,6 +3,7 @@
 #![allow(missing_docs, reason = "criterion's macros make undocumented functions")]
 
 use std::hint::black_box;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -25,7 +26,7 @@ fn key(i: u64) -> Key {
 }
 
 fn filled() -> Memtable {
-    let memtable = Memtable::new(Lsn(0), Instant::now, MemoryBudget::new(1 << 30));
+    let memtable = Memtable::new(Lsn(0), Arc::new(Instant::now), MemoryBudget::new(1 << 30));
     for i in 0..RECORDS {
         let value = Value::Change { will_init: false, bytes: Bytes::from_static(&[7; 100]) };
         memtable.put(key(i), Lsn(i * 128), &value).expect("a memtable of 400,000 records is not full");

@@ -8,7 +8,6 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
 use tokio::runtime::Runtime;
-use tokio::sync::Semaphore;
 use varve_postgres::{BLCKSZ, Fork, Lsn, Major, RelFork, RelNode, page};
 use varve_storage::block_cache::BlockCache;
 use varve_storage::budget::MemoryBudget;
@@ -21,6 +20,7 @@ use varve_storage::manifest::LayerRow;
 use varve_storage::page_cache::PageCache;
 use varve_storage::relation_size::RelationSize;
 use varve_storage::store::Store;
+use varve_storage::threads::RuntimeThreads;
 use varve_storage::timeline::{LAYER_BYTES_TARGET, Resources, Timeline, TimelineSpec};
 use varve_storage::value::Value;
 
@@ -54,12 +54,11 @@ fn resources(runtime: &Runtime, folder: &std::path::Path, cache_bytes: usize) ->
         memtable_budget: MemoryBudget::new(1 << 30),
         memtable_bytes_max: 1 << 30,
         layer_bytes_target: LAYER_BYTES_TARGET,
-        merge_slots: Semaphore::new(1),
         files: OpenFiles::new(64),
         ranges: RangeCache::new(folder.to_owned(), 1 << 30),
-        store: store.blocking(runtime.handle().clone()),
+        store: store.blocking(Arc::new(RuntimeThreads::new(runtime.handle().clone()))),
         cache_dir: folder.to_owned(),
-        now: Instant::now,
+        clock: Arc::new(Instant::now),
     })
 }
 

@@ -29,6 +29,7 @@ pub mod size_cache;
 pub mod slru_extent;
 pub mod store;
 pub mod tenant_log;
+pub mod threads;
 pub mod timeline;
 pub mod value;
 pub mod wal_index;

@@ -7,6 +7,7 @@ use varve_postgres::Lsn;
 use varve_storage::ids::{Generation, TenantId, TimelineId, WriterEpoch};
 use varve_storage::kept_wal::{Keeper, KeptWal, KeptWalError, PIECE_BYTES_MAX};
 use varve_storage::store::{Failure, Store};
+use varve_storage::threads::RuntimeThreads;
 use varve_storage::wal_log::WalLog;
 use varve_testing::sim_store::{Faults, Link, SimStore};
 
@@ -39,14 +40,14 @@ impl Log {
     }
 
     fn keep(&self, store: &Store, runtime: &tokio::runtime::Runtime, range: (Lsn, Lsn)) -> Result<Vec<KeptWal>, KeptWalError> {
-        let store = store.blocking(runtime.handle().clone());
+        let store = store.blocking(Arc::new(RuntimeThreads::new(runtime.handle().clone())));
         let keeper = Keeper { tenant: TENANT, timeline: TIMELINE, generation: Generation(3), store: &store };
         keeper.keep(range, &mut |from, max| self.wal.read(TENANT, TIMELINE, from, max))
     }
 }
 
 fn read(store: &Store, runtime: &tokio::runtime::Runtime, piece: &KeptWal, from: Lsn) -> Result<Bytes, KeptWalError> {
-    piece.read(&store.blocking(runtime.handle().clone()), from)
+    piece.read(&store.blocking(Arc::new(RuntimeThreads::new(runtime.handle().clone()))), from)
 }
 
 #[test]

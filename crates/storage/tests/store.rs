@@ -9,6 +9,7 @@ use bytes::Bytes;
 use futures::FutureExt;
 use futures::future::{BoxFuture, join_all};
 use varve_storage::store::{ClientError, Created, Failure, Listed, ObjectClient, ObjectName, PutMode, Store, StoreConfig, StoreError};
+use varve_storage::threads::RuntimeThreads;
 use varve_testbed::minio::Minio;
 use varve_testing::sim_store::{Faults, Link, SimStore};
 
@@ -100,7 +101,7 @@ async fn minio_keeps_the_promises() {
 fn plain_threads_use_the_store() {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
     let folder = tempfile::tempdir().unwrap();
-    let store = Store::open_folder(folder.path()).unwrap().blocking(runtime.handle().clone());
+    let store = Store::open_folder(folder.path()).unwrap().blocking(Arc::new(RuntimeThreads::new(runtime.handle().clone())));
     let object = name("a/b");
     assert_eq!(store.put_if_absent(&object, Bytes::from_static(b"x")).unwrap(), Created::Ours);
     store.put(&object, Bytes::from_static(b"xyz")).unwrap();

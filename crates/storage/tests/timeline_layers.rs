@@ -10,7 +10,6 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use parking_lot::Mutex;
 use tokio::runtime::Runtime;
-use tokio::sync::Semaphore;
 use varve_postgres::slru::SlruKind;
 use varve_postgres::{BLCKSZ, Fork, Lsn, Major, RelFork, RelNode, page};
 use varve_redo::change::Change;
@@ -27,6 +26,7 @@ use varve_storage::manifest::LayerRow;
 use varve_storage::page_cache::PageCache;
 use varve_storage::relation_size::RelationSize;
 use varve_storage::store::{Failure, Store};
+use varve_storage::threads::RuntimeThreads;
 use varve_storage::timeline::{LayerChange, PublishError, Resources, Timeline, TimelineSpec};
 use varve_storage::value::Value;
 use varve_testing::sim_store::{Faults, Link, SimStore};
@@ -131,12 +131,11 @@ fn resources(runtime: &Runtime, folder: &tempfile::TempDir, store: &Store) -> Ar
         memtable_budget: MemoryBudget::new(1 << 20),
         memtable_bytes_max: 16 << 20,
         layer_bytes_target: 8 << 10,
-        merge_slots: Semaphore::new(1),
         files: OpenFiles::new(8),
         ranges: RangeCache::new(folder.path().join("cache"), 1 << 20),
-        store: store.blocking(runtime.handle().clone()),
+        store: store.blocking(Arc::new(RuntimeThreads::new(runtime.handle().clone()))),
         cache_dir: folder.path().join("cache"),
-        now: Instant::now,
+        clock: Arc::new(Instant::now),
     })
 }
 
@@ -308,7 +307,7 @@ fn what_cannot_be_uploaded_stays_in_memory_and_is_uploaded_later() {
     }
     assert!(bench.timeline.memory_over_budget(), "ingest hears that memory is used up");
     client.set_link(Link::Up);
-    assert!(bench.timeline.flush_all(&mut bench.publish(), &|| false));
+    while bench.timeline.flush(&mut bench.publish()).unwrap().is_some() {}
     assert_eq!(bench.timeline.layered_lsn(), START + 8);
     bench.flush();
     assert!(!bench.timeline.memory_over_budget());

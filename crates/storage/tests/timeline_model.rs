@@ -11,7 +11,6 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use proptest::prelude::*;
 use tokio::runtime::Runtime;
-use tokio::sync::Semaphore;
 use varve_postgres::slru::SlruKind;
 use varve_postgres::wal::rmgr;
 use varve_postgres::{BLCKSZ, Fork, Lsn, Major, Page, RelFork, RelNode, page};
@@ -29,6 +28,7 @@ use varve_storage::page_cache::PageCache;
 use varve_storage::relation::{self, RelationError};
 use varve_storage::relation_size::RelationSize;
 use varve_storage::store::Store;
+use varve_storage::threads::RuntimeThreads;
 use varve_storage::timeline::{LayerChange, PublishError, Resources, Timeline, TimelineSpec};
 use varve_storage::value::Value;
 use varve_testing::naive_history::NaiveHistory;
@@ -160,12 +160,11 @@ fn resources(store: &Store, runtime: &Runtime, folder: &tempfile::TempDir) -> Ar
         memtable_budget: MemoryBudget::new(1 << 30),
         memtable_bytes_max: 1 << 20,
         layer_bytes_target: 2 << 10,
-        merge_slots: Semaphore::new(1),
         files: OpenFiles::new(4),
         ranges: RangeCache::new(folder.path().join("cache"), 1 << 20),
-        store: store.blocking(runtime.handle().clone()),
+        store: store.blocking(Arc::new(RuntimeThreads::new(runtime.handle().clone()))),
         cache_dir: folder.path().join("cache"),
-        now: Instant::now,
+        clock: Arc::new(Instant::now),
     })
 }
 

@@ -30,6 +30,7 @@ use crate::budget::{MemoryBudget, Share};
 use crate::chain::{Lookup, Version};
 use crate::key::Key;
 use crate::key_hash::key_hash;
+use crate::threads::Clock;
 use crate::value::Value;
 
 /// Shards of a memtable.
@@ -45,7 +46,7 @@ pub struct MemtableFull;
 /// See the module's doc.
 pub struct Memtable {
     start: Lsn,
-    now: fn() -> Instant,
+    clock: Clock,
     first_put: OnceLock<Instant>,
     /// None until the first put: most timelines are idle.
     shards: OnceLock<Box<[RwLock<Shard>; SHARDS]>>,
@@ -56,11 +57,11 @@ pub struct Memtable {
 }
 
 impl Memtable {
-    /// An empty memtable for what comes after `start`; its memory counts in `budget`, `now` tells the time.
-    pub fn new(start: Lsn, now: fn() -> Instant, budget: Arc<MemoryBudget>) -> Memtable {
+    /// An empty memtable for what comes after `start`; its memory counts in `budget`, `clock` tells the time.
+    pub fn new(start: Lsn, clock: Clock, budget: Arc<MemoryBudget>) -> Memtable {
         Memtable {
             start,
-            now,
+            clock,
             first_put: OnceLock::new(),
             shards: OnceLock::new(),
             ordered_keys: RwLock::default(),
@@ -125,7 +126,7 @@ impl Memtable {
         }
         let shards = self.shards.get_or_init(|| {
             self.share.add(SHARDS * size_of::<RwLock<Shard>>());
-            self.first_put.get_or_init(self.now);
+            self.first_put.get_or_init(|| (self.clock)());
             Box::new(std::array::from_fn(|_| RwLock::default()))
         });
         let put = shards[Self::shard_number(&key)].write().put(key, lsn, kind, bytes)?;

@@ -15,7 +15,7 @@ fn block(number: u32) -> Key {
 }
 
 fn memtable() -> Memtable {
-    Memtable::new(Lsn(0), Instant::now, MemoryBudget::new(1 << 30))
+    Memtable::new(Lsn(0), Arc::new(Instant::now), MemoryBudget::new(1 << 30))
 }
 
 fn change(bytes: &'static [u8]) -> Value {
@@ -130,7 +130,7 @@ fn metadata_keys_are_scanned_in_order_and_blocks_are_not() {
 #[test]
 fn memory_is_accounted_and_an_empty_memtable_has_none() {
     let budget = MemoryBudget::new(1 << 30);
-    let memtable = Memtable::new(Lsn(0), Instant::now, Arc::clone(&budget));
+    let memtable = Memtable::new(Lsn(0), Arc::new(Instant::now), Arc::clone(&budget));
     assert_eq!((memtable.memory_bytes(), memtable.is_empty()), (0, true));
     let value = Value::Change { will_init: false, bytes: Bytes::from(vec![0; 100]) };
     for i in 0..100_000u32 {

@@ -23,12 +23,13 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures::future::try_join_all;
-use tokio::runtime::Handle;
 
 pub use blocking::BlockingStore;
 pub use client::{Listed, ObjectClient, PutMode};
 pub use error::{ClientError, Failure, StoreError};
 pub use object_name::{ObjectName, ParseObjectNameError};
+
+use crate::threads::Threads;
 
 /// Attempts at a request before its error is given to the caller.
 pub const ATTEMPTS_MAX: u32 = 6;
@@ -117,9 +118,9 @@ impl Store {
         Store { client, name: name.into(), root: None }
     }
 
-    /// This store for plain threads, which wait while `handle`'s runtime does the work.
-    pub fn blocking(&self, handle: Handle) -> BlockingStore {
-        BlockingStore::new(self.clone(), handle)
+    /// This store for work that may block, on `threads`.
+    pub fn blocking(&self, threads: Arc<dyn Threads>) -> BlockingStore {
+        BlockingStore::new(self.clone(), threads)
     }
 
     /// Path of an object in a local folder, so that it can be read in place; `None` for a bucket.

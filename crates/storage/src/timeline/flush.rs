@@ -5,23 +5,17 @@
 
 use std::collections::HashSet;
 use std::sync::Arc;
-use std::time::Duration;
 
 use varve_postgres::Lsn;
 
 use super::layer_file::{LayerFiles, WriteError, WrittenLayer, upload};
-use super::{Frozen, Timeline, View, open_layer};
+use super::{Frozen, Position, Timeline, View, open_layer};
 use crate::chain::{ChainLength, Version, image, page_number};
 use crate::envelope::Codec;
 use crate::history::HistoryError;
 use crate::ids::LayerId;
 use crate::key::Key;
 use crate::manifest::{LayerRow, ManifestEdit};
-
-/// Pause after a flush that failed; it doubles with each further failure.
-const PAUSE_FIRST: Duration = Duration::from_secs(1);
-/// Longest pause between two attempts.
-const PAUSE_MAX: Duration = Duration::from_secs(30);
 
 /// A change of a timeline's layers, to be published as one edit of its manifest.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -94,32 +88,6 @@ impl Timeline {
         Ok(Some(change))
     }
 
-    /// Flushes all frozen memtables, and tries again what fails, with growing pauses, until `give_up` says to stop. Whether all were flushed.
-    pub fn flush_all(&self, publish: &mut Publish<'_>, give_up: &dyn Fn() -> bool) -> bool {
-        let mut pause = PAUSE_FIRST;
-        loop {
-            match self.flush(publish) {
-                Ok(None) => return true,
-                Ok(Some(_)) => pause = PAUSE_FIRST,
-                Err(error) => {
-                    tracing::warn!(tenant = %self.spec.tenant, timeline = %self.spec.id, %error, ?pause, "a flush failed, it is tried again");
-                    // In small steps, so that a server that shuts down need not wait.
-                    let steps = pause.as_millis() / 100;
-                    for _ in 0..steps {
-                        if give_up() {
-                            return false;
-                        }
-                        std::thread::sleep(Duration::from_millis(100));
-                    }
-                    pause = (pause * 2).min(PAUSE_MAX);
-                }
-            }
-            if give_up() {
-                return false;
-            }
-        }
-    }
-
     fn write_memtable(&self, frozen: &Frozen) -> Result<Vec<WrittenLayer>, FlushError> {
         let memtable = &frozen.memtable;
         let range = (memtable.start(), frozen.end);
@@ -175,6 +143,7 @@ impl Timeline {
         let frozen = view.frozen.iter().filter(|frozen| frozen.end > change.layered).cloned().collect();
         let layered = view.layered.max(change.layered);
         self.view.store(Arc::new(View { active: Arc::clone(&view.active), frozen, layers: Arc::new(layers), layered }));
+        self.positions.raise(Position::Layered, layered);
     }
 }
 

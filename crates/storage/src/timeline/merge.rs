@@ -147,14 +147,13 @@ impl<'a, 'b> ChainWriter<'a, 'b> {
 }
 
 impl Timeline {
-    /// Does one merge if one is due and there is a free slot, step by step, each published. Whether one was done. Reads go on meanwhile, and so do
+    /// Does one merge if one is due, step by step, each published. Whether one was done. Reads go on meanwhile, and so do
     /// flushes. May block for long; when `give_up` says so it ends after the next step, and what is left is done another time.
     ///
     /// # Errors
     /// When layers cannot be read, written, uploaded or published; to be called again later.
     pub fn compact(&self, publish: &mut Publish<'_>, give_up: &dyn Fn() -> bool) -> Result<bool, FlushError> {
         let _merging = self.merge.lock();
-        let Ok(_slot) = self.resources.merge_slots.try_acquire() else { return Ok(false) };
         for blocks in [false, true] {
             let layers = Arc::clone(&self.view.load().layers);
             let runs = layers.runs(blocks);

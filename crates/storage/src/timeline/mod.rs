@@ -15,7 +15,7 @@
 mod flush;
 mod layer_file;
 mod merge;
-mod progress;
+mod positions;
 mod read;
 mod scan;
 mod write;
@@ -23,11 +23,9 @@ mod write;
 use std::fmt;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Instant;
 
 use arc_swap::ArcSwap;
 use parking_lot::Mutex;
-use tokio::sync::Semaphore;
 use varve_postgres::{Lsn, Major};
 
 use crate::block_cache::BlockCache;
@@ -42,14 +40,14 @@ use crate::memtable::Memtable;
 use crate::page_cache::PageCache;
 use crate::size_cache::SizeCache;
 use crate::store::BlockingStore;
+use crate::threads::Clock;
 
 pub use flush::{FlushError, LayerChange, Publish, PublishError};
 pub use layer_file::WriteError;
-pub use progress::WaitError;
+pub use positions::{Position, Positions, Stopped, WaitError};
 pub use read::{PageRef, ReadError};
 
 use flush::WrittenLayers;
-use progress::Progress;
 use write::Writer;
 
 /// Memory of a memtable at which it is frozen, unless told otherwise.
@@ -60,9 +58,6 @@ pub const LAYER_BYTES_TARGET: u64 = 64 << 20;
 
 /// Bytes of layers in a bucket that are kept on local disk after they were read by ranges, unless told otherwise.
 pub const RANGE_CACHE_BYTES_MAX: u64 = 2 << 30;
-
-/// Merges of layers that run at a time, unless told otherwise: each takes a core and some tens of megabytes.
-pub const MERGES_MAX: usize = 2;
 
 /// What all timelines of a pageserver share.
 pub struct Resources {
@@ -76,8 +71,6 @@ pub struct Resources {
     pub memtable_bytes_max: usize,
     /// Bytes of a layer after which the next key begins another one. An upload holds as much in memory.
     pub layer_bytes_target: u64,
-    /// One permit for each merge of layers that may run at a time; see [`MERGES_MAX`].
-    pub merge_slots: Semaphore,
     /// Layer files that are open.
     pub files: Arc<OpenFiles>,
     /// Parts of layers that were read from a bucket.
@@ -87,7 +80,7 @@ pub struct Resources {
     /// Folder for local copies of layers whose store is a bucket. It must exist.
     pub cache_dir: PathBuf,
     /// Tells the time.
-    pub now: fn() -> Instant,
+    pub clock: Clock,
 }
 
 /// What a timeline is, beside its layers.
@@ -132,7 +125,7 @@ pub struct Timeline {
     view: ArcSwap<View>,
     /// Whoever changes the view holds this, or `writer`, which comes first.
     view_lock: Mutex<()>,
-    progress: Progress,
+    positions: Positions,
     writer: Mutex<Writer>,
     sizes: SizeCache,
     /// Whoever flushes holds this; within, what was written and is not yet published.
@@ -148,10 +141,10 @@ impl Timeline {
     pub fn open(spec: TimelineSpec, resources: Arc<Resources>, layers: impl IntoIterator<Item = Arc<LayerRow>>) -> Arc<Timeline> {
         let layers = layers.into_iter().map(|row| Arc::new(open_layer(&resources, &row))).collect();
         let applied = spec.layered.max(spec.start);
-        let active = Arc::new(Memtable::new(applied, resources.now, Arc::clone(&resources.memtable_budget)));
+        let active = Arc::new(Memtable::new(applied, resources.clock.clone(), Arc::clone(&resources.memtable_budget)));
         let view = View { active: Arc::clone(&active), frozen: Vec::new(), layers: Arc::new(LayerMap::new(layers)), layered: applied };
         Arc::new(Timeline {
-            progress: Progress::new(spec.id, applied),
+            positions: Positions::new(spec.id, applied),
             spec,
             resources,
             view: ArcSwap::from_pointee(view),
@@ -184,9 +177,14 @@ impl Timeline {
         self.spec.start
     }
 
+    /// Where it stands.
+    pub fn positions(&self) -> &Positions {
+        &self.positions
+    }
+
     /// The newest LSN that can be read.
     pub fn applied(&self) -> Lsn {
-        self.progress.applied()
+        self.positions.applied()
     }
 
     /// Everything up to here is in published layers.
@@ -209,33 +207,6 @@ impl Timeline {
     pub fn layer_stats(&self) -> (usize, u64) {
         let layers = Arc::clone(&self.view.load().layers);
         layers.layers().fold((0, 0), |(count, bytes), layer| (count + 1, bytes + layer.info().length))
-    }
-
-    /// Waits until `lsn` is applied.
-    ///
-    /// # Errors
-    /// When that does not happen before `deadline`, or never will.
-    pub async fn wait_applied(&self, lsn: Lsn, deadline: Instant) -> Result<(), WaitError> {
-        self.progress.wait(lsn, deadline).await
-    }
-
-    /// The same for a plain thread.
-    ///
-    /// # Errors
-    /// As [`Self::wait_applied`].
-    pub fn wait_applied_blocking(&self, lsn: Lsn, deadline: Instant) -> Result<(), WaitError> {
-        self.progress.wait_blocking(lsn, deadline)
-    }
-
-    /// Stops the timeline: nothing more is put, who waits hears `reason`. What is applied stays readable.
-    pub fn stop(&self, reason: String) {
-        tracing::warn!(tenant = %self.spec.tenant, timeline = %self.spec.id, applied = %self.applied(), reason, "the timeline is stopped");
-        self.progress.stop(reason);
-    }
-
-    /// Why it stopped, if it did.
-    pub fn stopped(&self) -> Option<&str> {
-        self.progress.stopped()
     }
 
     /// Gives back what an idle timeline need not hold.

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use varve_postgres::{Lsn, RelFork};
 
-use super::{Frozen, Timeline, View};
+use super::{Frozen, Position, Timeline, View};
 use crate::chain::page_number;
 use crate::history::{HistoryError, HistoryWriter};
 use crate::key::{Key, KeyKind};
@@ -34,7 +34,7 @@ impl Timeline {
     pub fn freeze_if(&self, bytes_min: usize, age_min: Duration) -> bool {
         let mut writer = self.writer.lock();
         let memtable = &writer.memtable;
-        let now = (self.resources.now)();
+        let now = (self.resources.clock)();
         let is_old = match memtable.first_put() {
             Some(first_put) => now.duration_since(first_put) >= age_min,
             // Nothing was put, but WAL has passed: the log may forget it.
@@ -51,7 +51,7 @@ impl Timeline {
             return false;
         }
         let resources = &self.resources;
-        let fresh = Arc::new(Memtable::new(end, resources.now, Arc::clone(&resources.memtable_budget)));
+        let fresh = Arc::new(Memtable::new(end, resources.clock.clone(), Arc::clone(&resources.memtable_budget)));
         let frozen = Arc::new(Frozen { memtable: std::mem::replace(&mut writer.memtable, Arc::clone(&fresh)), end });
         writer.want_images.clear();
         let _changing = self.view_lock.lock();
@@ -101,8 +101,8 @@ impl Timeline {
 impl HistoryWriter for Timeline {
     fn put(&self, key: Key, lsn: Lsn, value: Value) -> Result<(), HistoryError> {
         let mut writer = self.writer.lock();
-        if let Some(reason) = self.stopped() {
-            return Err(HistoryError(format!("timeline {} stopped at {}: {reason}", self.spec.id, self.applied())));
+        if let Some(stopped) = self.positions.stopped() {
+            return Err(HistoryError(format!("timeline {} stopped at {}: {}", self.spec.id, stopped.at, stopped.reason)));
         }
         let applied = self.applied();
         if lsn <= applied {
@@ -121,7 +121,8 @@ impl HistoryWriter for Timeline {
 
     fn advance(&self, lsn: Lsn) {
         let mut writer = self.writer.lock();
-        self.progress.advance(lsn);
+        self.positions.raise(Position::Head, lsn);
+        self.positions.raise(Position::Applied, lsn);
         if !writer.want_images.is_empty() {
             self.put_images(&mut writer);
         }
