@@ -20,8 +20,8 @@ use varve_postgres::{Lsn, Major, Page};
 use varve_storage::history::{History, HistoryError, HistoryWriter, Visit};
 use varve_storage::key::Key;
 use varve_storage::value::Value;
-use varve_testing::naive_history::NaiveHistory;
 use varve_testbed::postgres::{Postgres, wal_segments};
+use varve_testing::naive_history::NaiveHistory;
 
 /// Answers as the history before the run, takes everything and keeps nothing.
 struct Discard {

@@ -13,7 +13,7 @@ use varve_storage::wal_index::{Boundary, WalIndexPage, page_of};
 
 /// A position or moment that cannot be resolved.
 #[derive(Debug, Clone, thiserror::Error)]
-pub enum TimeError {
+pub enum MomentError {
     /// Later than what there is.
     #[error("{lsn} is in the future: the history ends at {end}")]
     Future {
@@ -30,6 +30,12 @@ pub enum TimeError {
         /// Where the history begins.
         start: Lsn,
     },
+    /// A time before the first transaction that the history knows.
+    #[error("the time is before the history of this branch")]
+    BeforeTime {
+        /// The time asked for.
+        at: Timestamp,
+    },
     /// The history could not be read.
     #[error(transparent)]
     History(#[from] HistoryError),
@@ -37,7 +43,7 @@ pub enum TimeError {
 
 /// Where a moment is, as far as one history knows.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Moment {
+pub enum Found {
     /// A transaction that ended later than the moment is already in the WAL before this history: the answer is in an ancestor, or before all history.
     Before,
     /// The boundary right before the first transaction that ended later.
@@ -85,22 +91,22 @@ fn index_page_at_or_before(
 ///
 /// # Errors
 /// When `lsn` is not in `from..=to`, or the history cannot be read.
-pub fn round_down(history: &(impl History + ?Sized), lsn: Lsn, from: Lsn, to: Lsn) -> Result<Boundary, TimeError> {
+pub fn round_down(history: &(impl History + ?Sized), lsn: Lsn, from: Lsn, to: Lsn) -> Result<Boundary, MomentError> {
     if lsn > to {
-        return Err(TimeError::Future { lsn, end: to });
+        return Err(MomentError::Future { lsn, end: to });
     }
     if lsn < from {
-        return Err(TimeError::BeforeHistory { lsn, start: from });
+        return Err(MomentError::BeforeHistory { lsn, start: from });
     }
     let mut page = page_of(lsn);
     loop {
         let Some((found_on, found)) = index_page_at_or_before(history, page, to)? else {
-            return Err(TimeError::BeforeHistory { lsn, start: from });
+            return Err(MomentError::BeforeHistory { lsn, start: from });
         };
         if let Some(boundary) = found.at_or_before(lsn) {
             return Ok(boundary);
         }
-        page = found_on.checked_sub(1).ok_or(TimeError::BeforeHistory { lsn, start: from })?;
+        page = found_on.checked_sub(1).ok_or(MomentError::BeforeHistory { lsn, start: from })?;
     }
 }
 
@@ -108,13 +114,13 @@ pub fn round_down(history: &(impl History + ?Sized), lsn: Lsn, from: Lsn, to: Ls
 ///
 /// # Errors
 /// When the history cannot be read.
-pub fn moment(history: &(impl History + ?Sized), time: Timestamp, from: Lsn, to: Lsn) -> Result<Moment, TimeError> {
+pub fn moment(history: &(impl History + ?Sized), time: Timestamp, from: Lsn, to: Lsn) -> Result<Found, MomentError> {
     if round_down(history, from, from, to)?.time_max > time {
-        return Ok(Moment::Before);
+        return Ok(Found::Before);
     }
     let last = round_down(history, to, from, to)?;
     if last.time_max <= time {
-        return Ok(Moment::AllOfIt(last));
+        return Ok(Found::AllOfIt(last));
     }
     // The first boundary with a later running maximum is on the last page before which the maximum is not yet later.
     let (mut low, mut high) = (page_of(from), page_of(to));
@@ -131,13 +137,13 @@ pub fn moment(history: &(impl History + ?Sized), time: Timestamp, from: Lsn, to:
             _ => low = middle,
         }
     }
-    let Some((_, found)) = best else { return Err(TimeError::BeforeHistory { lsn: from, start: from }) };
+    let Some((_, found)) = best else { return Err(MomentError::BeforeHistory { lsn: from, start: from }) };
     let mut before = found.before;
     for boundary in found.boundaries.iter().take_while(|boundary| boundary.end <= to) {
         if boundary.end > from && boundary.time_max > time {
-            return Ok(Moment::At(before));
+            return Ok(Found::At(before));
         }
         before = *boundary;
     }
-    Ok(Moment::AllOfIt(last))
+    Ok(Found::AllOfIt(last))
 }

@@ -1,24 +1,35 @@
-//! A tenant that this pageserver owns: its log, and the timelines of it that are open.
+//! A tenant that this pageserver owns: its log, and those of its timelines that are open.
 //!
-//! Nothing of a tenant is in memory until somebody asks for it; a timeline is opened at its first use, its ancestors before it.
+//! Nothing of a tenant is in memory until somebody asks for it; a timeline is opened at its first use, its ancestors before it. Each has a cell of its
+//! own in which it is opened once, so a slow opening delays nobody who wants another one, and the map is locked for look-ups only. Timelines that nobody has
+//! use for are closed by [`Tenant::close_idle`].
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
+use parking_lot::Mutex;
+use tokio::sync::OnceCell;
 use varve_postgres::Major;
 use varve_storage::envelope::{self, Format};
-use varve_storage::ids::{TenantId, TenantName, TimelineId};
+use varve_storage::ids::{TenantId, TenantName, TimelineId, random_bytes};
 use varve_storage::manifest::timeline_folder;
 use varve_storage::store::ObjectName;
 use varve_storage::tenant_log::{FileContents, TenantFacts, TenantLog};
 
-use crate::error::ServerError;
-use crate::layers::open_history;
-use crate::templates::Template;
-use crate::timeline::{OpenContext, OpenTimeline, ServedTimeline};
+use crate::context::Context;
+use crate::error::EngineError;
+use crate::histories::open_history;
+use crate::template::Template;
+use crate::timeline::{LiveTimeline, OpenTimeline, StreamEnd};
 
 /// Files of data directories that are objects of their own.
 const FILE_FORMAT: Format = Format { magic: *b"VFIL", version: 1, what: "a file of a data directory", content_bytes_max: 64 << 20 };
+/// Largest file that stands in the tenant log itself.
+const INLINE_FILE_MAX: usize = 64 * 1024;
+
+type Cell = Arc<OnceCell<Arc<LiveTimeline>>>;
 
 /// See the module's doc.
 #[derive(Debug)]
@@ -27,23 +38,21 @@ pub struct Tenant {
     major: Major,
     log: TenantLog,
     template: Arc<Template>,
-    context: Arc<OpenContext>,
-    timelines: tokio::sync::Mutex<HashMap<TimelineId, Arc<ServedTimeline>>>,
-    /// Sizes of timelines that nobody has written yet, as far as somebody asked.
-    sizes: parking_lot::Mutex<HashMap<TimelineId, u64>>,
+    context: Arc<Context>,
+    timelines: Mutex<BTreeMap<TimelineId, Cell>>,
+    lost: AtomicBool,
 }
 
 impl Tenant {
-    /// A tenant whose log was taken over.
+    /// A tenant whose log is ours.
     ///
     /// # Errors
     /// When the log says nothing of a tenant, or one of a Postgres that is not supported.
-    pub fn new(log: TenantLog, template: Arc<Template>, context: Arc<OpenContext>) -> Result<Tenant, ServerError> {
-        let facts = log.state().facts().cloned().ok_or_else(|| ServerError::internal(format!("{log:?} says nothing of a tenant")))?;
-        let major = Major::from_number(facts.pg_version).ok_or_else(|| {
-            ServerError::internal(format!("tenant {} is of PostgreSQL {}, which is not supported", facts.name, facts.pg_version))
-        })?;
-        Ok(Tenant { facts, major, log, template, context, timelines: tokio::sync::Mutex::default(), sizes: parking_lot::Mutex::default() })
+    pub fn new(id: TenantId, log: TenantLog, template: Arc<Template>, context: Arc<Context>) -> Result<Tenant, EngineError> {
+        let facts = log.state().facts().cloned().ok_or(EngineError::EmptyLog { tenant: id })?;
+        let pg_version = facts.pg_version;
+        let major = Major::from_number(pg_version).ok_or(EngineError::UnsupportedMajor { tenant: id, pg_version })?;
+        Ok(Tenant { facts, major, log, template, context, timelines: Mutex::default(), lost: AtomicBool::new(false) })
     }
 
     /// Its id.
@@ -72,116 +81,167 @@ impl Tenant {
     }
 
     /// What the pageserver's timelines share.
-    pub fn context(&self) -> &Arc<OpenContext> {
+    pub fn context(&self) -> &Arc<Context> {
         &self.context
     }
 
-    /// Bytes of a timeline that nobody has written, if it was told before.
-    pub fn known_size(&self, id: TimelineId) -> Option<u64> {
-        self.sizes.lock().get(&id).copied()
+    fn check_owned(&self) -> Result<(), EngineError> {
+        if self.lost.load(Ordering::SeqCst) { Err(EngineError::NotOwner { tenant: self.id() }) } else { Ok(()) }
     }
 
-    /// Keeps that size.
-    pub fn know_size(&self, id: TimelineId, bytes: u64) {
-        self.sizes.lock().insert(id, bytes);
+    fn cell(&self, id: TimelineId) -> Cell {
+        self.timelines.lock().entry(id).or_default().clone()
     }
 
     /// A timeline, opened if need be.
     ///
     /// # Errors
-    /// When there is no such timeline, or it cannot be opened.
-    pub async fn timeline(&self, id: TimelineId) -> Result<Arc<ServedTimeline>, ServerError> {
-        let mut open = self.timelines.lock().await;
-        if let Some(timeline) = open.get(&id) {
-            return Ok(timeline.clone());
+    /// When there is no such timeline, it cannot be opened, or the tenant is another server's by now.
+    pub async fn timeline(&self, id: TimelineId) -> Result<Arc<LiveTimeline>, EngineError> {
+        self.check_owned()?;
+        if let Some(open) = self.opened(id) {
+            open.touch();
+            return Ok(open);
         }
         let state = self.log.state();
         let chain: Vec<TimelineId> = state.ancestry(id)?.into_iter().map(|(state, _)| state.facts.id).collect();
-        let mut ancestor: Option<Arc<ServedTimeline>> = None;
+        let mut below: Option<Arc<LiveTimeline>> = None;
         for id in chain.into_iter().rev() {
-            if let Some(timeline) = open.get(&id) {
-                ancestor = Some(timeline.clone());
-                continue;
-            }
-            let timeline = state.timeline(id)?.clone();
-            let below = match (ancestor.take(), timeline.facts.ancestor) {
-                (Some(ancestor), Some(at)) => Some((ancestor, at.lsn)),
-                _ => None,
-            };
-            let (tenant, major, system_identifier, context) =
-                (self.facts.id, self.major, self.facts.system_identifier, self.context.clone());
-            let ownership = self.log.ownership();
-            let below_history = below.as_ref().map(|(ancestor, lsn)| (ancestor.history().clone(), *lsn));
-            let history = open_history(&context, tenant, major, &timeline, below_history, &self.template, ownership).await?;
-            let served = tokio::task::spawn_blocking(move || {
-                ServedTimeline::open(OpenTimeline { tenant, major, system_identifier, state: &timeline, history, ancestor: below, context })
-            });
-            let served = served.await.map_err(ServerError::internal)??;
-            open.insert(id, served.clone());
-            ancestor = Some(served);
+            let cell = self.cell(id);
+            let ancestor = below.take();
+            let opened = cell.get_or_try_init(|| self.open(id, ancestor)).await?.clone();
+            below = Some(opened);
         }
-        ancestor.ok_or_else(|| ServerError::internal("a timeline is in its own ancestry"))
+        self.check_owned()?;
+        let live = below.ok_or_else(|| varve_storage::tenant_log::TenantError::UnknownTimeline(id))?;
+        live.touch();
+        Ok(live)
+    }
+
+    async fn open(&self, id: TimelineId, ancestor: Option<Arc<LiveTimeline>>) -> Result<Arc<LiveTimeline>, EngineError> {
+        let state = self.log.state().timeline(id)?.clone();
+        let ancestor = match (ancestor, state.facts.ancestor) {
+            (Some(ancestor), Some(at)) => Some((ancestor, at.lsn)),
+            _ => None,
+        };
+        let (tenant, major, system_identifier) = (self.id(), self.major, self.facts.system_identifier);
+        let below = ancestor.as_ref().map(|(ancestor, lsn)| (ancestor.history().clone(), *lsn));
+        let history = open_history(&self.context, tenant, major, &state, below, &self.template, self.log.ownership()).await?;
+        let context = self.context.clone();
+        let open = OpenTimeline { tenant, major, system_identifier, state, history, ancestor, context };
+        self.context.threads.call(move || LiveTimeline::open(open)).await?
     }
 
     /// A timeline if it is open.
-    pub async fn opened(&self, id: TimelineId) -> Option<Arc<ServedTimeline>> {
-        self.timelines.lock().await.get(&id).cloned()
-    }
-
-    /// Stops all timelines.
-    pub async fn stop(&self) {
-        let timelines: Vec<_> = self.timelines.lock().await.drain().map(|(_, timeline)| timeline).collect();
-        for timeline in timelines {
-            timeline.stop().await;
-        }
+    pub fn opened(&self, id: TimelineId) -> Option<Arc<LiveTimeline>> {
+        self.timelines.lock().get(&id)?.get().cloned()
     }
 
     /// All timelines that are open.
-    pub async fn all_opened(&self) -> Vec<Arc<ServedTimeline>> {
-        self.timelines.lock().await.values().cloned().collect()
+    pub fn all_opened(&self) -> Vec<Arc<LiveTimeline>> {
+        self.timelines.lock().values().filter_map(|cell| cell.get().cloned()).collect()
     }
 
-    /// Stops a timeline that the log no longer has, and removes what is stored of it.
-    pub async fn remove_timeline(&self, id: TimelineId) {
-        self.sizes.lock().remove(&id);
-        if let Some(timeline) = self.timelines.lock().await.remove(&id) {
-            timeline.stop().await;
+    /// Closes timelines that nobody had use for since `unused`, children before their ancestors. What they have in memory is put into the store before,
+    /// by background work that this only asks for. Whether none is left open.
+    pub async fn close_idle(&self, unused: Duration) -> bool {
+        let mut closed = Vec::new();
+        let left = {
+            let mut timelines = self.timelines.lock();
+            timelines.retain(|_, cell| Arc::strong_count(cell) > 1 || cell.get().is_some());
+            loop {
+                let idle: Vec<TimelineId> = timelines
+                    .iter()
+                    // Nobody else holds it: no child, no client, no work.
+                    .filter(|(_, cell)| Arc::strong_count(cell) == 1)
+                    .filter(|(_, cell)| cell.get().is_some_and(|live| Arc::strong_count(live) == 1 && live.is_idle(unused)))
+                    .map(|(id, _)| *id)
+                    .collect();
+                if idle.is_empty() {
+                    break;
+                }
+                // Dropping a child gives its ancestor free, which the next round then finds.
+                closed.extend(idle.iter().filter_map(|id| timelines.remove(id)).filter_map(|cell| cell.get().map(|live| live.id())));
+            }
+            timelines.len()
+        };
+        for id in closed {
+            self.context.wal.detach(self.id(), id);
         }
-        self.context.wal.forget(self.facts.id, id);
+        if left > 0 {
+            for live in self.all_opened() {
+                live.flush_if_unused(unused);
+            }
+        }
+        left == 0
+    }
+
+    /// Closes all timelines.
+    pub async fn close(&self) {
+        let timelines = std::mem::take(&mut *self.timelines.lock());
+        for live in timelines.values().filter_map(|cell| cell.get()) {
+            live.close().await;
+        }
+    }
+
+    /// Another server has the tenant: nothing is acknowledged, opened or served any more. What the WAL log holds stays there.
+    pub async fn lose(&self) {
+        self.lost.store(true, Ordering::SeqCst);
+        for live in self.all_opened() {
+            if let Err(error) = live.end_stream(StreamEnd::NotOwner).await {
+                tracing::warn!(timeline = live.name(), %error, "the stream of a tenant that moved was not ended in good order");
+            }
+        }
+        self.close().await;
+    }
+
+    /// Closes a timeline that the log no longer has, and removes what is stored of it.
+    pub async fn remove_timeline(&self, id: TimelineId) {
+        let cell = self.timelines.lock().remove(&id);
+        if let Some(live) = cell.as_ref().and_then(|cell| cell.get()) {
+            live.close().await;
+        }
+        self.context.wal.forget(self.id(), id);
         if let Err(error) = self.remove_objects(id).await {
             tracing::warn!(tenant = %self.facts.name, timeline = %id, %error, "objects of a deleted branch stay behind");
         }
     }
 
-    async fn remove_objects(&self, timeline: TimelineId) -> Result<(), ServerError> {
+    async fn remove_objects(&self, timeline: TimelineId) -> Result<(), EngineError> {
         let store = &self.context.store;
-        let folder = timeline_folder(self.facts.id, timeline).map_err(ServerError::internal)?;
+        let folder = timeline_folder(self.facts.id, timeline)?;
         let objects: Vec<ObjectName> = store.list(&folder).await?.into_iter().map(|listed| listed.name).collect();
         Ok(store.delete_all(&objects).await?)
     }
 
-    /// Keeps a file of a data directory that is too large for the tenant log as an object of its own.
+    /// Keeps a file of a data directory: in a row of the log where it is small, as an object of its own elsewhere.
     ///
     /// # Errors
     /// When the store does not take it.
-    pub async fn put_file_object(&self, bytes: Vec<u8>) -> Result<FileContents, ServerError> {
-        let name = format!("tenants/{}/files/{}", self.facts.id, uuid::Uuid::new_v4().simple());
+    pub async fn put_file(&self, bytes: Vec<u8>) -> Result<FileContents, EngineError> {
+        if bytes.len() <= INLINE_FILE_MAX {
+            return Ok(FileContents::Inline(bytes));
+        }
+        let name = format!("tenants/{}/files/{:032x}", self.facts.id, u128::from_be_bytes(random_bytes()?));
         let len = bytes.len() as u64;
-        let object: ObjectName = name.parse().map_err(ServerError::internal)?;
-        let encoded = envelope::encode(&FILE_FORMAT, envelope::Codec::Zstd, &name, &bytes).map_err(ServerError::internal)?;
+        let object: ObjectName = name.parse()?;
+        let encoded = envelope::encode(&FILE_FORMAT, envelope::Codec::Zstd, &name, &bytes)?;
         self.context.store.put(&object, encoded).await?;
         Ok(FileContents::Object { name, len })
     }
 
     /// Contents of a file version. Blocks on the store where it is an object.
-    pub(crate) fn file_contents(&self, contents: &FileContents) -> Result<Option<Vec<u8>>, ServerError> {
+    ///
+    /// # Errors
+    /// When the object cannot be read, or is damaged.
+    pub fn file_contents(&self, contents: &FileContents) -> Result<Option<Vec<u8>>, EngineError> {
         match contents {
             FileContents::Inline(bytes) => Ok(Some(bytes.clone())),
             FileContents::Removed => Ok(None),
             FileContents::Object { name, .. } => {
-                let object: ObjectName = name.parse().map_err(ServerError::internal)?;
+                let object: ObjectName = name.parse()?;
                 let bytes = self.context.resources.store.get(&object)?;
-                envelope::decode(&FILE_FORMAT, name, &bytes).map(|bytes| Some(bytes.content.to_vec())).map_err(ServerError::internal)
+                Ok(Some(envelope::decode(&FILE_FORMAT, name, &bytes)?.content.to_vec()))
             }
         }
     }

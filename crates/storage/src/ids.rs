@@ -35,7 +35,7 @@ pub struct ParseNameError {
 pub struct RandomError(String);
 
 /// Fills an array with random bytes.
-pub(crate) fn random_bytes<const N: usize>() -> Result<[u8; N], RandomError> {
+pub fn random_bytes<const N: usize>() -> Result<[u8; N], RandomError> {
     let mut bytes = [0; N];
     getrandom::fill(&mut bytes).map_err(|error| RandomError(error.to_string()))?;
     Ok(bytes)

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use futures::future::BoxFuture;
 use tokio::runtime::Handle;
+use tokio::sync::oneshot;
 
 /// Tells the time, for measuring.
 pub type Clock = Arc<dyn Fn() -> Instant + Send + Sync>;
@@ -36,7 +37,25 @@ impl dyn Threads {
             None => unreachable!("a future that was waited for has no output"),
         }
     }
+
+    /// Runs `work` on a thread that may block, and waits for it as a future. Work whose caller has gone runs to its end all the same.
+    ///
+    /// # Errors
+    /// [`Panicked`] when the work panicked.
+    pub async fn call<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> Result<T, Panicked> {
+        let (sender, receiver) = oneshot::channel();
+        self.run(Box::new(move || {
+            // Who has gone does not want the result.
+            let _gone = sender.send(work());
+        }));
+        receiver.await.map_err(|_| Panicked)
+    }
 }
+
+/// Work on a thread panicked: a bug of ours.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("internal error: work on a thread panicked; the server's log has more")]
+pub struct Panicked;
 
 /// The threads of a tokio runtime: its blocking pool, and its clock.
 #[derive(Clone, Debug)]

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on must panic")]
 
 use bytes::Bytes;
+use std::sync::Arc;
 use varve_postgres::Lsn;
 use varve_storage::ids::{Generation, TenantId, TimelineId, WriterEpoch};
 use varve_storage::kept_wal::{Keeper, KeptWal, KeptWalError, PIECE_BYTES_MAX};

@@ -16,6 +16,7 @@ use varve_redo::change::Change;
 use varve_storage::block_cache::BlockCache;
 use varve_storage::budget::MemoryBudget;
 use varve_storage::chain::CHAIN_CHANGES_MAX;
+use varve_storage::edit_log::EditLogError;
 use varve_storage::history::{History, HistoryWriter};
 use varve_storage::ids::{Generation, LayerId, TenantId, TimelineId};
 use varve_storage::key::Key;
@@ -188,7 +189,7 @@ fn an_interrupted_merge_is_finished_after_a_restart_and_its_inputs_go() {
     while bench.timeline.compact(&mut bench.publish(), &|| false).unwrap() {}
     assert_eq!(bench.timeline.run_counts(), (1, 1));
     assert!(files(&bench) > before, "inputs are deleted only when told");
-    let refused = bench.timeline.delete_retired(&mut || Err(PublishError("fenced".to_owned())));
+    let refused = bench.timeline.delete_retired(&mut || Err(not_published()));
     assert!(refused.is_err() && files(&bench) > before, "nothing is deleted by who may not");
     // One input was taken away by the first step already, before the restart; that file is left for the garbage collector.
     assert!(bench.timeline.delete_retired(&mut || Ok(())).unwrap() > 0);
@@ -411,4 +412,9 @@ fn what_an_ancestor_has_not_applied_yet_is_not_taken_for_absent() {
     bench.write_blocks(2);
     assert_eq!(bench.lsn, branch_lsn);
     assert!(read().unwrap(), "the version that came later is the branch's");
+}
+
+/// As if the manifest's log was claimed again and again.
+fn not_published() -> PublishError {
+    EditLogError::Contended { log: "log".parse().unwrap(), attempts: 1 }.into()
 }

@@ -18,6 +18,7 @@ use varve_redo::change::{BlockRecord, Change, Others};
 use varve_storage::block_cache::BlockCache;
 use varve_storage::budget::MemoryBudget;
 use varve_storage::database::DatabaseEntry;
+use varve_storage::edit_log::EditLogError;
 use varve_storage::history::{History, HistoryWriter};
 use varve_storage::ids::{Generation, LayerId, TenantId, TimelineId};
 use varve_storage::key::Key;
@@ -265,7 +266,7 @@ impl World {
         let (published, layered) = (&mut both.published, &mut both.layered);
         let mut publish = |change: &LayerChange| {
             if publish_fails {
-                return Err(PublishError("as the test wants it".to_owned()));
+                return Err(not_published());
             }
             record(published, layered, change);
             Ok(())
@@ -477,4 +478,9 @@ proptest! {
             }
         }
     }
+}
+
+/// As if the manifest's log was claimed again and again.
+fn not_published() -> PublishError {
+    EditLogError::Contended { log: "log".parse().unwrap(), attempts: 1 }.into()
 }

@@ -68,7 +68,7 @@ pub struct TimelineFacts {
     pub tli: u32,
     /// Its ancestors, oldest first, each with where the next one branched off.
     pub ancestors: Vec<AncestorTimeline>,
-    /// The boundary at which the server starts, as [`crate::time::round_down`] gives it.
+    /// The boundary at which the server starts, as [`crate::moments::round_down`] gives it.
     pub base: Boundary,
     /// Random bytes that are the cluster's own, for authentication exchanges that must not tell which roles exist.
     pub mock_authentication_nonce: [u8; 32],

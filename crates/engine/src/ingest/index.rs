@@ -10,7 +10,7 @@ use varve_storage::history::{History, HistoryError};
 use varve_storage::key::Key;
 use varve_storage::wal_index::{Boundary, WalIndexBuilder, page_of};
 
-use crate::time;
+use crate::moments;
 
 /// Pages that may wait for the end of the batch (512 KiB of WAL); then the batch ends by itself.
 const PENDING_PAGES_MAX: usize = 64;
@@ -29,7 +29,7 @@ impl IndexWriter {
     /// Goes on at the boundary `at`.
     pub(super) fn open(history: &(impl History + ?Sized), at: Lsn) -> Result<IndexWriter, HistoryError> {
         let page = page_of(at);
-        let read = time::index_page(history, page, at)?;
+        let read = moments::index_page(history, page, at)?;
         let read = read.filter(|read| read.boundaries.iter().any(|boundary| boundary.end == at));
         let read = read.ok_or_else(|| HistoryError(format!("the WAL index has no record that ends at {at}: it is no record boundary")))?;
         Ok(IndexWriter { builder: WalIndexBuilder::resume(page, &read, at), write_at: None, pending: Vec::new(), inherited: true })

@@ -19,7 +19,7 @@ use varve_testing::naive_history::NaiveHistory;
 use super::{Ingest, IngestError};
 use crate::base_backup::{Options, TimelineFacts, write_base_backup};
 use crate::cluster::ClusterFacts;
-use crate::time::{self, Moment, TimeError};
+use crate::moments::{self, Found, MomentError};
 
 const START: Lsn = Lsn(0x0100_0028);
 const COMMIT: u8 = 0x00;
@@ -133,7 +133,7 @@ fn what_is_not_understood_stops_the_ingest_and_what_came_before_stays_readable()
         ingest.advance().expect("what came before becomes visible");
         assert!(ingest.stopped().is_some(), "it stays stopped");
         assert_eq!(history.applied(), good.end, "readers see the record before and no more");
-        let last = time::round_down(&*history, good.end, START, history.applied()).unwrap();
+        let last = moments::round_down(&*history, good.end, START, history.applied()).unwrap();
         assert_eq!((last.end, last.next_xid), (good.end, 801));
     }
 }
@@ -158,7 +158,7 @@ fn the_next_transaction_counts_epochs() {
     records.push(stream.record(rmgr::LOGICALMSG, 0, 100, b"m"));
     records.push(stream.record(rmgr::LOGICALMSG, 0, 0xFFFF_FFF0, b"an older one, still at work"));
     ingest_all(&history, &records);
-    let next = |lsn| time::round_down(&*history, lsn, START, history.applied()).unwrap().next_xid;
+    let next = |lsn| moments::round_down(&*history, lsn, START, history.applied()).unwrap().next_xid;
     assert_eq!(next(wrapped), 1 << 32 | 3);
     assert_eq!(next(history.applied()), 1 << 32 | 101);
 }
@@ -173,14 +173,14 @@ fn a_branch_does_not_see_its_parent_s_later_records() {
     let later: Vec<_> = (0..5).map(|_| stream.record(rmgr::LOGICALMSG, 0, 0, b"parent's own")).collect();
     ingest_all(&parent, &[shared, later].concat());
     let branch = Arc::new(parent.branch(at).unwrap());
-    assert_eq!(time::round_down(&*branch, at, at, at).unwrap().end, at);
+    assert_eq!(moments::round_down(&*branch, at, at, at).unwrap().end, at);
     let mut own = Stream { end: at };
     let own: Vec<_> = (0..2).map(|_| own.record(rmgr::LOGICALMSG, 0, 0, &[b'x'; 9000])).collect();
     ingest_all(&branch, &own);
     let end = branch.applied();
     for lsn in at.0..end.0 {
         let expected = if Lsn(lsn) < own[0].end { at } else { own[0].end };
-        let found = time::round_down(&*branch, Lsn(lsn), at, end).unwrap();
+        let found = moments::round_down(&*branch, Lsn(lsn), at, end).unwrap();
         assert_eq!(found.end, expected, "the branch at {}", Lsn(lsn));
     }
 }
@@ -233,23 +233,23 @@ proptest! {
         for (record, _) in &records {
             for lsn in [record.end, Lsn(record.end.0 - 1), record.start] {
                 let expected = *ends.iter().rfind(|end| **end <= lsn).unwrap();
-                let found = time::round_down(&*history, lsn, START, end).unwrap();
+                let found = moments::round_down(&*history, lsn, START, end).unwrap();
                 prop_assert_eq!(found.end, expected);
                 let own = records.iter().find(|(record, _)| record.end == expected);
                 prop_assert_eq!(found.record_start, own.map_or(Lsn(START.0 - 0x28), |(record, _)| record.start));
             }
         }
-        let later = time::round_down(&*history, end + 1, START, end);
-        let is_refused = matches!(later, Err(TimeError::Future { .. }));
+        let later = moments::round_down(&*history, end + 1, START, end);
+        let is_refused = matches!(later, Err(MomentError::Future { .. }));
         prop_assert!(is_refused, "the future: {later:?}");
-        let earlier = time::round_down(&*history, Lsn(START.0 - 1), START, end);
-        let is_refused = matches!(earlier, Err(TimeError::BeforeHistory { .. }));
+        let earlier = moments::round_down(&*history, Lsn(START.0 - 1), START, end);
+        let is_refused = matches!(earlier, Err(MomentError::BeforeHistory { .. }));
         prop_assert!(is_refused, "before history: {earlier:?}");
 
         let first_later = records.iter().position(|(_, ended)| ended.is_some_and(|ended| ended > time));
-        match (time::moment(&*history, Timestamp(time), START, end).unwrap(), first_later) {
-            (Moment::At(boundary), Some(i)) => prop_assert_eq!(boundary.end, ends[i]),
-            (Moment::AllOfIt(boundary), None) => prop_assert_eq!(boundary.end, end),
+        match (moments::moment(&*history, Timestamp(time), START, end).unwrap(), first_later) {
+            (Found::At(boundary), Some(i)) => prop_assert_eq!(boundary.end, ends[i]),
+            (Found::AllOfIt(boundary), None) => prop_assert_eq!(boundary.end, end),
             other => prop_assert!(false, "{other:?}"),
         }
 
@@ -296,7 +296,7 @@ proptest! {
             ingest.advance().unwrap();
         }
         let end = history.applied();
-        let base = time::round_down(&*history, end, START, end).unwrap();
+        let base = moments::round_down(&*history, end, START, end).unwrap();
         let facts = TimelineFacts { system_identifier: 1, tli: 2, ancestors: Vec::new(), base, mock_authentication_nonce: [0; 32] };
         let cluster =
             ClusterFacts { major: Major::V15, catalog_version: 202_209_061, data_checksum_version: 0, default_char_signedness: true };

@@ -1,34 +1,40 @@
 //! Templates: for each Postgres version the cluster that new tenants begin with, made once and kept in the store.
 //!
-//! A template is `templates/<name>/template.json`, with its layers' rows and what else a tenant must know of it. The name is new each time one is
-//! made, so that a tenant never sees another than the one that it began with.
+//! A template is `templates/<name>/template`, with its layers' rows and what else a tenant must know of it; `templates/<name>/startup` has the blocks that a
+//! start reads, without which starts are merely slower; `templates/current-<major>` names the one for new tenants. The name is new each time one is made, so
+//! that a tenant never sees another than the one that it began with. Releases up to 0.1 wrote the three as bare JSON and text; they are still read.
 
-use std::collections::{BTreeSet, HashMap};
-use std::path::{Path, PathBuf};
+use std::collections::BTreeMap;
+use std::path::Path;
 use std::sync::Arc;
 
+use bytes::Bytes;
 use parking_lot::{Mutex, RwLock};
 use serde::{Deserialize, Serialize};
 use varve_postgres::{Lsn, Major};
-use varve_api::host::BlockName;
+use varve_storage::envelope::{self, Codec, EnvelopeError, Format};
+use varve_storage::ids::random_bytes;
 use varve_storage::manifest::LayerRow;
-use varve_storage::store::{ObjectName, Store};
+use varve_storage::store::{ObjectName, ParseObjectNameError, Store};
 
+use super::{TemplateError, import_data_directory};
 use crate::cluster::ClusterFacts;
-use crate::error::{Code, ServerError};
-use crate::layers::TemplateHistory;
-use crate::template::{RunAs, import_data_directory, prepare_template, server_major};
-use crate::timeline::OpenContext;
+use crate::context::Context;
+use crate::error::EngineError;
+use crate::histories::TemplateHistory;
 
 /// Most blocks that a start is given in one batch; a stock one reads about 100.
 const STARTUP_BLOCKS_MAX: usize = 1000;
-/// Version of `template.json`.
-const FORMAT_VERSION: u32 = 1;
+const TEMPLATE_FORMAT: Format = Format { magic: *b"VTPL", version: 1, what: "a template", content_bytes_max: 16 << 20 };
+const STARTUP_FORMAT: Format = Format { magic: *b"VTSB", version: 1, what: "a template's startup blocks", content_bytes_max: 1 << 20 };
+const CURRENT_FORMAT: Format = Format { magic: *b"VTCU", version: 1, what: "the name of a template", content_bytes_max: 1024 };
 
-/// What is kept of a template.
+/// A block that a start of Postgres reads: tablespace, database, relation, fork, block.
+pub type StartupBlock = (u32, u32, u32, u8, u32);
+
+/// What is kept of a template, as JSON in its envelope.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct TemplateFacts {
-    format_version: u32,
     /// What `initdb` fixed.
     pub cluster: ClusterFacts,
     /// Where its history ends and tenants' begin.
@@ -56,8 +62,7 @@ mod lsn_text {
 pub struct Template {
     name: String,
     facts: TemplateFacts,
-    /// Blocks that a start of Postgres reads, learnt from the first one; an object of its own, without which starts are merely slower.
-    startup_blocks: RwLock<Vec<BlockName>>,
+    startup_blocks: RwLock<Vec<StartupBlock>>,
 }
 
 impl Template {
@@ -71,8 +76,8 @@ impl Template {
         &self.facts
     }
 
-    /// Blocks that a start of Postgres reads.
-    pub fn startup_blocks(&self) -> Vec<BlockName> {
+    /// Blocks that a start of Postgres reads, learnt from the first one.
+    pub fn startup_blocks(&self) -> Vec<StartupBlock> {
         self.startup_blocks.read().clone()
     }
 }
@@ -81,116 +86,74 @@ impl Template {
 #[derive(Debug)]
 pub struct Templates {
     store: Store,
-    bin_dirs: Vec<(u32, PathBuf)>,
-    /// Versions whose binaries were found to be of that version.
-    checked: Mutex<BTreeSet<u32>>,
-    context: Arc<OpenContext>,
-    known: tokio::sync::Mutex<HashMap<String, Arc<Template>>>,
+    known: Mutex<BTreeMap<String, Arc<Template>>>,
 }
 
 impl Templates {
-    /// The templates of `store`, made with the Postgres binaries in `bin_dirs` or where Debian puts them.
-    pub fn new(store: Store, bin_dirs: Vec<(u32, PathBuf)>, context: Arc<OpenContext>) -> Templates {
-        Templates { store, bin_dirs, checked: Mutex::default(), context, known: tokio::sync::Mutex::default() }
+    /// The templates of `store`.
+    pub fn new(store: Store) -> Templates {
+        Templates { store, known: Mutex::default() }
     }
 
-    /// Folder of the binaries of a Postgres version. The first time, the server in it is asked which version it is.
+    /// The template for new tenants of a major, if there is one.
     ///
     /// # Errors
-    /// [`Code::HostUnfit`] when there are none here, or of another version.
-    pub fn bin_dir(&self, version: u32) -> Result<PathBuf, ServerError> {
-        let given = self.bin_dirs.iter().find(|(number, _)| *number == version).map(|(_, path)| path.clone());
-        let path = given.unwrap_or_else(|| Path::new("/usr/lib/postgresql").join(version.to_string()).join("bin"));
-        let postgres = path.join("postgres");
-        let unfit = |what: String| ServerError::new(Code::HostUnfit, format!("{what} start varve dev with --pg-bin-dir {version}=DIR"));
-        if !postgres.exists() {
-            return Err(unfit(format!(
-                "there is no PostgreSQL {version} here: {} does not exist; install postgresql-{version}, or",
-                postgres.display()
-            )));
+    /// When it cannot be read.
+    pub async fn current(&self, major: Major) -> Result<Option<Arc<Template>>, EngineError> {
+        let known = self.known.lock().values().find(|template| template.facts.cluster.major == major).cloned();
+        if known.is_some() {
+            return Ok(known);
         }
-        if !self.checked.lock().contains(&version) {
-            let found = server_major(&path).map_err(|error| unfit(format!("{error};")))?;
-            if found.number() != version {
-                return Err(unfit(format!("{} is PostgreSQL {found}, expected PostgreSQL {version};", postgres.display())));
-            }
-            self.checked.lock().insert(version);
-        }
-        Ok(path)
-    }
-
-    /// The template for new tenants of a version; of the newest that this host has if none is named. Made now if there is none.
-    ///
-    /// # Errors
-    /// When this host has no such Postgres, or the template cannot be made.
-    pub async fn for_version(&self, version: Option<u32>) -> Result<Arc<Template>, ServerError> {
-        let version = match version {
-            Some(version) if Major::from_number(version).is_none() => {
-                return Err(ServerError::new(Code::InvalidArgument, format!("PostgreSQL {version} is not supported: 14 to 18 are")));
-            }
-            Some(version) => version,
-            None => {
-                let newest = Major::ALL.iter().rev().map(|major| major.number()).find(|version| self.bin_dir(*version).is_ok());
-                newest.ok_or_else(|| {
-                    ServerError::new(Code::HostUnfit, "there is no PostgreSQL here: install one, such as Debian's package postgresql-15")
-                })?
-            }
-        };
-        let bin_dir = self.bin_dir(version)?;
-        let mut known = self.known.lock().await;
-        if let Some(template) = known.values().find(|template| template.facts.cluster.major.number() == version) {
-            return Ok(template.clone());
-        }
-        let pointer = current_pointer(version)?;
-        if let Some(bytes) = self.store.get_optional(&pointer).await? {
-            let name = String::from_utf8(bytes.to_vec()).map_err(|_| ServerError::internal(format!("{pointer} is damaged")))?;
-            return self.read(&mut known, name.trim()).await;
-        }
-        let name = format!("{version}-{}", uuid::Uuid::new_v4().simple());
-        let facts = self.make(version, bin_dir).await?;
-        let json = serde_json::to_vec_pretty(&facts).map_err(ServerError::internal)?;
-        self.store.put(&facts_object(&name)?, json.into()).await?;
-        self.store.put(&pointer, name.clone().into()).await?;
-        let template = Arc::new(Template { name: name.clone(), facts, startup_blocks: RwLock::default() });
-        known.insert(name, template.clone());
-        Ok(template)
+        let pointer = current_object(major)?;
+        let Some(bytes) = self.store.get_optional(&pointer).await? else { return Ok(None) };
+        let name = content(&CURRENT_FORMAT, &pointer, &bytes)?;
+        let name = String::from_utf8(name.to_vec()).map_err(|_| damaged(&pointer, "it names no template"))?;
+        self.by_name(name.trim()).await.map(Some)
     }
 
     /// The template that a tenant began with.
     ///
     /// # Errors
     /// When it cannot be read.
-    pub async fn by_name(&self, name: &str) -> Result<Arc<Template>, ServerError> {
-        let mut known = self.known.lock().await;
-        if let Some(template) = known.get(name) {
+    pub async fn by_name(&self, name: &str) -> Result<Arc<Template>, EngineError> {
+        if let Some(template) = self.known.lock().get(name) {
             return Ok(template.clone());
         }
-        self.read(&mut known, name).await
+        let object = template_object(name)?;
+        let (object, bytes) = match self.store.get_optional(&object).await? {
+            Some(bytes) => (object, bytes),
+            None => {
+                let old: ObjectName = format!("templates/{name}/template.json").parse()?;
+                let bytes = self.store.get(&old).await?;
+                (old, bytes)
+            }
+        };
+        let json = content(&TEMPLATE_FORMAT, &object, &bytes)?;
+        let facts: TemplateFacts = serde_json::from_slice(&json).map_err(|error| damaged(&object, &error.to_string()))?;
+        let startup_blocks = self.read_startup_blocks(name).await?;
+        Ok(self.keep(Template { name: name.to_owned(), facts, startup_blocks: RwLock::new(startup_blocks) }))
     }
 
-    async fn read(&self, known: &mut HashMap<String, Arc<Template>>, name: &str) -> Result<Arc<Template>, ServerError> {
-        let object = facts_object(name)?;
-        let bytes = self.store.get(&object).await?;
-        let facts: TemplateFacts =
-            serde_json::from_slice(&bytes).map_err(|error| ServerError::internal(format!("{object} cannot be read: {error}")))?;
-        if facts.format_version > FORMAT_VERSION {
-            return Err(ServerError::internal(format!(
-                "{object} has format version {}, this varve knows up to {FORMAT_VERSION}: use the newer varve that wrote it",
-                facts.format_version
-            )));
-        }
-        let learnt = self.store.get_optional(&startup_object(name)?).await?;
-        let startup_blocks = learnt.and_then(|bytes| serde_json::from_slice(&bytes).ok()).unwrap_or_default();
-        let template = Arc::new(Template { name: name.to_owned(), facts, startup_blocks: RwLock::new(startup_blocks) });
-        known.insert(name.to_owned(), template.clone());
-        Ok(template)
+    /// What is not there or cannot be read is learnt anew.
+    async fn read_startup_blocks(&self, name: &str) -> Result<Vec<StartupBlock>, EngineError> {
+        let object = startup_object(name)?;
+        let found = match self.store.get_optional(&object).await? {
+            Some(bytes) => Some(bytes),
+            None => self.store.get_optional(&format!("templates/{name}/startup.json").parse()?).await?,
+        };
+        let decoded = found.and_then(|bytes| content(&STARTUP_FORMAT, &object, &bytes).ok());
+        Ok(decoded.and_then(|json| serde_json::from_slice(&json).ok()).unwrap_or_default())
+    }
+
+    fn keep(&self, template: Template) -> Arc<Template> {
+        self.known.lock().entry(template.name.clone()).or_insert_with(|| Arc::new(template)).clone()
     }
 
     /// Keeps what the first start of a template's Postgres read.
     ///
     /// # Errors
     /// When the store does not take it.
-    pub async fn learn_startup_blocks(&self, template: &Template, mut blocks: Vec<BlockName>) -> Result<(), ServerError> {
+    pub async fn learn_startup_blocks(&self, template: &Template, mut blocks: Vec<StartupBlock>) -> Result<(), EngineError> {
         blocks.truncate(STARTUP_BLOCKS_MAX);
         {
             let mut known = template.startup_blocks.write();
@@ -199,60 +162,64 @@ impl Templates {
             }
             known.clone_from(&blocks);
         }
-        let json = serde_json::to_vec(&blocks).map_err(ServerError::internal)?;
-        Ok(self.store.put(&startup_object(&template.name)?, json.into()).await?)
+        let object = startup_object(&template.name)?;
+        let json = serde_json::to_vec(&blocks).map_err(|error| damaged(&object, &error.to_string()))?;
+        let bytes = envelope::encode(&STARTUP_FORMAT, Codec::Zstd, object.as_str(), &json)?;
+        Ok(self.store.put(&object, bytes).await?)
     }
 
-    /// Runs `initdb` and takes what it made into layers.
-    async fn make(&self, version: u32, bin_dir: PathBuf) -> Result<TemplateFacts, ServerError> {
-        let started = std::time::Instant::now();
-        let major = Major::from_number(version).ok_or_else(|| ServerError::internal("an unknown major"))?;
-        let context = self.context.clone();
-        let facts = tokio::task::spawn_blocking(move || -> Result<TemplateFacts, ServerError> {
-            let work = work_folder().map_err(ServerError::internal)?;
-            let made =
-                prepare_template(&bin_dir, work.path(), run_as()).map_err(|error| ServerError::new(Code::HostUnfit, error.to_string()))?;
-            let history = TemplateHistory::new(&context, major)?;
-            let imported = import_data_directory(&made.data_dir, history.timeline(), &mut |_| {}).map_err(ServerError::internal)?;
-            let layers = history.into_layers()?;
-            Ok(TemplateFacts { format_version: FORMAT_VERSION, cluster: imported.cluster, end: imported.end.end, layers })
-        });
-        let facts = facts.await.map_err(ServerError::internal)??;
-        tracing::info!(version, elapsed_ms = started.elapsed().as_millis(), "template made");
-        Ok(facts)
+    /// Takes a data directory of `major` that was shut down cleanly as the template for new tenants.
+    ///
+    /// # Errors
+    /// When it cannot be taken in, or the store does not take it.
+    pub async fn import(&self, context: &Arc<Context>, major: Major, dir: &Path) -> Result<Arc<Template>, EngineError> {
+        let facts = {
+            let (context, dir) = (context.clone(), dir.to_owned());
+            let threads = context.threads.clone();
+            let import = move || -> Result<TemplateFacts, EngineError> {
+                let history = TemplateHistory::new(&context, major)?;
+                let imported = import_data_directory(&dir, history.timeline(), &mut |_| {})?;
+                Ok(TemplateFacts { cluster: imported.cluster, end: imported.end.end, layers: history.into_layers()? })
+            };
+            threads.call(import).await??
+        };
+        if facts.cluster.major != major {
+            return Err(TemplateError::OtherMajor { dir: dir.to_owned(), found: facts.cluster.major.to_string(), expected: major }.into());
+        }
+        let name = format!("{}-{:032x}", major.number(), u128::from_be_bytes(random_bytes()?));
+        let (object, pointer) = (template_object(&name)?, current_object(major)?);
+        let json = serde_json::to_vec(&facts).map_err(|error| damaged(&object, &error.to_string()))?;
+        self.store.put(&object, envelope::encode(&TEMPLATE_FORMAT, Codec::Zstd, object.as_str(), &json)?).await?;
+        self.store.put(&pointer, envelope::encode(&CURRENT_FORMAT, Codec::None, pointer.as_str(), name.as_bytes())?).await?;
+        Ok(self.keep(Template { name, facts, startup_blocks: RwLock::default() }))
     }
 }
 
-fn facts_object(name: &str) -> Result<ObjectName, ServerError> {
-    format!("templates/{name}/template.json").parse().map_err(ServerError::internal)
+fn template_object(name: &str) -> Result<ObjectName, ParseObjectNameError> {
+    format!("templates/{name}/template").parse()
 }
 
-fn startup_object(name: &str) -> Result<ObjectName, ServerError> {
-    format!("templates/{name}/startup.json").parse().map_err(ServerError::internal)
+fn startup_object(name: &str) -> Result<ObjectName, ParseObjectNameError> {
+    format!("templates/{name}/startup").parse()
 }
 
-/// Object that names the template for new tenants of a version.
-fn current_pointer(version: u32) -> Result<ObjectName, ServerError> {
-    format!("templates/current-{version}").parse().map_err(ServerError::internal)
+/// Object that names the template for new tenants of a major.
+fn current_object(major: Major) -> Result<ObjectName, ParseObjectNameError> {
+    format!("templates/current-{}", major.number()).parse()
 }
 
-/// A temporary folder that Postgres's user can reach.
-fn work_folder() -> std::io::Result<tempfile::TempDir> {
-    use std::os::unix::fs::PermissionsExt as _;
-    let folder = tempfile::Builder::new().prefix("varve-template-").tempdir()?;
-    std::fs::set_permissions(folder.path(), std::fs::Permissions::from_mode(0o711))?;
-    Ok(folder)
-}
-
-/// The user that Postgres runs as when we are root.
-fn run_as() -> Option<RunAs> {
-    if !rustix::process::geteuid().is_root() {
-        return None;
+/// What is in an envelope; what has none was written bare by an older release.
+fn content(format: &Format, object: &ObjectName, bytes: &Bytes) -> Result<Bytes, EnvelopeError> {
+    if bytes.starts_with(&format.magic) {
+        Ok(envelope::decode(format, object.as_str(), bytes)?.content)
+    } else if bytes.starts_with(b"V") {
+        // Of another kind: let the envelope say so.
+        envelope::decode(format, object.as_str(), bytes).map(|decoded| decoded.content)
+    } else {
+        Ok(bytes.clone())
     }
-    let passwd = std::fs::read_to_string("/etc/passwd").ok()?;
-    passwd.lines().find_map(|line| {
-        let mut fields = line.split(':');
-        (fields.next() == Some("postgres")).then_some(())?;
-        Some(RunAs { uid: fields.nth(1)?.parse().ok()?, gid: fields.next()?.parse().ok()? })
-    })
+}
+
+fn damaged(object: &ObjectName, problem: &str) -> EnvelopeError {
+    EnvelopeError::Damaged { object: object.to_string(), problem: problem.to_owned() }
 }

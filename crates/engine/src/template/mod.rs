@@ -1,15 +1,15 @@
 //! Template: the cluster that every new tenant of a Postgres version begins with.
 //!
-//! Stock `initdb` runs once for each version ([`prepare_template`]), and what it made is taken into a history ([`import_data_directory`]) at the end of its
-//! last checkpoint. Tenants share that history and differ in what is no block: system identifier, passwords, TLI.
+//! Stock `initdb` runs once for each version, on a host, and what it made is taken into a history ([`import_data_directory`]) at the end of its
+//! last checkpoint, and kept in the store ([`Templates`]). Tenants share that history and differ in what is no block: system identifier, passwords, TLI.
 //!
 //! The import takes any data directory that was shut down cleanly, so it also serves to take an existing cluster in.
 
 mod import;
-mod initdb;
+mod kept;
 
 pub use import::{Imported, Progress, import_data_directory, read_control};
-pub use initdb::{RunAs, SUPERUSER, SYSTEM_ROLE, Template, prepare_template, server_major};
+pub use kept::{StartupBlock, Template, TemplateFacts, Templates};
 
 use std::path::PathBuf;
 
@@ -20,32 +20,6 @@ use varve_storage::history::HistoryError;
 /// A template that could not be made, or a data directory that could not be taken in.
 #[derive(Debug, thiserror::Error)]
 pub enum TemplateError {
-    /// No server where one was expected.
-    #[error("there is no Postgres in {}: install the server of the version you want (on Debian: apt-get install postgresql-15), or say where \
-             its programs are with --pg-bin-dir", .bin_dir.display())]
-    NoPostgres {
-        /// Where it was looked for.
-        bin_dir: PathBuf,
-    },
-    /// A server of a version that is not supported.
-    #[error("the Postgres in {} is of version '{version}': 14 to 18 are supported", .bin_dir.display())]
-    UnsupportedVersion {
-        /// Where it is.
-        bin_dir: PathBuf,
-        /// What it says.
-        version: String,
-    },
-    /// Postgres refuses to run as root.
-    #[error("Postgres refuses to run as root: start varve as another user, or give it a user for Postgres to run as (such as 'postgres')")]
-    Root,
-    /// A program failed.
-    #[error("{program} failed: {what}")]
-    Program {
-        /// Which.
-        program: String,
-        /// What it said.
-        what: String,
-    },
     /// The cluster is not stopped.
     #[error("the cluster in {} is {state}: stop it cleanly first (pg_ctl stop -m fast)", .dir.display())]
     NotShutDown {

@@ -12,23 +12,23 @@ use varve_storage::kept_wal::{Keeper, KeptWalError, PIECE_BYTES_MAX};
 use varve_storage::manifest::ManifestEdit;
 use varve_storage::wal_log::WalLogError;
 
-use super::ServedTimeline;
+use super::LiveTimeline;
 
 /// So far behind the last record that carries its pages WAL is kept.
 const PAUSE_BYTES_MAX: u64 = 1 << 20;
 
 /// WAL without a gap that can be had from one place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct WalRange {
+pub struct WalRange {
     /// Its first byte.
-    pub(crate) start: Lsn,
+    pub start: Lsn,
     /// The byte behind its last.
-    pub(crate) end: Lsn,
+    pub end: Lsn,
     /// Whether it is in the store; else it is in this pageserver's WAL log only.
-    pub(crate) in_store: bool,
+    pub in_store: bool,
 }
 
-impl ServedTimeline {
+impl LiveTimeline {
     /// Remembers that the record that ends at `end` carries its pages. Records come in order.
     pub(super) fn note_check_images(&self, end: Lsn) {
         self.check_images.store(end.0, Ordering::Release);
@@ -44,7 +44,7 @@ impl ServedTimeline {
     /// # Errors
     /// When it cannot be read or uploaded; to be called again later.
     pub(super) fn keep_wal(&self, end: Lsn) -> Result<Vec<ManifestEdit>, KeptWalError> {
-        let layered = self.layered();
+        let layered = self.positions().layered();
         if end <= layered || !self.keeps_wal(layered, end) {
             return Ok(Vec::new());
         }
@@ -54,24 +54,21 @@ impl ServedTimeline {
             generation: self.manifest.generation(),
             store: &self.context.resources.store,
         };
-        let pieces = keeper.keep((layered, end), &mut |from, max| self.wal.read(self.tenant, self.facts.id, from, max))?;
+        let pieces = keeper.keep((layered, end), &mut |from, max| self.context.wal.read(self.tenant, self.facts.id, from, max))?;
         tracing::debug!(timeline = self.name, start = %layered, %end, pieces = pieces.len(), "WAL that carries its pages is kept");
         Ok(pieces.into_iter().map(ManifestEdit::KeepWal).collect())
     }
 
     /// Where there is WAL of this timeline, below `limit`, that is kept, or will be; ascending. Of records that ingest has not seen yet it is not known
     /// whether they carry their pages.
-    pub(crate) fn wal_ranges(&self, limit: Lsn) -> Vec<WalRange> {
+    pub fn wal_ranges(&self, limit: Lsn) -> Vec<WalRange> {
         let mut ranges: Vec<WalRange> = Vec::new();
         let mut add = |start: Lsn, end: Lsn, in_store: bool| match ranges.last_mut() {
             Some(last) if last.end == start && last.in_store == in_store => last.end = end,
             _ => ranges.push(WalRange { start, end, in_store }),
         };
         // *layered* first: a flush publishes before it moves it, so what it says is in the store is in the manifest, and pieces beyond do not count yet.
-        let (layered, head) = {
-            let positions = self.positions.lock();
-            (positions.layered, positions.head)
-        };
+        let (layered, head) = (self.positions().layered(), self.positions().head());
         let published = self.manifest.state();
         for piece in published.kept_wal().filter(|piece| piece.lsn_start < limit.min(layered)) {
             add(piece.lsn_start, piece.lsn_end.min(limit), true);
@@ -87,9 +84,9 @@ impl ServedTimeline {
     ///
     /// # Errors
     /// When the store or the WAL log cannot be read.
-    pub(crate) fn wal_bytes(&self, from: Lsn, limit: Lsn) -> Result<Option<Bytes>, KeptWalError> {
-        let max = limit.min(self.head()).distance_from(from).min(PIECE_BYTES_MAX as u64) as usize;
-        match self.wal.read(self.tenant, self.facts.id, from, max) {
+    pub fn wal_bytes(&self, from: Lsn, limit: Lsn) -> Result<Option<Bytes>, KeptWalError> {
+        let max = limit.min(self.positions().head()).distance_from(from).min(PIECE_BYTES_MAX as u64) as usize;
+        match self.context.wal.read(self.tenant, self.facts.id, from, max) {
             Ok(bytes) => return Ok(Some(bytes).filter(|bytes| !bytes.is_empty())),
             // What the log lets go of is published before.
             Err(WalLogError::NotHeld { .. }) => {}

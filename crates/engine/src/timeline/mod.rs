@@ -1,64 +1,49 @@
-//! A timeline that this pageserver serves: its positions, its ingest, its writer.
+//! A timeline that this pageserver has open: its positions, its writer, its background work.
 //!
 //! ```text
-//! compute ── WAL ──> wal_receiver ──> WAL log (fsync, acknowledge) ──> head
-//!                                        │
-//!                                        └── ingest (a thread) ──> history ──> applied ── flush ──> layers ──> layered
+//! compute ── WAL ──> WalStream ──> WAL log (fsync, acknowledge) ──> head
+//!                                     │
+//!                                     └── ingest ──> history ──> applied ── flush ──> layers ──> layered ── merge
 //! ```
-//! **Positions.** *head* is the end of the last whole record that is durable in the WAL log: it is raised before a commit is acknowledged, so
-//! that "head" of a branch holds every acknowledged commit. *applied* is what reads may see; it follows. *layered* is what the store has.
-//! All three are derived anew from tenant log, manifest and WAL log when the timeline is opened.
+//! **Positions** ([`varve_storage::timeline::Positions`]) are one set of atomics, kept by the history: *head* is raised before a commit is
+//! acknowledged, so "head" of a branch holds every acknowledged commit; *applied* and *layered* follow. All three are derived anew from tenant log,
+//! manifest and WAL log when the timeline is opened.
 //!
-//! **Writer.** At most one compute writes; see [`writer`]. **Ingest** reads the WAL log up to *head* only: what lies behind may be void
-//! tomorrow; see [`ingest_worker`].
+//! **Writer.** At most one compute writes, through one [`WalStream`]; see [`epochs`].
+//!
+//! **Background work** is steps of the [`crate::work_queue::WorkQueue`]: [`ingest`] reads the WAL log up to *head* only (what lies behind may be void
+//! tomorrow), [`flush`] turns memory into layers, [`merge`] layers into fewer. A timeline without news has no work, no thread and no wake-up, and is
+//! closed after a while ([`LiveTimeline::is_idle`]).
 
-mod compaction;
+mod epochs;
 mod flush;
-mod ingest_worker;
+mod ingest;
 mod kept_wal;
+mod merge;
 mod open;
-mod writer;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::time::{Duration, Instant};
 
-use parking_lot::{Condvar, Mutex, MutexGuard};
+use parking_lot::Mutex;
 use varve_postgres::{Lsn, Major};
 use varve_storage::ids::{TenantId, TimelineId};
 use varve_storage::manifest::Manifest;
 use varve_storage::tenant_log::TimelineFacts;
-use varve_storage::timeline::Timeline;
-use varve_storage::wal_log::WalLog;
+use varve_storage::threads::Threads;
+use varve_storage::timeline::{Position, Positions, Stopped, Timeline, WaitError};
 
-pub(crate) use kept_wal::WalRange;
-pub use open::OpenContext;
+pub use epochs::{EpochStart, StreamEnd, StreamError, Tail, WalStream};
+pub use kept_wal::WalRange;
 pub(crate) use open::OpenTimeline;
-pub use writer::{ComputeAddress, EpochStart, Tail};
 
-/// How long a timeline that stops waits for a flush that has begun to give up.
-const FLUSH_END_MAX: Duration = Duration::from_secs(10);
-
-/// Where a timeline stands.
-#[derive(Clone, Debug)]
-struct Positions {
-    /// End of the last whole, durable record.
-    head: Lsn,
-    /// Everything up to here can be read.
-    applied: Lsn,
-    /// Everything up to here is in uploaded layers.
-    layered: Lsn,
-    /// How many wait to read what is not applied yet.
-    readers_waiting: u32,
-    /// Ingest sleeps until there is WAL.
-    ingest_sleeps: bool,
-    /// Why ingest stopped, if it did.
-    stopped: Option<String>,
-}
+use crate::context::Context;
+use crate::work_queue::{Kind, Next, Work, WorkId};
 
 /// See the module's doc.
 #[derive(Debug)]
-pub struct ServedTimeline {
+pub struct LiveTimeline {
     tenant: TenantId,
     /// `tenant/timeline id`, for logs.
     name: String,
@@ -67,33 +52,32 @@ pub struct ServedTimeline {
     system_identifier: u64,
     history: Arc<Timeline>,
     /// The ancestor, and up to where its history counts here.
-    ancestor: Option<(Arc<ServedTimeline>, Lsn)>,
-    wal: Arc<WalLog>,
-    context: Arc<OpenContext>,
-    positions: Mutex<Positions>,
-    changed: Condvar,
-    /// Where ingest waits.
-    ingest_wakes: Condvar,
-    stopping: AtomicBool,
-    worker: Mutex<Option<std::thread::JoinHandle<()>>>,
-    writer: tokio::sync::Mutex<writer::Writer>,
-    /// Held by a compute that begins.
-    pub(crate) beginning: tokio::sync::Mutex<()>,
-    /// End of the newest record that carries its pages (an [`Lsn`]), or of the WAL that was kept for such before this was opened; see [`kept_wal`].
-    check_images: std::sync::atomic::AtomicU64,
-    /// The store is to have everything up to here soon (an [`Lsn`]): a commit waits for it.
-    awaited: std::sync::atomic::AtomicU64,
-    /// Whether a flush runs.
-    flushing: AtomicBool,
-    /// Whether layers are being merged.
-    compacting: AtomicBool,
+    ancestor: Option<(Arc<LiveTimeline>, Lsn)>,
+    context: Arc<Context>,
     manifest: Manifest,
+    writer: tokio::sync::Mutex<epochs::Writer>,
+    ingest: Mutex<ingest::IngestState>,
+    /// Whether ingest is scheduled for what is at head, so that a commit need not look at the queue.
+    ingest_scheduled: AtomicBool,
+    /// Whether it is scheduled without delay.
+    ingest_hurried: AtomicBool,
+    /// End of the newest record that carries its pages (an [`Lsn`]), or of the WAL that was kept for such before this was opened; see [`kept_wal`].
+    check_images: AtomicU64,
+    /// The store is to have everything up to here soon (an [`Lsn`]): a commit waits for it.
+    awaited: AtomicU64,
+    flush: Mutex<flush::FlushState>,
+    used_at: Mutex<Instant>,
 }
 
-impl ServedTimeline {
+impl LiveTimeline {
     /// Its id.
     pub fn id(&self) -> TimelineId {
         self.facts.id
+    }
+
+    /// Its tenant's.
+    pub fn tenant(&self) -> TenantId {
+        self.tenant
     }
 
     /// What it is from its first day.
@@ -106,129 +90,155 @@ impl ServedTimeline {
         self.major
     }
 
-    /// Its history, readable up to [`ServedTimeline::applied`].
+    /// Its system identifier.
+    pub fn system_identifier(&self) -> u64 {
+        self.system_identifier
+    }
+
+    /// `tenant/timeline id`, for logs.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Where its blocking work runs.
+    pub fn threads(&self) -> &Arc<dyn Threads> {
+        &self.context.threads
+    }
+
+    /// Its history, readable up to *applied*.
     pub fn history(&self) -> &Arc<Timeline> {
         &self.history
     }
 
-    /// End of the last whole record that is durable.
-    pub fn head(&self) -> Lsn {
-        self.positions.lock().head
+    /// Where it stands.
+    pub fn positions(&self) -> &Positions {
+        self.history.positions()
     }
 
-    /// Everything up to here can be read.
-    pub fn applied(&self) -> Lsn {
-        self.positions.lock().applied
+    /// The ancestor, and up to where its history counts here.
+    pub fn ancestor(&self) -> Option<(&Arc<LiveTimeline>, Lsn)> {
+        self.ancestor.as_ref().map(|(ancestor, lsn)| (ancestor, *lsn))
     }
 
-    /// Both of the above at one moment.
-    pub fn applied_and_head(&self) -> (Lsn, Lsn) {
-        let positions = self.positions.lock();
-        (positions.applied, positions.head)
+    /// This timeline and its ancestors, nearest first, each with the end of the part of its history that counts here, which is at most `limit`.
+    pub fn owners(self: &Arc<Self>, limit: Lsn) -> Vec<(Arc<LiveTimeline>, Lsn)> {
+        let mut owners = vec![(self.clone(), limit)];
+        while let Some((ancestor, lsn)) =
+            owners.last().and_then(|(last, limit)| last.ancestor().map(|(a, lsn)| (a.clone(), lsn.min(*limit))))
+        {
+            owners.push((ancestor, lsn));
+        }
+        owners
     }
 
-    /// Everything up to here is in the store.
-    pub fn layered(&self) -> Lsn {
-        self.positions.lock().layered
-    }
-
-    /// Why ingest stopped, if it did, here or on an ancestor before what this timeline shows of it: a record that is not supported, or damaged
-    /// layers.
-    pub fn stopped(&self) -> Option<String> {
-        self.stopped_before(Lsn::MAX)
-    }
-
-    /// The same for what this timeline shows up to `lsn`.
-    fn stopped_before(&self, lsn: Lsn) -> Option<String> {
-        let own = {
-            let positions = self.positions.lock();
-            positions.stopped.clone().filter(|_| positions.applied < lsn)
-        };
-        own.or_else(|| {
-            let (ancestor, branch_lsn) = self.ancestor.as_ref()?;
-            ancestor.stopped_before(lsn.min(*branch_lsn))
-        })
+    /// Why ingest stopped, if it did, here or on an ancestor before what this timeline shows of it.
+    pub fn stopped(&self) -> Option<Stopped> {
+        let (mut timeline, mut shown) = (self, Lsn::MAX);
+        loop {
+            let stopped = timeline.positions().stopped().filter(|_| timeline.positions().applied() < shown);
+            if stopped.is_some() {
+                return stopped.cloned();
+            }
+            let (ancestor, branch_lsn) = timeline.ancestor()?;
+            (timeline, shown) = (ancestor, shown.min(branch_lsn));
+        }
     }
 
     /// Where the oldest history that this timeline can show begins.
     pub fn first_lsn(&self) -> Lsn {
-        self.ancestor.as_ref().map_or(self.facts.start, |(ancestor, _)| ancestor.first_lsn())
+        let mut timeline = self;
+        while let Some((ancestor, _)) = timeline.ancestor() {
+            timeline = ancestor;
+        }
+        timeline.facts.start
     }
 
-    /// Waits until everything up to `lsn` can be read, here and on the ancestors.
+    /// Waits until everything up to `lsn` can be read, here and on the ancestors. Takes no thread; over when the future is dropped.
     ///
     /// # Errors
-    /// In words: ingest has stopped before it, or it did not arrive in time.
-    pub fn wait_applied(&self, lsn: Lsn, limit: Duration) -> Result<(), String> {
-        if let Some((ancestor, branch_lsn)) = &self.ancestor {
-            ancestor.wait_applied(lsn.min(*branch_lsn), limit)?;
-        }
-        self.wait_own_applied(lsn, limit)
-    }
-
-    /// The same, without the ancestors.
-    fn wait_own_applied(&self, lsn: Lsn, limit: Duration) -> Result<(), String> {
-        let mut positions = self.positions.lock();
-        if positions.applied >= lsn {
-            return Ok(());
-        }
-        positions.readers_waiting += 1;
-        self.ingest_wakes.notify_one();
-        let result = self.wait_own_applied_locked(&mut positions, lsn, Instant::now() + limit);
-        positions.readers_waiting -= 1;
-        result
-    }
-
-    fn wait_own_applied_locked(&self, positions: &mut MutexGuard<'_, Positions>, lsn: Lsn, deadline: Instant) -> Result<(), String> {
-        while positions.applied < lsn {
-            if let Some(reason) = &positions.stopped {
-                return Err(format!("ingest of timeline {} stopped at {}: {reason}", self.name, positions.applied));
-            }
-            if self.stopping.load(Ordering::Acquire) {
-                return Err("the pageserver is stopping".to_owned());
-            }
-            if self.changed.wait_until(positions, deadline).timed_out() && positions.applied < lsn {
-                return Err(format!(
-                    "timeline {} has no WAL up to {lsn}: it ends at {}, of which {} is applied",
-                    self.name, positions.head, positions.applied
-                ));
+    /// [`WaitError`]: ingest has stopped before it, or it did not arrive within `limit`.
+    pub async fn wait_applied(self: &Arc<Self>, lsn: Lsn, limit: Duration) -> Result<(), WaitError> {
+        for (owner, lsn) in self.owners(lsn) {
+            if owner.positions().applied() < lsn {
+                owner.hurry_ingest();
+                owner.positions().wait(Position::Applied, lsn, limit).await?;
             }
         }
         Ok(())
     }
 
-    /// Ends the ingest and the WAL receiver. Blocks until both have ended.
-    pub async fn stop(&self) {
-        self.stopping.store(true, Ordering::Release);
-        {
-            // Under the lock, so that nobody who has just looked misses it.
-            let _positions = self.positions.lock();
-            self.changed.notify_all();
-            self.ingest_wakes.notify_all();
-        }
-        self.writer.lock().await.end_stream().await;
-        let deadline = Instant::now() + FLUSH_END_MAX;
-        while self.flushing.load(Ordering::Acquire) && Instant::now() < deadline {
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
-        let worker = self.worker.lock().take();
-        if let Some(worker) = worker {
-            let _ = tokio::task::spawn_blocking(move || worker.join()).await;
+    /// Whether everything up to `lsn` can be read right now, here and on the ancestors.
+    pub fn is_applied(&self, lsn: Lsn) -> bool {
+        let (mut timeline, mut lsn) = (self, lsn);
+        loop {
+            if timeline.positions().applied() < lsn {
+                return false;
+            }
+            match timeline.ancestor() {
+                Some((ancestor, branch_lsn)) => (timeline, lsn) = (ancestor, lsn.min(branch_lsn)),
+                None => return true,
+            }
         }
     }
 
-    /// Says that WAL up to `head` is durable.
-    fn raise_head(&self, head: Lsn) {
-        let mut positions = self.positions.lock();
-        positions.head = positions.head.max(head);
-        if positions.ingest_sleeps {
-            positions.ingest_sleeps = false;
-            self.ingest_wakes.notify_one();
+    /// Says that somebody has use for it: it is not closed for a while.
+    pub fn touch(&self) {
+        *self.used_at.lock() = (self.context.resources.clock)();
+    }
+
+    /// Whether it can be closed without loss of anything but time: nobody writes it, all it has is in layers, nothing is scheduled on it, and nobody had
+    /// use for it for `unused`. Who still holds it is for the caller to know.
+    pub fn is_idle(&self, unused: Duration) -> bool {
+        let positions = self.positions();
+        let now = (self.context.resources.clock)();
+        now.duration_since(*self.used_at.lock()) >= unused
+            && !positions.is_awaited()
+            && (positions.stopped().is_some() || positions.layered() == positions.head())
+            && self.history.memtable_is_empty()
+            && self.context.queue.is_idle(self.tenant, self.facts.id)
+            && self.writer.try_lock().is_ok_and(|writer| !writer.has_stream())
+    }
+
+    /// Sees to it that a timeline that nobody had use for since `unused` is soon wholly in the store, so that it can be closed.
+    pub fn flush_if_unused(self: &Arc<Self>, unused: Duration) {
+        let now = (self.context.resources.clock)();
+        let is_unused = now.duration_since(*self.used_at.lock()) >= unused;
+        if is_unused && self.positions().stopped().is_none() && self.positions().layered() < self.positions().head() {
+            self.hurry_ingest();
+            self.flush_soon();
         }
     }
 
-    fn update(&self, change: impl FnOnce(&mut Positions)) {
-        change(&mut self.positions.lock());
-        self.changed.notify_all();
+    /// Ends the stream and the background work, and all waiting. Returns when no step runs any more.
+    pub async fn close(&self) {
+        self.positions().close();
+        if let Err(error) = self.writer.lock().await.end_stream(StreamEnd::Closing, &self.context.threads).await {
+            tracing::error!(timeline = self.name, %error, "the stream was not ended in good order");
+        }
+        self.context.queue.cancel(self.tenant, self.facts.id).await;
+        self.context.wal.detach(self.tenant, self.facts.id);
+    }
+
+    fn is_closing(&self) -> bool {
+        self.positions().is_closing()
+    }
+
+    fn schedule(self: &Arc<Self>, kind: Kind, delay: Duration) {
+        if !self.is_closing() {
+            self.context.queue.schedule(WorkId { kind, tenant: self.tenant, timeline: self.facts.id }, self, delay);
+        }
+    }
+}
+
+impl Work for LiveTimeline {
+    fn step(self: Arc<Self>, kind: Kind) -> Next {
+        if self.is_closing() {
+            return Next::Done;
+        }
+        match kind {
+            Kind::Ingest => self.ingest_step(),
+            Kind::Flush => self.flush_step(),
+            Kind::Merge => self.merge_step(),
+        }
     }
 }

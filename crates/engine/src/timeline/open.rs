@@ -2,46 +2,29 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::time::Duration;
 
-use parking_lot::{Condvar, Mutex};
+use parking_lot::Mutex;
 use varve_postgres::wal::Framer;
 use varve_postgres::{Lsn, Major};
-use varve_storage::ids::{TenantId, WalLogId, WriterEpoch};
-use varve_storage::store::Store;
+use varve_storage::ids::{TenantId, WriterEpoch};
 use varve_storage::tenant_log::TimelineState;
-use varve_storage::timeline::Resources;
-use varve_storage::wal_log::WalLog;
+use varve_storage::timeline::Position;
 
-use super::writer::{Tail, Writer};
-use super::{Positions, ServedTimeline};
-use crate::error::ServerError;
-use crate::layers::OpenedHistory;
+use super::LiveTimeline;
+use super::epochs::{Tail, Writer};
+use super::flush::FlushState;
+use super::ingest::IngestState;
+use crate::context::Context;
+use crate::error::EngineError;
+use crate::histories::OpenedHistory;
+use crate::work_queue::Kind;
 
 /// Bytes of WAL that one read brings while the log's tail is framed.
 const READ_SIZE: usize = 4 * 1024 * 1024;
 
-/// What all timelines of a pageserver share.
-pub struct OpenContext {
-    /// The WAL log.
-    pub wal: Arc<WalLog>,
-    /// Its identity.
-    pub wal_log: WalLogId,
-    /// For work that a timeline starts from its own threads.
-    pub runtime: tokio::runtime::Handle,
-    /// The store.
-    pub store: Store,
-    /// The engine's shared parts.
-    pub resources: Arc<Resources>,
-}
-
-impl std::fmt::Debug for OpenContext {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "OpenContext(WAL log {})", self.wal_log)
-    }
-}
-
 /// What a timeline is opened with.
-pub(crate) struct OpenTimeline<'a> {
+pub(crate) struct OpenTimeline {
     /// Tenant.
     pub(crate) tenant: TenantId,
     /// Major of its Postgres.
@@ -49,38 +32,34 @@ pub(crate) struct OpenTimeline<'a> {
     /// Its system identifier.
     pub(crate) system_identifier: u64,
     /// What the tenant log says.
-    pub(crate) state: &'a TimelineState,
+    pub(crate) state: TimelineState,
     /// The history, with the manifest's layers.
     pub(crate) history: OpenedHistory,
     /// The ancestor, opened.
-    pub(crate) ancestor: Option<(Arc<ServedTimeline>, Lsn)>,
+    pub(crate) ancestor: Option<(Arc<LiveTimeline>, Lsn)>,
     /// What is shared.
-    pub(crate) context: Arc<OpenContext>,
+    pub(crate) context: Arc<Context>,
 }
 
-impl ServedTimeline {
-    /// Opens a timeline and starts its ingest. Blocks: it frames what the WAL log holds of it.
+impl LiveTimeline {
+    /// Opens a timeline; ingest goes on where layers end. Blocks: it frames what the WAL log holds of it.
     ///
     /// # Errors
     /// When the WAL log is damaged or lacks what it should hold.
-    pub(crate) fn open(open: OpenTimeline<'_>) -> Result<Arc<ServedTimeline>, ServerError> {
+    pub(crate) fn open(open: OpenTimeline) -> Result<Arc<LiveTimeline>, EngineError> {
         let facts = open.state.facts.clone();
         let OpenedHistory { history, layered, manifest } = open.history;
         let (tenant, timeline) = (open.tenant, facts.id);
         let epochs: Vec<(WriterEpoch, Lsn)> = open.state.epochs.iter().map(|epoch| (epoch.epoch, epoch.lsn)).collect();
-        let wal = open.context.wal.clone();
-        wal.attach(tenant, timeline, &epochs, layered).map_err(ServerError::internal)?;
+        let wal = &open.context.wal;
+        wal.attach(tenant, timeline, &epochs, layered)?;
         let mut framer = Framer::new(open.major, Some(open.system_identifier), layered, None);
         loop {
-            let mut bytes = wal.read(tenant, timeline, framer.position(), READ_SIZE).map_err(ServerError::internal)?;
+            let mut bytes = wal.read(tenant, timeline, framer.position(), READ_SIZE)?;
             if bytes.is_empty() {
                 break;
             }
-            while framer
-                .next_record(&mut bytes)
-                .map_err(|error| ServerError::internal(format!("the WAL log's bytes of timeline {timeline} are damaged: {error}")))?
-                .is_some()
-            {}
+            while framer.next_record(&mut bytes).map_err(|error| EngineError::DamagedWal { timeline, error })?.is_some() {}
         }
         let head = framer.framed();
         let tail = match open.state.epochs.last() {
@@ -92,14 +71,9 @@ impl ServedTimeline {
         let check_images = manifest.state().kept_wal_end();
         let name = format!("{tenant}/{timeline}");
         tracing::info!(timeline = name, %head, layered = %layered, ?tail, "opened");
-        let writer = Writer {
-            epoch: open.state.epochs.last().map_or(WriterEpoch(0), |last| last.epoch),
-            tail,
-            standby_name: None,
-            receiver: None,
-            stream_over: Arc::default(),
-        };
-        let served = Arc::new(ServedTimeline {
+        let epoch = open.state.epochs.last().map_or(WriterEpoch(0), |last| last.epoch);
+        let used_at = (open.context.resources.clock)();
+        let live = Arc::new(LiveTimeline {
             tenant,
             name,
             facts,
@@ -107,22 +81,23 @@ impl ServedTimeline {
             system_identifier: open.system_identifier,
             history,
             ancestor: open.ancestor,
-            wal,
             context: open.context,
-            positions: Mutex::new(Positions { head, applied: layered, layered, readers_waiting: 0, ingest_sleeps: false, stopped: None }),
-            changed: Condvar::new(),
-            ingest_wakes: Condvar::new(),
+            manifest,
+            writer: tokio::sync::Mutex::new(Writer::new(epoch, tail)),
+            ingest: Mutex::new(IngestState::new(open.major, open.system_identifier, layered)),
+            ingest_scheduled: AtomicBool::new(false),
+            ingest_hurried: AtomicBool::new(false),
             check_images: AtomicU64::new(check_images.0),
             awaited: AtomicU64::new(0),
-            stopping: AtomicBool::new(false),
-            worker: Mutex::new(None),
-            writer: tokio::sync::Mutex::new(writer),
-            beginning: tokio::sync::Mutex::new(()),
-            flushing: AtomicBool::new(false),
-            compacting: AtomicBool::new(false),
-            manifest,
+            flush: Mutex::new(FlushState::default()),
+            used_at: Mutex::new(used_at),
         });
-        served.start_ingest().map_err(|error| ServerError::internal(format!("cannot start a thread: {error}")))?;
-        Ok(served)
+        live.positions().raise(Position::Head, head);
+        if head > layered {
+            live.hurry_ingest();
+        }
+        // Layers that an earlier run did not merge.
+        live.schedule(Kind::Merge, Duration::ZERO);
+        Ok(live)
     }
 }

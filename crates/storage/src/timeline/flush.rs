@@ -11,9 +11,11 @@ use varve_postgres::Lsn;
 use super::layer_file::{LayerFiles, WriteError, WrittenLayer, upload};
 use super::{Frozen, Position, Timeline, View, open_layer};
 use crate::chain::{ChainLength, Version, image, page_number};
+use crate::edit_log::EditLogError;
 use crate::envelope::Codec;
 use crate::history::HistoryError;
 use crate::ids::LayerId;
+use crate::kept_wal::KeptWalError;
 use crate::key::Key;
 use crate::manifest::{LayerRow, ManifestEdit};
 
@@ -38,9 +40,27 @@ impl LayerChange {
 }
 
 /// Why a change could not be published.
-#[derive(Debug, Clone, thiserror::Error)]
-#[error("{0}")]
-pub struct PublishError(pub String);
+#[derive(Debug, thiserror::Error)]
+pub enum PublishError {
+    /// Another server has the tenant: this one publishes nothing more.
+    #[error(transparent)]
+    Fenced(EditLogError),
+    /// The manifest could not be written.
+    #[error(transparent)]
+    Log(EditLogError),
+    /// WAL that is to be kept could not be uploaded before.
+    #[error("the WAL below them is to be kept: {0}")]
+    KeptWal(#[from] KeptWalError),
+}
+
+impl From<EditLogError> for PublishError {
+    fn from(error: EditLogError) -> PublishError {
+        match error {
+            EditLogError::Fenced { .. } => PublishError::Fenced(error),
+            error => PublishError::Log(error),
+        }
+    }
+}
 
 /// Publishes a change of layers: when it returns well, the change is durable. After an error it may be repeated, with the same change.
 pub type Publish<'a> = dyn FnMut(&LayerChange) -> Result<(), PublishError> + 'a;

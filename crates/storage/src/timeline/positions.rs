@@ -296,7 +296,7 @@ mod tests {
         gone.abort();
         assert!(gone.await.is_err());
         positions.raise(Position::Applied, Lsn(20));
-        positions.stop("a record of rmgr 200".into());
+        positions.stop(Arc::from(Box::<dyn Error + Send + Sync>::from("a record of rmgr 200")));
         assert!(waiting.await.unwrap().unwrap_err().to_string().contains("stopped at 0/14, before 0/1E: a record of rmgr 200"));
         positions.wait(Position::Applied, Lsn(20), FAR).await.expect("what is applied stays so");
         positions.raise(Position::Layered, Lsn(20));

@@ -61,6 +61,18 @@ impl Timeline {
         true
     }
 
+    /// Whether nothing was put since the last memtable was frozen, and none waits to be flushed.
+    pub fn memtable_is_empty(&self) -> bool {
+        let view = self.view.load();
+        view.active.is_empty() && view.frozen.is_empty()
+    }
+
+    /// How long ago something was first put into the memtable that is being written.
+    pub fn memtable_age(&self) -> Option<Duration> {
+        let first_put = self.view.load().active.first_put()?;
+        Some((self.resources.clock)().duration_since(first_put))
+    }
+
     /// Memtables that wait to be flushed.
     pub fn frozen_memtables(&self) -> usize {
         self.view.load().frozen.len()

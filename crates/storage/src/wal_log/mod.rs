@@ -172,9 +172,9 @@ impl WalLog {
         let mut guard = self.state.lock();
         let state = &mut *guard;
         let index = state.timelines.entry((tenant, timeline)).or_default();
-        if !index.settled
-            && let Some(lsn) = index.settle(epochs, layered, &mut state.live)
-        {
+        // Another server may have had the tenant since this was attached before: then there are epochs that the index does not know.
+        let is_known = index.settled && epochs.last().is_none_or(|last| *last == (index.epoch, index.epoch_start));
+        if !is_known && let Some(lsn) = index.settle(epochs, layered, &mut state.live) {
             return Err(WalLogError::NotHeld { timeline, lsn });
         }
         Ok(index.end)
@@ -373,6 +373,14 @@ impl WalLog {
             index.release(lsn, &mut state.live);
         }
         self.free_segments(state);
+    }
+
+    /// The timeline is closed: what is held of it stays, and counts; a timeline of which nothing is held is not remembered.
+    pub fn detach(&self, tenant: TenantId, timeline: TimelineId) {
+        let mut state = self.state.lock();
+        if state.timelines.get(&(tenant, timeline)).is_some_and(|index| index.settled && index.live().is_empty()) {
+            state.timelines.remove(&(tenant, timeline));
+        }
     }
 
     /// The timeline is gone: nothing of it is needed.

@@ -1,9 +1,8 @@
-//! Where histories come from: the shared resources of the engine, a timeline's layers, and a template's.
+//! Where histories come from: the shared resources of the engine, a timeline's layers, a template's.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use tokio::sync::Semaphore;
 use varve_postgres::{Lsn, Major};
 use varve_storage::block_cache::BlockCache;
 use varve_storage::budget::MemoryBudget;
@@ -15,44 +14,42 @@ use varve_storage::manifest::{LayerRow, Manifest};
 use varve_storage::page_cache::PageCache;
 use varve_storage::store::Store;
 use varve_storage::tenant_log::TimelineState;
+use varve_storage::threads::Threads;
 use varve_storage::timeline::{
-    LAYER_BYTES_TARGET, LayerChange, MEMTABLE_BYTES_MAX, MERGES_MAX, RANGE_CACHE_BYTES_MAX, Resources, Timeline, TimelineSpec,
+    LAYER_BYTES_TARGET, LayerChange, MEMTABLE_BYTES_MAX, RANGE_CACHE_BYTES_MAX, Resources, Timeline, TimelineSpec,
 };
 
-use crate::error::ServerError;
-use crate::templates::Template;
-use crate::timeline::OpenContext;
+use crate::context::Context;
+use crate::error::EngineError;
+use crate::template::Template;
 
 /// Layer files that are open at a time.
 const OPEN_FILES_MAX: usize = 512;
 /// Part of the cache that holds blocks of layers; the rest holds pages.
 const BLOCK_CACHE_SHARE: u64 = 4;
 
-/// The engine's shared parts, with caches of `cache_bytes` and memtables of at most `memtable_bytes` together.
+/// The engine's shared parts on `threads`, with caches of `cache_bytes` and memtables of at most `memtable_bytes` together.
 ///
-/// # Errors
-/// When the folder for copies of layers cannot be made.
+/// The folder for copies of layers, `cache_dir`, must exist.
 pub fn resources(
     store: &Store,
-    runtime: &tokio::runtime::Handle,
+    threads: &Arc<dyn Threads>,
     cache_dir: std::path::PathBuf,
     cache_bytes: u64,
     memtable_bytes: u64,
-) -> Result<Resources, ServerError> {
-    std::fs::create_dir_all(&cache_dir).map_err(|error| ServerError::internal(format!("cannot make {}: {error}", cache_dir.display())))?;
-    Ok(Resources {
+) -> Resources {
+    Resources {
         block_cache: BlockCache::new((cache_bytes / BLOCK_CACHE_SHARE) as usize),
         page_cache: PageCache::new((cache_bytes - cache_bytes / BLOCK_CACHE_SHARE) as usize),
         memtable_budget: MemoryBudget::new(memtable_bytes as usize),
         memtable_bytes_max: MEMTABLE_BYTES_MAX,
         layer_bytes_target: LAYER_BYTES_TARGET,
-        merge_slots: Semaphore::new(MERGES_MAX),
         files: OpenFiles::new(OPEN_FILES_MAX),
         ranges: RangeCache::new(cache_dir.clone(), RANGE_CACHE_BYTES_MAX),
-        store: store.blocking(runtime.clone()),
+        store: store.blocking(threads.clone()),
         cache_dir,
-        now: Instant::now,
-    })
+        clock: threads.clock(),
+    }
 }
 
 /// A timeline's history, and what writes its manifest if there is one.
@@ -64,14 +61,14 @@ pub(crate) struct OpenedHistory {
 
 /// Opens the history of a timeline: its manifest's layers, the template's where it has no ancestor.
 pub(crate) async fn open_history(
-    context: &OpenContext,
+    context: &Context,
     tenant: TenantId,
     major: Major,
     state: &TimelineState,
     ancestor: Option<(Arc<Timeline>, Lsn)>,
     template: &Template,
     ownership: Ownership,
-) -> Result<OpenedHistory, ServerError> {
+) -> Result<OpenedHistory, EngineError> {
     let manifest = Manifest::open(&context.store, tenant, state.facts.id, ownership).await?;
     let (mut layers, mut layered) = (Vec::new(), state.facts.start);
     if ancestor.is_none() {
@@ -104,11 +101,10 @@ pub(crate) struct TemplateHistory {
 
 impl TemplateHistory {
     /// An empty history of `major`.
-    pub(crate) fn new(context: &OpenContext, major: Major) -> Result<TemplateHistory, ServerError> {
-        let random = |error| ServerError::internal(error);
+    pub(crate) fn new(context: &Context, major: Major) -> Result<TemplateHistory, EngineError> {
         let spec = TimelineSpec {
             tenant: TEMPLATE_TENANT,
-            id: TimelineId::random().map_err(random)?,
+            id: TimelineId::random()?,
             major,
             generation: Generation(1),
             ancestor: None,
@@ -124,7 +120,7 @@ impl TemplateHistory {
     }
 
     /// Everything as uploaded layers. Blocks.
-    pub(crate) fn into_layers(self) -> Result<Vec<LayerRow>, ServerError> {
+    pub(crate) fn into_layers(self) -> Result<Vec<LayerRow>, EngineError> {
         let mut rows = Vec::new();
         self.timeline.freeze_if(0, Duration::ZERO);
         loop {
@@ -132,7 +128,7 @@ impl TemplateHistory {
                 rows.extend(change.add.iter().cloned());
                 Ok(())
             };
-            if self.timeline.flush(&mut publish).map_err(ServerError::internal)?.is_none() {
+            if self.timeline.flush(&mut publish)?.is_none() {
                 return Ok(rows);
             }
         }

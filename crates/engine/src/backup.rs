@@ -1,0 +1,76 @@
+//! The base backup of a timeline at a moment: what [`crate::base_backup`] needs to know, gathered from the tenant's log and the history.
+
+use std::io::Write;
+use std::sync::Arc;
+
+use varve_postgres::Lsn;
+use varve_postgres::wal::synthesis::AncestorTimeline;
+
+use crate::base_backup::{ExtraFile, Options, TimelineFacts, write_base_backup};
+use crate::error::EngineError;
+use crate::moments;
+use crate::tenant::Tenant;
+use crate::timeline::LiveTimeline;
+
+/// Slot that makes a compute keep WAL from the first moment on, until the store has it.
+const SLOT: &str = "varve";
+
+/// What a base backup is to hold.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct BackupOptions {
+    /// All relations, rather than only what a lazily cloned directory needs at once.
+    pub full: bool,
+    /// No SLRU segments.
+    pub no_slru: bool,
+}
+
+/// Writes the base backup of `live` at `lsn`, which is applied, into `sink`. `time_unix` is what its files say when they were changed. Blocks.
+///
+/// # Errors
+/// When the history cannot be read, or the sink fails.
+pub fn write(
+    tenant: &Tenant,
+    live: &Arc<LiveTimeline>,
+    lsn: Lsn,
+    options: BackupOptions,
+    time_unix: i64,
+    sink: &mut dyn Write,
+) -> Result<(), EngineError> {
+    let state = tenant.log().state();
+    let chain = state.ancestry(live.id())?;
+    let applied = live.positions().applied();
+    let base = moments::round_down(&**live.history(), lsn, live.first_lsn(), applied)?;
+    let mut ancestors: Vec<AncestorTimeline> = Vec::with_capacity(chain.len());
+    for (timeline, _) in chain.iter().rev() {
+        if let Some(ancestor) = timeline.facts.ancestor {
+            let tli = state.timeline(ancestor.timeline)?.facts.tli;
+            ancestors.push(AncestorTimeline { tli, switch: ancestor.lsn });
+        }
+    }
+    let mut extra_files = Vec::new();
+    for (path, contents) in state.files_at(live.id(), lsn)? {
+        if let Some(bytes) = tenant.file_contents(&contents)? {
+            extra_files.push(ExtraFile { path, bytes });
+        }
+    }
+    let mut nonce = [0; 32];
+    nonce[..16].copy_from_slice(&tenant.id().0);
+    nonce[16..].copy_from_slice(&live.id().0);
+    let facts = TimelineFacts {
+        system_identifier: tenant.facts().system_identifier,
+        tli: live.facts().tli,
+        ancestors,
+        base,
+        mock_authentication_nonce: nonce,
+    };
+    let options = Options {
+        slru: options.full || !options.no_slru,
+        relations: options.full,
+        gzip: false,
+        slot: (!options.full).then(|| SLOT.to_owned()),
+        extra_files,
+        time_unix,
+    };
+    let cluster = &tenant.template().facts().cluster;
+    Ok(write_base_backup(&**live.history(), cluster, &facts, &options, sink)?)
+}

@@ -1,0 +1,67 @@
+//! What all timelines of a pageserver share.
+
+use std::collections::BTreeSet;
+use std::fmt;
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+use tokio::sync::Notify;
+use varve_storage::ids::{TenantId, WalLogId};
+use varve_storage::store::Store;
+use varve_storage::threads::Threads;
+use varve_storage::timeline::Resources;
+use varve_storage::wal_log::WalLog;
+
+use crate::work_queue::WorkQueue;
+
+/// See the module's doc. Time, threads, disk and store are what it was given.
+pub struct Context {
+    /// The WAL log.
+    pub wal: Arc<WalLog>,
+    /// Its identity.
+    pub wal_log: WalLogId,
+    /// The store.
+    pub store: Store,
+    /// Caches, budgets, and the store for threads that may block.
+    pub resources: Arc<Resources>,
+    /// Where blocking work runs.
+    pub threads: Arc<dyn Threads>,
+    /// Background work of all timelines.
+    pub queue: Arc<WorkQueue>,
+    /// Tenants that turned out to be another server's; whoever owns the tenants looks there.
+    pub lost: LostTenants,
+}
+
+/// Tenants that turned out to be another server's, until they are dealt with. At most one entry a tenant.
+#[derive(Debug, Default)]
+pub struct LostTenants {
+    tenants: Mutex<BTreeSet<TenantId>>,
+    news: Notify,
+}
+
+impl LostTenants {
+    /// A tenant's log or manifest said that another server has it.
+    pub fn note(&self, tenant: TenantId) {
+        if self.tenants.lock().insert(tenant) {
+            self.news.notify_one();
+        }
+    }
+
+    /// Waits for some, and takes them.
+    pub async fn take(&self) -> BTreeSet<TenantId> {
+        loop {
+            let news = self.news.notified();
+            let taken = std::mem::take(&mut *self.tenants.lock());
+            if !taken.is_empty() {
+                return taken;
+            }
+            news.await;
+        }
+    }
+}
+
+impl fmt::Debug for Context {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Context(WAL log {})", self.wal_log)
+    }
+}

@@ -1,0 +1,162 @@
+//! What can go wrong with a timeline. Words are made of it once, at the edge.
+
+use varve_postgres::Lsn;
+use varve_postgres::wal::WalError;
+use varve_storage::edit_log::{CommitError, EditLogError};
+use varve_storage::envelope::EnvelopeError;
+use varve_storage::history::HistoryError;
+use varve_storage::ids::{BranchName, RandomError, TenantId, TimelineId};
+use varve_storage::kept_wal::KeptWalError;
+use varve_storage::relation::RelationError;
+use varve_storage::store::{ParseObjectNameError, StoreError};
+use varve_storage::tenant_log::TenantError;
+use varve_storage::threads::Panicked;
+use varve_storage::timeline::{FlushError, WaitError};
+use varve_storage::wal_log::WalLogError;
+
+use crate::base_backup::BaseBackupError;
+use crate::moments::MomentError;
+use crate::template::TemplateError;
+
+/// See the module's doc.
+#[derive(Debug, thiserror::Error)]
+pub enum EngineError {
+    /// The tenant's log does not have it, or does not allow it.
+    #[error(transparent)]
+    Tenant(#[from] TenantError),
+    /// A tenant log or manifest could not be read or written.
+    #[error(transparent)]
+    Log(#[from] EditLogError),
+    /// The object store failed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The WAL log failed, or lacks what it should hold.
+    #[error(transparent)]
+    WalLog(#[from] WalLogError),
+    /// A position was not reached.
+    #[error(transparent)]
+    Wait(#[from] WaitError),
+    /// A history could not be read.
+    #[error(transparent)]
+    History(#[from] HistoryError),
+    /// A relation or page could not be read.
+    #[error(transparent)]
+    Relation(#[from] RelationError),
+    /// A position or time is not in the history.
+    #[error(transparent)]
+    Moment(#[from] MomentError),
+    /// A base backup could not be made.
+    #[error(transparent)]
+    BaseBackup(#[from] BaseBackupError),
+    /// A template could not be made or read.
+    #[error(transparent)]
+    Template(#[from] TemplateError),
+    /// Layers could not be written or published.
+    #[error(transparent)]
+    Flush(#[from] FlushError),
+    /// WAL that was kept could not be read or written.
+    #[error(transparent)]
+    KeptWal(#[from] KeptWalError),
+    /// Something stored is damaged, or was written by a newer release.
+    #[error(transparent)]
+    Envelope(#[from] EnvelopeError),
+    /// A name that no store takes.
+    #[error(transparent)]
+    Name(#[from] ParseObjectNameError),
+    /// No randomness.
+    #[error(transparent)]
+    Random(#[from] RandomError),
+    /// Work on a thread panicked.
+    #[error(transparent)]
+    Panicked(#[from] Panicked),
+    /// WAL that was acknowledged cannot be framed any more.
+    #[error("the WAL log's bytes of timeline {timeline} are damaged: {error}")]
+    DamagedWal {
+        /// The timeline.
+        timeline: TimelineId,
+        /// What is wrong, and where.
+        error: WalError,
+    },
+    /// A later compute writes.
+    #[error("writer epoch {epoch} of timeline {timeline} is over: epoch {current} writes now")]
+    EpochOver {
+        /// The timeline.
+        timeline: TimelineId,
+        /// The epoch that is over.
+        epoch: u32,
+        /// The newest one.
+        current: u32,
+    },
+    /// The branch that a compute belongs to points to another history by now.
+    #[error("branch {branch} does not point to timeline {timeline} any more: it was restored or deleted")]
+    BranchMoved {
+        /// The branch.
+        branch: BranchName,
+        /// The timeline that the compute was started on.
+        timeline: TimelineId,
+    },
+    /// A timeline has used all of its writer epochs.
+    #[error("timeline {timeline} has used all of its writer epochs: restore the branch to get a new timeline")]
+    EpochsUsedUp {
+        /// The timeline.
+        timeline: TimelineId,
+    },
+    /// What was acknowledged last is only in a compute's `pg_wal`.
+    #[error(
+        "timeline {timeline}: what the compute of epoch {epoch} wrote after {head} was on a disk that is lost, and only that compute has it: \
+         let it run and reach this server, then try again; if it is lost for good, give that up with \
+         'varve branch restore TENANT/BRANCH --lsn {head}'"
+    )]
+    TailUnknown {
+        /// The timeline.
+        timeline: TimelineId,
+        /// The newest epoch.
+        epoch: u32,
+        /// What is known.
+        head: Lsn,
+    },
+    /// Another server has taken the tenant over.
+    #[error("tenant {tenant} was taken over by another server: nothing of it is served or acknowledged here")]
+    NotOwner {
+        /// The tenant.
+        tenant: TenantId,
+    },
+    /// The tenant's log says nothing of a tenant.
+    #[error("the log of tenant {tenant} says nothing of a tenant")]
+    EmptyLog {
+        /// The tenant.
+        tenant: TenantId,
+    },
+    /// A tenant of a major that this release does not know.
+    #[error("tenant {tenant} is of PostgreSQL {pg_version}, which is not supported: 14 to 18 are")]
+    UnsupportedMajor {
+        /// The tenant.
+        tenant: TenantId,
+        /// Its major.
+        pg_version: u32,
+    },
+    /// WAL that is neither kept nor in the WAL log.
+    #[error("the WAL at {lsn} is not kept: {what_there_is}")]
+    WalNotKept {
+        /// Where it was asked for.
+        lsn: Lsn,
+        /// Ranges, in words.
+        what_there_is: String,
+    },
+}
+
+impl<E: Into<EngineError>> From<CommitError<E>> for EngineError {
+    fn from(error: CommitError<E>) -> EngineError {
+        match error {
+            CommitError::Refused(error) => error.into(),
+            CommitError::Log(error) => error.into(),
+        }
+    }
+}
+
+impl EngineError {
+    /// Whether it says that another server owns the tenant.
+    pub fn is_fenced(&self) -> bool {
+        matches!(self, EngineError::Log(EditLogError::Fenced { .. }) | EngineError::NotOwner { .. })
+    }
+}
