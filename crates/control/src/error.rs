@@ -29,8 +29,8 @@ pub enum Code {
     UnknownCompute,
     /// The name is taken.
     NameTaken,
-    /// The branch has children.
-    HasChildren,
+    /// The branch is the tenant's only one.
+    LastBranch,
     /// The LSN or time lies after the branch's head.
     InTheFuture,
     /// The LSN or time lies before what is kept.
@@ -58,7 +58,7 @@ impl Code {
             Code::UnknownBranch => "unknown_branch",
             Code::UnknownCompute => "unknown_compute",
             Code::NameTaken => "name_taken",
-            Code::HasChildren => "has_children",
+            Code::LastBranch => "last_branch",
             Code::InTheFuture => "in_the_future",
             Code::NotRetained => "not_retained",
             Code::PortInUse => "port_in_use",
@@ -75,7 +75,7 @@ impl Code {
         match self {
             Code::InvalidArgument => (400, "Bad Request"),
             Code::UnknownTenant | Code::UnknownBranch | Code::UnknownCompute => (404, "Not Found"),
-            Code::NameTaken | Code::HasChildren | Code::PortInUse | Code::Fenced | Code::NotOwner => (409, "Conflict"),
+            Code::NameTaken | Code::LastBranch | Code::PortInUse | Code::Fenced | Code::NotOwner => (409, "Conflict"),
             Code::InTheFuture | Code::NotRetained | Code::HostUnfit => (422, "Unprocessable Content"),
             Code::Unavailable => (503, "Service Unavailable"),
             Code::Internal => (500, "Internal Server Error"),
@@ -110,8 +110,9 @@ impl From<TenantError> for ServerError {
     fn from(error: TenantError) -> ServerError {
         let code = match &error {
             TenantError::UnknownBranch(_) | TenantError::UnknownTimeline(_) => Code::UnknownBranch,
+            TenantError::UnknownEndpoint(_) => Code::UnknownCompute,
             TenantError::BranchExists(_) => Code::NameTaken,
-            TenantError::HasChildren { .. } => Code::HasChildren,
+            TenantError::LastBranch(_) => Code::LastBranch,
             TenantError::Removed => Code::UnknownTenant,
             TenantError::NoTliLeft | TenantError::Contradiction(_) => Code::Internal,
         };

@@ -117,6 +117,16 @@ id_128!(
 );
 
 id_128!(
+    /// Identity of an endpoint: the stable address of a branch's compute.
+    EndpointId,
+    "endpoint"
+);
+id_128!(
+    /// Identity of a host: a machine that runs computes.
+    HostId,
+    "host"
+);
+id_128!(
     /// Identity of a pageserver's WAL log: which disk holds what the store does not have yet.
     WalLogId,
     "WAL log"
@@ -168,6 +178,12 @@ macro_rules! name {
         impl $name {
             /// The name as text.
             pub fn as_str(&self) -> &str {
+                &self.0
+            }
+        }
+
+        impl std::borrow::Borrow<str> for $name {
+            fn borrow(&self) -> &str {
                 &self.0
             }
         }

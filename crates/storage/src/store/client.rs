@@ -1,9 +1,11 @@
-//! The few requests that Varve makes of an object store, one attempt each; behind a trait so that tests can put faults between.
+//! The few requests that Varve makes of an object store, one attempt each; behind a trait so that tests can put
+//! faults between.
 
 use std::fmt;
 use std::ops::Range;
 
 use bytes::Bytes;
+use futures::FutureExt;
 use futures::future::BoxFuture;
 
 use super::{ClientError, ObjectName};
@@ -26,7 +28,34 @@ pub struct Listed {
     pub bytes: u64,
 }
 
-/// One attempt at one request. Once a put or a delete has succeeded it is durable. A read sees every write that succeeded before it began.
+/// Which of a folder's objects a page has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PageRequest<'a> {
+    /// Their names within the folder begin with this.
+    pub begin_with: &'a str,
+    /// Their names within the folder are greater than this.
+    pub after: Option<&'a str>,
+    /// Most objects.
+    pub limit: usize,
+}
+
+impl PageRequest<'_> {
+    /// Whether an object of this name within the folder is one of them, if there is room.
+    fn takes(&self, name: &str) -> bool {
+        name.starts_with(self.begin_with) && self.after.is_none_or(|after| name > after) && !name.contains('/')
+    }
+
+    /// The page, of all names within the folder.
+    pub(super) fn select(&self, names: impl Iterator<Item = String>) -> Vec<String> {
+        let mut names: Vec<String> = names.filter(|name| self.takes(name)).collect();
+        names.sort_unstable();
+        names.truncate(self.limit);
+        names
+    }
+}
+
+/// One attempt at one request. Once a put or a delete has succeeded it is durable. A read sees every write that
+/// succeeded before it began.
 pub trait ObjectClient: Send + Sync + fmt::Debug {
     /// Writes an object, whole or not at all.
     fn put<'a>(&'a self, name: &'a ObjectName, bytes: Bytes, mode: PutMode) -> BoxFuture<'a, Result<(), ClientError>>;
@@ -39,4 +68,13 @@ pub trait ObjectClient: Send + Sync + fmt::Debug {
 
     /// All objects below `prefix`, which names a folder.
     fn list<'a>(&'a self, prefix: &'a ObjectName) -> BoxFuture<'a, Result<Vec<Listed>, ClientError>>;
+
+    /// The names, within `folder`, of the first objects right in it that `page` asks for, ascending.
+    fn list_page<'a>(&'a self, folder: &'a ObjectName, page: PageRequest<'a>) -> BoxFuture<'a, Result<Vec<String>, ClientError>> {
+        async move {
+            let listed = self.list(folder).await?;
+            Ok(page.select(listed.iter().filter_map(|listed| folder.relative(&listed.name)).map(ToOwned::to_owned)))
+        }
+        .boxed()
+    }
 }

@@ -25,7 +25,7 @@ use bytes::Bytes;
 use futures::future::try_join_all;
 
 pub use blocking::BlockingStore;
-pub use client::{Listed, ObjectClient, PutMode};
+pub use client::{Listed, ObjectClient, PageRequest, PutMode};
 pub use error::{ClientError, Failure, StoreError};
 pub use object_name::{ObjectName, ParseObjectNameError};
 
@@ -230,6 +230,18 @@ impl Store {
             match self.client.list(prefix).await {
                 Ok(listed) => return Ok(listed),
                 Err(error) => self.pause_or_fail("list", prefix, error, &mut attempts).await?,
+            }
+        }
+    }
+
+    /// The names, within `folder`, of the first objects right in it that `page` asks for, ascending. A bucket is asked for these only; a local
+    /// folder is read whole, names only.
+    pub async fn list_page(&self, folder: &ObjectName, page: PageRequest<'_>) -> Result<Vec<String>, StoreError> {
+        let mut attempts = Attempts::default();
+        loop {
+            match self.client.list_page(folder, page).await {
+                Ok(names) => return Ok(names),
+                Err(error) => self.pause_or_fail("list", folder, error, &mut attempts).await?,
             }
         }
     }

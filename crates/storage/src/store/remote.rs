@@ -16,15 +16,19 @@ use futures::future::BoxFuture;
 use futures::{FutureExt, TryStreamExt};
 use object_store::aws::{AmazonS3Builder, AmazonS3ConfigKey};
 use object_store::client::{HttpError, HttpErrorKind};
+use object_store::list::{PaginatedListOptions, PaginatedListStore};
 use object_store::local::LocalFileSystem;
 use object_store::{ClientOptions, GetOptions, ObjectStore, ObjectStoreExt, PutOptions, RetryConfig, path};
 
-use super::{ClientError, Failure, Listed, ObjectClient, ObjectName, PutMode, StoreConfig, StoreError};
+use super::{ClientError, Failure, Listed, ObjectClient, ObjectName, PageRequest, PutMode, StoreConfig, StoreError};
 
 /// A request that has brought nothing for this long has failed.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(30);
 /// A connection that does not come about in this time has failed.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Names that a bucket gives in one answer.
+const BUCKET_PAGE_MAX: usize = 1000;
 
 /// See the module's doc.
 #[derive(Debug)]
@@ -32,7 +36,25 @@ pub(super) struct Remote {
     inner: Arc<dyn ObjectStore>,
     /// Empty, or what stands before every name, with a slash at its end.
     prefix: String,
-    local: bool,
+    paging: Paging,
+}
+
+/// How a page of a folder is listed.
+#[derive(Clone)]
+enum Paging {
+    /// By reading the names in a local folder, without asking for each object's length.
+    Folder(PathBuf),
+    /// By asking the bucket, which answers in order of names, as all but S3's directory buckets do.
+    Bucket(Arc<dyn PaginatedListStore>),
+}
+
+impl std::fmt::Debug for Paging {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Paging::Folder(root) => write!(f, "Folder({})", root.display()),
+            Paging::Bucket(_) => f.write_str("Bucket"),
+        }
+    }
 }
 
 impl Remote {
@@ -54,7 +76,7 @@ impl Remote {
         let absolute = root.canonicalize().map_err(|e| config(format!("its absolute path cannot be found ({e})")))?;
         let inner = LocalFileSystem::new_with_prefix(&absolute).map_err(|e| config(e.to_string()))?;
         let inner = Arc::new(inner.with_fsync(true).with_automatic_cleanup(true));
-        Ok((Remote { inner, prefix: String::new(), local: true }, absolute))
+        Ok((Remote { inner, prefix: String::new(), paging: Paging::Folder(absolute.clone()) }, absolute))
     }
 
     /// The bucket and prefix that `location` (`s3://bucket/prefix`), parsed as `url`, names, reached as `config` says.
@@ -78,7 +100,8 @@ impl Remote {
         let builder = builder.with_client_options(client).with_retry(retries).with_disable_bulk_delete(true).with_bucket_name(bucket);
         let inner = Arc::new(builder.build().map_err(|e| bad(e.to_string()))?);
         let prefix = if prefix.is_empty() { String::new() } else { format!("{prefix}/") };
-        Ok(Remote { inner, prefix, local: false })
+        let paging = Paging::Bucket(inner.clone());
+        Ok(Remote { inner, prefix, paging })
     }
 
     fn path(&self, name: &ObjectName) -> path::Path {
@@ -137,7 +160,7 @@ impl ObjectClient for Remote {
                 match name {
                     Some(name) => listed.push(Listed { name, bytes: object.size }),
                     // Somebody's editor backup or a store's own marker: none of ours, so none of our business.
-                    None => tracing::debug!(object = %object.location, local = self.local, "listing skips a foreign name"),
+                    None => tracing::debug!(object = %object.location, store = ?self.paging, "listing skips a foreign name"),
                 }
             }
             listed.sort();
@@ -145,6 +168,68 @@ impl ObjectClient for Remote {
         }
         .boxed()
     }
+
+    fn list_page<'a>(&'a self, folder: &'a ObjectName, page: PageRequest<'a>) -> BoxFuture<'a, Result<Vec<String>, ClientError>> {
+        async move {
+            match &self.paging {
+                Paging::Folder(root) => {
+                    let path = root.join(folder.as_str());
+                    let read = tokio::task::spawn_blocking(move || names_in(&path)).await;
+                    let names = read.unwrap_or_else(|ended| Err(io::Error::other(ended))).map_err(|error| io_error(&error))?;
+                    Ok(page.select(names.into_iter()))
+                }
+                Paging::Bucket(bucket) => {
+                    let folder = format!("{}{folder}/", self.prefix);
+                    bucket_page(&**bucket, &folder, page).await.map_err(|error| client_error(&error))
+                }
+            }
+        }
+        .boxed()
+    }
+}
+
+/// Names of the objects right in a local folder; none where there is no folder.
+fn names_in(path: &Path) -> io::Result<Vec<String>> {
+    let entries = match std::fs::read_dir(path) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(error),
+    };
+    let mut names = Vec::new();
+    for entry in entries {
+        let entry = entry?;
+        // The kind comes with the name. What is no object's name is a staging file, or none of ours.
+        let name = entry.file_name().into_string().ok().filter(|name| name.parse::<ObjectName>().is_ok());
+        if let Some(name) = name
+            && entry.file_type()?.is_file()
+        {
+            names.push(name);
+        }
+    }
+    Ok(names)
+}
+
+/// Asks a bucket for a page of what stands below `folder`, which ends with a slash.
+async fn bucket_page(bucket: &dyn PaginatedListStore, folder: &str, page: PageRequest<'_>) -> Result<Vec<String>, object_store::Error> {
+    let (mut names, mut page_token) = (Vec::new(), None);
+    while names.len() < page.limit {
+        let options = PaginatedListOptions {
+            offset: page.after.map(|after| format!("{folder}{after}")),
+            delimiter: Some("/".into()),
+            max_keys: Some((page.limit - names.len()).min(BUCKET_PAGE_MAX)),
+            page_token: page_token.take(),
+            ..PaginatedListOptions::default()
+        };
+        let answer = bucket.list_paginated(Some(&format!("{folder}{}", page.begin_with)), options).await?;
+        let locations = answer.result.objects.iter().map(|object| object.location.as_ref());
+        let named = locations.filter_map(|location| location.strip_prefix(folder)).map(ToOwned::to_owned);
+        names.extend(named.filter(|name| name.parse::<ObjectName>().is_ok()));
+        page_token = answer.page_token;
+        if page_token.is_none() {
+            break;
+        }
+    }
+    Ok(page.select(names.into_iter()))
 }
 
 fn client_error(error: &object_store::Error) -> ClientError {
@@ -164,20 +249,29 @@ fn client_error(error: &object_store::Error) -> ClientError {
     ClientError { failure, message }
 }
 
+fn io_error(error: &io::Error) -> ClientError {
+    ClientError { failure: failure_of_io(error).unwrap_or(Failure::Other), message: error.to_string() }
+}
+
+/// The kind of failure that the system's error tells, if it tells one.
+fn failure_of_io(error: &io::Error) -> Option<Failure> {
+    match error.kind() {
+        io::ErrorKind::PermissionDenied => Some(Failure::AccessDenied),
+        io::ErrorKind::ReadOnlyFilesystem => Some(Failure::ReadOnly),
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Some(Failure::NoSpace),
+        io::ErrorKind::ConnectionRefused | io::ErrorKind::HostUnreachable => Some(Failure::Unreachable),
+        io::ErrorKind::NetworkUnreachable => Some(Failure::Unreachable),
+        io::ErrorKind::NotFound => Some(Failure::StoreMissing),
+        _ => None,
+    }
+}
+
 /// The kind of failure that stands at the bottom of a chain of errors.
 fn failure_of_source(error: &object_store::Error) -> Failure {
     let mut cause = error.source();
     while let Some(error) = cause {
-        if let Some(io_error) = error.downcast_ref::<io::Error>() {
-            match io_error.kind() {
-                io::ErrorKind::PermissionDenied => return Failure::AccessDenied,
-                io::ErrorKind::ReadOnlyFilesystem => return Failure::ReadOnly,
-                io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => return Failure::NoSpace,
-                io::ErrorKind::ConnectionRefused | io::ErrorKind::HostUnreachable => return Failure::Unreachable,
-                io::ErrorKind::NetworkUnreachable => return Failure::Unreachable,
-                io::ErrorKind::NotFound => return Failure::StoreMissing,
-                _ => {}
-            }
+        if let Some(failure) = error.downcast_ref::<io::Error>().and_then(failure_of_io) {
+            return failure;
         }
         if error.downcast_ref::<HttpError>().is_some_and(|http| http.kind() == HttpErrorKind::Connect) {
             return Failure::Unreachable;

@@ -6,7 +6,7 @@
 use serde::{Deserialize, Serialize};
 use varve_postgres::Lsn;
 
-use crate::ids::{BranchName, TenantId, TenantName, TimelineId, WalLogId, WriterEpoch};
+use crate::ids::{BranchName, EndpointId, Generation, HostId, TenantId, TenantName, TimelineId, WalLogId, WriterEpoch};
 
 /// What a tenant is from its first day.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -69,6 +69,37 @@ pub enum FileContents {
     },
     /// The file was removed.
     Removed,
+}
+
+/// The moment of the past that a throw-away compute shows. It stays the same whatever becomes of the names of branches.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EndpointMoment {
+    /// The timeline.
+    pub timeline: TimelineId,
+    /// The position.
+    #[serde(with = "crate::row_fields::lsn")]
+    pub lsn: Lsn,
+}
+
+/// Where a branch's compute is reached, and whether one should run: all of an endpoint, so that a change writes it anew.
+///
+/// An endpoint belongs to a branch's *name*. A restore moves the name to another timeline, and the endpoint with it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EndpointRow {
+    /// Id.
+    pub id: EndpointId,
+    /// The branch whose compute it is.
+    pub branch: BranchName,
+    /// What a throw-away compute shows; none for one that follows the branch.
+    pub moment: Option<EndpointMoment>,
+    /// Address that the compute listens on.
+    pub listen: String,
+    /// Port that it listens on; 0: none yet.
+    pub port: u16,
+    /// Whether a compute should run.
+    pub wanted: bool,
+    /// The host that runs it, or ran it last.
+    pub host: Option<HostId>,
 }
 
 /// One row.
@@ -155,11 +186,37 @@ pub enum TenantEdit {
         /// The TLI.
         tli: u32,
     },
+    /// An endpoint, new or changed.
+    Endpoint(EndpointRow),
+    /// An endpoint is gone.
+    EndpointRemoved {
+        /// Its id.
+        id: EndpointId,
+    },
+    /// What was known of a timeline when it was last flushed or closed. A hint for lists: never a source of truth.
+    Figures {
+        /// The timeline.
+        timeline: TimelineId,
+        /// The end of its history then.
+        #[serde(with = "crate::row_fields::lsn")]
+        head: Lsn,
+        /// Bytes of all its relations then.
+        size_bytes: u64,
+    },
+    /// Who took the tenant over, so that who lost it can say who has it.
+    Owner {
+        /// By which generation.
+        generation: Generation,
+        /// Name of the server.
+        server: String,
+        /// Where it is reached.
+        url: String,
+    },
 }
 
 impl TenantEdit {
     /// How many kinds there are. A row of a kind at or above this was written by a newer release.
-    pub const KINDS: u32 = 13;
+    pub const KINDS: u32 = 17;
 }
 
 /// Who did what, when.
@@ -178,7 +235,8 @@ mod tests {
     #[test]
     fn the_last_kind_is_counted() {
         // Postcard writes a variant's number first. Whoever adds a kind after this one must count it, and name it here.
-        let row = postcard::to_stdvec(&TenantEdit::TliGiven { tli: 1 }).unwrap();
+        let last = TenantEdit::Owner { generation: Generation(1), server: String::new(), url: String::new() };
+        let row = postcard::to_stdvec(&last).unwrap();
         assert_eq!(u32::from(row[0]) + 1, TenantEdit::KINDS);
     }
 }

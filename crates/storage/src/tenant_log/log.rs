@@ -1,9 +1,11 @@
 //! The tenant's log in the object store: `tenants/<tenant>/log/...`.
 
+use futures::{StreamExt, stream};
+
 use super::edit::{TenantEdit, TenantFacts};
 use super::names::{self, NameError};
 use super::state::TenantState;
-use crate::edit_log::{ApplyError, EditLog, EditLogError, LogFormat, State};
+use crate::edit_log::{self, ApplyError, EditLog, EditLogError, LogFormat, State};
 use crate::envelope::Format;
 use crate::ids::{TenantId, TenantName};
 use crate::store::{ObjectName, ParseObjectNameError, Store};
@@ -27,6 +29,23 @@ impl State for TenantState {
     fn for_each_edit(&self, emit: &mut dyn FnMut(&TenantEdit)) {
         self.edits().iter().for_each(emit);
     }
+}
+
+/// Logs that are read at once.
+const READS_AT_ONCE: usize = 32;
+
+/// Reads a tenant's log as of about now, without taking it over; `None` when there is no such tenant.
+///
+/// # Errors
+/// What cannot be read; the store's.
+pub async fn read(store: &Store, tenant: TenantId) -> Result<Option<TenantState>, EditLogError> {
+    let read = edit_log::read_state(store, &tenant_folder(tenant)?).await?;
+    Ok(read.map(|(state, _)| state))
+}
+
+/// Reads the logs of several tenants, some at a time, in their order. What cannot be read of one says nothing of the others.
+pub async fn read_all(store: &Store, tenants: &[TenantId]) -> Vec<Result<Option<TenantState>, EditLogError>> {
+    stream::iter(tenants).map(|tenant| read(store, *tenant)).buffered(READS_AT_ONCE).collect().await
 }
 
 /// Folder of everything that is a tenant's; its log stands in `log` below it.

@@ -4,10 +4,15 @@
 //! entry each, whose edits count together; since all are ordered in one log, they cannot race.
 
 mod edit;
+mod error;
+mod lists;
 mod log;
 pub mod names;
+mod plan;
 mod state;
 
-pub use edit::{Ancestor, AuditRow, FileContents, TenantEdit, TenantFacts, TimelineFacts};
-pub use log::{CreateTenantError, TenantLog, create_tenant, delete_objects, tenant_folder};
-pub use state::{EpochState, TenantError, TenantState, TimelineState};
+pub use edit::{Ancestor, AuditRow, EndpointMoment, EndpointRow, FileContents, TenantEdit, TenantFacts, TimelineFacts};
+pub use error::TenantError;
+pub use log::{CreateTenantError, TenantLog, create_tenant, delete_objects, read, read_all, tenant_folder};
+pub use plan::removed_timelines;
+pub use state::{EpochState, Figures, Owner, TenantState, TimelineState};

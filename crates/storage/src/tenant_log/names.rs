@@ -7,7 +7,7 @@ use futures::{StreamExt, TryStreamExt, stream};
 
 use crate::envelope::{self, Codec, EnvelopeError, Format};
 use crate::ids::{RandomError, TenantId, TenantName, random_bytes};
-use crate::store::{Created, ObjectName, ParseObjectNameError, Store, StoreError};
+use crate::store::{Created, ObjectName, PageRequest, ParseObjectNameError, Store, StoreError};
 
 const FORMAT: Format = Format { magic: *b"VTNM", version: 1, what: "a tenant's name", content_bytes_max: 1024 };
 /// Objects that are read at once when all tenants are listed.
@@ -90,6 +90,38 @@ pub async fn free(store: &Store, name: &TenantName, tenant: TenantId) -> Result<
     Ok(())
 }
 
+/// Names of tenants, each with its tenant, by name.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct NamesPage {
+    /// The names. One that was given free while the page was read is missing.
+    pub tenants: Vec<(TenantName, TenantId)>,
+    /// Behind which name the next page begins; none if this is the last page.
+    pub next: Option<TenantName>,
+}
+
+/// At most `limit` names that begin with `prefix` and come after `after`. Reads these names' objects and no others.
+///
+/// # Errors
+/// A damaged object; the store's.
+pub async fn page(store: &Store, prefix: &str, after: Option<&TenantName>, limit: usize) -> Result<NamesPage, NameError> {
+    let folder: ObjectName = "names".parse()?;
+    let request = PageRequest { begin_with: prefix, after: after.map(TenantName::as_str), limit: limit.saturating_add(1) };
+    let listed = store.list_page(&folder, request).await?;
+    let more = listed.len() > limit;
+    let named: Vec<TenantName> = listed.iter().take(limit).filter_map(|name| name.parse().ok()).collect();
+    let next = if more { named.last().cloned() } else { None };
+    Ok(NamesPage { tenants: whose(store, named).await?, next })
+}
+
+/// Whose `names` are, in their order, without those that are nobody's (any more).
+async fn whose(store: &Store, names: Vec<TenantName>) -> Result<Vec<(TenantName, TenantId)>, NameError> {
+    let found = names.into_iter().map(|name| async move {
+        let tenant = lookup(store, &name).await?;
+        Ok::<_, NameError>(tenant.map(|tenant| (name, tenant)))
+    });
+    stream::iter(found).buffered(READS_AT_ONCE).try_filter_map(|found| async move { Ok(found) }).try_collect().await
+}
+
 /// All names, each with its tenant, by name. One read for each: for people, and for a server that starts.
 ///
 /// # Errors
@@ -98,7 +130,5 @@ pub async fn list(store: &Store) -> Result<Vec<(TenantName, TenantId)>, NameErro
     let folder: ObjectName = "names".parse()?;
     let listed = store.list(&folder).await?;
     let named: Vec<TenantName> = listed.iter().filter_map(|listed| folder.relative(&listed.name)?.parse().ok()).collect();
-    let found = named.into_iter().map(|name| async move { Ok::<_, NameError>(lookup(store, &name).await?.map(|tenant| (name, tenant))) });
-    // One that was deleted since the listing is none.
-    stream::iter(found).buffered(READS_AT_ONCE).try_filter_map(|found| async move { Ok(found) }).try_collect().await
+    whose(store, named).await
 }

@@ -8,8 +8,9 @@ use imbl::{HashMap, OrdMap, OrdSet, Vector};
 
 use varve_postgres::Lsn;
 
-use super::edit::{AuditRow, FileContents, TenantEdit, TenantFacts, TimelineFacts};
-use crate::ids::{BranchName, TimelineId, WalLogId, WriterEpoch};
+use super::TenantError;
+use super::edit::{AuditRow, EndpointRow, FileContents, TenantEdit, TenantFacts, TimelineFacts};
+use crate::ids::{BranchName, EndpointId, Generation, TimelineId, WalLogId, WriterEpoch};
 
 /// Audit rows that are kept; older ones are in older entries of the log.
 const AUDIT_ROWS_MAX: usize = 1000;
@@ -17,37 +18,6 @@ const AUDIT_ROWS_MAX: usize = 1000;
 const IDEMPOTENCY_KEYS_MAX: usize = 1000;
 /// Greatest Postgres timeline.
 const TLI_MAX: u32 = i32::MAX as u32;
-
-/// An edit that contradicts the state, or a request that the state does not allow.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum TenantError {
-    /// No such branch.
-    #[error("there is no branch '{0}'")]
-    UnknownBranch(String),
-    /// No such timeline.
-    #[error("there is no timeline {0}")]
-    UnknownTimeline(TimelineId),
-    /// The name is taken.
-    #[error("there is a branch '{0}' already: choose another name")]
-    BranchExists(BranchName),
-    /// The branch has children.
-    #[error("branch '{name}' has children: {}; delete them first", children.join(", "))]
-    HasChildren {
-        /// The branch.
-        name: BranchName,
-        /// Its children's names, or ids of those without.
-        children: Vec<String>,
-    },
-    /// All Postgres timelines are used up.
-    #[error("this tenant has used all of Postgres's 2147483647 timelines: copy it into a new tenant")]
-    NoTliLeft,
-    /// The tenant is gone.
-    #[error("the tenant is deleted")]
-    Removed,
-    /// The log contradicts itself.
-    #[error("the tenant's log contradicts itself: {0}")]
-    Contradiction(String),
-}
 
 /// One writer epoch of a timeline.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -71,17 +41,53 @@ pub struct TimelineState {
     pub epochs: Vec<EpochState>,
     /// Versions of files without WAL, by path, oldest first.
     pub files: BTreeMap<String, Vec<(Lsn, Arc<FileContents>)>>,
+    /// What was known of it when it was last flushed or closed.
+    pub figures: Option<Figures>,
     /// Timelines that come from it.
     children: OrdSet<TimelineId>,
-    /// Branches that point to it: one, or none after an odd deletion.
+    /// The branch that points to it; none for an ancestor that lost its name, and lives for its children or for a moment.
     branch: Option<BranchName>,
+    /// Endpoints that show a moment of it.
+    moments: OrdSet<EndpointId>,
+}
+
+/// What was known of a timeline at some time: a hint for lists, never a source of truth.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Figures {
+    /// The end of its history then.
+    pub head: Lsn,
+    /// Bytes of all its relations then.
+    pub size_bytes: u64,
+}
+
+/// Who took the tenant over last, and said so.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Owner {
+    /// By which generation.
+    pub generation: Generation,
+    /// Name of the server.
+    pub server: String,
+    /// Where it is reached.
+    pub url: String,
+}
+
+impl TimelineState {
+    /// Whether nothing refers to it: no name, no child, no endpoint's moment.
+    pub(super) fn is_dead(&self) -> bool {
+        self.children.is_empty() && self.branch.is_none() && self.moments.is_empty()
+    }
 }
 
 /// See the module's doc.
 #[derive(Clone, Debug, Default)]
 pub struct TenantState {
     facts: Option<Arc<TenantFacts>>,
-    branches: OrdMap<BranchName, TimelineId>,
+    owner: Option<Arc<Owner>>,
+    pub(super) branches: OrdMap<BranchName, TimelineId>,
+    /// The branch of each exists.
+    endpoints: OrdMap<EndpointId, Arc<EndpointRow>>,
+    /// The same, by branch.
+    endpoints_by_branch: OrdSet<(BranchName, EndpointId)>,
     timelines: HashMap<TimelineId, Arc<TimelineState>>,
     tli_max: u32,
     removed: bool,
@@ -93,6 +99,11 @@ impl TenantState {
     /// What the tenant is, unless the log is empty.
     pub fn facts(&self) -> Option<&Arc<TenantFacts>> {
         self.facts.as_ref()
+    }
+
+    /// Who took the tenant over last, unless nobody has said so yet.
+    pub fn owner(&self) -> Option<&Owner> {
+        self.owner.as_deref()
     }
 
     /// Whether the tenant was deleted.
@@ -189,18 +200,24 @@ impl TenantState {
         if self.branches.contains_key(name) { Err(TenantError::BranchExists(name.clone())) } else { Ok(()) }
     }
 
-    /// The edits that delete a branch and its timeline.
+    /// All endpoints, by id.
+    pub fn endpoints(&self) -> impl Iterator<Item = &Arc<EndpointRow>> {
+        self.endpoints.values()
+    }
+
+    /// An endpoint.
     ///
     /// # Errors
-    /// [`TenantError::UnknownBranch`], [`TenantError::HasChildren`].
-    pub fn delete_branch(&self, name: &str) -> Result<Vec<TenantEdit>, TenantError> {
-        let timeline = self.branch(name)?;
-        let branch = timeline.branch.clone().ok_or_else(|| TenantError::UnknownBranch(name.to_owned()))?;
-        if !timeline.children.is_empty() {
-            let name_of = |child: &TimelineId| self.branch_of(*child).map_or_else(|| format!("timeline {child}"), ToString::to_string);
-            return Err(TenantError::HasChildren { name: branch, children: timeline.children.iter().map(name_of).collect() });
-        }
-        Ok(vec![TenantEdit::BranchRemoved { name: branch }, TenantEdit::TimelineRemoved { timeline: timeline.facts.id }])
+    /// [`TenantError::UnknownEndpoint`].
+    pub fn endpoint(&self, id: EndpointId) -> Result<&Arc<EndpointRow>, TenantError> {
+        self.endpoints.get(&id).ok_or(TenantError::UnknownEndpoint(id))
+    }
+
+    /// The endpoints of a branch, by id.
+    pub fn endpoints_of(&self, branch: &BranchName) -> impl Iterator<Item = &Arc<EndpointRow>> {
+        let (first, last) = (EndpointId([0; 16]), EndpointId([255; 16]));
+        let ids = self.endpoints_by_branch.range((branch.clone(), first)..=(branch.clone(), last));
+        ids.filter_map(|(_, id)| self.endpoints.get(id))
     }
 
     /// What a mutation with this idempotency key answered.
@@ -244,8 +261,10 @@ impl TenantState {
                     facts: facts.clone(),
                     epochs: Vec::new(),
                     files: BTreeMap::new(),
+                    figures: None,
                     children: OrdSet::new(),
                     branch: None,
+                    moments: OrdSet::new(),
                 };
                 self.timelines.insert(facts.id, Arc::new(state));
             }
@@ -260,12 +279,16 @@ impl TenantState {
                 self.set_branch(*timeline, Some(name.clone()));
             }
             TenantEdit::BranchRemoved { name } => match self.branches.remove(name) {
-                Some(timeline) => self.set_branch(timeline, None),
+                Some(timeline) => {
+                    self.set_branch(timeline, None);
+                    let gone: Vec<EndpointId> = self.endpoints_of(name).map(|endpoint| endpoint.id).collect();
+                    gone.into_iter().for_each(|id| self.take_endpoint(id));
+                }
                 None => return Err(TenantError::UnknownBranch(name.to_string())),
             },
             TenantEdit::TimelineRemoved { timeline } => {
                 let state = self.timeline(*timeline)?;
-                if !state.children.is_empty() || state.branch.is_some() {
+                if !state.is_dead() {
                     return contradiction(format!("timeline {timeline} is removed while others refer to it"));
                 }
                 if let Some(ancestor) = state.facts.ancestor {
@@ -306,6 +329,34 @@ impl TenantState {
                     None => versions.push((*lsn, contents)),
                 }
             }
+            TenantEdit::Endpoint(row) => {
+                if !self.branches.contains_key(&row.branch) {
+                    return Err(TenantError::UnknownBranch(row.branch.to_string()));
+                }
+                if let Some(moment) = row.moment {
+                    self.timeline(moment.timeline)?;
+                }
+                self.take_endpoint(row.id);
+                if let Some(moment) = row.moment {
+                    self.change(moment.timeline)?.moments.insert(row.id);
+                }
+                self.endpoints_by_branch.insert((row.branch.clone(), row.id));
+                self.endpoints.insert(row.id, Arc::new(row.clone()));
+            }
+            TenantEdit::EndpointRemoved { id } => {
+                self.endpoint(*id)?;
+                self.take_endpoint(*id);
+            }
+            TenantEdit::Figures { timeline, head, size_bytes } => {
+                self.change(*timeline)?.figures = Some(Figures { head: *head, size_bytes: *size_bytes });
+            }
+            TenantEdit::Owner { generation, server, url } => {
+                // Who was replaced may not say so after its successor.
+                if self.owner.as_ref().is_none_or(|known| known.generation <= *generation) {
+                    let owner = Owner { generation: *generation, server: server.clone(), url: url.clone() };
+                    self.owner = Some(Arc::new(owner));
+                }
+            }
             TenantEdit::TenantRemoved => self.removed = true,
             TenantEdit::TliGiven { tli } => self.tli_max = self.tli_max.max(*tli),
             TenantEdit::Audit(row) => {
@@ -334,10 +385,23 @@ impl TenantState {
         }
     }
 
+    /// Takes an endpoint out, if it is there.
+    fn take_endpoint(&mut self, id: EndpointId) {
+        let Some(row) = self.endpoints.remove(&id) else { return };
+        self.endpoints_by_branch.remove(&(row.branch.clone(), id));
+        if let Some(state) = row.moment.and_then(|moment| self.timelines.get_mut(&moment.timeline)) {
+            Arc::make_mut(state).moments.remove(&id);
+        }
+    }
+
     /// The edits that make this state from nothing: a snapshot.
     pub fn edits(&self) -> Vec<TenantEdit> {
         let mut edits = Vec::new();
         edits.extend(self.facts.iter().map(|facts| TenantEdit::Tenant((**facts).clone())));
+        edits.extend(self.owner.iter().map(|owner| {
+            let Owner { generation, server, url } = Owner::clone(owner);
+            TenantEdit::Owner { generation, server, url }
+        }));
         // By TLI: an ancestor's is below its children's.
         let mut timelines: Vec<&TimelineState> = self.timelines().collect();
         timelines.sort_by_key(|timeline| timeline.facts.tli);
@@ -348,6 +412,7 @@ impl TenantState {
                 edits.push(TenantEdit::Epoch { timeline, epoch: epoch.epoch, lsn: epoch.lsn, wal_log: epoch.wal_log });
                 edits.extend(epoch.closed.map(|lsn| TenantEdit::EpochClosed { timeline, epoch: epoch.epoch, lsn }));
             }
+            edits.extend(state.figures.map(|Figures { head, size_bytes }| TenantEdit::Figures { timeline, head, size_bytes }));
             for (path, versions) in &state.files {
                 edits.extend(versions.iter().map(|(lsn, contents)| TenantEdit::File {
                     timeline,
@@ -360,6 +425,8 @@ impl TenantState {
         // After the timelines, whose own are not above it.
         edits.push(TenantEdit::TliGiven { tli: self.tli_max });
         edits.extend(self.branches.iter().map(|(name, timeline)| TenantEdit::Branch { name: name.clone(), timeline: *timeline }));
+        // After the branches that they belong to.
+        edits.extend(self.endpoints.values().map(|endpoint| TenantEdit::Endpoint(EndpointRow::clone(endpoint))));
         edits.extend(self.audit.iter().cloned().map(TenantEdit::Audit));
         let answers = self.idempotency.iter();
         edits.extend(answers.map(|(key, answer)| TenantEdit::Idempotency { key: key.clone(), answer: answer.clone() }));
@@ -373,7 +440,8 @@ impl TenantState {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::tenant_log::Ancestor;
+    use crate::ids::HostId;
+    use crate::tenant_log::{Ancestor, EndpointMoment};
 
     fn name(text: &str) -> BranchName {
         text.parse().unwrap()
@@ -393,33 +461,22 @@ mod tests {
         TenantEdit::Branch { name: name(text), timeline: TimelineId([id; 16]) }
     }
 
+    fn endpoint(id: u8, branch: &str, moment: Option<(u8, u64)>) -> TenantEdit {
+        TenantEdit::Endpoint(EndpointRow {
+            id: EndpointId([id; 16]),
+            branch: name(branch),
+            moment: moment.map(|(id, lsn)| EndpointMoment { timeline: TimelineId([id; 16]), lsn: Lsn(lsn) }),
+            listen: "127.0.0.1".to_owned(),
+            port: 0,
+            wanted: true,
+            host: Some(HostId([id; 16])),
+        })
+    }
+
     fn state(edits: &[TenantEdit]) -> TenantState {
         let mut state = TenantState::default();
         edits.iter().for_each(|edit| state.apply(edit).unwrap());
         state
-    }
-
-    #[test]
-    fn a_branch_with_children_stays_and_one_without_goes() {
-        let state = state(&[timeline(1, 1, None), branch("main", 1), timeline(2, 2, Some((1, 100))), branch("dev", 2)]);
-        let refused = state.delete_branch("main").unwrap_err();
-        assert_eq!(refused.to_string(), "branch 'main' has children: dev; delete them first");
-        let mut after = state.clone();
-        state.delete_branch("dev").unwrap().iter().for_each(|edit| after.apply(edit).unwrap());
-        assert!(after.branch("dev").is_err() && after.delete_branch("main").is_ok());
-        let mut remembered = TenantState::default();
-        after.edits().iter().for_each(|edit| remembered.apply(edit).unwrap());
-        assert_eq!((after.next_tli(), remembered.next_tli()), (Ok(3), Ok(3)), "a TLI is never given again, a snapshot remembers it too");
-    }
-
-    #[test]
-    fn an_in_place_restore_moves_the_name_and_keeps_the_old_history() {
-        let mut state = state(&[timeline(1, 1, None), branch("main", 1)]);
-        let restore =
-            [TenantEdit::BranchRemoved { name: name("main") }, branch("main_before", 1), timeline(2, 2, Some((1, 50))), branch("main", 2)];
-        restore.iter().for_each(|edit| state.apply(edit).unwrap());
-        assert_eq!(state.branch("main").unwrap().facts.id, TimelineId([2; 16]));
-        assert_eq!(state.branch_of(TimelineId([1; 16])), Some(&name("main_before")));
     }
 
     #[test]
@@ -454,9 +511,38 @@ mod tests {
             TenantEdit::EpochClosed { timeline: TimelineId([1; 16]), epoch: WriterEpoch(1), lsn: Lsn(80) },
             timeline(2, 2, Some((1, 50))),
             branch("dev", 2),
+            TenantEdit::Figures { timeline: TimelineId([1; 16]), head: Lsn(80), size_bytes: 9 },
+            TenantEdit::Owner { generation: Generation(2), server: "b".to_owned(), url: "http://b".to_owned() },
+            endpoint(7, "dev", Some((1, 40))),
             TenantEdit::Audit(AuditRow { time: 1, action: "made a branch".to_owned() }),
         ]);
         let after = state(&before.edits());
         assert_eq!(after.edits(), before.edits());
+        assert_eq!(after.owner().map(|owner| owner.server.as_str()), Some("b"));
+        assert_eq!(after.endpoints_of(&name("dev")).count(), 1, "the snapshot has the endpoint");
+    }
+
+    #[test]
+    fn an_endpoint_goes_with_its_branch_and_keeps_what_it_shows() {
+        let before = state(&[timeline(1, 1, None), branch("main", 1), endpoint(7, "main", None), endpoint(8, "main", Some((1, 9)))]);
+        let error = |edit: &TenantEdit| before.clone().apply(edit).unwrap_err();
+        assert_eq!(error(&endpoint(9, "dev", None)), TenantError::UnknownBranch("dev".to_owned()));
+        assert_eq!(error(&endpoint(9, "main", Some((5, 9)))), TenantError::UnknownTimeline(TimelineId([5; 16])));
+        assert_eq!(error(&TenantEdit::EndpointRemoved { id: EndpointId([9; 16]) }), TenantError::UnknownEndpoint(EndpointId([9; 16])));
+        let mut after = before.clone();
+        after.apply(&TenantEdit::BranchRemoved { name: name("main") }).unwrap();
+        assert_eq!((before.endpoints().count(), after.endpoints().count()), (2, 0));
+        after.apply(&TenantEdit::TimelineRemoved { timeline: TimelineId([1; 16]) }).unwrap();
+    }
+
+    #[test]
+    fn an_older_owner_does_not_replace_a_newer_one() {
+        let owner = |generation, server: &str| TenantEdit::Owner {
+            generation: Generation(generation),
+            server: server.to_owned(),
+            url: String::new(),
+        };
+        let state = state(&[owner(2, "a"), owner(3, "b"), owner(2, "a")]);
+        assert_eq!(state.owner().map(|owner| owner.server.as_str()), Some("b"));
     }
 }
