@@ -18,6 +18,7 @@ pub mod catalog;
 pub mod cluster;
 pub mod context;
 pub mod error;
+pub mod fair_queue;
 pub mod histories;
 pub mod ingest;
 pub mod moments;

@@ -3,13 +3,13 @@
 //! Work is named by its kind, tenant and timeline ([`WorkId`]), and is there at most once: to schedule what waits already only makes it come
 //! sooner, and to schedule what runs makes it run once more afterwards. A piece of work does a bounded step and says what is left ([`Next`]).
 //!
-//! **Shares.** Each kind has a lane with a fixed number of places, so a long merge never keeps ingest waiting. In a lane tenants take turns, whatever
-//! each has scheduled, and no tenant has more than half of the places (but at least one): one whose store hangs leaves room for the others.
+//! **Shares.** Each kind has a lane with a fixed number of places, so a long merge never keeps ingest waiting. A lane is a [`FairQueue`]: tenants take
+//! turns, whatever each has scheduled.
 //!
 //! **Cost.** Nothing runs and nobody is woken for a timeline without work. Threads are taken for a step and given back; there are never more than the
 //! sum of all places. One task sleeps until the next piece of delayed work is due.
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
@@ -18,6 +18,8 @@ use parking_lot::Mutex;
 use tokio::sync::Notify;
 use varve_storage::ids::{TenantId, TimelineId};
 use varve_storage::threads::{Clock, Threads};
+
+use crate::fair_queue::FairQueue;
 
 /// A kind of work; each has a lane of its own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -109,77 +111,10 @@ struct Entry {
 }
 
 #[derive(Default)]
-struct Lane {
-    /// Work that is ready, by tenant.
-    ready: HashMap<TenantId, VecDeque<WorkId>>,
-    /// Tenants with ready work, in the order of their turns.
-    turns: VecDeque<TenantId>,
-    /// Steps that run, by tenant.
-    running: HashMap<TenantId, usize>,
-    running_count: usize,
-}
-
-impl Lane {
-    fn push(&mut self, id: WorkId) {
-        let line = self.ready.entry(id.tenant).or_default();
-        if line.is_empty() {
-            self.turns.push_back(id.tenant);
-        }
-        line.push_back(id);
-    }
-
-    /// The next piece of work that may run with `places` in this lane.
-    fn pop(&mut self, places: usize) -> Option<WorkId> {
-        if self.running_count >= places {
-            return None;
-        }
-        let of_tenant_max = (places / 2).max(1);
-        for _ in 0..self.turns.len() {
-            let tenant = self.turns.pop_front()?;
-            if self.running.get(&tenant).copied().unwrap_or(0) >= of_tenant_max {
-                self.turns.push_back(tenant);
-                continue;
-            }
-            let line = self.ready.get_mut(&tenant)?;
-            let id = line.pop_front()?;
-            if line.is_empty() {
-                self.ready.remove(&tenant);
-            } else {
-                self.turns.push_back(tenant);
-            }
-            *self.running.entry(tenant).or_default() += 1;
-            self.running_count += 1;
-            return Some(id);
-        }
-        None
-    }
-
-    fn ended(&mut self, tenant: TenantId) {
-        self.running_count -= 1;
-        if let Some(count) = self.running.get_mut(&tenant) {
-            *count -= 1;
-            if *count == 0 {
-                self.running.remove(&tenant);
-            }
-        }
-    }
-
-    fn remove(&mut self, id: &WorkId) {
-        if let Some(line) = self.ready.get_mut(&id.tenant) {
-            line.retain(|other| other != id);
-            if line.is_empty() {
-                self.ready.remove(&id.tenant);
-                self.turns.retain(|tenant| *tenant != id.tenant);
-            }
-        }
-    }
-}
-
-#[derive(Default)]
 struct Inner {
     entries: HashMap<WorkId, Entry>,
     delayed: BTreeMap<(Instant, WorkId), ()>,
-    lanes: [Lane; Kind::ALL.len()],
+    lanes: [FairQueue<WorkId>; Kind::ALL.len()],
     /// The time for which the task sleeps, so that only earlier work wakes it.
     sleeps_until: Option<Instant>,
 }
@@ -247,7 +182,7 @@ impl WorkQueue {
             inner.delayed.pop_first();
             if let Some(entry) = inner.entries.get_mut(&id) {
                 entry.state = State::Ready;
-                inner.lanes[id.kind as usize].push(id);
+                inner.lanes[id.kind as usize].push(id.tenant, id);
             }
         }
         inner.sleeps_until = None;
@@ -280,7 +215,7 @@ impl WorkQueue {
         let Some(entry) = inner.entries.get_mut(&id) else { return };
         if due <= now {
             entry.state = State::Ready;
-            inner.lanes[id.kind as usize].push(id);
+            inner.lanes[id.kind as usize].push(id.tenant, id);
             return;
         }
         entry.state = State::Delayed(due);
@@ -294,7 +229,7 @@ impl WorkQueue {
     fn start_what_may(&self, inner: &mut Inner) {
         for kind in Kind::ALL {
             let places = self.places.of(kind);
-            while let Some(id) = inner.lanes[kind as usize].pop(places) {
+            while let Some((_, id)) = inner.lanes[kind as usize].pop(places) {
                 let Some(entry) = inner.entries.get_mut(&id) else {
                     inner.lanes[kind as usize].ended(id.tenant);
                     continue;
@@ -363,7 +298,7 @@ impl WorkQueue {
                     continue;
                 }
                 Some(State::Delayed(due)) => drop(inner.delayed.remove(&(*due, id))),
-                Some(State::Ready) => inner.lanes[kind as usize].remove(&id),
+                Some(State::Ready) => inner.lanes[kind as usize].remove(tenant, |other| *other == id),
                 None => {}
             }
             inner.entries.remove(&id);
