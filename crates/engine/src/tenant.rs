@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use tokio::sync::OnceCell;
@@ -41,6 +41,7 @@ pub struct Tenant {
     context: Arc<Context>,
     timelines: Mutex<BTreeMap<TimelineId, Cell>>,
     lost: AtomicBool,
+    used_at: Mutex<Instant>,
 }
 
 impl Tenant {
@@ -52,7 +53,8 @@ impl Tenant {
         let facts = log.state().facts().cloned().ok_or(EngineError::EmptyLog { tenant: id })?;
         let pg_version = facts.pg_version;
         let major = Major::from_number(pg_version).ok_or(EngineError::UnsupportedMajor { tenant: id, pg_version })?;
-        Ok(Tenant { facts, major, log, template, context, timelines: Mutex::default(), lost: AtomicBool::new(false) })
+        let used_at = Mutex::new((context.resources.clock)());
+        Ok(Tenant { facts, major, log, template, context, timelines: Mutex::default(), lost: AtomicBool::new(false), used_at })
     }
 
     /// Its id.
@@ -85,6 +87,17 @@ impl Tenant {
         &self.context
     }
 
+    /// Says that somebody has use for it: it is not put to sleep for a while.
+    pub fn touch(&self) {
+        *self.used_at.lock() = (self.context.resources.clock)();
+    }
+
+    /// Whether nobody had use for it for `unused`, and nobody else holds its log: then it can be dropped, and opened again by the same right.
+    pub fn may_sleep(&self, unused: Duration) -> bool {
+        let now = (self.context.resources.clock)();
+        now.duration_since(*self.used_at.lock()) >= unused && !self.log.is_shared() && self.timelines.lock().is_empty()
+    }
+
     fn check_owned(&self) -> Result<(), EngineError> {
         if self.lost.load(Ordering::SeqCst) { Err(EngineError::NotOwner { tenant: self.id() }) } else { Ok(()) }
     }
@@ -99,6 +112,7 @@ impl Tenant {
     /// When there is no such timeline, it cannot be opened, or the tenant is another server's by now.
     pub async fn timeline(&self, id: TimelineId) -> Result<Arc<LiveTimeline>, EngineError> {
         self.check_owned()?;
+        self.touch();
         if let Some(open) = self.opened(id) {
             open.touch();
             return Ok(open);

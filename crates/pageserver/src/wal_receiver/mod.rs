@@ -25,7 +25,7 @@ mod sink;
 mod slot;
 mod stream;
 
-pub use receiver::{Outcome, Receiver};
+pub use receiver::{Outcome, Receiver, Stopper};
 pub use shared::{Phase, Positions};
 pub use sink::{SinkError, WalSink};
 

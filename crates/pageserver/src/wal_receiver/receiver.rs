@@ -10,7 +10,7 @@ use varve_postgres::wal::Framer;
 use super::shared::{Phase, Positions, Shared, Stopped};
 use super::slot::SlotKeeper;
 use super::stream::Stream;
-use super::{ReceiverConfig, ReceiverError, WalSink, session};
+use super::{ReceiverConfig, ReceiverError, SinkError, WalSink, session};
 use varve_protocol::ClientError;
 
 /// First pause before connecting again.
@@ -24,6 +24,8 @@ pub(super) enum SessionEnd {
     Stopped,
     /// The connection broke, or could not be made: try again.
     Lost(ClientError),
+    /// What came could not be kept: try again later.
+    NotKept(SinkError),
     /// Trying again is no use.
     Failed(ReceiverError),
 }
@@ -37,6 +39,15 @@ impl From<Stopped> for SessionEnd {
 impl From<ClientError> for SessionEnd {
     fn from(error: ClientError) -> SessionEnd {
         SessionEnd::Lost(error)
+    }
+}
+
+impl From<SinkError> for SessionEnd {
+    fn from(error: SinkError) -> SessionEnd {
+        match error {
+            SinkError::NotNow(_) => SessionEnd::NotKept(error),
+            SinkError::Over(_) => SessionEnd::Failed(ReceiverError::Sink(error)),
+        }
     }
 }
 
@@ -54,6 +65,17 @@ pub struct Outcome<S> {
     pub sink: S,
     /// Why, unless it was told to.
     pub error: Option<ReceiverError>,
+}
+
+/// Stops a receiver: see [`Receiver::stop`].
+#[derive(Clone)]
+pub struct Stopper(Arc<Shared>);
+
+impl Stopper {
+    /// See [`Receiver::stop`].
+    pub fn stop(&self) {
+        self.0.stop();
+    }
 }
 
 /// A running receiver.
@@ -109,6 +131,11 @@ impl<S: WalSink> Receiver<S> {
         self.shared.trouble()
     }
 
+    /// A way to stop it from elsewhere, which keeps nothing alive but itself.
+    pub fn stopper(&self) -> Stopper {
+        Stopper(self.shared.clone())
+    }
+
     /// Waits until `reached` is so, the receiver ends, or `timeout` is over; whether it was reached.
     pub fn wait_until(&self, timeout: Duration, reached: impl FnMut(&Positions, Phase) -> bool) -> bool {
         self.shared.wait(Instant::now() + timeout, reached)
@@ -161,12 +188,13 @@ impl<S: WalSink> Worker<S> {
             let error = match end {
                 SessionEnd::Stopped => return None,
                 SessionEnd::Failed(error) => return Some(error),
-                SessionEnd::Lost(_) if self.shared.is_stopped() => return None,
-                SessionEnd::Lost(error) => error,
+                SessionEnd::Lost(_) | SessionEnd::NotKept(_) if self.shared.is_stopped() => return None,
+                SessionEnd::Lost(error) => error.to_string(),
+                SessionEnd::NotKept(error) => format!("the WAL could not be kept: {error}"),
             };
             self.shared.set_phase(Phase::Connecting);
-            if self.shared.set_trouble(&error.to_string()) {
-                tracing::warn!(timeline = %self.config.label, %error, framed = %self.framer.framed(), "no WAL from the primary, trying again");
+            if self.shared.set_trouble(&error) {
+                tracing::warn!(timeline = %self.config.label, error, framed = %self.framer.framed(), "no WAL from the primary, trying again");
             }
             if self.framer.framed() > framed_before {
                 pause = RETRY_PAUSE_MIN;

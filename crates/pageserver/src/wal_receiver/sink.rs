@@ -1,13 +1,22 @@
 //! Where received WAL goes.
 
+use std::error::Error;
+use std::sync::Arc;
+
 use bytes::Bytes;
 use varve_postgres::Lsn;
 use varve_postgres::wal::FramedRecord;
 
-/// WAL that could not be kept: the log is broken or full, or the writer's epoch is over.
+/// WAL that could not be kept.
 #[derive(Debug, Clone, thiserror::Error)]
-#[error("{0}")]
-pub struct SinkError(pub String);
+pub enum SinkError {
+    /// The stream has ended, or what keeps the WAL refuses everything: the receiver ends.
+    #[error("{0}")]
+    Over(Arc<dyn Error + Send + Sync>),
+    /// Not now, for want of space perhaps: the receiver comes again, from the last whole record on.
+    #[error("{0}")]
+    NotNow(Arc<dyn Error + Send + Sync>),
+}
 
 /// Keeps the WAL of one timeline. Its methods are called by one thread, and may block it: then the socket is not read, and the primary waits.
 pub trait WalSink: Send + 'static {
@@ -16,7 +25,7 @@ pub trait WalSink: Send + 'static {
     /// replace it.
     ///
     /// # Errors
-    /// Ends the receiver. An epoch that is over must be an error: nothing of it may be kept.
+    /// [`SinkError::Over`] ends the receiver. An epoch that is over must be one: nothing of it may be kept.
     fn append(&mut self, start: Lsn, bytes: Bytes) -> Result<(), SinkError>;
 
     /// Takes the records that became whole with the last append, in order. They are not durable before the next sync. What the sink does not take

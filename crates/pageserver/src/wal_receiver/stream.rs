@@ -127,7 +127,7 @@ impl<'a, S: WalSink> Stream<'a, S> {
         };
         // Even where the stream has ended: what came whole before is worth keeping, though nobody hears of it.
         if self.framer.framed() > framed_before && !matches!(ended, Some(SessionEnd::Failed(ReceiverError::Sink(_)))) {
-            self.positions.durable = self.sink.sync().map_err(ReceiverError::Sink)?;
+            self.positions.durable = self.sink.sync()?;
         }
         ended.map_or(Ok(()), Err)
     }
@@ -200,9 +200,9 @@ impl<'a, S: WalSink> Stream<'a, S> {
                 }
             }
         }
-        self.sink.append(start, data).map_err(ReceiverError::Sink)?;
+        self.sink.append(start, data)?;
         if !self.records.is_empty() {
-            self.sink.records(&mut self.records).map_err(ReceiverError::Sink)?;
+            self.sink.records(&mut self.records)?;
         }
         self.positions.received = self.framer.position();
         self.positions.framed = self.framer.framed();

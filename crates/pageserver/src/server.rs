@@ -1,0 +1,494 @@
+//! The pageserver put together: what the control plane can ask of it.
+//!
+//! [`Pageserver`] holds what all tenants share (store, WAL log, caches, work queue, templates), the tenants that it owns ([`crate::tenants`]), and the
+//! receivers of their computes' WAL ([`crate::writers`]). At start it opens what its WAL log holds WAL of, so that this gets into the store. WAL of a tenant or
+//! timeline that no log in the store knows is kept, and told of: it is evidence that the store lost something.
+
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures::{StreamExt as _, stream};
+use parking_lot::Mutex;
+use tokio_util::sync::CancellationToken;
+use varve_engine::resolve::{Moment, Resolved, resolve, time_at};
+use varve_engine::template::{StartupBlock, Template, Templates};
+use varve_engine::timeline::WalRange;
+use varve_engine::work_queue::Places;
+use varve_engine::{Context, EngineError, EpochStart, LiveTimeline, StreamEnd, Tenant, WorkQueue, catalog, histories};
+use varve_postgres::{Lsn, Major, Timestamp};
+use varve_storage::ids::{BranchName, TenantId, TimelineId, WalLogId, WriterEpoch};
+use varve_storage::store::Store;
+use varve_storage::tenant_log;
+use varve_storage::threads::{RuntimeThreads, Threads};
+use varve_storage::wal_log::WalLog;
+
+use crate::error::ServerError;
+use crate::tenants::{Identity, LostTo, Tenants};
+use crate::writers::{Writer, Writers};
+
+/// How often it is looked for timelines and tenants that nobody has use for.
+const SWEEP_INTERVAL: Duration = Duration::from_secs(5);
+/// Tenants that are opened at once when the server starts.
+const OPENED_AT_ONCE: usize = 8;
+/// How long a compute's first read waits for ingest.
+const PLACES_WAIT_MAX: Duration = Duration::from_secs(120);
+/// How long the list of kept WAL waits for ingest, which knows which records carry their pages.
+const KEPT_WAL_WAIT_MAX: Duration = Duration::from_secs(60);
+/// Largest data directory that a host may send, uncompressed.
+const TEMPLATE_BYTES_MAX: u64 = 1 << 30;
+/// Ranges that an error names at most.
+const RANGES_NAMED_MAX: usize = 8;
+
+/// What a pageserver is started with.
+#[derive(Clone, Debug)]
+pub struct PageserverConfig {
+    /// Its own folder: WAL log and caches.
+    pub data: PathBuf,
+    /// The store.
+    pub store: Store,
+    /// Address of the admin API, which the logs of the tenants that it owns name.
+    pub url: String,
+    /// Bytes that the WAL log may hold.
+    pub wal_log_limit_bytes: u64,
+    /// Bytes for caches of pages and blocks.
+    pub cache_bytes: u64,
+    /// Bytes for what is not in layers yet, of all timelines.
+    pub memtable_bytes: u64,
+    /// After so long without use timelines are closed, and tenants put to sleep.
+    pub idle: Duration,
+}
+
+/// WAL in the WAL log of which no log in the store knows.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct OrphanedWal {
+    /// The tenant that it is of.
+    pub tenant: TenantId,
+    /// The timeline.
+    pub timeline: TimelineId,
+    /// What is wrong and what to do.
+    pub problem: String,
+}
+
+/// What a mount must know of a data directory before it has read any of it.
+#[derive(Clone, Debug)]
+pub struct DirectoryFacts {
+    /// Databases, each (tablespace, database).
+    pub databases: Vec<(u32, u32)>,
+    /// Tablespaces but for the two default ones.
+    pub tablespaces: Vec<u32>,
+    /// Postgres's catalog version.
+    pub catalog_version: u32,
+    /// Blocks that a start reads.
+    pub startup_blocks: Vec<StartupBlock>,
+}
+
+/// See the module's doc.
+#[derive(Debug)]
+pub struct Pageserver {
+    config: PageserverConfig,
+    context: Arc<Context>,
+    templates: Arc<Templates>,
+    tenants: Tenants,
+    writers: Writers,
+    orphans: Mutex<Vec<OrphanedWal>>,
+    stopping: CancellationToken,
+}
+
+impl Pageserver {
+    /// Opens everything: probes the store, opens the WAL log, opens what that holds.
+    ///
+    /// # Errors
+    /// [`ServerError`] with what is wrong and what to do.
+    pub async fn open(config: PageserverConfig) -> Result<Arc<Pageserver>, ServerError> {
+        let threads: Arc<dyn Threads> = Arc::new(RuntimeThreads::new(tokio::runtime::Handle::current()));
+        let (wal, wal_log, cache_dir) = {
+            let (folder, limit) = (config.data.join("wal"), config.wal_log_limit_bytes);
+            let cache_dir = config.data.join("layers");
+            let open = move || -> Result<(WalLog, WalLogId, PathBuf), ServerError> {
+                let wal = WalLog::open(&folder, limit)?;
+                std::fs::create_dir_all(&cache_dir).map_err(ServerError::file(&cache_dir))?;
+                Ok((wal, wal_log_id(&folder)?, cache_dir))
+            };
+            threads.call(open).await??
+        };
+        config.store.probe().await?;
+        let resources = histories::resources(&config.store, &threads, cache_dir, config.cache_bytes, config.memtable_bytes);
+        let queue = WorkQueue::new(Places::default(), threads.clone());
+        let store = config.store.clone();
+        let context = Context { wal: Arc::new(wal), wal_log, store, resources: Arc::new(resources), threads, queue, lost: Default::default() };
+        let context = Arc::new(context);
+        let templates = Arc::new(Templates::new(config.store.clone()));
+        let identity = Identity { server: wal_log.to_string(), url: config.url.clone() };
+        let tenants = Tenants::new(context.clone(), templates.clone(), identity);
+        let stopping = CancellationToken::new();
+        let (writers, orphans) = (Writers::default(), Mutex::default());
+        let pageserver = Arc::new(Pageserver { config, context, templates, tenants, writers, orphans, stopping });
+        pageserver.open_what_the_log_holds().await;
+        Ok(pageserver)
+    }
+
+    /// Runs what goes on beside requests, until [`Pageserver::stop`].
+    pub async fn run(&self) {
+        let timer = WorkQueue::run_timer(Arc::downgrade(&self.context.queue));
+        tokio::pin!(timer);
+        let mut sweep = tokio::time::interval(SWEEP_INTERVAL);
+        sweep.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                biased;
+                () = self.stopping.cancelled() => break,
+                lost = self.context.lost.take() => {
+                    for tenant in lost {
+                        self.tenants.lose(tenant).await;
+                    }
+                }
+                () = &mut timer => {}
+                _ = sweep.tick() => self.tenants.sweep(self.config.idle).await,
+            }
+        }
+        // Flushes still need the timer until all is in the store.
+        timer.await;
+    }
+
+    /// Opens the timelines of which the WAL log holds bytes, so that these get into the store and the log can let go of them.
+    async fn open_what_the_log_holds(&self) {
+        let held = self.context.wal.unattached();
+        stream::iter(held)
+            .for_each_concurrent(OPENED_AT_ONCE, |(tenant, timeline)| async move {
+                if let Err(problem) = self.open_held(tenant, timeline).await {
+                    tracing::error!(%tenant, %timeline, problem, "the WAL log holds WAL that cannot be put into the store; it is kept");
+                    self.orphans.lock().push(OrphanedWal { tenant, timeline, problem });
+                }
+            })
+            .await;
+    }
+
+    async fn open_held(&self, tenant: TenantId, timeline: TimelineId) -> Result<(), String> {
+        let read = tenant_log::read(&self.context.store, tenant).await.map_err(|error| error.to_string())?;
+        let Some(state) = read else {
+            return Err(format!(
+                "the store has no log of tenant {tenant}: if the tenant was deleted, 'varve wal forget {tenant}' lets go of its WAL; if not, the \
+                 store has lost it: restore the objects below tenants/{tenant} from the bucket's versions, then start this server again"
+            ));
+        };
+        let me = self.context.wal_log.to_string();
+        if let Some(owner) = state.owner().filter(|owner| owner.server != me) {
+            let url = Some(owner.url.clone()).filter(|url| !url.is_empty());
+            self.tenants.note_lost(tenant, LostTo { server: owner.server.clone(), url });
+            return Err("another server has taken the tenant over; its computes send there what that one lacks".to_owned());
+        }
+        if state.is_removed() || state.timeline(timeline).is_err() {
+            // The log is there, and says that this timeline is not.
+            return match state.facts() {
+                Some(_) if !state.is_removed() => Err(format!(
+                    "the log of tenant {tenant} knows no timeline {timeline}: if its branch was deleted, 'varve wal forget {tenant} {timeline}' \
+                     lets go of its WAL; if not, the newest objects below tenants/{tenant}/log are lost: restore them from the bucket's versions"
+                )),
+                _ => {
+                    self.context.wal.forget(tenant, timeline);
+                    Ok(())
+                }
+            };
+        }
+        let owned = self.tenants.own(tenant, "the WAL log holds WAL of it").await.map_err(|error| error.to_string())?;
+        owned.timeline(timeline).await.map(drop).map_err(|error| error.to_string())
+    }
+
+    /// Lets go of WAL of which no log in the store knows, at an operator's word.
+    pub fn forget_orphans(&self, tenant: TenantId, timeline: Option<TimelineId>) -> usize {
+        let mut orphans = self.orphans.lock();
+        let is_meant = |orphan: &OrphanedWal| orphan.tenant == tenant && timeline.is_none_or(|timeline| timeline == orphan.timeline);
+        let forgotten: Vec<OrphanedWal> = orphans.iter().filter(|orphan| is_meant(orphan)).cloned().collect();
+        orphans.retain(|orphan| !is_meant(orphan));
+        drop(orphans);
+        for orphan in &forgotten {
+            self.context.wal.forget(orphan.tenant, orphan.timeline);
+        }
+        forgotten.len()
+    }
+
+    /// WAL in the WAL log of which no log in the store knows.
+    pub fn orphans(&self) -> Vec<OrphanedWal> {
+        self.orphans.lock().clone()
+    }
+
+    /// Puts everything into the store and ends all work. Computes go on without us.
+    pub async fn stop(&self) {
+        for tenant in self.tenants.all_awake() {
+            for live in tenant.all_opened() {
+                // No acknowledgement from here on; then all that was acknowledged can be put into the store.
+                let ended = live.end_stream(StreamEnd::Closing).await.map(drop);
+                let flushed = match ended {
+                    Ok(()) => live.flush_all().await,
+                    failed => failed,
+                };
+                if let Err(error) = flushed {
+                    tracing::warn!(timeline = live.name(), %error, "not all is in the store; the WAL log keeps the rest");
+                }
+            }
+        }
+        self.stopping.cancel();
+        self.tenants.close().await;
+    }
+
+    /// Which tenants it owns.
+    pub fn tenants(&self) -> &Tenants {
+        &self.tenants
+    }
+
+    /// Its templates.
+    pub fn templates(&self) -> &Templates {
+        &self.templates
+    }
+
+    /// The store.
+    pub fn store(&self) -> &Store {
+        &self.context.store
+    }
+
+    /// The id of its WAL log, which is its name among servers.
+    pub fn id(&self) -> WalLogId {
+        self.context.wal_log
+    }
+
+    /// Bytes of the WAL log.
+    pub fn wal_log_bytes(&self) -> u64 {
+        self.context.wal.bytes()
+    }
+
+    /// Computes whose WAL is received.
+    pub fn writer_count(&self) -> usize {
+        self.writers.count()
+    }
+
+    async fn live(&self, tenant: TenantId, timeline: TimelineId, why: &str) -> Result<(Arc<Tenant>, Arc<LiveTimeline>), ServerError> {
+        let tenant = self.tenants.own(tenant, why).await?;
+        let live = tenant.timeline(timeline).await?;
+        Ok((tenant, live))
+    }
+
+    /// A timeline if it is open.
+    pub fn opened(&self, tenant: TenantId, timeline: TimelineId) -> Option<Arc<LiveTimeline>> {
+        self.tenants.awake(tenant)?.opened(timeline)
+    }
+
+    /// Stops timelines that the log no longer has, and removes what is stored of them.
+    pub async fn remove_timelines(&self, tenant: TenantId, timelines: Vec<TimelineId>) {
+        let Some(tenant) = self.tenants.awake(tenant) else { return };
+        for timeline in timelines {
+            tenant.remove_timeline(timeline).await;
+        }
+    }
+
+    /// Stops a tenant's timelines and forgets it and its WAL: it was deleted. `timelines` are all that its log had.
+    pub async fn forget(&self, tenant: TenantId, timelines: Vec<TimelineId>) {
+        self.tenants.forget(tenant).await;
+        for timeline in timelines {
+            self.context.wal.forget(tenant, timeline);
+        }
+    }
+
+    /// The boundary that a moment of a timeline is.
+    ///
+    /// # Errors
+    /// [`ServerError`].
+    pub async fn resolve(&self, tenant: TenantId, timeline: TimelineId, moment: Moment) -> Result<Resolved, ServerError> {
+        let (_, live) = self.live(tenant, timeline, "a moment of it is asked for").await?;
+        Ok(resolve(&live, moment).await?)
+    }
+
+    /// When the last transaction before a boundary ended.
+    ///
+    /// # Errors
+    /// [`ServerError`].
+    pub async fn time_at(&self, tenant: TenantId, at: Resolved) -> Result<Option<Timestamp>, ServerError> {
+        let (_, live) = self.live(tenant, at.timeline, "a moment of it is asked for").await?;
+        Ok(time_at(&live, at.lsn).await?)
+    }
+
+    /// Begins the next writer epoch at head, if `branch` still points to `timeline`.
+    ///
+    /// # Errors
+    /// [`ServerError`].
+    pub async fn begin_epoch(&self, tenant: TenantId, branch: &BranchName, timeline: TimelineId) -> Result<EpochStart, ServerError> {
+        let (tenant, live) = self.live(tenant, timeline, "a compute begins").await?;
+        if let Some(stopped) = live.stopped() {
+            let wait = varve_storage::timeline::WaitError::Stopped { timeline, lsn: live.positions().head(), stopped };
+            return Err(EngineError::Wait(wait).into()); // waiting will not help
+        }
+        let start = live.begin_epoch(tenant.log(), branch).await?;
+        // What this timeline did not put into the store yet is only here: see to it that this does not stay so.
+        live.flush_soon();
+        Ok(start)
+    }
+
+    /// Ends the newest epoch's stream without beginning another.
+    ///
+    /// # Errors
+    /// [`ServerError`].
+    pub async fn end_stream(&self, tenant: TenantId, timeline: TimelineId) -> Result<(), ServerError> {
+        let (_, live) = self.live(tenant, timeline, "its compute is to write no more").await?;
+        live.end_stream(StreamEnd::Ended).await?;
+        Ok(())
+    }
+
+    /// Takes WAL from a compute. Gives the standby name that it must wait for.
+    ///
+    /// # Errors
+    /// [`ServerError`].
+    pub async fn attach_writer(&self, tenant: TenantId, timeline: TimelineId, writer: Writer) -> Result<String, ServerError> {
+        let (tenant, live) = self.live(tenant, timeline, "a compute attaches").await?;
+        self.writers.attach(&tenant, &live, writer).await
+    }
+
+    /// The compute of epoch `epoch` ended cleanly after it sent all its WAL.
+    ///
+    /// # Errors
+    /// [`ServerError`].
+    pub async fn close_epoch(&self, tenant: TenantId, timeline: TimelineId, epoch: WriterEpoch) -> Result<(), ServerError> {
+        let (tenant, live) = self.live(tenant, timeline, "a compute ended").await?;
+        Ok(live.close_epoch(tenant.log(), epoch).await?)
+    }
+
+    /// What a mount of a timeline at `lsn` must know.
+    ///
+    /// # Errors
+    /// [`ServerError`].
+    pub async fn directory_facts(&self, tenant: TenantId, timeline: TimelineId, lsn: Lsn) -> Result<DirectoryFacts, ServerError> {
+        let (tenant, live) = self.live(tenant, timeline, "a compute begins").await?;
+        live.wait_applied(lsn, PLACES_WAIT_MAX).await.map_err(EngineError::from)?;
+        let read = {
+            let live = live.clone();
+            move || {
+                let history = &**live.history();
+                Ok::<_, EngineError>((catalog::databases(history, lsn)?, catalog::tablespaces(history, lsn)?))
+            }
+        };
+        let (databases, tablespaces) = self.context.threads.call(read).await??;
+        let template = tenant.template();
+        let catalog_version = template.facts().cluster.catalog_version;
+        Ok(DirectoryFacts { databases, tablespaces, catalog_version, startup_blocks: template.startup_blocks() })
+    }
+
+    /// Where there is WAL of a timeline and its ancestors of which redo can be checked, ascending, each with its timeline; and its head.
+    ///
+    /// # Errors
+    /// [`ServerError`].
+    pub async fn kept_wal(&self, tenant: TenantId, timeline: TimelineId) -> Result<(Lsn, Vec<(TimelineId, WalRange)>), ServerError> {
+        let (_, live) = self.live(tenant, timeline, "its WAL is asked for").await?;
+        let head = live.positions().head();
+        match live.wait_applied(head, KEPT_WAL_WAIT_MAX).await {
+            // What stopped ingest may be the very thing that is looked for.
+            Err(error) if live.stopped().is_none() => return Err(EngineError::from(error).into()),
+            _ => {}
+        }
+        Ok((head, ranges(&live, head)))
+    }
+
+    /// That WAL from `from` on: at least a byte.
+    ///
+    /// # Errors
+    /// [`EngineError::WalNotKept`] where it is not kept, [`varve_engine::moments::MomentError::Future`] where there is none yet.
+    pub async fn kept_wal_bytes(&self, tenant: TenantId, timeline: TimelineId, from: Lsn) -> Result<Bytes, ServerError> {
+        let (_, live) = self.live(tenant, timeline, "its WAL is asked for").await?;
+        let head = live.positions().head();
+        if from >= head {
+            return Err(EngineError::from(varve_engine::moments::MomentError::Future { lsn: from, end: head }).into());
+        }
+        if let Some((owner, limit)) = live.owners(head).into_iter().find(|(owner, _)| owner.facts().start <= from) {
+            let bytes = self.context.threads.call(move || owner.wal_bytes(from, limit)).await?.map_err(EngineError::from)?;
+            if let Some(bytes) = bytes {
+                return Ok(bytes);
+            }
+        }
+        Err(EngineError::WalNotKept { lsn: from, what_there_is: named(&ranges(&live, head)) }.into())
+    }
+
+    /// Takes what a host's `initdb` made, a tar of the data directory compressed with zstd, as the template of its major.
+    ///
+    /// # Errors
+    /// When it is not what it should be, or the store does not take it.
+    pub async fn import_template(&self, pg_version: u32, archive: Bytes) -> Result<Arc<Template>, ServerError> {
+        let major = Major::from_number(pg_version).ok_or(ServerError::UnsupportedMajor(pg_version))?;
+        let folder = self.config.data.clone();
+        let unpacked = self.context.threads.call(move || unpack(&folder, &archive)).await??;
+        let template = self.templates.import(&self.context, major, unpacked.path()).await?;
+        tracing::info!(pg_version, template = template.name(), "template made");
+        // Deleting takes a while, too.
+        self.context.threads.run(Box::new(move || drop(unpacked)));
+        Ok(template)
+    }
+
+    /// Keeps which blocks a start of a tenant's Postgres read.
+    ///
+    /// # Errors
+    /// [`ServerError`].
+    pub async fn learn_startup_blocks(&self, tenant: TenantId, blocks: Vec<StartupBlock>) -> Result<(), ServerError> {
+        let Some(tenant) = self.tenants.awake(tenant) else { return Ok(()) };
+        Ok(self.templates.learn_startup_blocks(tenant.template(), blocks).await?)
+    }
+}
+
+/// The ranges of a timeline and its ancestors, ascending.
+fn ranges(live: &Arc<LiveTimeline>, head: Lsn) -> Vec<(TimelineId, WalRange)> {
+    let owners = live.owners(head);
+    owners.iter().rev().flat_map(|(owner, limit)| owner.wal_ranges(*limit).into_iter().map(|range| (owner.id(), range))).collect()
+}
+
+/// Ranges in words.
+fn named(ranges: &[(TimelineId, WalRange)]) -> String {
+    let why = "layers have what it did to pages, and only WAL written with wal_consistency_checking is kept besides; there is";
+    let shown: Vec<String> = ranges.iter().take(RANGES_NAMED_MAX).map(|(_, range)| format!("{} to {}", range.start, range.end)).collect();
+    match ranges.len().saturating_sub(RANGES_NAMED_MAX) {
+        _ if ranges.is_empty() => format!("{why} none of that"),
+        0 => format!("{why} {}", shown.join(", ")),
+        more => format!("{why} {} and {more} more", shown.join(", ")),
+    }
+}
+
+/// Takes a host's archive apart, in a temporary folder below `folder`.
+fn unpack(folder: &Path, archive: &[u8]) -> Result<tempfile::TempDir, ServerError> {
+    let wrong = |error: std::io::Error| ServerError::Archive(error.to_string());
+    let target = tempfile::Builder::new().prefix("template-").tempdir_in(folder).map_err(ServerError::file(folder))?;
+    let bytes = zstd::Decoder::new(archive).map_err(wrong)?.take(TEMPLATE_BYTES_MAX);
+    let mut archive = tar::Archive::new(bytes);
+    for entry in archive.entries().map_err(wrong)? {
+        let mut entry = entry.map_err(wrong)?;
+        let kind = entry.header().entry_type();
+        if !kind.is_dir() && !kind.is_file() {
+            let path = entry.path().map_err(wrong)?.display().to_string();
+            return Err(ServerError::Archive(format!("{path} is neither a file nor a folder")));
+        }
+        // Refuses what would lie outside.
+        if !entry.unpack_in(target.path()).map_err(wrong)? {
+            return Err(ServerError::Archive("a path in it leads out of it".to_owned()));
+        }
+    }
+    Ok(target)
+}
+
+/// The identity of the WAL log in a folder, made with the log.
+fn wal_log_id(folder: &Path) -> Result<WalLogId, ServerError> {
+    let path = folder.join("id");
+    match std::fs::read_to_string(&path) {
+        Ok(text) => text.trim().parse().map_err(|_| ServerError::WalLogId(path)),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            let id = WalLogId::random()?;
+            let write = || -> std::io::Result<()> {
+                use std::io::Write as _;
+                let temporary = folder.join("id.new");
+                let mut file = std::fs::File::create(&temporary)?;
+                writeln!(file, "{id}")?;
+                file.sync_all()?;
+                std::fs::rename(&temporary, &path)?;
+                std::fs::File::open(folder)?.sync_all()
+            };
+            write().map_err(ServerError::file(&path))?;
+            Ok(id)
+        }
+        Err(error) => Err(ServerError::file(path)(error)),
+    }
+}

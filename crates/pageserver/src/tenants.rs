@@ -1,0 +1,294 @@
+//! Which tenants this pageserver owns.
+//!
+//! A tenant is owned by the server that has the newest generation of its log. It is taken ([`Tenants::own`]) only for work: a compute begins, a branch is
+//! made, WAL of it lies in this server's WAL log. Everything else reads.
+//!
+//! A tenant's slot is *awake* (its log is open, and perhaps timelines), *asleep* (nobody had use for it for a while: all that is kept is by what right it is
+//! ours, some hundred bytes; it wakes without a write to the store), or *lost* (another server took it: nothing of it is acknowledged, opened or served here,
+//! what the WAL log holds of it is kept, and whoever asks is told who has it). The map of slots is locked for look-ups only; each slot is opened by whoever
+//! comes first, while others wait for that slot alone.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use tokio::sync::OnceCell;
+use varve_engine::template::Templates;
+use varve_engine::{Context, Tenant};
+use varve_storage::edit_log::Ownership;
+use varve_storage::ids::{TenantId, TenantName};
+use varve_storage::tenant_log::{TenantEdit, TenantLog, find_owner, names, tenant_folder};
+
+use crate::error::ServerError;
+
+/// Who this server is, as the logs of tenants that it owns say.
+#[derive(Clone, Debug)]
+pub struct Identity {
+    /// Name of the server: the id of its WAL log.
+    pub server: String,
+    /// Address of its admin API.
+    pub url: String,
+}
+
+/// Who has a tenant that was lost.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LostTo {
+    /// Its name.
+    pub server: String,
+    /// Address of its admin API, if it says so.
+    pub url: Option<String>,
+}
+
+impl fmt::Display for LostTo {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.url {
+            Some(url) => write!(f, "the server at {url}"),
+            None => write!(f, "server {}", self.server),
+        }
+    }
+}
+
+/// A tenant whose log is open, or being opened.
+#[derive(Debug, Default)]
+struct Awake {
+    /// By what right it is ours, if it was before.
+    ownership: Option<Ownership>,
+    tenant: OnceCell<Arc<Tenant>>,
+}
+
+#[derive(Debug)]
+enum Slot {
+    Awake(Arc<Awake>),
+    Asleep(Ownership),
+    Lost(LostTo),
+}
+
+/// See the module's doc.
+#[derive(Debug)]
+pub struct Tenants {
+    context: Arc<Context>,
+    templates: Arc<Templates>,
+    identity: Identity,
+    slots: Mutex<BTreeMap<TenantId, Slot>>,
+}
+
+impl Tenants {
+    /// No tenant yet.
+    pub fn new(context: Arc<Context>, templates: Arc<Templates>, identity: Identity) -> Tenants {
+        Tenants { context, templates, identity, slots: Mutex::default() }
+    }
+
+    /// A tenant that this server owns from now on, if it did not before. `why` it is taken stands in the log.
+    ///
+    /// # Errors
+    /// [`ServerError::UnknownTenant`]; [`ServerError::NotOwner`] when it was lost to another server; what cannot be read.
+    pub async fn own(&self, id: TenantId, why: &str) -> Result<Arc<Tenant>, ServerError> {
+        let awake = {
+            let mut slots = self.slots.lock();
+            let slot = slots.entry(id).or_insert_with(|| Slot::Awake(Arc::default()));
+            match slot {
+                Slot::Awake(awake) => awake.clone(),
+                Slot::Asleep(ownership) => {
+                    let awake = Arc::new(Awake { ownership: Some(*ownership), tenant: OnceCell::new() });
+                    *slot = Slot::Awake(awake.clone());
+                    awake
+                }
+                Slot::Lost(owner) => return Err(ServerError::NotOwner { tenant: id, owner: owner.clone() }),
+            }
+        };
+        let opened = awake.tenant.get_or_try_init(|| self.open(id, awake.ownership, why)).await.cloned();
+        match opened {
+            Ok(tenant) => Ok(tenant),
+            Err(error) => {
+                self.opening_failed(id, &awake);
+                match error {
+                    ServerError::Engine(error) if error.is_fenced() => {
+                        let owner = self.lose(id).await;
+                        Err(ServerError::NotOwner { tenant: id, owner })
+                    }
+                    error => Err(error),
+                }
+            }
+        }
+    }
+
+    /// Nothing is left of a slot that could not be opened but by what right it was ours.
+    fn opening_failed(&self, id: TenantId, awake: &Arc<Awake>) {
+        let mut slots = self.slots.lock();
+        if matches!(slots.get(&id), Some(Slot::Awake(other)) if Arc::ptr_eq(other, awake)) && awake.tenant.get().is_none() {
+            match awake.ownership {
+                Some(ownership) => slots.insert(id, Slot::Asleep(ownership)),
+                None => slots.remove(&id),
+            };
+        }
+    }
+
+    async fn open(&self, id: TenantId, ownership: Option<Ownership>, why: &str) -> Result<Arc<Tenant>, ServerError> {
+        let store = &self.context.store;
+        let folder = tenant_folder(id)?;
+        let log = match ownership {
+            Some(ownership) => TenantLog::reopen(store, &folder, ownership).await?,
+            None => {
+                let log = TenantLog::take_over(store, &folder).await?.ok_or(ServerError::UnknownTenant(id))?;
+                tracing::info!(tenant = %id, generation = log.ownership().generation.0, why, "the tenant is taken: this server owns it from now on");
+                log
+            }
+        };
+        if log.state().is_removed() {
+            return Err(ServerError::UnknownTenant(id));
+        }
+        if ownership.is_none() {
+            log.push(vec![self.owner_row(&log)]).await?;
+        }
+        let template = log.state().facts().map(|facts| facts.template.clone()).unwrap_or_default();
+        let template = self.templates.by_name(&template).await?;
+        Ok(Arc::new(Tenant::new(id, log, template, self.context.clone())?))
+    }
+
+    fn owner_row(&self, log: &TenantLog) -> TenantEdit {
+        let Identity { server, url } = self.identity.clone();
+        TenantEdit::Owner { generation: log.ownership().generation, server, url }
+    }
+
+    /// A tenant that was just created, by its log, is this server's.
+    ///
+    /// # Errors
+    /// When the log cannot be written, or says nothing of a tenant.
+    pub async fn adopt(&self, log: TenantLog) -> Result<Arc<Tenant>, ServerError> {
+        let state = log.state();
+        let Some(facts) = state.facts().cloned() else { return Err(varve_engine::EngineError::EmptyLog { tenant: TenantId([0; 16]) }.into()) };
+        let template = self.templates.by_name(&facts.template).await?;
+        let tenant = Arc::new(Tenant::new(facts.id, log, template, self.context.clone())?);
+        let awake = Arc::new(Awake { ownership: None, tenant: OnceCell::new_with(Some(tenant.clone())) });
+        self.slots.lock().insert(facts.id, Slot::Awake(awake));
+        Ok(tenant)
+    }
+
+    /// A tenant that is awake here; takes nothing.
+    pub fn awake(&self, id: TenantId) -> Option<Arc<Tenant>> {
+        match self.slots.lock().get(&id)? {
+            Slot::Awake(awake) => awake.tenant.get().cloned(),
+            Slot::Asleep(_) | Slot::Lost(_) => None,
+        }
+    }
+
+    /// All tenants that are awake here.
+    pub fn all_awake(&self) -> Vec<Arc<Tenant>> {
+        let slots = self.slots.lock();
+        let tenant = |slot: &Slot| match slot {
+            Slot::Awake(awake) => awake.tenant.get().cloned(),
+            Slot::Asleep(_) | Slot::Lost(_) => None,
+        };
+        slots.values().filter_map(tenant).collect()
+    }
+
+    /// Whether the tenant is this server's, as far as it knows.
+    pub fn owns(&self, id: TenantId) -> bool {
+        matches!(self.slots.lock().get(&id), Some(Slot::Awake(_) | Slot::Asleep(_)))
+    }
+
+    /// The tenants that were lost, and to whom.
+    pub fn lost(&self) -> Vec<(TenantId, LostTo)> {
+        let slots = self.slots.lock();
+        let lost = |(id, slot): (&TenantId, &Slot)| match slot {
+            Slot::Lost(owner) => Some((*id, owner.clone())),
+            Slot::Awake(_) | Slot::Asleep(_) => None,
+        };
+        slots.iter().filter_map(lost).collect()
+    }
+
+    /// The id of the tenant of a name.
+    ///
+    /// # Errors
+    /// [`ServerError::UnknownTenantName`]; what cannot be read.
+    pub async fn id_of(&self, name: &str) -> Result<TenantId, ServerError> {
+        let unknown = || ServerError::UnknownTenantName(name.chars().take(64).collect());
+        let name: TenantName = name.parse().map_err(|_| unknown())?;
+        if let Some(tenant) = self.all_awake().into_iter().find(|tenant| *tenant.name() == name) {
+            return Ok(tenant.id());
+        }
+        names::lookup(&self.context.store, &name).await?.ok_or_else(unknown)
+    }
+
+    /// Another server has the tenant: nothing of it is acknowledged or served any more. Gives who has it.
+    pub async fn lose(&self, id: TenantId) -> LostTo {
+        let owner = self.owner_of(id).await;
+        let before = self.slots.lock().insert(id, Slot::Lost(owner.clone()));
+        if let Some(Slot::Awake(awake)) = &before
+            && let Some(tenant) = awake.tenant.get()
+        {
+            tenant.lose().await;
+        }
+        if !matches!(before, Some(Slot::Lost(_))) {
+            tracing::error!(tenant = %id, %owner, "the tenant was taken over: nothing of it is acknowledged or served here any more");
+        }
+        owner
+    }
+
+    async fn owner_of(&self, id: TenantId) -> LostTo {
+        match find_owner(&self.context.store, id).await {
+            Ok(Some((generation, Some(owner)))) if owner.generation == generation => {
+                LostTo { server: owner.server.clone(), url: Some(owner.url.clone()).filter(|url| !url.is_empty()) }
+            }
+            Ok(Some((generation, _))) => LostTo { server: format!("of generation {}", generation.0), url: None },
+            Ok(None) => LostTo { server: "nobody: its log is gone".to_owned(), url: None },
+            Err(error) => {
+                tracing::warn!(tenant = %id, %error, "who has the tenant cannot be read");
+                LostTo { server: "not known".to_owned(), url: None }
+            }
+        }
+    }
+
+    /// Says that the tenant is another server's, without having had it.
+    pub(crate) fn note_lost(&self, id: TenantId, owner: LostTo) {
+        self.slots.lock().insert(id, Slot::Lost(owner));
+    }
+
+    /// Gives a tenant that was lost free to be taken again, at an operator's word.
+    pub fn forgive(&self, id: TenantId) {
+        let mut slots = self.slots.lock();
+        if matches!(slots.get(&id), Some(Slot::Lost(_))) {
+            slots.remove(&id);
+        }
+    }
+
+    /// The tenant was deleted: its timelines are closed and it is forgotten.
+    pub async fn forget(&self, id: TenantId) {
+        let before = self.slots.lock().remove(&id);
+        if let Some(Slot::Awake(awake)) = before
+            && let Some(tenant) = awake.tenant.get()
+        {
+            tenant.close().await;
+        }
+    }
+
+    /// Closes timelines that nobody had use for since `unused`, and puts tenants to sleep that have none left and that nobody holds.
+    pub async fn sweep(&self, unused: Duration) {
+        for tenant in self.all_awake() {
+            let id = tenant.id();
+            if !tenant.close_idle(unused).await {
+                continue;
+            }
+            drop(tenant);
+            let mut slots = self.slots.lock();
+            let Some(Slot::Awake(awake)) = slots.get(&id) else { continue };
+            let asleep = match awake.tenant.get() {
+                // Whoever wants it goes through the map, which is locked.
+                Some(tenant) if Arc::strong_count(awake) == 1 && Arc::strong_count(tenant) == 1 && tenant.may_sleep(unused) => {
+                    tenant.log().ownership()
+                }
+                _ => continue,
+            };
+            slots.insert(id, Slot::Asleep(asleep));
+        }
+    }
+
+    /// Closes everything.
+    pub async fn close(&self) {
+        for tenant in self.all_awake() {
+            tenant.close().await;
+        }
+    }
+}
