@@ -70,12 +70,19 @@ pub struct Attach {
 
 /// Where a host hands out connections to a compute's walsender: a Unix socket of the host's. Whoever connects sends `credential` and a
 /// newline, and gets a descriptor that is connected to Postgres (`SCM_RIGHTS`), or a line that says why not.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Walsender {
     /// Path of the socket, at most 107 bytes.
     pub socket: String,
     /// What opens it: random, new for each incarnation.
     pub credential: String,
+}
+
+impl std::fmt::Debug for Walsender {
+    /// Without the credential: what is logged must open nothing.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Walsender").field("socket", &self.socket).finish_non_exhaustive()
+    }
 }
 
 /// Answer to [`Attach`].

@@ -2,17 +2,19 @@
 //!
 //! The compute's folder holds `cache/` (fetched and written blocks), `pg_wal/`, `socket/`, the mountpoint `pgdata/`, the server
 //! configuration and the log. When we are root, Postgres runs as another user, which may not be able to reach the folder (think of
-//! `/root` or a private temporary directory) and whose socket paths must be short; so the folder is bound to `/run/varve/<id>`.
+//! `/root` or a private temporary directory) and whose socket paths must be short; so the folder is bound to `<run folder>/<id>`.
+//!
+//! The postmaster's record stands beside the folder, where Postgres's user cannot write: whom it names is killed.
 
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt, chown};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
 
-use rustix::process::{Pid, Signal, kill_process};
+use crate::identity::ProcessId;
+use crate::record::{PostmasterRecord, Record as _, RecordError, remove_file};
 
-/// How long a killed process may take to be gone.
-const KILL_WAIT_MAX: Duration = Duration::from_secs(10);
+/// Characters of a compute's id that names in the run folder have: paths of sockets must be short.
+const SHORT_ID: usize = 12;
 
 /// The user that Postgres runs as.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,52 +55,70 @@ impl User {
 pub struct Dirs {
     /// As Postgres sees it.
     root: PathBuf,
-    bound_to: Option<PathBuf>,
+    /// The folder itself.
+    home: PathBuf,
+    /// The folder of what is there while it runs.
+    run: PathBuf,
+    short_id: String,
     user: User,
 }
 
 impl Dirs {
-    /// The folders of compute `id` in `home`, as they are.
-    pub fn existing(home: &Path, id: &str, user: User) -> Dirs {
-        let root = if rustix::process::geteuid().is_root() {
-            let short: String = id.chars().filter(char::is_ascii_alphanumeric).take(12).collect();
-            PathBuf::from("/run/varve").join(short)
-        } else {
-            home.to_owned()
-        };
-        Dirs { bound_to: (root != home).then(|| home.to_owned()), root, user }
+    /// The folders of compute `id` in `home`, as they are. Sockets and bound folders are in `run`.
+    pub fn existing(home: &Path, run: &Path, id: &str, user: User) -> Dirs {
+        let short_id: String = id.chars().filter(char::is_ascii_alphanumeric).take(SHORT_ID).collect();
+        let root = if rustix::process::geteuid().is_root() { run.join(&short_id) } else { home.to_owned() };
+        Dirs { root, home: home.to_owned(), run: run.to_owned(), short_id, user }
     }
 
-    /// Ends what an earlier process of the compute left running, and removes everything of it.
-    pub fn clean_up(&self) {
+    /// Makes a run folder: others may pass through it and may not list or change it.
+    ///
+    /// # Errors
+    /// When it cannot be made, or is somebody else's.
+    pub fn make_run(run: &Path) -> io::Result<()> {
+        std::fs::DirBuilder::new().recursive(true).mode(0o711).create(run)?;
+        let found = std::fs::symlink_metadata(run)?;
+        if !found.is_dir() || found.uid() != rustix::process::geteuid().as_raw() {
+            let what = format!("{} is no folder of ours: name another one with --run-dir", run.display());
+            return Err(io::Error::new(io::ErrorKind::PermissionDenied, what));
+        }
+        std::fs::set_permissions(run, std::fs::Permissions::from_mode(0o711))
+    }
+
+    /// Ends what a process of the compute that is gone left running, and its mounts; keeps its files, `pg_wal` among them. Blocks.
+    pub fn end_leftovers(&self) {
         self.end_predecessor();
-        self.remove();
+        self.unmount();
+        let _ = std::fs::remove_file(self.walsender());
     }
 
-    /// Prepares the folder `home` of compute `id`, after ending and removing what an earlier incarnation left.
+    /// Prepares the folder, after ending and removing what an earlier incarnation left. Blocks.
     ///
     /// # Errors
     /// When a folder cannot be made, bound or emptied.
-    pub fn prepare(home: &Path, id: &str, user: User) -> io::Result<Dirs> {
-        std::fs::create_dir_all(home)?;
-        let dirs = Dirs::existing(home, id, user);
-        dirs.end_predecessor();
-        dirs.unmount();
+    pub fn prepare(&self) -> io::Result<()> {
+        std::fs::create_dir_all(&self.home)?;
+        self.end_predecessor();
+        self.unmount();
         for part in ["cache", "pg_wal", "socket", "pgdata"] {
-            let path = home.join(part);
+            let path = self.home.join(part);
             remove_tree(&path)?;
             std::fs::DirBuilder::new().mode(0o700).create(&path)?;
-            chown(&path, Some(user.uid), Some(user.gid))?;
+            chown(&path, Some(self.user.uid), Some(self.user.gid))?;
         }
-        std::fs::set_permissions(home, std::fs::Permissions::from_mode(0o700))?;
-        chown(home, Some(user.uid), Some(user.gid))?;
-        if let Some(home) = &dirs.bound_to {
-            std::fs::DirBuilder::new().recursive(true).mode(0o711).create("/run/varve")?;
-            std::fs::create_dir_all(&dirs.root)?;
-            rustix::mount::mount_bind(home, &dirs.root)
-                .map_err(|error| io::Error::other(format!("cannot bind {} to {}: {error}", home.display(), dirs.root.display())))?;
+        std::fs::set_permissions(&self.home, std::fs::Permissions::from_mode(0o700))?;
+        chown(&self.home, Some(self.user.uid), Some(self.user.gid))?;
+        Dirs::make_run(&self.run)?;
+        if self.is_bound() {
+            std::fs::create_dir_all(&self.root)?;
+            rustix::mount::mount_bind(&self.home, &self.root)
+                .map_err(|error| io::Error::other(format!("cannot bind {} to {}: {error}", self.home.display(), self.root.display())))?;
         }
-        Ok(dirs)
+        Ok(())
+    }
+
+    fn is_bound(&self) -> bool {
+        self.root != self.home
     }
 
     /// Postgres's user.
@@ -126,6 +146,16 @@ impl Dirs {
         self.root.join("socket")
     }
 
+    /// The socket of Postgres in it.
+    pub fn postgres_socket(&self, port: u16) -> PathBuf {
+        self.socket().join(format!(".s.PGSQL.{port}"))
+    }
+
+    /// The socket on which connections to the walsender are handed out.
+    pub fn walsender(&self) -> PathBuf {
+        self.run.join(format!("{}.walsender", self.short_id))
+    }
+
     /// A file of the compute itself, such as its configuration.
     pub fn file(&self, name: &str) -> PathBuf {
         self.root.join(name)
@@ -142,47 +172,62 @@ impl Dirs {
         std::fs::rename(temporary, path)
     }
 
-    /// Remembers the postmaster, so that a successor can end it.
+    fn postmaster_record(&self) -> PathBuf {
+        self.home.with_extension("postmaster")
+    }
+
+    /// Remembers the postmaster, so that a successor can end it. Blocks.
     ///
     /// # Errors
     /// Those of the file system.
-    pub fn remember_postmaster(&self, pid: u32) -> io::Result<()> {
-        let started = process_start(pid).unwrap_or_default();
-        self.write("postmaster", &format!("{pid} {started}\n"))
+    pub fn remember_postmaster(&self, pid: u32) -> Result<(), RecordError> {
+        let path = self.postmaster_record();
+        match ProcessId::of(pid) {
+            Ok(Some(process)) => PostmasterRecord { process }.write(&path),
+            Ok(None) => Ok(()),
+            Err(source) => Err(RecordError::Io { path, source }),
+        }
     }
 
     /// Kills the postmaster that an earlier incarnation started, and its children, if they still run.
     fn end_predecessor(&self) {
-        let home = self.bound_to.as_deref().unwrap_or(&self.root);
-        let Ok(text) = std::fs::read_to_string(home.join("postmaster")) else { return };
-        let mut fields = text.split_ascii_whitespace();
-        let (Some(Ok(pid)), Some(started)) = (fields.next().map(str::parse::<u32>), fields.next()) else { return };
-        if process_start(pid).as_deref() == Some(started) {
-            kill_tree(pid);
+        let path = self.postmaster_record();
+        match PostmasterRecord::read(&path) {
+            Ok(Some(record)) => {
+                record.process.kill_tree();
+                if let Err(error) = remove_file(&path) {
+                    tracing::warn!(path = %path.display(), %error, "a record of a postmaster that is gone stays");
+                }
+            }
+            Ok(None) => {}
+            Err(error) => tracing::error!(%error, "whether a postmaster was left running is not known"),
         }
     }
 
     /// Takes the mounts away, whoever still uses them.
     pub fn unmount(&self) {
         use rustix::mount::{UnmountFlags, unmount};
-        let home = self.bound_to.as_deref().unwrap_or(&self.root);
-        for path in [home.join("pgdata"), self.root.join("pgdata")] {
+        for path in [self.home.join("pgdata"), self.root.join("pgdata")] {
             while is_mountpoint(&path) && unmount(&path, UnmountFlags::DETACH).is_ok() {}
         }
-        if self.bound_to.is_some() {
+        if self.is_bound() {
             while is_mountpoint(&self.root) && unmount(&self.root, UnmountFlags::DETACH).is_ok() {}
+            let _ = std::fs::remove_dir(&self.root);
         }
     }
 
-    /// Removes everything: the compute is over and what it wrote has arrived.
-    pub fn remove(&self) {
-        self.unmount();
-        if let Some(home) = &self.bound_to {
-            let _ = std::fs::remove_dir(&self.root);
-            let _ = remove_tree(home);
-        } else {
-            let _ = remove_tree(&self.root);
+    /// Removes everything, after ending what is left: what the compute wrote is durable elsewhere. Blocks.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub fn remove(&self) -> io::Result<()> {
+        self.end_leftovers();
+        if is_mountpoint(&self.home.join("pgdata")) {
+            // What is below is not ours to remove.
+            return Err(io::Error::other(format!("something is still mounted in {}", self.home.display())));
         }
+        remove_tree(&self.home)?;
+        remove_file(&self.postmaster_record())
     }
 }
 
@@ -204,37 +249,5 @@ fn remove_tree(path: &Path) -> io::Result<()> {
     match std::fs::remove_dir_all(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         other => other,
-    }
-}
-
-/// When a process started, in the kernel's ticks: with the pid it names one process for as long as the host is up.
-pub fn process_start(pid: u32) -> Option<String> {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    let (_, after_name) = stat.rsplit_once(')')?;
-    let state = after_name.split_ascii_whitespace().next()?;
-    (state != "Z").then(|| after_name.split_ascii_whitespace().nth(19).map(str::to_owned)).flatten()
-}
-
-fn children_of(pid: u32) -> Vec<u32> {
-    let Ok(entries) = std::fs::read_dir("/proc") else { return Vec::new() };
-    let parent = |child: u32| -> Option<u32> {
-        let stat = std::fs::read_to_string(format!("/proc/{child}/stat")).ok()?;
-        stat.rsplit_once(')')?.1.split_ascii_whitespace().nth(1)?.parse().ok()
-    };
-    entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok()).filter(|child| parent(*child) == Some(pid)).collect()
-}
-
-/// Kills a postmaster and its backends at once, and waits until they are gone.
-pub fn kill_tree(pid: u32) {
-    let mut all = children_of(pid);
-    all.insert(0, pid);
-    for pid in &all {
-        if let Some(pid) = Pid::from_raw(*pid as i32) {
-            let _ = kill_process(pid, Signal::KILL);
-        }
-    }
-    let deadline = Instant::now() + KILL_WAIT_MAX;
-    while Instant::now() < deadline && all.iter().any(|pid| process_start(*pid).is_some()) {
-        std::thread::sleep(Duration::from_millis(2));
     }
 }

@@ -14,7 +14,7 @@ use varve_api::host::FileVersion;
 use crate::config;
 use crate::dirs::Dirs;
 use crate::mount::FileObserver;
-use crate::server::Server;
+use crate::server::{Server, is_transient};
 
 /// Largest file that is kept; statistics of 100,000 relations are about 30 MB.
 const FILE_SIZE_MAX: usize = 64 * 1024 * 1024;
@@ -166,7 +166,7 @@ async fn upload(shared: Arc<Shared>, server: Server, incarnation: u64, keep: boo
             let version = FileVersion { incarnation, path: path.clone(), contents: contents.as_ref().map(|bytes| BASE64.encode(bytes)) };
             match server.file(&version).await {
                 Ok(()) => {}
-                Err(error) if error.is_transient() => {
+                Err(error) if is_transient(&error) => {
                     tokio::time::sleep(RETRY_WAIT).await;
                     continue;
                 }

@@ -1,17 +1,28 @@
-//! A compute: one stock Postgres on a lazily cloned data directory.
+//! The host role: all that knows this machine. It runs computes, each one stock Postgres on a lazily cloned data directory.
 //!
-//! [`mount`] is the data directory over FUSE; [`process`] is the life of one compute process: it begins at the pageserver, mounts,
-//! starts Postgres ([`postgres`]), attaches, follows orders, and begins anew when Postgres ends in any way but a clean shutdown, for
-//! the cache is disposable and durability is the pageserver's.
+//! Two kinds of processes:
+//! - [`agent`] is the host itself: it does what the control plane orders, keeps records of its computes ([`record`]), chooses ports
+//!   ([`mod@ports`]), finds Postgres installations ([`bin_dirs`]) and runs `initdb` ([`initdb`]).
+//! - [`process`] is the life of one compute process: it begins at the server, mounts the data directory ([`mount`], over FUSE), starts Postgres
+//!   ([`postgres`]), offers its walsender ([`handover`]), attaches, follows orders, and begins anew when Postgres ends in any way but a clean
+//!   shutdown: the cache is disposable, and durability is the pageserver's.
 //!
-//! This crate knows the pageserver only through the page service ([`page_source`]) and the admin HTTP API ([`server`]).
+//! It knows the other roles only through the page service ([`page_source`]) and the messages of `varve-api`. No path of another process's disk
+//! comes here, and none of ours goes out but that of a socket.
 
+pub mod agent;
+pub mod bin_dirs;
 pub mod config;
 pub mod dirs;
 pub mod files;
+pub mod handover;
+pub mod identity;
+pub mod initdb;
 pub mod mount;
 pub mod page_source;
+pub mod ports;
 pub mod postgres;
 pub mod process;
+pub mod record;
 pub mod server;
 mod start;

@@ -2,8 +2,8 @@
 
 use std::fs::File;
 use std::io;
-use std::path::Path;
-use std::process::Stdio;
+use std::path::{Path, PathBuf};
+use std::process::{ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
@@ -12,7 +12,9 @@ use tokio_postgres::{Client, NoTls};
 use varve_api::host::Begin;
 
 use crate::config;
-use crate::dirs::{Dirs, kill_tree};
+use crate::dirs::Dirs;
+use crate::identity::ProcessId;
+use crate::record::RecordError;
 
 /// How long Postgres may take until it answers.
 const START_MAX: Duration = Duration::from_secs(120);
@@ -22,6 +24,41 @@ const START_POLL: Duration = Duration::from_millis(2);
 const STOP_MAX: Duration = Duration::from_secs(300);
 /// Bytes of the server's log that an error quotes.
 const LOG_TAIL: usize = 2000;
+/// Where util-linux has `setpriv`, which asks the kernel to end a program with its parent.
+const SETPRIV: &str = "/usr/bin/setpriv";
+
+/// Why Postgres did not start.
+#[derive(Debug, thiserror::Error)]
+pub enum PostgresError {
+    /// There is no such program.
+    #[error("there is no PostgreSQL {version} here: {path} does not exist; install it, or name its folder with --pg-bin-dir", path = .path.display())]
+    Missing {
+        /// The major.
+        version: u32,
+        /// Where it was expected.
+        path: PathBuf,
+    },
+    /// It ended.
+    #[error("postgres did not start ({status}); {log}")]
+    Ended {
+        /// How.
+        status: ExitStatus,
+        /// The end of its log.
+        log: String,
+    },
+    /// It ran, and took no connection.
+    #[error("postgres did not answer within {limit:?}; {log}", limit = START_MAX)]
+    Silent {
+        /// The end of its log.
+        log: String,
+    },
+    /// Its process could not be started or looked at.
+    #[error("postgres cannot be started: {0}")]
+    Io(#[from] io::Error),
+    /// It could not be noted which process it is.
+    #[error(transparent)]
+    Record(#[from] RecordError),
+}
 
 /// A running Postgres.
 #[derive(Debug)]
@@ -33,23 +70,19 @@ pub struct Postgres {
 }
 
 impl Postgres {
-    /// Starts `postgres` and waits until it answers.
+    /// Starts the `postgres` in `bin_dir` and waits until it answers.
     ///
     /// # Errors
     /// When the binary is missing, or Postgres ends before it answers: the error quotes its log.
-    pub async fn start(begin: &Begin, dirs: &Dirs) -> io::Result<Postgres> {
-        let binary = Path::new(&begin.pg_bin_dir).join("postgres");
+    pub async fn start(bin_dir: &Path, begin: &Begin, dirs: &Dirs) -> Result<Postgres, PostgresError> {
+        let binary = bin_dir.join("postgres");
         if !binary.exists() {
-            return Err(io::Error::other(format!(
-                "there is no PostgreSQL {} here: {} does not exist; install it, or name its folder with --pg-bin-dir",
-                begin.pg_version,
-                binary.display()
-            )));
+            return Err(PostgresError::Missing { version: begin.pg_version, path: binary });
         }
         let log_path = dirs.file("postgres.log");
         let log = File::options().create(true).append(true).open(&log_path)?;
         let user = dirs.user();
-        let mut command = Command::new(&binary);
+        let mut command = bound_to_us(&binary);
         command
             .args(config::arguments(begin, dirs))
             .current_dir("/")
@@ -65,20 +98,23 @@ impl Postgres {
             command.uid(user.uid).gid(user.gid);
         }
         let child = command.spawn()?;
-        let pid = child.id().ok_or_else(|| io::Error::other("postgres ended as it started"))?;
-        dirs.remember_postmaster(pid)?;
+        let pid = child.id().ok_or_else(|| io::Error::other("it ended as it started"))?;
         let mut postgres = Postgres { child, pid, socket_dir: dirs.socket().display().to_string(), port: begin.port };
+        if let Err(error) = dirs.remember_postmaster(pid) {
+            postgres.kill().await; // nobody could end it after us
+            return Err(error.into());
+        }
         let deadline = Instant::now() + START_MAX;
         loop {
             if postgres.socket_exists() && postgres.client().await.is_ok() {
                 return Ok(postgres);
             }
             if let Some(status) = postgres.child.try_wait()? {
-                return Err(io::Error::other(format!("postgres did not start ({status}); {}", log_tail(&log_path))));
+                return Err(PostgresError::Ended { status, log: log_tail(&log_path) });
             }
             if Instant::now() > deadline {
                 postgres.kill().await;
-                return Err(io::Error::other(format!("postgres did not answer within {START_MAX:?}; {}", log_tail(&log_path))));
+                return Err(PostgresError::Silent { log: log_tail(&log_path) });
             }
             tokio::time::sleep(START_POLL).await;
         }
@@ -177,10 +213,24 @@ impl Postgres {
 
     /// Kills Postgres and its backends at once.
     pub async fn kill(&mut self) {
-        let pid = self.pid;
-        let _ = tokio::task::spawn_blocking(move || kill_tree(pid)).await;
-        let _ = self.child.wait().await;
+        // Nobody has waited for it yet, so the number is still its own.
+        if let Ok(Some(process)) = ProcessId::of(self.pid) {
+            let _ = tokio::task::spawn_blocking(move || process.kill_tree()).await;
+        }
+        let _ = self.child.kill().await;
     }
+}
+
+/// The program, to be ended at once (`SIGQUIT`, which a postmaster passes on to its backends) when we die, however that comes. What has no
+/// `setpriv` has the record of the postmaster only, by which a successor ends it. The process stays the same: `setpriv` becomes the program.
+fn bound_to_us(binary: &Path) -> Command {
+    if !Path::new(SETPRIV).exists() {
+        tracing::warn!("there is no {SETPRIV}: if this process is killed, Postgres goes on until the host notices");
+        return Command::new(binary);
+    }
+    let mut command = Command::new(SETPRIV);
+    command.args(["--pdeathsig", "QUIT", "--"]).arg(binary);
+    command
 }
 
 /// The end of a server's log, for an error.

@@ -1,11 +1,14 @@
 //! The life of one compute process.
 //!
-//! An incarnation is one fresh start: *begin* (the pageserver fences whoever wrote the branch before and names the base LSN), mount,
-//! start Postgres, *attach* (the pageserver connects its WAL receiver), then follow orders. A clean stop ends the process. Anything
-//! else that ends Postgres discards cache and pg_wal and begins anew; nothing that was acknowledged is in them alone.
+//! An incarnation is one fresh start: *begin* (the server fences whoever wrote the branch before and names timeline and base LSN), mount,
+//! start Postgres, *attach* (the server connects its WAL receiver), then follow orders. A clean stop ends the process. Anything else that
+//! ends Postgres discards the cache and begins anew; nothing that was acknowledged is in it alone.
 //!
-//! The pageserver may die and come back under us: orders then fail for a while, and the answer to the first that succeeds names
-//! another server run, to which we attach again.
+//! A restore is one commit in the tenant's log and knows nothing of us. We learn of it from a newer incarnation in the orders, or from an
+//! attach that is refused as *fenced*, as after a restart of the server. Then we begin anew, and get the branch's timeline of then.
+//!
+//! The server may die and come back under us: orders then fail for a while, and the answer to the first that succeeds names
+//! another server run, to which we attach again. Our folder stays when we end; the host removes it when it is told to.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -13,14 +16,19 @@ use std::time::Duration;
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::task::JoinHandle;
+use varve_api::Code;
+use varve_api::client::ClientError;
 use varve_api::host::{Attach, Begin, Desired, Ended, Orders};
+use varve_api::token::Token;
 
+use crate::bin_dirs::{BinDirError, BinDirs};
 use crate::config;
 use crate::dirs::{Dirs, User};
 use crate::files::Uploader;
-use crate::postgres::Postgres;
-use crate::server::{Server, ServerError};
-use crate::start;
+use crate::handover::{Handover, HandoverError};
+use crate::postgres::{Postgres, PostgresError};
+use crate::server::{Server, is_fenced, is_transient};
+use crate::start::{self, MountError};
 
 /// Wait between tries to reach a server that is away.
 const RETRY_WAIT: Duration = Duration::from_millis(100);
@@ -29,53 +37,99 @@ const BACKOFF_MAX: Duration = Duration::from_secs(10);
 /// Incarnations that may fail in a row before they ever ran; then the compute gives up and says why.
 const FAILED_STARTS_MAX: u32 = 5;
 
-/// What a compute process is told on its command line.
+/// What a compute process is told when it starts.
 #[derive(Clone, Debug)]
 pub struct ProcessConfig {
-    /// Address of the admin HTTP API.
+    /// Address of the control plane.
     pub server_url: String,
     /// The compute's id.
     pub id: String,
     /// The compute's folder.
     pub home: PathBuf,
+    /// Folder of sockets.
+    pub run_dir: PathBuf,
+    /// What it shows to the control plane.
+    pub token: Token,
+    /// Where the host puts another token.
+    pub token_file: PathBuf,
+    /// The Postgres installations.
+    pub bin_dirs: BinDirs,
 }
 
 /// Why a compute process cannot go on.
 #[derive(Debug, thiserror::Error)]
 pub enum ProcessError {
-    /// The pageserver refused.
+    /// The server refused.
     #[error(transparent)]
-    Server(#[from] ServerError),
-    /// The HTTP client could not be made.
-    #[error("no HTTP client: {0}")]
-    Http(#[from] reqwest::Error),
+    Server(#[from] ClientError),
+    /// There is no such Postgres here.
+    #[error(transparent)]
+    NoPostgres(#[from] BinDirError),
+    /// The data directory could not be mounted.
+    #[error(transparent)]
+    Mount(#[from] MountError),
+    /// Postgres did not start.
+    #[error(transparent)]
+    Postgres(#[from] PostgresError),
+    /// The socket of the walsender could not be made.
+    #[error(transparent)]
+    Handover(#[from] HandoverError),
     /// Something on this host.
     #[error(transparent)]
     Io(#[from] std::io::Error),
+}
+
+/// Why Postgres runs no more, or must not.
+#[derive(Debug, thiserror::Error)]
+enum Failure {
+    #[error("Postgres ended by itself ({0})")]
+    PostgresEnded(std::process::ExitStatus),
+    #[error("Postgres cannot be waited for: {0}")]
+    Wait(std::io::Error),
+    #[error("synchronous_standby_names was set by ALTER SYSTEM and could not be taken back")]
+    StandbyNames,
+    #[error("the server does not take us: {0}")]
+    Refused(ClientError),
 }
 
 /// How an incarnation ended.
 enum End {
     /// As ordered or signalled; nothing more is to be done.
     Stopped { clean: bool, reason: &'static str },
-    /// The pageserver wants another incarnation.
+    /// The server wants another incarnation, or the branch has another history.
     Replaced,
     /// Postgres or the mount failed.
-    Failed(String),
+    Failed(Failure),
+}
+
+/// How a beginning ended.
+enum Begun {
+    Begin(Box<Begin>),
+    /// A signal says to end.
+    Signalled,
+    /// The server says that we are not to run.
+    Unwanted(ClientError),
 }
 
 /// Runs compute `config.id` until it is stopped or fenced.
 ///
 /// # Errors
-/// When it cannot be started, after some tries, or the pageserver refuses it.
-pub async fn run(config: &ProcessConfig) -> Result<(), ProcessError> {
-    let server = Server::new(&config.server_url, &config.id)?;
+/// When it cannot be started, after some tries, or the server refuses it.
+pub async fn run(config: ProcessConfig) -> Result<(), ProcessError> {
+    let server = Server::new(&config.server_url, &config.id, config.token, config.token_file)?;
     let user = User::for_postgres()?;
+    let dirs = Dirs::existing(&config.home, &config.run_dir, &config.id, user);
     let mut terminate = signal(SignalKind::terminate())?;
     let mut failed_starts = 0;
     loop {
-        let begin = begin(&server, &mut terminate).await?;
-        let Some(begin) = begin else { return Ok(()) };
+        let begin = match begin(&server, &mut terminate).await? {
+            Begun::Begin(begin) => begin,
+            Begun::Signalled => return Ok(()),
+            Begun::Unwanted(error) => {
+                tracing::info!(%error, "not wanted any more");
+                return Ok(());
+            }
+        };
         tracing::info!(
             tenant = begin.tenant,
             branch = begin.branch,
@@ -85,35 +139,35 @@ pub async fn run(config: &ProcessConfig) -> Result<(), ProcessError> {
             incarnation = begin.incarnation,
             "beginning"
         );
-        let home = config.home.clone();
-        let id = config.id.clone();
-        let dirs = tokio::task::spawn_blocking(move || Dirs::prepare(&home, &id, user)).await.map_err(std::io::Error::other)??;
+        let preparing = dirs.clone();
+        let prepared = tokio::task::spawn_blocking(move || preparing.prepare()).await.map_err(std::io::Error::other)?;
         let mut ran = false;
-        let end = incarnation(&server, &begin, &dirs, &mut terminate, &mut ran).await;
+        let end = match prepared {
+            Ok(()) => incarnation(&server, &begin, &dirs, &config.bin_dirs, &mut terminate, &mut ran).await,
+            Err(error) => Err(error.into()),
+        };
         match end {
             Ok(End::Stopped { clean, reason }) => {
                 tracing::info!(clean, reason, "stopped");
-                let ended = Ended { incarnation: begin.incarnation, clean, reason: reason.to_owned() };
-                server.ended(&ended).await?;
-                tokio::task::spawn_blocking(move || dirs.remove()).await.map_err(std::io::Error::other)?;
+                tell_end(&server, &begin, clean, reason).await?;
                 return Ok(());
             }
             Ok(End::Replaced) => {
+                tracing::info!("another incarnation is wanted; beginning anew");
                 failed_starts = 0;
             }
-            Ok(End::Failed(reason)) => {
-                tracing::warn!(reason, "Postgres ended; beginning anew from the pageserver");
+            Ok(End::Failed(failure)) => {
+                tracing::warn!(%failure, "beginning anew from the pageserver");
                 failed_starts = if ran { 0 } else { failed_starts + 1 };
             }
-            Err(ProcessError::Server(error)) if error.is_transient() => {
-                tracing::warn!(%error, "the pageserver is away; beginning anew");
+            Err(ProcessError::Server(error)) if is_transient(&error) => {
+                tracing::warn!(%error, "the server is away; beginning anew");
             }
             Err(error) => {
                 tracing::warn!(%error, "could not start");
                 failed_starts += 1;
                 if failed_starts >= FAILED_STARTS_MAX || !is_worth_another_try(&error) {
-                    let ended = Ended { incarnation: begin.incarnation, clean: false, reason: error.to_string() };
-                    server.ended(&ended).await?;
+                    tell_end(&server, &begin, false, &error.to_string()).await?;
                     return Err(error);
                 }
             }
@@ -124,40 +178,76 @@ pub async fn run(config: &ProcessConfig) -> Result<(), ProcessError> {
     }
 }
 
+/// A first failure of the host or of Postgres itself (no binary, port taken, no /dev/fuse) is told at once; all else may pass.
 fn is_worth_another_try(error: &ProcessError) -> bool {
     match error {
-        ProcessError::Server(error) => error.is_transient(),
-        ProcessError::Http(_) => false,
-        // A first failure of the host or of Postgres itself (no binary, port taken, no /dev/fuse) is told at once.
-        ProcessError::Io(_) => false,
+        ProcessError::Server(error) => is_transient(error),
+        ProcessError::Mount(error) => error.is_transient(),
+        ProcessError::NoPostgres(_) | ProcessError::Postgres(_) | ProcessError::Handover(_) | ProcessError::Io(_) => false,
     }
 }
 
-/// Begins, waiting as long as the server is away; `None` when told to end meanwhile.
-async fn begin(server: &Server, terminate: &mut Signal) -> Result<Option<Begin>, ServerError> {
+/// Tells how it ended. A server that does not want to know has made up its mind already.
+async fn tell_end(server: &Server, begin: &Begin, clean: bool, reason: &str) -> Result<(), ClientError> {
+    let ended = Ended { incarnation: begin.incarnation, clean, reason: reason.to_owned() };
+    match server.ended(&ended).await {
+        Err(error) if is_unwanted(&error) => {
+            tracing::info!(%error, "the server does not want to know of the end");
+            Ok(())
+        }
+        told => told,
+    }
+}
+
+/// Whether the server says that it has nothing to do with us.
+fn is_unwanted(error: &ClientError) -> bool {
+    matches!(error.code(), Some(Code::UnknownCompute | Code::NotOwner | Code::Fenced))
+}
+
+/// Begins, waiting as long as the server is away.
+async fn begin(server: &Server, terminate: &mut Signal) -> Result<Begun, ClientError> {
     loop {
         match server.begin().await {
-            Ok(begin) => return Ok(Some(begin)),
-            Err(error) if error.is_transient() => tracing::info!(%error, "waiting for the pageserver"),
+            Ok(begin) => return Ok(Begun::Begin(Box::new(begin))),
+            Err(error) if is_transient(&error) => tracing::info!(%error, "waiting for the server"),
+            // The branch moved while we began, or we are to end: the orders say which.
+            Err(error) if is_fenced(&error) => match server.orders(0, "").await {
+                Ok(Orders { desired: Desired::Run, .. }) => tracing::info!(%error, "beginning anew"),
+                Ok(Orders { desired: Desired::Stop | Desired::Fenced, .. }) => return Ok(Begun::Unwanted(error)),
+                Err(error) if is_transient(&error) => tracing::info!(%error, "waiting for the server"),
+                Err(error) if is_unwanted(&error) => return Ok(Begun::Unwanted(error)),
+                Err(error) => return Err(error),
+            },
             Err(error) => return Err(error),
         }
         tokio::select! {
             () = tokio::time::sleep(RETRY_WAIT) => {}
-            _ = terminate.recv() => return Ok(None),
+            _ = terminate.recv() => return Ok(Begun::Signalled),
         }
     }
 }
 
-async fn incarnation(server: &Server, begin: &Begin, dirs: &Dirs, terminate: &mut Signal, ran: &mut bool) -> Result<End, ProcessError> {
+async fn incarnation(
+    server: &Server,
+    begin: &Begin,
+    dirs: &Dirs,
+    bin_dirs: &BinDirs,
+    terminate: &mut Signal,
+    ran: &mut bool,
+) -> Result<End, ProcessError> {
+    let bin_dir = bin_dirs.path(begin.pg_version);
     let uploader = Arc::new(Uploader::start(server.clone(), begin.incarnation, begin.epoch.is_some()));
     let mount = start::mount(begin, dirs, &uploader).await?;
     uploader.watch_hba(dirs);
-    dirs.write("postgresql.conf", &config::postgresql_conf(dirs, begin.standby_name.as_deref()))?;
-    let mut postgres = match Postgres::start(begin, dirs).await {
+    let started = match dirs.write("postgresql.conf", &config::postgresql_conf(dirs, begin.standby_name.as_deref())) {
+        Ok(()) => Postgres::start(&bin_dir, begin, dirs).await.map_err(ProcessError::from),
+        Err(error) => Err(error.into()),
+    };
+    let mut postgres = match started {
         Ok(postgres) => postgres,
         Err(error) => {
             start::unmount(mount, dirs).await;
-            return Err(error.into());
+            return Err(error);
         }
     };
     *ran = true;
@@ -194,14 +284,15 @@ async fn serve(
     if let Err(error) = postgres.set_password(&begin.password_verifier).await {
         tracing::warn!(%error, "the tenant's password could not be set");
     }
+    // Open as long as the incarnation is attached or may be.
+    let handover = Handover::open(&dirs.walsender(), &dirs.postgres_socket(begin.port))?;
     let mut attach = Attach {
         timeline_id: begin.timeline_id.clone(),
         epoch: begin.epoch,
         incarnation: begin.incarnation,
         pid: postgres.pid(),
         mount_pid: std::process::id(),
-        socket_dir: dirs.socket().display().to_string(),
-        port: begin.port,
+        walsender: handover.walsender(),
         flushed: String::new(),
     };
     let mut standby_name = begin.standby_name.clone();
@@ -211,8 +302,7 @@ async fn serve(
         let answer = tokio::select! {
             status = postgres.wait() => {
                 orders.abort();
-                let status = status.map_or_else(|error| error.to_string(), |status| status.to_string());
-                return Ok(End::Failed(format!("postgres ended by itself ({status})")));
+                return Ok(End::Failed(status.map_or_else(Failure::Wait, Failure::PostgresEnded)));
             }
             _ = terminate.recv() => {
                 orders.abort();
@@ -222,7 +312,7 @@ async fn serve(
                 tracing::error!("synchronous_standby_names is varve's: what ALTER SYSTEM set it to is taken back");
                 if let Err(error) = postgres.take_back_standby_names().await {
                     tracing::error!(%error, "commits may not wait for the pageserver");
-                    return Ok(End::Failed("synchronous_standby_names was set by ALTER SYSTEM and could not be taken back".to_owned()));
+                    return Ok(End::Failed(Failure::StandbyNames));
                 }
                 continue;
             }
@@ -233,7 +323,7 @@ async fn serve(
             Ok(Orders { desired: Desired::Fenced, .. }) => {
                 return Ok(End::Stopped { clean: false, reason: "another compute writes the branch" });
             }
-            Ok(Orders { incarnation, .. }) if incarnation != begin.incarnation => return Ok(End::Replaced),
+            Ok(Orders { incarnation, .. }) if incarnation > begin.incarnation => return Ok(End::Replaced),
             Ok(Orders { server_run: run, .. }) if run != server_run => {
                 match postgres.flushed().await {
                     Ok(flushed) => attach.flushed = flushed,
@@ -253,25 +343,33 @@ async fn serve(
                             postgres.reload();
                         }
                     }
-                    Err(error) if error.is_transient() => {
+                    Err(error) if is_transient(&error) => {
                         tracing::warn!(%error, "could not attach yet");
                         tokio::time::sleep(RETRY_WAIT).await;
                     }
-                    Err(error) => return Ok(End::Failed(format!("the pageserver does not take us: {error}"))),
+                    Err(error) if is_fenced(&error) => {
+                        tracing::info!(%error, "this history is not the branch's any more");
+                        return Ok(End::Replaced);
+                    }
+                    Err(error) if error.code() == Some(Code::NotOwner) => {
+                        tracing::error!(%error, "stopping; pg_wal is kept");
+                        return Ok(End::Stopped { clean: false, reason: "another server owns the tenant" });
+                    }
+                    Err(error) => return Ok(End::Failed(Failure::Refused(error))),
                 }
             }
             Ok(_) => {}
-            Err(error) if error.is_transient() => tokio::time::sleep(RETRY_WAIT).await,
+            Err(error) if is_transient(&error) => tokio::time::sleep(RETRY_WAIT).await,
             Err(error) => {
                 tracing::warn!(%error, "no orders");
-                return Ok(End::Stopped { clean: false, reason: "the pageserver does not know this compute" });
+                return Ok(End::Stopped { clean: false, reason: "the server does not know this compute" });
             }
         }
         orders = poll(server, begin, &server_run);
     }
 }
 
-fn poll(server: &Server, begin: &Begin, server_run: &str) -> JoinHandle<Result<Orders, ServerError>> {
+fn poll(server: &Server, begin: &Begin, server_run: &str) -> JoinHandle<Result<Orders, ClientError>> {
     let (server, incarnation, server_run) = (server.clone(), begin.incarnation, server_run.to_owned());
     tokio::spawn(async move { server.orders(incarnation, &server_run).await })
 }

@@ -1,50 +1,36 @@
-//! The admin HTTP API, as a compute process uses it.
+//! The control plane, as a compute process uses it.
 
+use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use varve_api::host::{Attach, Attached, Begin, Ended, FileVersion, Orders, Problem, StartupBlocks};
+use varve_api::Code;
+use varve_api::client::{Call, Client, ClientError, segment};
+use varve_api::host::{Attach, Attached, Begin, Ended, FileVersion, Orders, StartupBlocks};
+use varve_api::token::Token;
 
-/// A call that did not succeed.
-#[derive(Debug, thiserror::Error)]
-pub enum ServerError {
-    /// The server could not be reached or did not answer: worth another try.
-    #[error("the pageserver at {url} does not answer: {source}")]
-    Unreachable {
-        /// Its address.
-        url: String,
-        /// Why.
-        source: reqwest::Error,
-    },
-    /// The server said no.
-    #[error("{detail}")]
-    Refused {
-        /// The problem's stable code.
-        code: String,
-        /// Its sentence.
-        detail: String,
-        /// HTTP status.
-        status: u16,
-    },
+/// Limit of calls that move a file.
+const FILE_MAX: Duration = Duration::from_secs(60);
+
+/// Whether the same call may succeed later: the server is away or not ready, or our token is not the one it takes now.
+pub fn is_transient(error: &ClientError) -> bool {
+    error.is_transient() || error.code() == Some(Code::Unauthorized)
 }
 
-impl ServerError {
-    /// Whether the same call may succeed later: the server is away, or not ready yet.
-    pub fn is_transient(&self) -> bool {
-        match self {
-            ServerError::Unreachable { .. } => true,
-            ServerError::Refused { status, .. } => *status == 503,
-        }
-    }
+/// Whether the server says that our incarnation is over: another compute writes, or the branch moved to another history.
+pub fn is_fenced(error: &ClientError) -> bool {
+    error.code() == Some(Code::Fenced)
 }
 
-/// The server, as seen by compute `id`.
+/// The server, as seen by one compute. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Server {
-    http: reqwest::Client,
-    base: String,
-    id: String,
+    client: Client,
+    /// Where the host puts its token when it gets another one.
+    token_file: Arc<PathBuf>,
+    base: Arc<str>,
 }
 
 impl Server {
@@ -52,81 +38,84 @@ impl Server {
     ///
     /// # Errors
     /// When the HTTP client cannot be made.
-    pub fn new(url: &str, id: &str) -> Result<Server, reqwest::Error> {
-        let http = reqwest::Client::builder().no_proxy().connect_timeout(Duration::from_secs(5)).tcp_nodelay(true).build()?;
-        Ok(Server { http, base: url.trim_end_matches('/').to_owned(), id: id.to_owned() })
+    pub fn new(url: &str, id: &str, token: Token, token_file: PathBuf) -> Result<Server, ClientError> {
+        let base = format!("computes/{}", segment(id)).into();
+        Ok(Server { client: Client::new(url, Some(token))?, token_file: Arc::new(token_file), base })
     }
 
-    fn url(&self, call: &str) -> String {
-        format!("{}/v1/computes/{}/{call}", self.base, self.id)
+    fn path(&self, call: &str) -> String {
+        format!("{}/{call}", self.base)
     }
 
-    async fn answer<T: DeserializeOwned>(&self, request: reqwest::RequestBuilder) -> Result<T, ServerError> {
-        let unreachable = |source| ServerError::Unreachable { url: self.base.clone(), source };
-        let response = request.send().await.map_err(unreachable)?;
-        let status = response.status();
-        if status.is_success() {
-            return response.json().await.map_err(unreachable);
+    /// Sends a call; one more time with the host's newest token, when ours is not taken.
+    async fn send<T: DeserializeOwned>(&self, call: impl Fn() -> Call) -> Result<T, ClientError> {
+        let answer = call().send().await;
+        if answer.as_ref().err().and_then(ClientError::code) != Some(Code::Unauthorized) {
+            return answer;
         }
-        let text = response.text().await.map_err(unreachable)?;
-        let problem: Option<Problem> = serde_json::from_str(&text).ok();
-        Err(ServerError::Refused {
-            code: problem.as_ref().map_or_else(String::new, |p| p.code.clone()),
-            detail: problem.map_or_else(|| format!("the pageserver answered {status}"), |p| p.detail),
-            status: status.as_u16(),
-        })
+        match std::fs::read_to_string(&*self.token_file).map(|text| Token::parse(&text)) {
+            Ok(Ok(token)) => {
+                self.client.set_token(token);
+                call().send().await
+            }
+            other => {
+                tracing::warn!(file = %self.token_file.display(), ?other, "there is no other token");
+                answer
+            }
+        }
     }
 
-    async fn post<B: Serialize + Sync, T: DeserializeOwned>(&self, call: &str, body: &B, limit: Duration) -> Result<T, ServerError> {
-        self.answer(self.http.post(self.url(call)).json(body).timeout(limit)).await
+    async fn post<T: DeserializeOwned>(&self, call: &str, body: &(impl Serialize + Sync)) -> Result<T, ClientError> {
+        self.send(|| self.client.post(&self.path(call), body)).await
     }
 
     /// Fences whoever wrote the branch before, and learns what to start.
     ///
     /// # Errors
-    /// [`ServerError`].
-    pub async fn begin(&self) -> Result<Begin, ServerError> {
-        self.post("begin", &(), Duration::from_secs(120)).await
+    /// [`ClientError`].
+    pub async fn begin(&self) -> Result<Begin, ClientError> {
+        self.post("begin", &()).await
     }
 
     /// Says that Postgres runs.
     ///
     /// # Errors
-    /// [`ServerError`].
-    pub async fn attach(&self, attach: &Attach) -> Result<Attached, ServerError> {
-        self.post("attach", attach, Duration::from_secs(120)).await
+    /// [`ClientError`].
+    pub async fn attach(&self, attach: &Attach) -> Result<Attached, ClientError> {
+        self.post("attach", attach).await
     }
 
     /// Says that Postgres ended.
     ///
     /// # Errors
-    /// [`ServerError`].
-    pub async fn ended(&self, ended: &Ended) -> Result<(), ServerError> {
-        self.post("ended", ended, Duration::from_secs(120)).await
+    /// [`ClientError`].
+    pub async fn ended(&self, ended: &Ended) -> Result<(), ClientError> {
+        self.post("ended", ended).await
     }
 
     /// Tells which blocks a start reads.
     ///
     /// # Errors
-    /// [`ServerError`].
-    pub async fn startup_blocks(&self, blocks: &StartupBlocks) -> Result<(), ServerError> {
-        self.post("startup-blocks", blocks, Duration::from_secs(60)).await
+    /// [`ClientError`].
+    pub async fn startup_blocks(&self, blocks: &StartupBlocks) -> Result<(), ClientError> {
+        self.send(|| self.client.post(&self.path("startup-blocks"), blocks).within(FILE_MAX)).await
     }
 
     /// Uploads a file that has no WAL.
     ///
     /// # Errors
-    /// [`ServerError`].
-    pub async fn file(&self, file: &FileVersion) -> Result<(), ServerError> {
-        self.post("files", file, Duration::from_secs(60)).await
+    /// [`ClientError`].
+    pub async fn file(&self, file: &FileVersion) -> Result<(), ClientError> {
+        self.send(|| self.client.post(&self.path("files"), file).within(FILE_MAX)).await
     }
 
     /// Waits until the orders differ from "run incarnation `incarnation`, server run `server_run`", or a while has passed.
     ///
     /// # Errors
-    /// [`ServerError`].
-    pub async fn orders(&self, incarnation: u64, server_run: &str) -> Result<Orders, ServerError> {
-        let query = [("incarnation", incarnation.to_string()), ("server_run", server_run.to_owned())];
-        self.answer(self.http.get(self.url("orders")).query(&query).timeout(Duration::from_secs(60))).await
+    /// [`ClientError`].
+    pub async fn orders(&self, incarnation: u64, server_run: &str) -> Result<Orders, ClientError> {
+        let incarnation = incarnation.to_string();
+        let query = [("incarnation", incarnation.as_str()), ("server_run", server_run)];
+        self.send(|| self.client.get(&self.path("orders")).query(&query).within(FILE_MAX)).await
     }
 }

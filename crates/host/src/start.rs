@@ -8,11 +8,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use varve_api::host::{Begin, StartupBlocks};
 use varve_postgres::lsn::WAL_SEGMENT_SIZE;
 use varve_postgres::{Fork, Lsn, Major, RelFork, RelNode};
 use varve_protocol::client::{BaseBackup, BaseBackupOptions};
-use varve_protocol::connect::{ConnectConfig, Endpoint};
-use varve_api::host::{Begin, StartupBlocks};
+use varve_protocol::connect::{ClientError, ConnectConfig, Endpoint};
 
 use crate::config;
 use crate::dirs::Dirs;
@@ -26,30 +26,65 @@ const BACKUP_SILENCE_MAX: Duration = Duration::from_secs(120);
 /// Largest file of a base backup that is held in memory: an SLRU-free backup has none beyond statistics.
 const FILE_SIZE_MAX: u64 = 256 * 1024 * 1024;
 
+/// Why the data directory could not be mounted.
+#[derive(Debug, thiserror::Error)]
+pub enum MountError {
+    /// The server named something that we do not understand.
+    #[error("the server's answer holds {what}, which this varve does not understand: '{text}'")]
+    Begin {
+        /// What it should be.
+        what: &'static str,
+        /// What it is.
+        text: String,
+    },
+    /// The base backup did not come.
+    #[error("the base backup did not come: {0}")]
+    Backup(#[from] ClientError),
+    /// The base backup holds something that does not belong there, or broke off, or could not be stored.
+    #[error("the base backup cannot be taken apart: {0}")]
+    Unpack(io::Error),
+    /// The mount.
+    #[error("the data directory cannot be mounted: {0}")]
+    Mount(#[source] io::Error),
+    /// Something else on this host.
+    #[error(transparent)]
+    Io(#[from] io::Error),
+}
+
+impl MountError {
+    /// Whether it may go well another time.
+    pub fn is_transient(&self) -> bool {
+        matches!(self, MountError::Backup(error) if error.is_transient())
+    }
+
+    fn begin(what: &'static str, text: impl ToString) -> MountError {
+        MountError::Begin { what, text: text.to_string() }
+    }
+}
+
 /// Where the page service listens, as a client of it.
-pub(crate) fn page_service(begin: &Begin) -> io::Result<ConnectConfig> {
+pub(crate) fn page_service(begin: &Begin) -> Result<ConnectConfig, MountError> {
     let (host, port) = begin
         .page_service
         .rsplit_once(':')
         .and_then(|(host, port)| Some((host, port.parse::<u16>().ok()?)))
-        .ok_or_else(|| io::Error::other(format!("'{}' is not the address of a page service", begin.page_service)))?;
+        .ok_or_else(|| MountError::begin("the address of a page service", &begin.page_service))?;
     Ok(ConnectConfig::new(Endpoint::tcp(host, port), "varve"))
 }
 
 /// Fetches the base backup and mounts the data directory.
-pub(crate) async fn mount(begin: &Begin, dirs: &Dirs, uploader: &Arc<Uploader>) -> io::Result<Mount> {
+pub(crate) async fn mount(begin: &Begin, dirs: &Dirs, uploader: &Arc<Uploader>) -> Result<Mount, MountError> {
     let (begin, dirs, uploader) = (begin.clone(), dirs.clone(), uploader.clone());
     tokio::task::spawn_blocking(move || mount_blocking(&begin, &dirs, &uploader)).await.map_err(io::Error::other)?
 }
 
-fn mount_blocking(begin: &Begin, dirs: &Dirs, uploader: &Uploader) -> io::Result<Mount> {
+fn mount_blocking(begin: &Begin, dirs: &Dirs, uploader: &Uploader) -> Result<Mount, MountError> {
     let started = Instant::now();
-    let lsn: Lsn = begin.base_lsn.parse().map_err(io::Error::other)?;
+    let lsn: Lsn = begin.base_lsn.parse().map_err(|_| MountError::begin("an LSN", &begin.base_lsn))?;
     let connection = page_service(begin)?;
     let options = BaseBackupOptions { no_slru: true, ..BaseBackupOptions::default() };
-    let backup = BaseBackup::start(&connection, &begin.tenant_id, &begin.timeline_id, Some(lsn), options, BACKUP_SILENCE_MAX)
-        .map_err(io::Error::other)?;
-    let files = unpack(backup, dirs)?;
+    let backup = BaseBackup::start(&connection, &begin.tenant_id, &begin.timeline_id, Some(lsn), options, BACKUP_SILENCE_MAX)?;
+    let files = unpack(backup, dirs).map_err(MountError::Unpack)?;
     let fetched = started.elapsed();
     let users_hba = files.iter().find_map(|file| match &file.content {
         InitialContent::File(bytes) if file.path == "pg_hba.conf" => Some(String::from_utf8_lossy(bytes).into_owned()),
@@ -63,8 +98,7 @@ fn mount_blocking(begin: &Begin, dirs: &Dirs, uploader: &Uploader) -> io::Result
     dirs.write("pg_hba.conf", &config::pg_hba_conf(users_hba.as_deref().unwrap_or_default()))?;
     let source = Arc::new(PageSource::new(connection, &begin.tenant_id, &begin.timeline_id, lsn));
     let user = dirs.user();
-    let major = Major::from_number(begin.pg_version)
-        .ok_or_else(|| io::Error::other(format!("PostgreSQL {} is not supported by this varve", begin.pg_version)))?;
+    let major = Major::from_number(begin.pg_version).ok_or_else(|| MountError::begin("a major of Postgres", begin.pg_version))?;
     let name = format!("{}/{}", begin.tenant, begin.branch);
     let mut config = MountConfig::new(&name, &dirs.pgdata(), &dirs.cache(), (major, begin.catalog_version), source);
     config.uid = user.uid;
@@ -73,14 +107,14 @@ fn mount_blocking(begin: &Begin, dirs: &Dirs, uploader: &Uploader) -> io::Result
     config.databases = begin.databases.clone();
     config.tablespaces = begin.tablespaces.clone();
     config.observer = Some(uploader.observer());
-    let mount = Mount::start(config).map_err(io::Error::other)?;
+    let mount = Mount::start(config).map_err(|error| MountError::Mount(io::Error::other(error)))?;
     let mounted = started.elapsed();
     let blocks: Vec<(RelFork, u32)> = begin
         .startup_blocks
         .iter()
         .filter_map(|(spc, db, rel, fork, block)| Some((RelNode { spc: *spc, db: *db, rel: *rel }.fork(Fork::from_number(*fork)?), *block)))
         .collect();
-    mount.prefetch(&blocks).map_err(io::Error::other)?;
+    mount.prefetch(&blocks).map_err(|error| MountError::Mount(io::Error::other(error)))?;
     tracing::info!(
         backup_ms = fetched.as_millis(),
         mount_ms = (mounted - fetched).as_millis(),

@@ -1,28 +1,26 @@
-//! The admin HTTP API, as the CLI uses it.
+//! The admin HTTP API, as the CLI uses it: the one client of `varve-api`, with words for people.
 
-use anyhow::{Context as _, anyhow};
+use anyhow::anyhow;
 use bytes::Bytes;
 use reqwest::Method;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use varve_api::Problem;
+use varve_api::client::{Call, ClientError};
+
+pub(crate) use varve_api::client::segment;
 
 /// A client of one server. Cheap to clone.
 #[derive(Clone, Debug)]
-pub(crate) struct Client {
-    http: reqwest::Client,
-    base: String,
-}
+pub(crate) struct Client(varve_api::client::Client);
 
 impl Client {
     pub(crate) fn new(url: &str) -> anyhow::Result<Client> {
-        let http = reqwest::Client::builder().no_proxy().tcp_nodelay(true).build().context("no HTTP client")?;
-        Ok(Client { http, base: url.trim_end_matches('/').to_owned() })
+        Ok(Client(varve_api::client::Client::new(url, None)?))
     }
 
     /// The server's address.
     pub(crate) fn url(&self) -> &str {
-        &self.base
+        self.0.url()
     }
 
     pub(crate) async fn get<T: DeserializeOwned>(&self, path: &str) -> anyhow::Result<T> {
@@ -35,7 +33,7 @@ impl Client {
 
     /// An answer that is no JSON.
     pub(crate) async fn get_bytes(&self, path: &str) -> anyhow::Result<Bytes> {
-        self.send(Method::GET, path, None::<&()>).await
+        self.prepare(Method::GET, path, None::<&()>).send_for_bytes().await.map_err(|error| self.words(error))
     }
 
     pub(crate) async fn call<T: DeserializeOwned>(
@@ -44,40 +42,27 @@ impl Client {
         path: &str,
         body: Option<&(impl Serialize + Sync)>,
     ) -> anyhow::Result<T> {
-        let answer = self.send(method, path, body).await?;
-        let json: &[u8] = if answer.is_empty() { b"null" } else { &answer };
-        serde_json::from_slice(json)
-            .with_context(|| format!("the server's answer is not what this varve expects: {}", String::from_utf8_lossy(json)))
+        self.prepare(method, path, body).send().await.map_err(|error| self.words(error))
     }
 
-    async fn send(&self, method: Method, path: &str, body: Option<&(impl Serialize + Sync)>) -> anyhow::Result<Bytes> {
-        let mut request = self.http.request(method, format!("{}/v1/{path}", self.base));
-        if let Some(body) = body {
-            request = request.json(body);
+    fn prepare(&self, method: Method, path: &str, body: Option<&(impl Serialize + Sync)>) -> Call {
+        // The server has limits of its own for what takes long, and says more than we could.
+        let call = self.0.call(method, path).within(CALL_MAX);
+        match body {
+            Some(body) => call.json(body),
+            None => call,
         }
-        let response = request.send().await.with_context(|| {
-            format!("no server answers at {}: start one with 'varve dev', or name it with --url or VARVE_URL", self.base)
-        })?;
-        let status = response.status();
-        let answer = response.bytes().await.context("the server's answer broke off")?;
-        if status.is_success() {
-            return Ok(answer);
-        }
-        match serde_json::from_slice::<Problem>(&answer) {
-            Ok(problem) => Err(anyhow!("{}", problem.detail)),
-            Err(_) => {
-                Err(anyhow!("the server answered {status}: {}", String::from_utf8_lossy(&answer).chars().take(300).collect::<String>()))
-            }
+    }
+
+    fn words(&self, error: ClientError) -> anyhow::Error {
+        match error {
+            ClientError::Unreachable { source, .. } if source.is_connect() => anyhow!(source)
+                .context(format!("no server answers at {}: start one with 'varve dev', or name it with --url or VARVE_URL", self.url())),
+            ClientError::Refused(refusal) => anyhow!(refusal.detail),
+            other => other.into(),
         }
     }
 }
 
-/// A path segment that may hold anything a person typed.
-pub(crate) fn segment(text: &str) -> String {
-    text.bytes()
-        .map(|byte| match byte {
-            b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'_' | b'.' => char::from(byte).to_string(),
-            _ => format!("%{byte:02X}"),
-        })
-        .collect()
-}
+/// Longer than anything that a server does while a client waits: a clean stop has 300 s.
+const CALL_MAX: std::time::Duration = std::time::Duration::from_secs(600);

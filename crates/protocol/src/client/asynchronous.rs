@@ -1,6 +1,7 @@
 //! A session with a page service, for async code.
 
 use std::path::Path;
+use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use futures::Stream;
@@ -9,11 +10,14 @@ use tokio::net::{TcpStream, UnixStream};
 use varve_postgres::Lsn;
 
 use super::{BaseBackupOptions, PageStream, command};
-use crate::connect::{AuthStep, Authenticator, ClientError, ConnectConfig, Endpoint};
+use crate::connect::{AuthStep, Authenticator, ClientError, ConnectConfig, Endpoint, Socket};
 use crate::wire::{BackendMessage, backend::BACKEND_BODY_SIZE_MAX, frontend, take_frame};
 
 /// Bytes that one read asks for at least.
 const READ_SIZE: usize = 64 * 1024;
+
+/// How long a handover of a connection may take.
+const HANDOVER_MAX: Duration = Duration::from_secs(30);
 
 /// Either kind of socket.
 pub(super) trait Transport: AsyncRead + AsyncWrite + Send + Unpin {}
@@ -24,6 +28,20 @@ pub struct PageClient {
     pub(super) socket: Box<dyn Transport>,
     pub(super) input: BytesMut,
     pub(super) endpoint: String,
+}
+
+/// A connection that another process makes, without blocking the executor's thread.
+async fn handed_over(endpoint: Endpoint) -> Result<UnixStream, ClientError> {
+    let name = endpoint.to_string();
+    let failed = |source| ClientError::io(&name, "cannot connect", source);
+    let socket = tokio::task::spawn_blocking(move || Socket::connect(&endpoint, HANDOVER_MAX));
+    match socket.await.map_err(|error| failed(std::io::Error::other(error)))?? {
+        Socket::Unix(stream) => {
+            stream.set_nonblocking(true).map_err(failed)?;
+            UnixStream::from_std(stream).map_err(failed)
+        }
+        Socket::Tcp(_) => Err(failed(std::io::ErrorKind::Unsupported.into())),
+    }
 }
 
 impl PageClient {
@@ -41,6 +59,7 @@ impl PageClient {
                 Box::new(stream)
             }
             Endpoint::Unix { .. } => Box::new(UnixStream::connect(Path::new(&endpoint)).await.map_err(failed)?),
+            Endpoint::Handover { .. } => Box::new(handed_over(config.endpoint.clone()).await?),
         };
         let mut client = PageClient { socket, input: BytesMut::new(), endpoint };
         client.log_in(config).await?;

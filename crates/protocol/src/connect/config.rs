@@ -4,6 +4,7 @@ use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 
+use super::Credential;
 use crate::wire::StartupPacket;
 
 /// Where a server listens.
@@ -23,6 +24,13 @@ pub enum Endpoint {
         /// The port, which is only part of the name.
         port: u16,
     },
+    /// A server that only another process reaches, which connects for us and hands the connection over.
+    Handover {
+        /// The Unix socket of that process.
+        socket: PathBuf,
+        /// What it wants to see.
+        credential: Credential,
+    },
 }
 
 impl Endpoint {
@@ -35,6 +43,11 @@ impl Endpoint {
     pub fn unix(directory: impl Into<PathBuf>, port: u16) -> Endpoint {
         Endpoint::Unix { directory: directory.into(), port }
     }
+
+    /// An endpoint whose connections are handed over on `socket` to who shows `credential`.
+    pub fn handover(socket: impl Into<PathBuf>, credential: impl Into<Credential>) -> Endpoint {
+        Endpoint::Handover { socket: socket.into(), credential: credential.into() }
+    }
 }
 
 impl fmt::Display for Endpoint {
@@ -43,6 +56,7 @@ impl fmt::Display for Endpoint {
             Endpoint::Tcp { host, port } if host.contains(':') => write!(f, "[{host}]:{port}"),
             Endpoint::Tcp { host, port } => write!(f, "{host}:{port}"),
             Endpoint::Unix { directory, port } => write!(f, "{}/.s.PGSQL.{port}", directory.display()),
+            Endpoint::Handover { socket, .. } => write!(f, "{}", socket.display()),
         }
     }
 }
@@ -114,5 +128,17 @@ impl fmt::Debug for ConnectConfig {
             .field("password", &self.password.as_ref().map(|_| "..."))
             .field("parameters", &self.parameters)
             .finish()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_credential_shows_in_no_text() {
+        let config = ConnectConfig::new(Endpoint::handover("/run/varve/c1", "sesame"), "varve");
+        let texts = format!("{config:?} {:?} {}", config.endpoint, config.endpoint);
+        assert!(texts.contains("/run/varve/c1") && !texts.contains("sesame"), "{texts}");
     }
 }

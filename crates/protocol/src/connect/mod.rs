@@ -3,6 +3,7 @@
 mod auth;
 mod config;
 mod conninfo;
+mod handover;
 mod input;
 mod socket;
 
@@ -11,6 +12,7 @@ pub mod blocking;
 pub use auth::{AuthStep, Authenticator};
 pub use config::{ConnectConfig, Endpoint};
 pub use conninfo::ParseConninfoError;
+pub use handover::{Credential, LINE_MAX as HANDOVER_LINE_MAX};
 pub use input::InputBuffer;
 pub use socket::{Socket, SocketCloser};
 

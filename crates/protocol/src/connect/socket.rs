@@ -5,7 +5,7 @@ use std::net::{Shutdown, TcpStream, ToSocketAddrs};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
-use super::{ClientError, Endpoint};
+use super::{ClientError, Endpoint, handover};
 
 /// A connected socket. TCP ones send at once (`TCP_NODELAY`) and notice a peer that is gone.
 #[derive(Debug)]
@@ -40,6 +40,10 @@ impl Socket {
         let failed = |source| ClientError::io(&endpoint.to_string(), "cannot connect", source);
         match endpoint {
             Endpoint::Unix { .. } => UnixStream::connect(endpoint.to_string()).map(Socket::Unix).map_err(failed),
+            Endpoint::Handover { socket, credential } => {
+                let failed = |source| ClientError::io(&endpoint.to_string(), "no connection was handed over", source);
+                handover::receive(socket, credential, timeout).map(Socket::Unix).map_err(failed)
+            }
             Endpoint::Tcp { host, port } => Self::connect_tcp(host, *port, timeout).map(Socket::Tcp).map_err(failed),
         }
     }

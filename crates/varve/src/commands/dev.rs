@@ -46,7 +46,7 @@ pub(crate) struct DevArgs {
     memtable_mb: u64,
 }
 
-fn version_and_folder(text: &str) -> Result<(u32, PathBuf), String> {
+pub(crate) fn version_and_folder(text: &str) -> Result<(u32, PathBuf), String> {
     let (version, folder) = text.split_once('=').ok_or("write VERSION=FOLDER, such as 15=/usr/lib/postgresql/15/bin")?;
     let version = version.parse().map_err(|_| format!("'{version}' is no major version of Postgres"))?;
     Ok((version, folder.into()))

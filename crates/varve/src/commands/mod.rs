@@ -5,11 +5,11 @@ mod bench_redo;
 mod branch;
 mod compute;
 mod dev;
+mod host;
 mod materialize;
 mod tenant;
 mod verify;
 
-use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
@@ -66,24 +66,11 @@ pub(crate) enum Command {
     /// Check redo, or a branch's pages, against Postgres.
     #[command(subcommand)]
     Verify(verify::VerifyCommand),
-    /// Takes away what a compute whose process is gone left; started by the server.
+    /// Run computes on this machine for a control plane.
+    Host(host::HostArgs),
+    /// One compute's mount and supervisor; started by the host.
     #[command(hide = true)]
-    ComputeCleanup {
-        #[arg(long)]
-        id: String,
-        #[arg(long)]
-        home: PathBuf,
-    },
-    /// One compute's mount and supervisor; started by the server.
-    #[command(hide = true)]
-    ComputeProcess {
-        #[arg(long)]
-        server: String,
-        #[arg(long)]
-        id: String,
-        #[arg(long)]
-        home: PathBuf,
-    },
+    ComputeProcess(host::ComputeProcessArgs),
 }
 
 /// A branch as a person writes it: `tenant/branch`.
@@ -129,14 +116,8 @@ pub(crate) async fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Materialize(args) => materialize::run(args, &Client::new(&url)?, json).await?,
         Command::Bench(command) => bench::run(command, &Client::new(&url)?, json).await?,
         Command::Verify(command) => return verify::run(command, &Client::new(&url)?, json).await,
-        Command::ComputeCleanup { id, home } => {
-            let user = varve_host::dirs::User::for_postgres()?;
-            varve_host::dirs::Dirs::existing(&home, &id, user).clean_up();
-        }
-        Command::ComputeProcess { server, id, home } => {
-            dev::log_to_stderr();
-            varve_host::process::run(&varve_host::process::ProcessConfig { server_url: server, id, home }).await?;
-        }
+        Command::Host(args) => host::run(args).await?,
+        Command::ComputeProcess(args) => host::compute_process(args).await?,
     }
     Ok(ExitCode::SUCCESS)
 }
