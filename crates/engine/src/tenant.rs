@@ -95,7 +95,7 @@ impl Tenant {
     /// Whether nobody had use for it for `unused`, and nobody else holds its log: then it can be dropped, and opened again by the same right.
     pub fn may_sleep(&self, unused: Duration) -> bool {
         let now = (self.context.resources.clock)();
-        now.duration_since(*self.used_at.lock()) >= unused && !self.log.is_shared() && self.timelines.lock().is_empty()
+        now.duration_since(*self.used_at.lock()) >= unused && self.log.is_idle() && self.timelines.lock().is_empty()
     }
 
     fn check_owned(&self) -> Result<(), EngineError> {

@@ -176,8 +176,7 @@ impl Pageserver {
         };
         let me = self.context.wal_log.to_string();
         if let Some(owner) = state.owner().filter(|owner| owner.server != me) {
-            let url = Some(owner.url.clone()).filter(|url| !url.is_empty());
-            self.tenants.note_lost(tenant, LostTo { server: owner.server.clone(), url });
+            self.tenants.note_lost(tenant, LostTo::from(owner));
             return Err("another server has taken the tenant over; its computes send there what that one lacks".to_owned());
         }
         if state.is_removed() || state.timeline(timeline).is_err() {
@@ -270,6 +269,11 @@ impl Pageserver {
         Ok((tenant, live))
     }
 
+    /// The same to read: another server's tenant is not taken for that.
+    async fn live_to_read(&self, tenant: TenantId, timeline: TimelineId, why: &str) -> Result<Arc<LiveTimeline>, ServerError> {
+        Ok(self.tenants.own_if_ours(tenant, why).await?.timeline(timeline).await?)
+    }
+
     /// A timeline if it is open.
     pub fn opened(&self, tenant: TenantId, timeline: TimelineId) -> Option<Arc<LiveTimeline>> {
         self.tenants.awake(tenant)?.opened(timeline)
@@ -296,7 +300,7 @@ impl Pageserver {
     /// # Errors
     /// [`ServerError`].
     pub async fn resolve(&self, tenant: TenantId, timeline: TimelineId, moment: Moment) -> Result<Resolved, ServerError> {
-        let (_, live) = self.live(tenant, timeline, "a moment of it is asked for").await?;
+        let live = self.live_to_read(tenant, timeline, "a moment of it is asked for").await?;
         Ok(resolve(&live, moment).await?)
     }
 
@@ -305,7 +309,7 @@ impl Pageserver {
     /// # Errors
     /// [`ServerError`].
     pub async fn time_at(&self, tenant: TenantId, at: Resolved) -> Result<Option<Timestamp>, ServerError> {
-        let (_, live) = self.live(tenant, at.timeline, "a moment of it is asked for").await?;
+        let live = self.live_to_read(tenant, at.timeline, "a moment of it is asked for").await?;
         Ok(time_at(&live, at.lsn).await?)
     }
 
@@ -378,7 +382,7 @@ impl Pageserver {
     /// # Errors
     /// [`ServerError`].
     pub async fn kept_wal(&self, tenant: TenantId, timeline: TimelineId) -> Result<(Lsn, Vec<(TimelineId, WalRange)>), ServerError> {
-        let (_, live) = self.live(tenant, timeline, "its WAL is asked for").await?;
+        let live = self.live_to_read(tenant, timeline, "its WAL is asked for").await?;
         let head = live.positions().head();
         match live.wait_applied(head, KEPT_WAL_WAIT_MAX).await {
             // What stopped ingest may be the very thing that is looked for.
@@ -393,7 +397,7 @@ impl Pageserver {
     /// # Errors
     /// [`EngineError::WalNotKept`] where it is not kept, [`varve_engine::moments::MomentError::Future`] where there is none yet.
     pub async fn kept_wal_bytes(&self, tenant: TenantId, timeline: TimelineId, from: Lsn) -> Result<Bytes, ServerError> {
-        let (_, live) = self.live(tenant, timeline, "its WAL is asked for").await?;
+        let live = self.live_to_read(tenant, timeline, "its WAL is asked for").await?;
         let head = live.positions().head();
         if from >= head {
             return Err(EngineError::from(varve_engine::moments::MomentError::Future { lsn: from, end: head }).into());

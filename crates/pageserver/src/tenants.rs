@@ -19,7 +19,7 @@ use varve_engine::template::Templates;
 use varve_engine::{Context, Tenant};
 use varve_storage::edit_log::Ownership;
 use varve_storage::ids::{TenantId, TenantName};
-use varve_storage::tenant_log::{TenantEdit, TenantLog, find_owner, names, tenant_folder};
+use varve_storage::tenant_log::{FoundOwner, Owner, TenantLog, find_owner, names, take_over, tenant_folder};
 
 use crate::error::ServerError;
 
@@ -39,6 +39,12 @@ pub struct LostTo {
     pub server: String,
     /// Address of its admin API, if it says so.
     pub url: Option<String>,
+}
+
+impl From<&Owner> for LostTo {
+    fn from(owner: &Owner) -> LostTo {
+        LostTo { server: owner.server.clone(), url: Some(owner.url.clone()).filter(|url| !url.is_empty()) }
+    }
 }
 
 impl fmt::Display for LostTo {
@@ -114,6 +120,24 @@ impl Tenants {
         }
     }
 
+    /// A tenant to be read here: one that this server owns, by its own words or by those of the tenant's log (it owned it before it was started again), or
+    /// that nobody ever owned by name. Another server's is not taken.
+    ///
+    /// # Errors
+    /// As [`Tenants::own`]; [`ServerError::NotOwner`] for another server's.
+    pub async fn own_if_ours(&self, id: TenantId, why: &str) -> Result<Arc<Tenant>, ServerError> {
+        if !self.slots.lock().contains_key(&id) {
+            match find_owner(&self.context.store, id).await? {
+                None => return Err(ServerError::UnknownTenant(id)),
+                Some(FoundOwner { owner: Some(owner), .. }) if owner.server != self.identity.server => {
+                    return Err(ServerError::NotOwner { tenant: id, owner: LostTo::from(&owner) });
+                }
+                Some(_) => {}
+            }
+        }
+        self.own(id, why).await
+    }
+
     /// Nothing is left of a slot that could not be opened but by what right it was ours.
     fn opening_failed(&self, id: TenantId, awake: &Arc<Awake>) {
         let mut slots = self.slots.lock();
@@ -127,11 +151,11 @@ impl Tenants {
 
     async fn open(&self, id: TenantId, ownership: Option<Ownership>, why: &str) -> Result<Arc<Tenant>, ServerError> {
         let store = &self.context.store;
-        let folder = tenant_folder(id)?;
         let log = match ownership {
-            Some(ownership) => TenantLog::reopen(store, &folder, ownership).await?,
+            Some(ownership) => TenantLog::reopen(store, &tenant_folder(id)?, ownership).await?.ok_or(ServerError::UnknownTenant(id))?,
             None => {
-                let log = TenantLog::take_over(store, &folder).await?.ok_or(ServerError::UnknownTenant(id))?;
+                let Identity { server, url } = &self.identity;
+                let log = take_over(store, id, server, url).await?.ok_or(ServerError::UnknownTenant(id))?;
                 tracing::info!(tenant = %id, generation = log.ownership().generation.0, why, "the tenant is taken: this server owns it from now on");
                 log
             }
@@ -139,17 +163,14 @@ impl Tenants {
         if log.state().is_removed() {
             return Err(ServerError::UnknownTenant(id));
         }
-        if ownership.is_none() {
-            log.push(vec![self.owner_row(&log)]).await?;
-        }
         let template = log.state().facts().map(|facts| facts.template.clone()).unwrap_or_default();
         let template = self.templates.by_name(&template).await?;
         Ok(Arc::new(Tenant::new(id, log, template, self.context.clone())?))
     }
 
-    fn owner_row(&self, log: &TenantLog) -> TenantEdit {
-        let Identity { server, url } = self.identity.clone();
-        TenantEdit::Owner { generation: log.ownership().generation, server, url }
+    /// What the log of a tenant that this server creates says of its owner.
+    pub fn identity(&self) -> &Identity {
+        &self.identity
     }
 
     /// A tenant that was just created, by its log, is this server's.
@@ -229,10 +250,8 @@ impl Tenants {
 
     async fn owner_of(&self, id: TenantId) -> LostTo {
         match find_owner(&self.context.store, id).await {
-            Ok(Some((generation, Some(owner)))) if owner.generation == generation => {
-                LostTo { server: owner.server.clone(), url: Some(owner.url.clone()).filter(|url| !url.is_empty()) }
-            }
-            Ok(Some((generation, _))) => LostTo { server: format!("of generation {}", generation.0), url: None },
+            Ok(Some(FoundOwner { owner: Some(owner), .. })) => LostTo::from(&owner),
+            Ok(Some(FoundOwner { generation, .. })) => LostTo { server: format!("of generation {}", generation.0), url: None },
             Ok(None) => LostTo { server: "nobody: its log is gone".to_owned(), url: None },
             Err(error) => {
                 tracing::warn!(tenant = %id, %error, "who has the tenant cannot be read");

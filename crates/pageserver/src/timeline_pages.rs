@@ -1,25 +1,22 @@
-//! The page service's view of a timeline: it waits until what is asked for has arrived, and says clearly when it never will.
+//! The page service's view of a timeline: waits as futures until what is asked for has arrived, and says clearly when it never will.
 
 use std::io::Write;
 use std::sync::Arc;
 use std::time::Duration;
 
-use varve_postgres::ids::GLOBAL_TABLESPACE;
+use futures::FutureExt as _;
+use futures::future::BoxFuture;
+use varve_engine::backup::{self, BackupOptions};
+use varve_engine::{EngineError, LiveTimeline, Tenant, catalog};
 use varve_postgres::slru::{PAGES_PER_SEGMENT, SlruKind};
-use varve_postgres::wal::synthesis::AncestorTimeline;
 use varve_postgres::{BlockNumber, Fork, Lsn, Oid, Page, RelFork};
 use varve_protocol::{ReadLsn, RelationSize, SlruSegmentSize};
-use varve_storage::database::DatabaseEntry;
-use varve_storage::history::{History, HistoryError};
-use varve_storage::key::{Key, KeyKind};
+use varve_storage::history::HistoryError;
+use varve_storage::ids::TenantId;
 use varve_storage::relation::{self, RelationError};
 use varve_storage::timeline::Timeline;
 
-use crate::base_backup::{ExtraFile, Options, TimelineFacts, write_base_backup};
-use crate::page_service::{BackupOptions, SourceError, TimelinePages};
-use crate::tenant::Tenant;
-use crate::time;
-use crate::timeline::ServedTimeline;
+use crate::page_service::{SourceError, TimelinePages};
 
 /// How long a read waits for an LSN that has not arrived.
 const ARRIVAL_WAIT_MAX: Duration = Duration::from_secs(60);
@@ -44,54 +41,75 @@ impl From<HistoryError> for SourceError {
 #[derive(Debug)]
 pub struct Pages {
     tenant: Arc<Tenant>,
-    timeline: Arc<ServedTimeline>,
+    live: Arc<LiveTimeline>,
 }
 
 impl Pages {
-    /// The page service's view of `timeline`.
-    pub fn new(tenant: Arc<Tenant>, timeline: Arc<ServedTimeline>) -> Pages {
-        Pages { tenant, timeline }
+    /// The page service's view of `live`.
+    pub fn new(tenant: Arc<Tenant>, live: Arc<LiveTimeline>) -> Pages {
+        Pages { tenant, live }
     }
 
-    /// The LSN to read at, once everything up to it is applied.
+    /// The LSN that must have been applied before `at` can be answered.
+    fn wanted(&self, at: ReadLsn) -> Lsn {
+        if at.lsn == Lsn::MAX { self.live.positions().head().max(at.not_modified_since) } else { at.lsn }
+    }
+
+    /// The LSN to read at, now that the wait for it is over.
     fn arrived(&self, at: ReadLsn) -> Result<Lsn, SourceError> {
+        let positions = self.live.positions();
         let newest = at.lsn == Lsn::MAX;
-        let wanted = if newest { self.timeline.head().max(at.not_modified_since) } else { at.lsn };
-        if wanted < self.timeline.first_lsn() {
+        // Of what is newest only what was asked for must be there; more may have come since.
+        let wanted = if newest { at.not_modified_since } else { at.lsn };
+        if !newest && wanted < self.live.first_lsn() {
             return Err(SourceError::NotFound(format!(
                 "{wanted} is before the history of timeline {}, which begins at {}",
-                self.timeline.id(),
-                self.timeline.first_lsn()
+                self.live.id(),
+                self.live.first_lsn()
             )));
         }
-        self.timeline.wait_applied(wanted, ARRIVAL_WAIT_MAX).map_err(|what| {
-            // What has arrived and is not applied yet is worth another try. Waiting again does not help where ingest has stopped, or for what
-            // nobody wrote.
-            if self.timeline.stopped().is_some() {
-                SourceError::Failed(what)
-            } else if wanted > self.timeline.head() {
-                SourceError::NotFound(what)
-            } else {
-                SourceError::NotReady(what)
-            }
-        })?;
-        Ok(if newest { self.timeline.applied() } else { wanted })
+        if self.live.is_applied(wanted) {
+            return Ok(if newest { positions.applied() } else { wanted });
+        }
+        let (head, applied) = (positions.head(), positions.applied());
+        let what = format!("timeline {} has no WAL up to {wanted}: it ends at {head}, of which {applied} is applied", self.live.id());
+        // What has arrived and is not applied yet is worth another try. Waiting again does not help where ingest has stopped, or for what nobody wrote.
+        Err(match self.live.stopped() {
+            Some(stopped) => SourceError::Failed(format!("{what}; ingest stopped at {}: {}", stopped.at, stopped.reason)),
+            None if positions.is_closing() => SourceError::NotReady(format!("timeline {} is being closed by this server", self.live.id())),
+            None if wanted > head => SourceError::NotFound(what),
+            None => SourceError::NotReady(what),
+        })
     }
 
     fn history(&self) -> &Arc<Timeline> {
-        self.timeline.history()
+        self.live.history()
     }
 }
 
 impl TimelinePages for Pages {
+    fn tenant(&self) -> TenantId {
+        self.tenant.id()
+    }
+
+    fn arrival(&self, at: ReadLsn) -> Option<BoxFuture<'static, ()>> {
+        let wanted = self.wanted(at);
+        if self.live.is_applied(wanted) {
+            return None;
+        }
+        let live = self.live.clone();
+        // Whatever comes of it: the answer says so.
+        Some(async move { drop(live.wait_applied(wanted, ARRIVAL_WAIT_MAX).await) }.boxed())
+    }
+
     fn try_get_page_cached(&self, rel: RelFork, blkno: BlockNumber, at: ReadLsn, take: &mut dyn FnMut(&Page)) -> bool {
         let lsn = if at.lsn == Lsn::MAX {
-            let (applied, head) = self.timeline.applied_and_head();
+            let (head, applied) = (self.live.positions().head(), self.live.positions().applied());
             if applied < head || applied < at.not_modified_since {
                 return false;
             }
             applied
-        } else if at.lsn > self.timeline.applied() || at.lsn < self.timeline.first_lsn() {
+        } else if !self.live.is_applied(at.lsn) || at.lsn < self.live.first_lsn() {
             return false;
         } else {
             at.lsn
@@ -139,7 +157,7 @@ impl TimelinePages for Pages {
     fn db_size(&self, db: Oid, at: ReadLsn) -> Result<i64, SourceError> {
         let lsn = self.arrived(at)?;
         let mut blocks = 0u64;
-        for (spc, found) in databases(&**self.history(), lsn)? {
+        for (spc, found) in catalog::databases(&**self.history(), lsn)? {
             if found == db {
                 relation::list(&**self.history(), spc, db, lsn, &mut |rel, size| {
                     if rel.fork == Fork::Main {
@@ -197,54 +215,11 @@ impl TimelinePages for Pages {
             None => ReadLsn::newest(),
         };
         let lsn = self.arrived(at)?;
-        self.write_base_backup(lsn, options, sink)
-    }
-}
-
-impl Pages {
-    fn write_base_backup(&self, lsn: Lsn, options: BackupOptions, sink: &mut dyn Write) -> Result<(), SourceError> {
-        let failed = |error: &dyn std::fmt::Display| SourceError::Failed(error.to_string());
-        let state = self.tenant.log().state();
-        let chain = state.ancestry(self.timeline.id()).map_err(|error| failed(&error))?;
-        let applied = self.timeline.applied();
-        let base = time::round_down(&**self.history(), lsn, self.timeline.first_lsn(), applied).map_err(|error| failed(&error))?;
-        let mut ancestors: Vec<AncestorTimeline> = chain
-            .iter()
-            .filter_map(|(timeline, _)| timeline.facts.ancestor)
-            .filter_map(|ancestor| {
-                let tli = state.timeline(ancestor.timeline).ok()?.facts.tli;
-                Some(AncestorTimeline { tli, switch: ancestor.lsn })
-            })
-            .collect();
-        ancestors.reverse();
-        let mut extra_files = Vec::new();
-        for (path, contents) in state.files_at(self.timeline.id(), lsn).map_err(|error| failed(&error))? {
-            if let Some(bytes) = self.tenant.file_contents(&contents).map_err(|error| failed(&error))? {
-                extra_files.push(ExtraFile { path, bytes });
-            }
-        }
-        let mut nonce = [0; 32];
-        nonce[..16].copy_from_slice(&self.tenant.id().0);
-        nonce[16..].copy_from_slice(&self.timeline.id().0);
-        let facts = TimelineFacts {
-            system_identifier: self.tenant.facts().system_identifier,
-            tli: self.timeline.facts().tli,
-            ancestors,
-            base,
-            mock_authentication_nonce: nonce,
-        };
         let time_unix = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |time| time.as_secs() as i64);
-        let options = Options {
-            slru: options.full || !options.no_slru,
-            relations: options.full,
-            gzip: false,
-            // So that WAL is kept from the first moment on, until the store has it.
-            slot: (!options.full).then(|| "varve".to_owned()),
-            extra_files,
-            time_unix,
-        };
-        let cluster = &self.tenant.template().facts().cluster;
-        write_base_backup(&**self.history(), cluster, &facts, &options, sink).map_err(|error| failed(&error))
+        backup::write(&self.tenant, &self.live, lsn, options, time_unix, sink).map_err(|error| match error {
+            EngineError::Moment(error) => SourceError::NotFound(error.to_string()),
+            error => SourceError::Failed(error.to_string()),
+        })
     }
 }
 

@@ -158,11 +158,6 @@ impl<S: State> EditLog<S> {
         self.shared.durable.load_full()
     }
 
-    /// Whether somebody else holds this log open: another handle, or a write that is under way.
-    pub fn is_shared(&self) -> bool {
-        Arc::strong_count(&self.shared) > 1
-    }
-
     /// By which right this log is written; [`EditLog::take_over_as`] takes the tenant's other logs over by the same.
     pub fn ownership(&self) -> Ownership {
         self.shared.ownership

@@ -1,0 +1,202 @@
+//! The pageserver behind the control plane's door, where both are one process: calls are handed on, errors become words with a code.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use varve_api::host::BlockName;
+use varve_api::{Code, Refusal};
+use varve_control::ports::{self, AttachWriter, EpochStart, Live, Lost, Moment, Places, PortResult, Resolved, Template, WalRange};
+use varve_engine::moments::MomentError;
+use varve_engine::{EngineError, resolve};
+use varve_pageserver::writers::{Walsender, Writer};
+use varve_pageserver::{Pageserver, ServerError};
+use varve_postgres::{Lsn, Major, Timestamp};
+use varve_storage::edit_log::EditLogError;
+use varve_storage::ids::{BranchName, TenantId, TimelineId, WriterEpoch};
+use varve_storage::tenant_log::{FileContents, TenantError, TenantLog, names::NameError};
+use varve_storage::timeline::WaitError;
+
+/// See the module's doc.
+#[derive(Debug)]
+pub(crate) struct Door {
+    pageserver: Arc<Pageserver>,
+    /// Address of the page service.
+    page_service: String,
+}
+
+impl Door {
+    pub(crate) fn new(pageserver: Arc<Pageserver>, page_service: String) -> Door {
+        Door { pageserver, page_service }
+    }
+}
+
+/// The code that an error has in the API.
+fn code(error: &ServerError) -> Code {
+    match error {
+        ServerError::Engine(error) => engine_code(error),
+        ServerError::UnknownTenant(_) | ServerError::UnknownTenantName(_) => Code::UnknownTenant,
+        ServerError::NotOwner { .. } => Code::NotOwner,
+        ServerError::Name(NameError::Taken { .. }) => Code::NameTaken,
+        ServerError::Name(NameError::Store(_)) => Code::Unavailable,
+        ServerError::Archive(_) | ServerError::UnsupportedMajor(_) => Code::InvalidArgument,
+        ServerError::Name(_) | ServerError::Thread(_) | ServerError::File { .. } | ServerError::WalLogId(_) => Code::Internal,
+    }
+}
+
+fn engine_code(error: &EngineError) -> Code {
+    match error {
+        EngineError::Tenant(TenantError::UnknownBranch(_) | TenantError::UnknownTimeline(_)) => Code::UnknownBranch,
+        EngineError::Tenant(TenantError::Removed) => Code::UnknownTenant,
+        EngineError::Log(EditLogError::Fenced { .. }) | EngineError::NotOwner { .. } => Code::NotOwner,
+        EngineError::Log(EditLogError::Unconfirmed { .. } | EditLogError::Stopped { .. } | EditLogError::Store(_)) | EngineError::Store(_) => {
+            Code::Unavailable
+        }
+        EngineError::Wait(WaitError::Deadline { .. } | WaitError::Closing { .. }) | EngineError::TailUnknown { .. } => Code::Unavailable,
+        EngineError::EpochOver { .. } | EngineError::BranchMoved { .. } => Code::Fenced,
+        EngineError::Moment(MomentError::Future { .. }) => Code::InTheFuture,
+        EngineError::Moment(MomentError::BeforeHistory { .. } | MomentError::BeforeTime { .. }) | EngineError::WalNotKept { .. } => {
+            Code::NotRetained
+        }
+        EngineError::Template(_) => Code::HostUnfit,
+        _ => Code::Internal,
+    }
+}
+
+fn refusal(error: ServerError) -> Refusal {
+    // What was asked for and what there is, in the words of branches.
+    let detail = match &error {
+        ServerError::Engine(EngineError::Moment(MomentError::Future { lsn, end })) => {
+            format!("{lsn} is in the future of this branch: its history goes to {end}")
+        }
+        ServerError::Engine(EngineError::Moment(MomentError::BeforeHistory { lsn, start })) => {
+            format!("{lsn} is before what this branch keeps: its history begins at {start}")
+        }
+        error => error.to_string(),
+    };
+    Refusal::new(code(&error), detail)
+}
+
+fn template(found: &varve_engine::template::Template) -> Template {
+    let facts = found.facts();
+    Template { name: found.name().to_owned(), pg_version: facts.cluster.major.number(), end: facts.end }
+}
+
+impl ports::Pageserver for Door {
+    async fn own(&self, tenant: TenantId, why: &'static str) -> PortResult<TenantLog> {
+        Ok(self.pageserver.tenants().own(tenant, why).await.map_err(refusal)?.log().clone())
+    }
+
+    fn owned(&self, tenant: TenantId) -> Option<TenantLog> {
+        Some(self.pageserver.tenants().awake(tenant)?.log().clone())
+    }
+
+    async fn adopt(&self, log: TenantLog) -> PortResult<()> {
+        self.pageserver.tenants().adopt(log).await.map(drop).map_err(refusal)
+    }
+
+    async fn forget(&self, tenant: TenantId) {
+        let log = self.pageserver.tenants().awake(tenant).map(|tenant| tenant.log().state());
+        let timelines = log.map(|state| state.timelines().map(|timeline| timeline.facts.id).collect()).unwrap_or_default();
+        self.pageserver.forget(tenant, timelines).await;
+    }
+
+    async fn remove_timelines(&self, tenant: TenantId, timelines: Vec<TimelineId>) {
+        self.pageserver.remove_timelines(tenant, timelines).await;
+    }
+
+    fn live(&self, tenant: TenantId, timeline: TimelineId) -> Option<Live> {
+        let live = self.pageserver.opened(tenant, timeline)?;
+        let positions = live.positions();
+        Some(Live {
+            head: positions.head(),
+            applied: positions.applied(),
+            layered: positions.layered(),
+            size_bytes: live.noted_size(),
+            stopped: live.stopped().map(|stopped| stopped.reason.to_string()),
+        })
+    }
+
+    async fn resolve(&self, tenant: TenantId, timeline: TimelineId, moment: Moment) -> PortResult<Resolved> {
+        let moment = match moment {
+            Moment::Head => resolve::Moment::Head,
+            Moment::Lsn(lsn) => resolve::Moment::Lsn(lsn),
+            Moment::Time(at) => resolve::Moment::Time(at),
+        };
+        let found = self.pageserver.resolve(tenant, timeline, moment).await.map_err(refusal)?;
+        Ok(Resolved { timeline: found.timeline, lsn: found.lsn })
+    }
+
+    async fn time_at(&self, tenant: TenantId, at: Resolved) -> PortResult<Option<Timestamp>> {
+        let at = resolve::Resolved { timeline: at.timeline, lsn: at.lsn };
+        self.pageserver.time_at(tenant, at).await.map_err(refusal)
+    }
+
+    async fn begin_epoch(&self, tenant: TenantId, branch: &BranchName, timeline: TimelineId) -> PortResult<EpochStart> {
+        let start = self.pageserver.begin_epoch(tenant, branch, timeline).await.map_err(refusal)?;
+        Ok(EpochStart { epoch: start.epoch, lsn: start.lsn, standby_name: start.standby_name })
+    }
+
+    async fn end_stream(&self, tenant: TenantId, timeline: TimelineId) -> PortResult<()> {
+        self.pageserver.end_stream(tenant, timeline).await.map_err(refusal)
+    }
+
+    async fn attach_writer(&self, writer: AttachWriter) -> PortResult<String> {
+        let AttachWriter { tenant, branch, timeline, epoch, walsender, flushed } = writer;
+        let walsender = Walsender { socket: walsender.socket.into(), credential: walsender.credential };
+        let writer = Writer { branch, epoch, walsender, flushed };
+        self.pageserver.attach_writer(tenant, timeline, writer).await.map_err(refusal)
+    }
+
+    async fn close_epoch(&self, tenant: TenantId, timeline: TimelineId, epoch: WriterEpoch) -> PortResult<()> {
+        self.pageserver.close_epoch(tenant, timeline, epoch).await.map_err(refusal)
+    }
+
+    async fn places(&self, tenant: TenantId, timeline: TimelineId, lsn: Lsn) -> PortResult<Places> {
+        let facts = self.pageserver.directory_facts(tenant, timeline, lsn).await.map_err(refusal)?;
+        let varve_pageserver::server::DirectoryFacts { databases, tablespaces, catalog_version, startup_blocks } = facts;
+        Ok(Places { databases, tablespaces, catalog_version, startup_blocks })
+    }
+
+    async fn put_file(&self, tenant: TenantId, bytes: Vec<u8>) -> PortResult<FileContents> {
+        let tenant = self.pageserver.tenants().own(tenant, "a file of it is kept").await.map_err(refusal)?;
+        tenant.put_file(bytes).await.map_err(|error| refusal(error.into()))
+    }
+
+    async fn kept_wal(&self, tenant: TenantId, timeline: TimelineId) -> PortResult<(Lsn, Vec<WalRange>)> {
+        let (head, ranges) = self.pageserver.kept_wal(tenant, timeline).await.map_err(refusal)?;
+        let range = |(timeline, range): (TimelineId, varve_engine::timeline::WalRange)| WalRange {
+            timeline,
+            start: range.start,
+            end: range.end,
+            in_store: range.in_store,
+        };
+        Ok((head, ranges.into_iter().map(range).collect()))
+    }
+
+    async fn kept_wal_bytes(&self, tenant: TenantId, timeline: TimelineId, from: Lsn) -> PortResult<Bytes> {
+        self.pageserver.kept_wal_bytes(tenant, timeline, from).await.map_err(refusal)
+    }
+
+    async fn template_of(&self, pg_version: u32) -> PortResult<Option<Template>> {
+        let major = Major::from_number(pg_version).ok_or(ServerError::UnsupportedMajor(pg_version)).map_err(refusal)?;
+        let found = self.pageserver.templates().current(major).await.map_err(|error| refusal(error.into()))?;
+        Ok(found.as_deref().map(template))
+    }
+
+    async fn import_template(&self, pg_version: u32, archive: Bytes) -> PortResult<Template> {
+        Ok(template(&*self.pageserver.import_template(pg_version, archive).await.map_err(refusal)?))
+    }
+
+    async fn learn_startup_blocks(&self, tenant: TenantId, blocks: Vec<BlockName>) -> PortResult<()> {
+        self.pageserver.learn_startup_blocks(tenant, blocks).await.map_err(refusal)
+    }
+
+    fn page_service(&self) -> String {
+        self.page_service.clone()
+    }
+
+    fn lost(&self) -> Vec<Lost> {
+        let lost = self.pageserver.tenants().lost().into_iter();
+        lost.map(|(tenant, owner)| Lost { tenant, name: None, owner: owner.server, url: owner.url }).collect()
+    }
+}
