@@ -256,6 +256,29 @@ impl Manifest {
         Ok(manifest)
     }
 
+    /// Opens the manifest of a timeline that `owner` has had open before and dropped when it was idle. Writes nothing, unless this owner never
+    /// had it: then as [`Manifest::open`].
+    ///
+    /// # Errors
+    /// As [`Manifest::open`].
+    pub async fn reopen(store: &Store, tenant: TenantId, timeline: TimelineId, owner: Ownership) -> Result<Manifest, EditLogError> {
+        let folder = timeline_folder(tenant, timeline)?;
+        match EditLog::reopen(store, &folder, owner).await? {
+            Some(log) => Ok(Manifest { store: store.clone(), folder, owner, log: OnceCell::new_with(Some(log)) }),
+            None => Self::open(store, tenant, timeline, owner).await,
+        }
+    }
+
+    /// Whether nothing is being written: then it can be dropped, and be reopened later.
+    pub fn is_idle(&self) -> bool {
+        self.log.get().is_none_or(EditLog::is_idle)
+    }
+
+    /// The generation that has taken the timeline over, if a write or a check has found one.
+    pub fn lost(&self) -> Option<Generation> {
+        self.log.get()?.lost()
+    }
+
     async fn log(&self) -> Result<&EditLog<ManifestState>, EditLogError> {
         self.log.get_or_try_init(|| EditLog::take_over_as(&self.store, &self.folder, self.owner)).await
     }

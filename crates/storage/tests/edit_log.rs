@@ -155,6 +155,42 @@ async fn a_sleeper_that_wakes_up_learns_that_it_was_fenced() {
 }
 
 #[tokio::test]
+async fn an_owner_that_slept_reads_its_log_again_without_writing() {
+    let sim = SimStore::new();
+    let store = sim.reliable();
+    drop(EditLog::<Names>::create(&store, &prefix(), &[]).await.unwrap());
+    let claim = |generation: varve_storage::ids::Generation| vec![Edit::Past { values: vec![u64::from(generation.0)] }];
+    let log = EditLog::<Names>::take_over_with(&store, &prefix(), claim).await.unwrap().unwrap();
+    assert_eq!(log.state().past, imbl::vector![2], "what comes with the claim counts");
+    take(&log, "a", 10, false).await.unwrap();
+    let (owner, state, waiting) = (log.ownership(), log.state(), log.wait_lost());
+    assert!(log.is_idle() && log.lost().is_none());
+    drop(log);
+    assert_eq!(waiting.await, None, "a log that was closed was not lost");
+    let before = sim.objects().len();
+    let log = EditLog::<Names>::reopen(&store, &prefix(), owner).await.unwrap().unwrap();
+    assert_eq!((log.state(), log.ownership(), sim.objects().len()), (state, owner, before));
+    take(&log, "b", 11, false).await.unwrap();
+
+    let waiting = tokio::spawn(log.wait_lost());
+    let next = EditLog::<Names>::take_over(&store, &prefix()).await.unwrap().unwrap();
+    assert_eq!(log.lost(), None, "nobody has looked yet");
+    log.check_ownership().await.unwrap_err();
+    assert_eq!(log.lost().map(|by| by.0), Some(3));
+    assert!(matches!(waiting.await.unwrap(), Some(EditLogError::Fenced { by, .. }) if by.0 == 3));
+    let before = sim.objects().len();
+    let error = EditLog::<Names>::reopen(&store, &prefix(), owner).await.map(drop).unwrap_err();
+    assert!(matches!(error, EditLogError::Fenced { own, by, .. } if own.0 == 2 && by.0 == 3), "{error}");
+    assert_eq!(sim.objects().len(), before, "who only looks writes nothing");
+
+    let elsewhere = "tenants/u".parse().unwrap();
+    assert!(EditLog::<Names>::reopen(&store, &elsewhere, next.ownership()).await.unwrap().is_none());
+    let other = EditLog::<Names>::create(&store, &elsewhere, &[]).await.unwrap();
+    let error = EditLog::<Names>::reopen(&store, &prefix(), other.ownership()).await.map(drop).unwrap_err();
+    assert!(matches!(error, EditLogError::Conflict { .. }), "another's claim: {error}");
+}
+
+#[tokio::test]
 async fn a_store_that_says_no_for_certain_fails_the_commit_and_only_that() {
     let sim = SimStore::new();
     let client = sim.client(0, Faults::default());
@@ -266,7 +302,7 @@ async fn nothing_is_lost_or_invented_whoever_sleeps_and_whatever_fails() {
         let sim = SimStore::new();
         let attempts = Arc::new(Mutex::new(Vec::new()));
         let next_value = Arc::new(AtomicU64::new(1));
-        let fenced = Arc::new(AtomicU64::new(0));
+        let (fenced, reopened) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicU64::new(0)));
         EditLog::<Names>::create(&sim.reliable(), &prefix(), &[]).await.unwrap();
         let mut servers = Vec::new();
         for _ in 0..3 {
@@ -288,7 +324,14 @@ async fn nothing_is_lost_or_invented_whoever_sleeps_and_whatever_fails() {
                     asleep.set_link(Link::Up);
                 }
             }));
-            servers.push(tokio::spawn(serve(client.store(), random.fork(), attempts.clone(), next_value.clone(), fenced.clone())));
+            servers.push(tokio::spawn(serve(
+                client.store(),
+                random.fork(),
+                attempts.clone(),
+                next_value.clone(),
+                fenced.clone(),
+                reopened.clone(),
+            )));
         }
         for server in servers {
             server.await.unwrap();
@@ -305,10 +348,11 @@ async fn nothing_is_lost_or_invented_whoever_sleeps_and_whatever_fails() {
             *seen.entry(what).or_default() += n;
         }
         *seen.entry("fenced").or_default() += fenced.load(Ordering::Relaxed);
+        *seen.entry("reopened").or_default() += reopened.load(Ordering::Relaxed);
         *seen.entry("snapshots").or_default() += sim.objects().keys().filter(|name| name.as_str().ends_with(".snapshot")).count() as u64;
     }
     println!("{seen:?}");
-    for what in ["acknowledged", "failed", "unknown", "fenced", "snapshots"] {
+    for what in ["acknowledged", "failed", "unknown", "fenced", "reopened", "snapshots"] {
         assert!(seen[what] > 20, "the schedules must reach every outcome: {seen:?}");
     }
 }
@@ -319,37 +363,59 @@ async fn serve(
     attempts: Arc<Mutex<Vec<Attempt>>>,
     next_value: Arc<AtomicU64>,
     fenced: Arc<AtomicU64>,
+    reopened: Arc<AtomicU64>,
 ) {
     for _ in 0..4 {
         tokio::time::sleep(Duration::from_millis(random.below(3_000))).await;
-        let Ok(Some(log)) = EditLog::<Names>::take_over(&store, &prefix()).await else { continue };
-        let callers = (0..4).map(|_| {
-            let (log, mut random, attempts, next_value) = (log.clone(), random.fork(), attempts.clone(), next_value.clone());
-            tokio::spawn(async move {
-                for _ in 0..40 {
-                    tokio::time::sleep(Duration::from_millis(random.below(20))).await;
-                    let value = next_value.fetch_add(1, Ordering::Relaxed);
-                    let (name, steal) = (format!("n{}", random.below(8)), random.chance(700));
-                    let began = Instant::now();
-                    let patience = if random.chance(50) { Duration::from_millis(30) } else { Duration::from_secs(300) };
-                    let outcome = tokio::time::timeout(patience, take(&log, &name, value, steal)).await;
-                    let acknowledged = match outcome {
-                        Ok(Ok(())) => Some(true),
-                        Ok(Err(CommitError::Log(EditLogError::Unconfirmed { .. }))) | Err(_) => None,
-                        Ok(Err(_)) => Some(false),
-                    };
-                    attempts.lock().push(Attempt { value, began, ended: Instant::now(), acknowledged });
+        let Ok(Some(mut log)) = EditLog::<Names>::take_over(&store, &prefix()).await else { continue };
+        let owner = log.ownership();
+        for _ in 0..2 {
+            let callers = (0..4).map(|_| {
+                let (log, random, attempts, next_value) = (log.clone(), random.fork(), attempts.clone(), next_value.clone());
+                tokio::spawn(call(log, random, attempts, next_value))
+            });
+            for caller in callers.collect::<Vec<_>>() {
+                caller.await.unwrap();
+            }
+            if matches!(log.ended(), Some(EditLogError::Fenced { .. })) {
+                assert_eq!((log.wait_lost().await, log.lost().is_some()), (log.ended(), true));
+                fenced.fetch_add(1, Ordering::Relaxed);
+                break;
+            } else if let Some(error) = log.ended() {
+                panic!("a log must end by fencing only, it ended with: {error}");
+            }
+            while !log.is_idle() {
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+            // As after a time without callers: the log is dropped, and read again by the same right.
+            match EditLog::reopen(&store, &prefix(), owner).await {
+                Ok(Some(again)) => {
+                    assert_eq!(again.state(), log.state(), "what was durable is there again, and nothing else");
+                    reopened.fetch_add(1, Ordering::Relaxed);
+                    log = again;
                 }
-            })
-        });
-        for caller in callers.collect::<Vec<_>>() {
-            caller.await.unwrap();
+                Ok(None) => panic!("an owner's claim is never deleted"),
+                Err(EditLogError::Fenced { .. } | EditLogError::Store(_)) => break,
+                Err(error) => panic!("{error}"),
+            }
         }
-        if matches!(log.ended(), Some(EditLogError::Fenced { .. })) {
-            fenced.fetch_add(1, Ordering::Relaxed);
-        } else if let Some(error) = log.ended() {
-            panic!("a log must end by fencing only, it ended with: {error}");
-        }
+    }
+}
+
+async fn call(log: EditLog<Names>, mut random: SeededRng, attempts: Arc<Mutex<Vec<Attempt>>>, next_value: Arc<AtomicU64>) {
+    for _ in 0..40 {
+        tokio::time::sleep(Duration::from_millis(random.below(20))).await;
+        let value = next_value.fetch_add(1, Ordering::Relaxed);
+        let (name, steal) = (format!("n{}", random.below(8)), random.chance(700));
+        let began = Instant::now();
+        let patience = if random.chance(50) { Duration::from_millis(30) } else { Duration::from_secs(300) };
+        let outcome = tokio::time::timeout(patience, take(&log, &name, value, steal)).await;
+        let acknowledged = match outcome {
+            Ok(Ok(())) => Some(true),
+            Ok(Err(CommitError::Log(EditLogError::Unconfirmed { .. }))) | Err(_) => None,
+            Ok(Err(_)) => Some(false),
+        };
+        attempts.lock().push(Attempt { value, began, ended: Instant::now(), acknowledged });
     }
 }
 

@@ -90,3 +90,24 @@ async fn one_who_was_replaced_cannot_begin_a_manifest() {
     let newest = Manifest::open(&store, TENANT, TIMELINE, second).await.unwrap();
     assert_eq!(newest.state().layered(), Lsn(15));
 }
+
+#[tokio::test]
+async fn a_manifest_is_read_again_by_its_owner_without_writing() {
+    let sim = SimStore::new();
+    let store = sim.reliable();
+    let (first, second) = owners(&store).await;
+    let reopen = |owner| Manifest::reopen(&store, TENANT, TIMELINE, owner);
+    let before = sim.objects().len();
+    assert_eq!(reopen(first).await.unwrap().state().layer_count(), 0);
+    assert_eq!(sim.objects().len(), before, "there was nothing, and is nothing");
+    let manifest = reopen(second).await.unwrap();
+    assert_eq!(sim.objects().len(), before + 1, "this owner never had it: it is claimed");
+    manifest.publish(flushed(second, 10, 20)).await.unwrap();
+    assert!(manifest.is_idle());
+    let before = sim.objects().len();
+    let again = reopen(second).await.unwrap();
+    assert_eq!((again.state(), sim.objects().len()), (manifest.state(), before));
+    again.publish(flushed(second, 20, 30)).await.unwrap();
+    let error = reopen(first).await.map(drop).unwrap_err();
+    assert!(matches!(error, EditLogError::Fenced { by, .. } if by == second.generation), "{error}");
+}

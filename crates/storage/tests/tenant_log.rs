@@ -7,11 +7,11 @@ use std::time::{Duration, Instant};
 use futures::future::join_all;
 use varve_postgres::Lsn;
 use varve_storage::edit_log::{CommitError, EditLog, EditLogError};
-use varve_storage::ids::{BranchName, TenantId, TenantName, TimelineId};
+use varve_storage::ids::{BranchName, Generation, TenantId, TenantName, TimelineId};
 use varve_storage::store::Store;
 use varve_storage::tenant_log::{
-    Ancestor, CreateTenantError, TenantEdit, TenantError, TenantFacts, TenantLog, TimelineFacts, create_tenant, delete_objects, names,
-    tenant_folder,
+    Ancestor, CreateTenantError, FoundOwner, Owner, TenantEdit, TenantError, TenantFacts, TenantLog, TimelineFacts, create_tenant,
+    delete_objects, find_owner, names, take_over, tenant_folder,
 };
 use varve_testbed::minio::Minio;
 use varve_testing::sim_store::{Faults, SimStore};
@@ -90,6 +90,31 @@ async fn lives_through_its_life(store: &Store) {
     names::reserve(store, &acme, other).await.unwrap();
     let error = names::reserve(store, &acme, tenant).await.unwrap_err().to_string();
     assert_eq!(error, format!("the name 'acme' is that of tenant {other}: choose another name"));
+}
+
+#[tokio::test]
+async fn who_lost_a_tenant_learns_who_has_it() {
+    let sim = SimStore::new();
+    let store = sim.reliable();
+    let log = create_tenant(&store, facts("acme"), first_timeline().1).await.unwrap();
+    let tenant = log.state().facts().unwrap().id;
+    let found = async || find_owner(&store, tenant).await.unwrap().unwrap();
+    assert_eq!(found().await, FoundOwner { generation: Generation(1), owner: None });
+    let before = sim.objects().len();
+    let next = take_over(&store, tenant, "b", "https://b:7400").await.unwrap().unwrap();
+    assert_eq!(sim.objects().len(), before + 2, "a claim that says who it is, and a seal");
+    let error = create_branch(&log, "dev", log.state().branch("main").unwrap().facts.id).await.unwrap_err();
+    assert!(matches!(error, CommitError::Log(EditLogError::Fenced { .. })) && log.lost() == Some(Generation(2)));
+    let owner = Owner { generation: Generation(2), server: "b".to_owned(), url: "https://b:7400".to_owned() };
+    assert_eq!(found().await, FoundOwner { generation: Generation(2), owner: Some(owner) });
+    assert_eq!(next.state().owner(), found().await.owner.as_ref());
+    drop(TenantLog::take_over(&store, &tenant_folder(tenant).unwrap()).await.unwrap());
+    assert_eq!(found().await, FoundOwner { generation: Generation(3), owner: None }, "one that says nothing is not the one before");
+    let last = take_over(&store, tenant, "c", "").await.unwrap().unwrap();
+    last.push(vec![TenantEdit::TenantRemoved]).await.unwrap();
+    let after = take_over(&store, tenant, "d", "").await.unwrap().unwrap();
+    assert!(after.state().is_removed(), "a deleted tenant can be taken over, to delete what is left");
+    assert_eq!(find_owner(&store, TenantId::random().unwrap()).await.unwrap(), None);
 }
 
 #[tokio::test]

@@ -1,28 +1,40 @@
-//! Edit logs: the state of a tenant, or of a timeline's layers, as numbered objects of edits, with a snapshot from time to time.
+//! Edit logs: the state of a tenant, or of a timeline's layers, as numbered objects of edits, with a snapshot from
+//! time to time.
 //!
-//! **Writing.** An [`EditLog`] holds the state in memory. [`EditLog::commit`] looks at the state, *with all edits that are still on their
-//! way*, decides, and gives edits; they become durable as the next numbered object, written with put-if-absent, and only then does the
-//! caller hear of it. While one object is being written, the edits of all that come meanwhile queue up and share the next one. A caller that
-//! goes away does not stop its edits: a task of its own writes, and ends when there is nothing to write, so that an idle log costs nothing.
+//! **Writing.** An [`EditLog`] holds the state in memory. [`EditLog::commit`] looks at the state, *with all edits
+//! that are still on their way*, decides, and gives edits; they become durable as the next numbered object, written
+//! with put-if-absent, and only then does the caller hear of it. While one object is being written, the edits of all
+//! that come meanwhile queue up and share the next one. A caller that goes away does not stop its edits: a task of
+//! its own writes, and ends when there is nothing to write, so that an idle log costs nothing.
 //!
-//! **Uncertain writes.** Where a write's outcome is not known it is tried again, with the very same bytes, until it is: the nonce in each
-//! entry tells whether the object found under the name is ours. No other bytes are ever written under that number.
+//! **Uncertain writes.** Where a write's outcome is not known it is tried again, with the very same bytes, until it
+//! is: the nonce in each entry tells whether the object found under the name is ours. No other bytes are ever written
+//! under that number.
 //!
 //! **Taking over.** Each owner has a generation and writes only its own entries, numbered from 1. Who takes over
 //! 1. *claims* the next generation by creating its entry 0;
 //! 2. lists the log; where a newer generation has been claimed it gives up;
-//! 3. reads the newest snapshot and all entries after it, generation by generation, and *seals* each older generation by creating the
-//!    number after its last entry. Where that number turns out to be taken by an edit it is read, and the next one is tried.
+//! 3. reads the newest snapshot and all entries after it, generation by generation, and *seals* each older generation
+//!    by creating the number after its last entry. Where that number turns out to be taken by an edit it is read, and
+//!    the next one is tried.
 //!
-//! Only then does it write. So all edits have one order, whatever the clocks say, and an old owner that wakes up collides with the seal at its
-//! next write and knows that it was fenced. For that reason claims and seals are never pruned.
+//! A claim may bring edits with it that hold whatever the log says. They count when it is read, as its generation's
+//! first.
 //!
-//! **Pruning.** Entries that a snapshot covers are deleted. The owner first makes the snapshot durable, then lists and goes on only
-//! if there is no newer claim. A newer owner lists after it claimed: so either the old one sees the claim and deletes nothing, or the new one
-//! sees the snapshot and needs nothing of what is deleted.
+//! Only then does it write. So all edits have one order, whatever the clocks say, and an old owner that wakes up
+//! collides with the seal at its next write and knows that it was fenced. For that reason claims and seals are never
+//! pruned.
 //!
-//! **Snapshots** are edits too: the shortest list that makes the state. They are written when reading the entries since the last one would
-//! cost more than reading another, so their cost per commit is bounded however large the state is.
+//! **Reopening.** An owner that dropped an idle log to save memory reads it again, by the same right and without
+//! writing anything ([`EditLog::reopen`]).
+//!
+//! **Pruning.** Entries that a snapshot covers are deleted. The owner first makes the snapshot durable, then lists
+//! and goes on only if there is no newer claim. A newer owner lists after it claimed: so either the old one sees the
+//! claim and deletes nothing, or the new one sees the snapshot and needs nothing of what is deleted.
+//!
+//! **Snapshots** are edits too: the shortest list that makes the state. They are written when reading the entries
+//! since the last one would cost more than reading another, so their cost per commit is bounded however large the
+//! state is.
 //!
 //! Layout of the objects: [`entry`].
 
@@ -40,7 +52,7 @@ use arc_swap::ArcSwap;
 use parking_lot::Mutex;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot, watch};
 
 use crate::envelope::Format;
 use crate::ids::{Generation, random_bytes};
@@ -78,7 +90,8 @@ pub trait State: Clone + Default + Send + Sync + 'static {
     /// How the objects look.
     const FORMAT: LogFormat;
 
-    /// Makes the change, or says why it does not fit, and then leaves the state in any condition (the caller discards it).
+    /// Makes the change, or says why it does not fit, and then leaves the state in any condition (the caller discards
+    /// it).
     fn apply(&mut self, edit: &Self::Edit) -> Result<(), ApplyError>;
 
     /// Gives the edits that make this state out of the default one.
@@ -113,8 +126,6 @@ struct Inner<S> {
     writing: bool,
     /// The store's last error while that entry was tried.
     last_error: Option<String>,
-    /// Why nothing is written any more.
-    ended: Option<EditLogError>,
     cadence: Cadence,
 }
 
@@ -125,6 +136,8 @@ struct Shared<S> {
     /// The state as it is durable.
     durable: ArcSwap<S>,
     inner: Mutex<Inner<S>>,
+    /// Why nothing is written any more. Set under `inner`'s lock.
+    ended: watch::Sender<Option<EditLogError>>,
     room: Arc<Semaphore>,
 }
 
@@ -147,10 +160,11 @@ impl<S: State> Debug for EditLog<S> {
 
 impl<S: State> EditLog<S> {
     fn new(store: Store, names: LogNames, ownership: Ownership, state: S, next_number: u64, cadence: Cadence) -> Self {
-        let inner = Inner { latest: state.clone(), queue: Vec::new(), next_number, writing: false, last_error: None, ended: None, cadence };
+        let inner = Inner { latest: state.clone(), queue: Vec::new(), next_number, writing: false, last_error: None, cadence };
         let durable = ArcSwap::from_pointee(state);
         let room = Arc::new(Semaphore::new(COMMITS_QUEUED_MAX));
-        EditLog { shared: Arc::new(Shared { store, names, ownership, durable, inner: Mutex::new(inner), room }) }
+        let ended = watch::Sender::new(None);
+        EditLog { shared: Arc::new(Shared { store, names, ownership, durable, inner: Mutex::new(inner), ended, room }) }
     }
 
     /// The state as it is durable.
@@ -165,17 +179,42 @@ impl<S: State> EditLog<S> {
 
     /// Why nothing can be written any more, if so: fenced, mostly.
     pub fn ended(&self) -> Option<EditLogError> {
-        self.shared.inner.lock().ended.clone()
+        self.shared.ended.borrow().clone()
     }
 
-    /// Shows `plan` the state with all edits before its own, and makes the edits that it gives durable; then gives what else it gave. With no
-    /// edits it waits until what it saw is durable. `plan` runs under a lock: it must be quick and must not wait.
+    /// The generation that has taken the log over, if a write, a check or a snapshot has found one.
+    pub fn lost(&self) -> Option<Generation> {
+        match &*self.shared.ended.borrow() {
+            Some(EditLogError::Fenced { by, .. }) => Some(*by),
+            _ => None,
+        }
+    }
+
+    /// Waits until nothing can be written any more, and says why: fenced, mostly, see [`EditLog::lost`]. Who serves
+    /// by this log's right must stop then. Gives nothing when the log was closed. Whoever waits does not keep the log
+    /// open.
+    pub fn wait_lost(&self) -> impl Future<Output = Option<EditLogError>> + Send + use<S> {
+        let mut ended = self.shared.ended.subscribe();
+        async move { ended.wait_for(Option::is_some).await.ok()?.clone() }
+    }
+
+    /// Whether nothing is being written, no snapshot either: then the log can be dropped, and be reopened later by
+    /// its owner.
+    pub fn is_idle(&self) -> bool {
+        let inner = self.shared.inner.lock();
+        !inner.writing && !inner.cadence.is_running()
+    }
+
+    /// Shows `plan` the state with all edits before its own, and makes the edits that it gives durable; then gives
+    /// what else it gave. With no edits it waits until what it saw is durable. `plan` runs under a lock: it must be
+    /// quick and must not wait.
     ///
     /// A caller that is dropped while it waits leaves its edits on their way.
     ///
     /// # Errors
-    /// [`CommitError::Refused`] with what `plan` said. [`CommitError::Log`] otherwise; after [`EditLogError::Unconfirmed`] and
-    /// [`EditLogError::Stopped`] it is not known whether the edits were written, after all others they were not.
+    /// [`CommitError::Refused`] with what `plan` said. [`CommitError::Log`] otherwise; after
+    /// [`EditLogError::Unconfirmed`] and [`EditLogError::Stopped`] it is not known whether the edits were written,
+    /// after all others they were not.
     pub async fn commit<T, E>(&self, plan: impl FnOnce(&S) -> Result<(Vec<S::Edit>, T), E>) -> Result<T, CommitError<E>> {
         let shared = &self.shared;
         let Ok(permit) = shared.room.clone().acquire_owned().await else {
@@ -184,8 +223,8 @@ impl<S: State> EditLog<S> {
         let (done, is_done) = oneshot::channel();
         let value = {
             let mut inner = shared.inner.lock();
-            if let Some(error) = &inner.ended {
-                return Err(error.clone().into());
+            if let Some(error) = self.ended() {
+                return Err(error.into());
             }
             let (edits, value) = plan(&inner.latest).map_err(CommitError::Refused)?;
             let mut after = inner.latest.clone();
@@ -232,6 +271,16 @@ impl<S: State> EditLog<S> {
 }
 
 impl<S> Shared<S> {
+    /// Writes nothing more, for `error`'s sake, unless it was so before.
+    fn end(&self, error: &EditLogError) {
+        let _inner = self.inner.lock();
+        self.ended.send_if_modified(|ended| {
+            let is_first = ended.is_none();
+            ended.get_or_insert_with(|| error.clone());
+            is_first
+        });
+    }
+
     fn log(&self) -> ObjectName {
         self.names.folder().clone()
     }

@@ -112,7 +112,8 @@ impl<'a, S: State> Reader<'a, S> {
         Ok(None)
     }
 
-    /// Seals `generation`, whose next entry would be `number`, on behalf of `owner`; reads what was written there meanwhile.
+    /// Seals `generation`, whose next entry would be `number`, on behalf of `owner`; reads what was written there
+    /// meanwhile.
     async fn seal(&mut self, generation: Generation, mut number: u64, owner: Ownership) -> Result<(), EditLogError> {
         loop {
             let id = EntryId { generation, number };
@@ -132,7 +133,7 @@ impl<'a, S: State> Reader<'a, S> {
     }
 }
 
-fn fenced(names: &LogNames, own: Generation, by: Generation) -> EditLogError {
+pub(super) fn fenced(names: &LogNames, own: Generation, by: Generation) -> EditLogError {
     EditLogError::Fenced { log: names.folder().clone(), own, by }
 }
 
@@ -152,11 +153,12 @@ async fn claim<S: State>(store: &Store, names: &LogNames, owner: Ownership, edit
 }
 
 impl<S: State> EditLog<S> {
-    /// Creates a log with its first edits, in one write. `prefix` must be unique to this call (hold a fresh random id): nobody else creates a
-    /// log there.
+    /// Creates a log with its first edits, in one write. `prefix` must be unique to this call (hold a fresh random
+    /// id): nobody else creates a log there.
     ///
     /// # Errors
-    /// [`EditLogError::Invalid`] when the edits do not fit an empty state; [`EditLogError::Conflict`] when there is a log; the store's.
+    /// [`EditLogError::Invalid`] when the edits do not fit an empty state; [`EditLogError::Conflict`] when there is a
+    /// log; the store's.
     pub async fn create(store: &Store, prefix: &ObjectName, edits: &[S::Edit]) -> Result<Self, EditLogError> {
         let names = LogNames::new(prefix)?;
         let mut state = S::default();
@@ -173,8 +175,21 @@ impl<S: State> EditLog<S> {
     /// Takes over the log at `prefix` with the next generation; `None` when there is no log.
     ///
     /// # Errors
-    /// [`EditLogError::Fenced`] when somebody else took over at the same time and came later; what cannot be read; the store's.
+    /// [`EditLogError::Fenced`] when somebody else took over at the same time and came later; what cannot be read;
+    /// the store's.
     pub async fn take_over(store: &Store, prefix: &ObjectName) -> Result<Option<Self>, EditLogError> {
+        Self::take_over_with(store, prefix, |_| Vec::new()).await
+    }
+
+    /// As [`EditLog::take_over`], with edits that come with the claim itself. They must fit whatever the log says.
+    ///
+    /// # Errors
+    /// As [`EditLog::take_over`].
+    pub async fn take_over_with(
+        store: &Store,
+        prefix: &ObjectName,
+        edits: impl Fn(Generation) -> Vec<S::Edit>,
+    ) -> Result<Option<Self>, EditLogError> {
         let names = LogNames::new(prefix)?;
         let Some(newest) = Listing::of(store, &names).await?.newest_generation() else { return Ok(None) };
         let mut generation = newest;
@@ -182,14 +197,15 @@ impl<S: State> EditLog<S> {
             let exhausted = || EditLogError::Damaged { object: names.folder().clone(), problem: "its generations are used up".to_owned() };
             generation = generation.next().ok_or_else(exhausted)?;
             let owner = Ownership::new(generation)?;
-            if claim::<S>(store, &names, owner, &[]).await?.is_none() {
+            if claim::<S>(store, &names, owner, &edits(generation)).await?.is_none() {
                 return Self::open(store, names, owner).await.map(Some);
             }
         }
         Err(EditLogError::Contended { log: names.folder().clone(), attempts: CLAIM_ATTEMPTS_MAX })
     }
 
-    /// Takes over, or begins, the log at `prefix` by the right of `owner`, who has taken the tenant over. May be called again after it failed.
+    /// Takes over, or begins, the log at `prefix` by the right of `owner`, who has taken the tenant over. May be
+    /// called again after it failed.
     ///
     /// # Errors
     /// As [`EditLog::take_over`].
@@ -199,6 +215,30 @@ impl<S: State> EditLog<S> {
             return Err(EditLogError::Conflict { object: names.entry(EntryId { generation: owner.generation, number: 0 })? });
         }
         Self::open(store, names, owner).await
+    }
+
+    /// Opens the log at `prefix` again, by the right of `owner`, who had it open before and dropped it when it was
+    /// idle ([`EditLog::is_idle`]). Writes nothing. `None` when the owner has no claim there: it never had the log,
+    /// or the log was deleted.
+    ///
+    /// # Errors
+    /// [`EditLogError::Fenced`] when somebody has taken over since; [`EditLogError::Conflict`] when the claim is
+    /// another's; what cannot be read; the store's.
+    pub async fn reopen(store: &Store, prefix: &ObjectName, owner: Ownership) -> Result<Option<Self>, EditLogError> {
+        let names = LogNames::new(prefix)?;
+        let named = NamedEntry { id: EntryId { generation: owner.generation, number: 0 }, is_snapshot: false };
+        let object = names.entry(named.id)?;
+        match store.get_optional(&object).await? {
+            Some(bytes) if Entry::decode(&S::FORMAT, &object, named, &bytes)?.nonce == owner.nonce => {
+                // All older generations were sealed when the owner opened the log first, so nothing is left to write.
+                Self::open(store, names, owner).await.map(Some)
+            }
+            Some(_) => Err(EditLogError::Conflict { object }),
+            None => match Listing::of(store, &names).await?.newest_generation().filter(|newest| *newest > owner.generation) {
+                Some(by) => Err(fenced(&names, owner.generation, by)),
+                None => Ok(None),
+            },
+        }
     }
 
     /// Whether there is a log at `prefix`.
@@ -227,8 +267,8 @@ impl<S: State> EditLog<S> {
         Ok(EditLog::new(store.clone(), names, owner, state, next_number, cadence))
     }
 
-    /// Finds out whether somebody has taken over since; then nothing more is written. What is deleted from the store for good must be
-    /// checked so first.
+    /// Finds out whether somebody has taken over since; then nothing more is written. What is deleted from the store
+    /// for good must be checked so first.
     ///
     /// # Errors
     /// [`EditLogError::Fenced`], or the store's.
@@ -240,14 +280,15 @@ impl<S: State> EditLog<S> {
             None => Ok(()),
             Some(by) => {
                 let error = fenced(&shared.names, own, by);
-                shared.inner.lock().ended.get_or_insert(error.clone());
+                shared.end(&error);
                 Err(error)
             }
         }
     }
 }
 
-/// Reads the state of the log at `prefix` without taking it over, as of about now, and the last entry of it; `None` when there is no log.
+/// Reads the state of the log at `prefix` without taking it over, as of about now, and the last entry of it; `None`
+/// when there is no log.
 ///
 /// # Errors
 /// What cannot be read; the store's.

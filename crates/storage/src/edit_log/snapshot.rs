@@ -6,6 +6,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 
 use super::entry::{Entry, NamedEntry, push_row};
+use super::open::fenced;
 use super::{EditLogError, EntryId, EntryKind, Shared, State};
 use crate::ids::{Generation, random_bytes};
 use crate::store::ObjectName;
@@ -32,6 +33,11 @@ impl Cadence {
     /// Counts an entry of `bytes` bytes.
     pub(super) fn count(&mut self, bytes: u64) {
         self.entries_cost_bytes += ENTRY_COST_BYTES + bytes;
+    }
+
+    /// Whether a snapshot is being written.
+    pub(super) fn is_running(&self) -> bool {
+        self.running
     }
 
     fn is_due(&self) -> bool {
@@ -104,7 +110,8 @@ impl<S: State> Shared<S> {
         let mut named: Vec<(NamedEntry, ObjectName)> =
             listed.into_iter().filter_map(|listed| Some((self.names.parse(&listed.name)?, listed.name))).collect();
         named.sort_by_key(|(named, _)| *named);
-        if named.last().is_some_and(|(named, _)| named.id.generation > id.generation) {
+        if let Some(by) = named.last().map(|(named, _)| named.id.generation).filter(|newest| *newest > id.generation) {
+            self.end(&fenced(&self.names, id.generation, by));
             return Ok(());
         }
         // The last entry of an older generation is its seal.

@@ -96,13 +96,13 @@ impl<S: State> Shared<S> {
 
     /// Nothing of `batch` was written, so all that came after it, and was decided on its ground, falls with it.
     fn fail(&self, batch: Vec<Queued<S>>, error: EditLogError) {
+        // The store may recover from its errors; from another owner there is no way back.
+        if !matches!(error, EditLogError::Store(_)) {
+            self.end(&error);
+        }
         let rest = {
             let mut inner = self.inner.lock();
             inner.latest = S::clone(&self.durable.load());
-            // The store may recover from its errors; from another owner there is no way back.
-            if !matches!(error, EditLogError::Store(_)) {
-                inner.ended = Some(error.clone());
-            }
             std::mem::take(&mut inner.queue)
         };
         tracing::warn!(log = %self.names.folder(), generation = %self.ownership.generation, %error, "edits were not written");

@@ -4,10 +4,10 @@ use futures::{StreamExt, stream};
 
 use super::edit::{TenantEdit, TenantFacts};
 use super::names::{self, NameError};
-use super::state::TenantState;
+use super::state::{Owner, TenantState};
 use crate::edit_log::{self, ApplyError, EditLog, EditLogError, LogFormat, State};
 use crate::envelope::Format;
-use crate::ids::{TenantId, TenantName};
+use crate::ids::{Generation, TenantId, TenantName};
 use crate::store::{ObjectName, ParseObjectNameError, Store};
 
 /// A tenant's log, open for writing. [`EditLog::take_over`] at [`tenant_folder`] opens an existing one.
@@ -43,9 +43,41 @@ pub async fn read(store: &Store, tenant: TenantId) -> Result<Option<TenantState>
     Ok(read.map(|(state, _)| state))
 }
 
-/// Reads the logs of several tenants, some at a time, in their order. What cannot be read of one says nothing of the others.
+/// Reads the logs of several tenants, some at a time, in their order. What cannot be read of one says nothing of the
+/// others.
 pub async fn read_all(store: &Store, tenants: &[TenantId]) -> Vec<Result<Option<TenantState>, EditLogError>> {
     stream::iter(tenants).map(|tenant| read(store, *tenant)).buffered(READS_AT_ONCE).collect().await
+}
+
+/// Who has a tenant, as its log tells.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FoundOwner {
+    /// The newest generation.
+    pub generation: Generation,
+    /// What its owner said of itself; none if it said nothing.
+    pub owner: Option<Owner>,
+}
+
+/// Finds out who has a tenant, without taking it over; `None` when there is no such tenant.
+///
+/// # Errors
+/// What cannot be read; the store's.
+pub async fn find_owner(store: &Store, tenant: TenantId) -> Result<Option<FoundOwner>, EditLogError> {
+    let read = edit_log::read_state::<TenantState>(store, &tenant_folder(tenant)?).await?;
+    Ok(read.map(|(state, last)| {
+        let owner = state.owner().filter(|owner| owner.generation == last.generation).cloned();
+        FoundOwner { generation: last.generation, owner }
+    }))
+}
+
+/// Takes a tenant over in the name of `server`, which is reached at `url`: the claim itself says so, in one write.
+/// `None` when there is no such tenant.
+///
+/// # Errors
+/// As [`EditLog::take_over`].
+pub async fn take_over(store: &Store, tenant: TenantId, server: &str, url: &str) -> Result<Option<TenantLog>, EditLogError> {
+    let edits = |generation| vec![TenantEdit::Owner { generation, server: server.to_owned(), url: url.to_owned() }];
+    TenantLog::take_over_with(store, &tenant_folder(tenant)?, edits).await
 }
 
 /// Folder of everything that is a tenant's; its log stands in `log` below it.
@@ -70,8 +102,8 @@ pub enum CreateTenantError {
     Log(#[from] EditLogError),
 }
 
-/// Creates a tenant with the edits of its first day, in two writes: its log, then its name. The tenant exists once its name does: a log whose
-/// name never came about is garbage that nothing points to.
+/// Creates a tenant with the edits of its first day, in two writes: its log, then its name. The tenant exists once
+/// its name does: a log whose name never came about is garbage that nothing points to.
 ///
 /// # Errors
 /// [`CreateTenantError::NameTaken`], also when another server creates it at the same time; the store's.
@@ -98,7 +130,8 @@ pub async fn create_tenant(store: &Store, facts: TenantFacts, others: Vec<Tenant
     }
 }
 
-/// Deletes all objects of a tenant, its log last. The caller has committed [`TenantEdit::TenantRemoved`] and given the name free before.
+/// Deletes all objects of a tenant, its log last. The caller has committed [`TenantEdit::TenantRemoved`] and given
+/// the name free before.
 ///
 /// # Errors
 /// The store's. Calling it again goes on where it failed.

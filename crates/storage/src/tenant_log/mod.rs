@@ -13,6 +13,8 @@ mod state;
 
 pub use edit::{Ancestor, AuditRow, EndpointMoment, EndpointRow, FileContents, TenantEdit, TenantFacts, TimelineFacts};
 pub use error::TenantError;
-pub use log::{CreateTenantError, TenantLog, create_tenant, delete_objects, read, read_all, tenant_folder};
+pub use log::{
+    CreateTenantError, FoundOwner, TenantLog, create_tenant, delete_objects, find_owner, read, read_all, take_over, tenant_folder,
+};
 pub use plan::removed_timelines;
 pub use state::{EpochState, Figures, Owner, TenantState, TimelineState};

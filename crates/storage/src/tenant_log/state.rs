@@ -236,7 +236,8 @@ impl TenantState {
     /// [`TenantError`] when it contradicts what came before; the state is then unchanged.
     pub fn apply(&mut self, edit: &TenantEdit) -> Result<(), TenantError> {
         let contradiction = |what: String| Err(TenantError::Contradiction(what));
-        if self.removed {
+        // A claim says who it is before it has read that the tenant is deleted.
+        if self.removed && !matches!(edit, TenantEdit::Owner { .. }) {
             return Err(TenantError::Removed);
         }
         match edit {
