@@ -16,8 +16,9 @@ use varve_storage::envelope::{self, Format};
 use varve_storage::ids::{TenantId, TenantName, TimelineId, random_bytes};
 use varve_storage::manifest::timeline_folder;
 use varve_storage::store::ObjectName;
-use varve_storage::tenant_log::{FileContents, TenantFacts, TenantLog};
+use varve_storage::tenant_log::{FileContents, TenantEdit, TenantFacts, TenantLog, TenantState};
 
+use crate::catalog;
 use crate::context::Context;
 use crate::error::EngineError;
 use crate::histories::open_history;
@@ -28,6 +29,10 @@ use crate::timeline::{LiveTimeline, OpenTimeline, StreamEnd};
 const FILE_FORMAT: Format = Format { magic: *b"VFIL", version: 1, what: "a file of a data directory", content_bytes_max: 64 << 20 };
 /// Largest file that stands in the tenant log itself.
 const INLINE_FILE_MAX: usize = 64 * 1024;
+
+fn is_of_known(state: &TenantState, edit: &TenantEdit) -> bool {
+    matches!(edit, TenantEdit::Figures { timeline, .. } if state.timeline(*timeline).is_ok())
+}
 
 type Cell = Arc<OnceCell<Arc<LiveTimeline>>>;
 
@@ -154,6 +159,34 @@ impl Tenant {
     /// All timelines that are open.
     pub fn all_opened(&self) -> Vec<Arc<LiveTimeline>> {
         self.timelines.lock().values().filter_map(|cell| cell.get().cloned()).collect()
+    }
+
+    /// Tells the log how far its open timelines are in the store and how large they are, for lists: of each that has news, and not more often than every
+    /// `pause`. Failing costs nothing but a list that is behind.
+    pub async fn note_figures(&self, pause: Duration) {
+        let mut edits = Vec::new();
+        for live in self.all_opened() {
+            let Some(head) = live.to_note(pause) else { continue };
+            let measured = {
+                let live = live.clone();
+                self.context.threads.call(move || catalog::total_size(&**live.history(), head)).await
+            };
+            match measured {
+                Ok(Ok(size_bytes)) => {
+                    live.note(head, size_bytes);
+                    edits.push(TenantEdit::Figures { timeline: live.id(), head, size_bytes });
+                }
+                Ok(Err(error)) => tracing::warn!(timeline = live.name(), %error, "its size is not known"),
+                Err(error) => tracing::error!(timeline = live.name(), %error, "its size is not known"),
+            }
+        }
+        if !edits.is_empty() {
+            // A timeline that was deleted meanwhile has no figures.
+            let known = |state: &TenantState| edits.into_iter().filter(|edit| is_of_known(state, edit)).collect::<Vec<_>>();
+            if let Err(error) = self.log.commit(|state| Ok::<_, EngineError>((known(state), ()))).await.map_err(EngineError::from) {
+                tracing::warn!(tenant = %self.name(), %error, "sizes of branches were not noted");
+            }
+        }
     }
 
     /// Closes timelines that nobody had use for since `unused`, children before their ancestors. What they have in memory is put into the store before,

@@ -23,6 +23,9 @@ use varve_storage::tenant_log::{FoundOwner, Owner, TenantLog, find_owner, names,
 
 use crate::error::ServerError;
 
+/// How often a tenant's log is told of the sizes of branches that are being written.
+const FIGURES_INTERVAL: Duration = Duration::from_secs(60);
+
 /// Who this server is, as the logs of tenants that it owns say.
 #[derive(Clone, Debug)]
 pub struct Identity {
@@ -287,6 +290,7 @@ impl Tenants {
     pub async fn sweep(&self, unused: Duration) {
         for tenant in self.all_awake() {
             let id = tenant.id();
+            tenant.note_figures(FIGURES_INTERVAL.min(unused)).await;
             if !tenant.close_idle(unused).await {
                 continue;
             }

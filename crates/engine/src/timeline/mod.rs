@@ -67,6 +67,19 @@ pub struct LiveTimeline {
     awaited: AtomicU64,
     flush: Mutex<flush::FlushState>,
     used_at: Mutex<Instant>,
+    /// What its tenant's log was told of it last.
+    noted: Mutex<Option<Noted>>,
+}
+
+/// What a tenant's log was told of a timeline, for lists.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Noted {
+    /// The end of its history then.
+    pub(crate) head: Lsn,
+    /// Bytes of all its relations then.
+    pub(crate) size_bytes: u64,
+    /// When.
+    pub(crate) at: Instant,
 }
 
 impl LiveTimeline {
@@ -181,6 +194,27 @@ impl LiveTimeline {
         }
     }
 
+    /// Bytes of all its relations, as its tenant's log was told last.
+    pub fn noted_size(&self) -> Option<u64> {
+        self.noted.lock().map(|noted| noted.size_bytes)
+    }
+
+    /// What its tenant's log should be told: when there is news in the store, not more often than every `pause`; `None` if there is nothing to tell.
+    pub(crate) fn to_note(&self, pause: Duration) -> Option<Lsn> {
+        let layered = self.positions().layered();
+        let now = (self.context.resources.clock)();
+        let noted = *self.noted.lock();
+        let is_news = noted.map_or(layered > self.facts.start, |noted| noted.head < layered);
+        let is_due = noted.is_none_or(|noted| now.duration_since(noted.at) >= pause);
+        (is_news && is_due).then_some(layered)
+    }
+
+    /// Remembers what the tenant's log was told.
+    pub(crate) fn note(&self, head: Lsn, size_bytes: u64) {
+        let at = (self.context.resources.clock)();
+        *self.noted.lock() = Some(Noted { head, size_bytes, at });
+    }
+
     /// Says that somebody has use for it: it is not closed for a while.
     pub fn touch(&self) {
         *self.used_at.lock() = (self.context.resources.clock)();
@@ -193,7 +227,7 @@ impl LiveTimeline {
         let now = (self.context.resources.clock)();
         now.duration_since(*self.used_at.lock()) >= unused
             && !positions.is_awaited()
-            && (positions.stopped().is_some() || positions.layered() == positions.head())
+            && (positions.stopped().is_some() || positions.layered() == positions.head() && self.to_note(Duration::ZERO).is_none())
             && self.history.memtable_is_empty()
             && self.context.queue.is_idle(self.tenant, self.facts.id)
             && self.writer.try_lock().is_ok_and(|writer| !writer.has_stream())

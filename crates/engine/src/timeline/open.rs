@@ -11,7 +11,7 @@ use varve_storage::ids::{TenantId, WriterEpoch};
 use varve_storage::tenant_log::TimelineState;
 use varve_storage::timeline::Position;
 
-use super::LiveTimeline;
+use super::{LiveTimeline, Noted};
 use super::epochs::{Tail, Writer};
 use super::flush::FlushState;
 use super::ingest::IngestState;
@@ -73,6 +73,7 @@ impl LiveTimeline {
         tracing::info!(timeline = name, %head, layered = %layered, ?tail, "opened");
         let epoch = open.state.epochs.last().map_or(WriterEpoch(0), |last| last.epoch);
         let used_at = (open.context.resources.clock)();
+        let noted = open.state.figures.map(|figures| Noted { head: figures.head, size_bytes: figures.size_bytes, at: used_at });
         let live = Arc::new(LiveTimeline {
             tenant,
             name,
@@ -91,6 +92,7 @@ impl LiveTimeline {
             awaited: AtomicU64::new(0),
             flush: Mutex::new(FlushState::default()),
             used_at: Mutex::new(used_at),
+            noted: Mutex::new(noted),
         });
         live.positions().raise(Position::Head, head);
         if head > layered {

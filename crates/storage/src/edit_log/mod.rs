@@ -198,11 +198,11 @@ impl<S: State> EditLog<S> {
         async move { ended.wait_for(Option::is_some).await.ok()?.clone() }
     }
 
-    /// Whether nothing is being written, no snapshot either: then the log can be dropped, and be reopened later by
-    /// its owner.
+    /// Whether nothing is being written, no snapshot either, and nobody else holds the log open: then it can be
+    /// dropped, and be reopened later by its owner.
     pub fn is_idle(&self) -> bool {
         let inner = self.shared.inner.lock();
-        !inner.writing && !inner.cadence.is_running()
+        !inner.writing && !inner.cadence.is_running() && Arc::strong_count(&self.shared) == 1
     }
 
     /// Shows `plan` the state with all edits before its own, and makes the edits that it gives durable; then gives
