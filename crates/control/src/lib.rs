@@ -18,7 +18,7 @@ mod control;
 mod environment;
 mod error;
 mod hosts;
-// pub mod http;
+pub mod http;
 mod logs;
 mod moment;
 mod password;
