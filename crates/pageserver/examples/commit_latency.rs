@@ -30,7 +30,7 @@ struct LogSink {
 
 impl WalSink for LogSink {
     fn append(&mut self, start: Lsn, bytes: Bytes) -> Result<(), SinkError> {
-        self.at = Some(self.log.append(TENANT, TIMELINE, EPOCH, start, &bytes).map_err(|error| SinkError(error.to_string()))?);
+        self.at = Some(self.log.append(TENANT, TIMELINE, EPOCH, start, &bytes).map_err(|error| SinkError::Over(Arc::new(error)))?);
         self.end = start + bytes.len() as u64;
         Ok(())
     }
@@ -39,7 +39,7 @@ impl WalSink for LogSink {
     }
     fn sync(&mut self) -> Result<Lsn, SinkError> {
         if let Some(at) = self.at {
-            self.log.sync(at).map_err(|error| SinkError(error.to_string()))?;
+            self.log.sync(at).map_err(|error| SinkError::Over(Arc::new(error)))?;
         }
         Ok(self.end)
     }

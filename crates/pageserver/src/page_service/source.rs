@@ -4,6 +4,7 @@ use std::io::Write;
 use std::sync::Arc;
 
 use futures::future::BoxFuture;
+pub use varve_engine::backup::BackupOptions;
 use varve_postgres::slru::SlruKind;
 use varve_postgres::{BLCKSZ, BlockNumber, Lsn, Oid, Page, RelFork};
 use varve_protocol::wire::backend::sqlstate;
@@ -33,15 +34,6 @@ impl SourceError {
             SourceError::Failed(_) => sqlstate::INTERNAL_ERROR,
         }
     }
-}
-
-/// What a base backup is to hold.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub struct BackupOptions {
-    /// All relations, rather than only what a lazily cloned directory needs at once.
-    pub full: bool,
-    /// No SLRU segments.
-    pub no_slru: bool,
 }
 
 /// Finds timelines.

@@ -7,7 +7,6 @@ mod served;
 
 use std::io::Read;
 use std::process::Command;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use bytes::BytesMut;
