@@ -1,11 +1,13 @@
 //! Manifests: which layers a timeline has, up to where they cover its history, and which WAL is kept beside them.
 //!
-//! A manifest is an edit log ([`crate::edit_log`]) at `tenants/<tenant>/timelines/<timeline>/log/...`; its first entry comes with the timeline's first
-//! layer. Its owner writes it by the right by which it took over the tenant: a server that was replaced collides with the seal.
+//! A manifest is an edit log ([`crate::edit_log`]) at `tenants/<tenant>/timelines/<timeline>/log/...`; its first
+//! entry comes with the timeline's first layer. Its owner writes it by the right by which it took over the tenant: a
+//! server that was replaced collides with the seal.
 //!
-//! **A sleeper must not add layers behind its successor's back**, for it may have ingested bytes that are void since. So a server that has
-//! taken the tenant over from another (generation 2 and up) claims the manifest when it opens the timeline, before it decides where the next
-//! writer epoch begins. In generation 1 there is no earlier owner, and a timeline without layers costs no object.
+//! **A sleeper must not add layers behind its successor's back**, for it may have ingested bytes that are void since.
+//! So a server that has taken the tenant over from another (generation 2 and up) claims the manifest when it opens
+//! the timeline, before it decides where the next writer epoch begins. In generation 1 there is no earlier owner, and
+//! a timeline without layers costs no object.
 
 use std::sync::Arc;
 
@@ -22,7 +24,27 @@ use crate::key::Key;
 use crate::layer::LayerInfo;
 use crate::store::{ObjectName, ParseObjectNameError, Store};
 
-/// A layer as its timeline's manifest has it: all that is needed to find it, to know whether to read it, and to check it.
+/// Whose an object is: only this timeline merges it away, and only what deletes this timeline deletes it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LayerOwner {
+    /// The tenant.
+    pub tenant: TenantId,
+    /// The timeline.
+    pub timeline: TimelineId,
+}
+
+impl LayerOwner {
+    /// Whose a layer is of which the row does not say it: it was written when each manifest named the timeline's own
+    /// layers only, and those stood in its folder.
+    fn by_name(object: &ObjectName) -> Option<LayerOwner> {
+        let (tenant, rest) = object.as_str().strip_prefix("tenants/")?.split_once("/timelines/")?;
+        let (timeline, _) = rest.split_once("/layers/")?;
+        Some(LayerOwner { tenant: tenant.parse().ok()?, timeline: timeline.parse().ok()? })
+    }
+}
+
+/// A layer as its timeline's manifest has it: all that is needed to find it, to know whether to read it, and to check
+/// it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LayerRow {
     /// Identity within the tenant.
@@ -55,14 +77,32 @@ pub struct LayerRow {
     pub key_id: u32,
     /// CRC-32C of its bytes.
     pub checksum: u32,
+    /// Whose its object is. Not known of a template's: nobody may merge or delete it. Stands beside the row in an edit.
+    #[serde(skip)]
+    pub owner: Option<LayerOwner>,
 }
 
 impl LayerRow {
-    /// The row of a layer that `generation` wrote as an object of its own.
-    pub fn of(info: &LayerInfo, object: ObjectName, generation: Generation) -> LayerRow {
+    /// The row of a layer that `generation` wrote for `owner` as an object of its own.
+    pub fn of(info: &LayerInfo, object: ObjectName, owner: LayerOwner, generation: Generation) -> LayerRow {
         let LayerInfo { id, first_key, last_key, lsn_start, lsn_end, versions, length, codec, checksum } = *info;
-        let (offset, key_id) = (0, 0);
-        LayerRow { id, object, offset, length, first_key, last_key, lsn_start, lsn_end, versions, generation, codec, key_id, checksum }
+        let (offset, key_id, owner) = (0, 0, Some(owner));
+        LayerRow {
+            id,
+            object,
+            offset,
+            length,
+            first_key,
+            last_key,
+            lsn_start,
+            lsn_end,
+            versions,
+            generation,
+            codec,
+            key_id,
+            checksum,
+            owner,
+        }
     }
 
     /// What a layer's reader needs to know of it.
@@ -77,11 +117,12 @@ impl LayerRow {
     }
 }
 
-/// One row of a manifest's entry. Kinds are numbered in the order of this enum: new ones come at its end, and none is ever changed.
+/// One row of a manifest's entry. Kinds are numbered in the order of this enum: new ones come at its end, and none is
+/// ever changed.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ManifestEdit {
-    /// A layer is there; it was uploaded before.
+    /// A layer is there; it was uploaded before. Only older releases wrote this: it does not say whose it is.
     AddLayer(LayerRow),
     /// A layer is not needed any more; its object is deleted afterwards.
     RemoveLayer {
@@ -96,11 +137,38 @@ pub enum ManifestEdit {
     },
     /// A piece of WAL is kept; it was uploaded before.
     KeepWal(KeptWal),
+    /// A layer is there; it was uploaded before, by this timeline or by another one.
+    AddLayerOf {
+        /// Whose its object is.
+        owner: LayerOwner,
+        /// The layer.
+        layer: LayerRow,
+    },
 }
 
 impl ManifestEdit {
     /// How many kinds there are. A row of a kind at or above this was written by a newer release.
-    pub const KINDS: u32 = 4;
+    pub const KINDS: u32 = 5;
+
+    /// The edit that adds a layer.
+    pub fn add(layer: LayerRow) -> ManifestEdit {
+        match layer.owner {
+            Some(owner) => ManifestEdit::AddLayerOf { owner, layer },
+            None => ManifestEdit::AddLayer(layer),
+        }
+    }
+
+    /// The layer that it adds, if it does.
+    pub fn added(&self) -> Option<LayerRow> {
+        match self {
+            ManifestEdit::AddLayer(layer) => {
+                let owner = layer.owner.or_else(|| LayerOwner::by_name(&layer.object));
+                Some(LayerRow { owner, ..layer.clone() })
+            }
+            ManifestEdit::AddLayerOf { owner, layer } => Some(LayerRow { owner: Some(*owner), ..layer.clone() }),
+            _ => None,
+        }
+    }
 }
 
 /// What a manifest says, all edits taken together. Cheap to clone.
@@ -166,14 +234,16 @@ impl State for ManifestState {
 
     fn apply(&mut self, edit: &ManifestEdit) -> Result<(), ApplyError> {
         match edit {
-            ManifestEdit::AddLayer(row) => {
+            ManifestEdit::AddLayer(_) | ManifestEdit::AddLayerOf { .. } => {
+                let Some(row) = edit.added() else { return Ok(()) };
                 if row.first_key > row.last_key || row.lsn_start >= row.lsn_end || row.first_key.is_block() != row.last_key.is_block() {
                     let LayerRow { id, first_key, last_key, lsn_start, lsn_end, .. } = row;
                     let message = format!("layer {id} has the impossible ranges {first_key}..={last_key}, {lsn_start}..{lsn_end}");
                     return Err(ApplyError(message));
                 }
-                if self.layers.insert(row.id, Arc::new(row.clone())).is_some() {
-                    return Err(ApplyError(format!("layer {} is added twice", row.id)));
+                let id = row.id;
+                if self.layers.insert(id, Arc::new(row)).is_some() {
+                    return Err(ApplyError(format!("layer {id} is added twice")));
                 }
             }
             ManifestEdit::RemoveLayer { id } => {
@@ -202,7 +272,7 @@ impl State for ManifestState {
 
     fn for_each_edit(&self, emit: &mut dyn FnMut(&ManifestEdit)) {
         for row in self.layers.values() {
-            emit(&ManifestEdit::AddLayer(LayerRow::clone(row)));
+            emit(&ManifestEdit::add(LayerRow::clone(row)));
         }
         emit(&ManifestEdit::Layered { lsn: self.layered });
         for piece in self.kept_wal.values() {
@@ -219,7 +289,8 @@ pub fn timeline_folder(tenant: TenantId, timeline: TimelineId) -> Result<ObjectN
     format!("tenants/{tenant}/timelines/{timeline}").parse()
 }
 
-/// Object of a layer that `generation` writes for a timeline. The generation in the name keeps two owners from writing the same object.
+/// Object of a layer that `generation` writes for a timeline. The generation in the name keeps two owners from
+/// writing the same object.
 ///
 /// # Errors
 /// None in practice: ids are good names.
@@ -256,8 +327,8 @@ impl Manifest {
         Ok(manifest)
     }
 
-    /// Opens the manifest of a timeline that `owner` has had open before and dropped when it was idle. Writes nothing, unless this owner never
-    /// had it: then as [`Manifest::open`].
+    /// Opens the manifest of a timeline that `owner` has had open before and dropped when it was idle. Writes
+    /// nothing, unless this owner never had it: then as [`Manifest::open`].
     ///
     /// # Errors
     /// As [`Manifest::open`].
@@ -293,15 +364,17 @@ impl Manifest {
         self.log.get().map_or_else(Arc::default, EditLog::state)
     }
 
-    /// Makes edits visible and durable, all or none of them. What the manifest says already is left out, so a publishing whose outcome is not known
-    /// can be repeated.
+    /// Makes edits visible and durable, all or none of them. What the manifest says already is left out, so a
+    /// publishing whose outcome is not known can be repeated.
     ///
     /// # Errors
     /// See [`EditLog::commit`].
     pub async fn publish(&self, mut edits: Vec<ManifestEdit>) -> Result<(), EditLogError> {
         let plan = |state: &ManifestState| {
             edits.retain(|edit| match edit {
-                ManifestEdit::AddLayer(row) => state.layer(row.id).is_none_or(|known| **known != *row),
+                ManifestEdit::AddLayer(layer) | ManifestEdit::AddLayerOf { layer, .. } => {
+                    state.layer(layer.id).is_none_or(|known| edit.added().as_ref() != Some(&**known))
+                }
                 ManifestEdit::RemoveLayer { id } => state.layer(*id).is_some(),
                 ManifestEdit::Layered { lsn } => *lsn > state.layered(),
                 ManifestEdit::KeepWal(piece) => state.kept_wal_at(piece.lsn_start).is_none_or(|known| **known != *piece),
@@ -345,6 +418,7 @@ mod tests {
             codec: Codec::Zstd,
             key_id: 0,
             checksum: 7,
+            owner: Some(LayerOwner { tenant: TenantId([1; 16]), timeline: TimelineId([2; 16]) }),
         }
     }
 
@@ -360,7 +434,7 @@ mod tests {
 
     #[test]
     fn edits_that_do_not_fit_are_refused() {
-        let add = |id| ManifestEdit::AddLayer(row(id));
+        let add = |id| ManifestEdit::add(row(id));
         let layered = |lsn| ManifestEdit::Layered { lsn: Lsn(lsn) };
         let remove = |id| ManifestEdit::RemoveLayer { id: LayerId([id; 16]) };
         let state = after(&[add(1), add(2), layered(9), remove(1), layered(9)]).unwrap();
@@ -370,7 +444,7 @@ mod tests {
         assert_eq!(after(&snapshot).unwrap(), state, "a snapshot makes the same state");
         assert!(after(&[add(1), add(1)]).is_err() && after(&[remove(1)]).is_err() && after(&[layered(9), layered(8)]).is_err());
         let turned = LayerRow { lsn_end: Lsn(0x10), ..row(1) };
-        assert!(after(&[ManifestEdit::AddLayer(turned)]).unwrap_err().to_string().contains("impossible ranges"));
+        assert!(after(&[ManifestEdit::add(turned)]).unwrap_err().to_string().contains("impossible ranges"));
     }
 
     #[test]
@@ -393,18 +467,46 @@ mod tests {
 
     #[test]
     fn rows_are_compact_and_are_shown_as_json() {
-        let edit = ManifestEdit::AddLayer(row(1));
+        let edit = ManifestEdit::AddLayerOf { owner: row(1).owner.unwrap(), layer: LayerRow { owner: None, ..row(1) } };
         let bytes = postcard::to_stdvec(&edit).unwrap();
-        assert!(bytes.len() < 120, "a row has {} bytes", bytes.len());
+        assert!(bytes.len() < 150, "a row has {} bytes", bytes.len());
+        assert_eq!(u32::from(bytes[0]) + 1, ManifestEdit::KINDS, "whoever adds a kind counts it, and names it here");
         assert_eq!(postcard::from_bytes::<ManifestEdit>(&bytes).unwrap(), edit);
+        assert_eq!(edit.added(), Some(row(1)));
         let json = serde_json::to_value(&edit).unwrap();
-        assert_eq!(json["add_layer"]["lsn_end"], "0/16B3748");
-        assert_eq!(json["add_layer"]["first_key"], "010000000000000000000000000000000000");
+        assert_eq!(json["add_layer_of"]["layer"]["lsn_end"], "0/16B3748");
+        assert_eq!(json["add_layer_of"]["layer"]["first_key"], "010000000000000000000000000000000000");
+        assert_eq!(json["add_layer_of"]["owner"]["timeline"], "02020202020202020202020202020202");
         assert_eq!(serde_json::from_value::<ManifestEdit>(json).unwrap(), edit);
         let edit = ManifestEdit::KeepWal(piece(0x16B_3748, 0x26B_3748));
         let row = postcard::to_stdvec(&edit).unwrap();
         assert_eq!(postcard::from_bytes::<ManifestEdit>(&row).unwrap(), edit);
         assert_eq!(serde_json::to_value(&edit).unwrap()["keep_wal"]["lsn_start"], "0/16B3748");
-        assert_eq!(u32::from(row[0]) + 1, ManifestEdit::KINDS, "whoever adds a kind counts it, and names it here");
+    }
+
+    /// The bytes of a row as releases wrote it that had no owners in rows.
+    fn old_row(object: &str) -> Vec<u8> {
+        let key = |key: Key| key.0.to_vec();
+        let (object, id) = (object.to_owned(), LayerId([1; 16]));
+        let (first, last) = (key(Key::FIRST_BLOCK), key(Key::FIRST_BLOCK.next()));
+        let mut row = postcard::to_stdvec(&(0u32, id, object, 0u64, 1000u64)).unwrap();
+        row.extend([first, last].concat());
+        row.extend(postcard::to_stdvec(&(0x10u64, 0x16B_3748u64, 2u64, 3u32, Codec::Zstd, 0u32, 7u32)).unwrap());
+        row
+    }
+
+    #[test]
+    fn an_old_row_is_read_and_its_object_s_name_says_whose_it_is() {
+        let owner = LayerOwner { tenant: TenantId([1; 16]), timeline: TimelineId([2; 16]) };
+        let own = format!("tenants/{}/timelines/{}/layers/00000003-{}", owner.tenant, owner.timeline, LayerId([1; 16]));
+        for (object, owner) in [(own.as_str(), Some(owner)), ("elsewhere/layers/1", None)] {
+            let edit: ManifestEdit = postcard::from_bytes(&old_row(object)).unwrap();
+            let expected = LayerRow { object: object.parse().unwrap(), owner, ..row(1) };
+            let state = after(std::slice::from_ref(&edit)).unwrap();
+            assert_eq!(state.layer(LayerId([1; 16])).map(|row| &**row), Some(&expected));
+            let mut snapshot = Vec::new();
+            state.for_each_edit(&mut |edit| snapshot.push(edit.clone()));
+            assert_eq!(after(&snapshot).unwrap(), state, "and a snapshot remembers it");
+        }
     }
 }

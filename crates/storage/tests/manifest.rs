@@ -7,7 +7,7 @@ use varve_storage::edit_log::{EditLogError, Ownership, dump, read_state};
 use varve_storage::envelope::Codec;
 use varve_storage::ids::{LayerId, TenantId, TimelineId};
 use varve_storage::key::Key;
-use varve_storage::manifest::{LayerRow, Manifest, ManifestEdit, ManifestState, layer_object, timeline_folder};
+use varve_storage::manifest::{LayerOwner, LayerRow, Manifest, ManifestEdit, ManifestState, layer_object, timeline_folder};
 use varve_storage::store::Store;
 use varve_storage::tenant_log::{TenantLog, tenant_folder};
 use varve_testing::sim_store::SimStore;
@@ -31,11 +31,12 @@ fn layer(owner: Ownership, lsn_start: u64, lsn_end: u64) -> LayerRow {
         codec: Codec::Lz4,
         key_id: 0,
         checksum: 7,
+        owner: Some(LayerOwner { tenant: TENANT, timeline: TIMELINE }),
     }
 }
 
 fn flushed(owner: Ownership, lsn_start: u64, lsn_end: u64) -> Vec<ManifestEdit> {
-    vec![ManifestEdit::AddLayer(layer(owner, lsn_start, lsn_end)), ManifestEdit::Layered { lsn: Lsn(lsn_end) }]
+    vec![ManifestEdit::add(layer(owner, lsn_start, lsn_end)), ManifestEdit::Layered { lsn: Lsn(lsn_end) }]
 }
 
 async fn owners(store: &Store) -> (Ownership, Ownership) {
@@ -58,6 +59,8 @@ async fn a_manifest_appears_with_the_first_layer_and_outlives_its_owners() {
     manifest.publish(flushed(first, 20, 30)).await.unwrap();
     let state = manifest.state();
     assert_eq!((state.layer_count(), state.layered()), (2, Lsn(30)));
+    manifest.publish(state.layers().map(|row| ManifestEdit::add(LayerRow::clone(row))).collect()).await.unwrap();
+    assert_eq!(manifest.state(), state, "what the manifest says already is left out");
 
     // The same owner opens it again after the timeline was idle.
     let again = Manifest::open(&store, TENANT, TIMELINE, first).await.unwrap();

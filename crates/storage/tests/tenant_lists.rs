@@ -10,7 +10,7 @@ use varve_postgres::Lsn;
 use varve_storage::ids::{TenantId, TenantName, TimelineId};
 use varve_storage::store::Store;
 use varve_storage::tenant_log::{self, TenantEdit, TenantFacts, TenantLog, TimelineFacts, create_tenant, names, tenant_folder};
-use varve_testing::minio::Minio;
+use varve_testbed::minio::Minio;
 
 async fn create(store: &Store, name: &str) -> TenantId {
     let facts = TenantFacts {

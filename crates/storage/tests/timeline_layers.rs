@@ -23,7 +23,7 @@ use varve_storage::key::Key;
 use varve_storage::layer::Layer;
 use varve_storage::layer::blob::{LocalBlob, OpenFiles};
 use varve_storage::layer::range_cache::RangeCache;
-use varve_storage::manifest::LayerRow;
+use varve_storage::manifest::{LayerOwner, LayerRow};
 use varve_storage::page_cache::PageCache;
 use varve_storage::relation_size::RelationSize;
 use varve_storage::store::{Failure, Store};
@@ -198,6 +198,34 @@ fn an_interrupted_merge_is_finished_after_a_restart_and_its_inputs_go() {
         bench.check_blocks(START + 8 * u64::from(number), number);
     }
     bench.reopen();
+    bench.check_blocks(bench.lsn, 5);
+}
+
+#[test]
+fn a_layer_is_merged_and_deleted_by_its_owner_only_wherever_it_stands() {
+    let mut bench = Bench::new(None);
+    for number in 1..=5 {
+        bench.write_blocks(number);
+        bench.flush();
+    }
+    let own: Vec<Arc<LayerRow>> = bench.manifest.lock().0.values().cloned().collect();
+    let owner = own[0].owner.unwrap();
+    assert_eq!((owner.tenant, owner.timeline), (bench.timeline.tenant(), TimelineId([1; 16])));
+    // A parent's, another tenant's, a template's, though all of them stand in this timeline's folder.
+    let parent = LayerOwner { timeline: TimelineId([2; 16]), ..owner };
+    let template = LayerOwner { tenant: TenantId([0; 16]), ..owner };
+    for other in [Some(parent), Some(template), None] {
+        let rows = own.iter().map(|row| (row.id, Arc::new(LayerRow { owner: other, ..LayerRow::clone(row) })));
+        bench.manifest.lock().0.extend(rows);
+        bench.reopen();
+        assert!(!bench.timeline.compact(&mut bench.publish(), &|| false).unwrap(), "a layer of {other:?} was merged away");
+        assert_eq!(bench.timeline.delete_retired(&mut || Ok(())).unwrap(), 0);
+        bench.check_blocks(bench.lsn, 5);
+    }
+    bench.manifest.lock().0.extend(own.iter().map(|row| (row.id, Arc::clone(row))));
+    bench.reopen();
+    while bench.timeline.compact(&mut bench.publish(), &|| false).unwrap() {}
+    assert!(bench.timeline.delete_retired(&mut || Ok(())).unwrap() > 0, "its own it merges and deletes");
     bench.check_blocks(bench.lsn, 5);
 }
 

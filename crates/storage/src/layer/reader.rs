@@ -27,6 +27,7 @@ pub struct Layer {
     object: String,
     /// Where in the object it begins.
     start: u64,
+    is_own: bool,
     blob: Box<dyn LayerBlob>,
     top: OnceLock<Top>,
 }
@@ -42,7 +43,17 @@ enum Progress {
 impl Layer {
     /// The layer that `info` tells of, from `start` on in the object `object`, whose bytes `blob` reads.
     pub fn new(info: LayerInfo, object: String, start: u64, blob: Box<dyn LayerBlob>) -> Layer {
-        Layer { info, object, start, blob, top: OnceLock::new() }
+        Layer { info, object, start, is_own: false, blob, top: OnceLock::new() }
+    }
+
+    /// The layer as one whose object is the reading timeline's own.
+    pub fn into_own(self) -> Layer {
+        Layer { is_own: true, ..self }
+    }
+
+    /// Whether its object is the reading timeline's own, to merge away and delete.
+    pub fn is_own(&self) -> bool {
+        self.is_own
     }
 
     /// What is known of it without reading it.

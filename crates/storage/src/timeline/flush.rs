@@ -33,7 +33,7 @@ pub struct LayerChange {
 impl LayerChange {
     /// The change as edits of a manifest.
     pub fn edits(&self) -> Vec<ManifestEdit> {
-        let add = self.add.iter().cloned().map(ManifestEdit::AddLayer);
+        let add = self.add.iter().cloned().map(ManifestEdit::add);
         let remove = self.remove.iter().map(|id| ManifestEdit::RemoveLayer { id: *id });
         add.chain(remove).chain([ManifestEdit::Layered { lsn: self.layered }]).collect()
     }
@@ -155,7 +155,7 @@ impl Timeline {
 
     /// Makes a published change visible to readers, and drops the memtable that it has made superfluous.
     pub(super) fn install(&self, change: &LayerChange) {
-        let add: Vec<_> = change.add.iter().map(|row| Arc::new(open_layer(&self.resources, row))).collect();
+        let add: Vec<_> = change.add.iter().map(|row| Arc::new(open_layer(&self.resources, &self.spec, row))).collect();
         let remove: HashSet<LayerId> = change.remove.iter().copied().collect();
         let _changing = self.view_lock.lock();
         let view = self.view.load_full();

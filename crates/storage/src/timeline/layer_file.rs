@@ -152,8 +152,8 @@ impl<'a> LayerFiles<'a> {
     pub(super) fn finish_layer(&mut self) -> Result<(), WriteError> {
         let Some(Open { writer, object, part, path, .. }) = self.open.take() else { return Ok(()) };
         let finished = finish_file(writer, &part, &path).and_then(|info| {
-            let row = LayerRow::of(&info, object, self.spec.generation);
-            Arc::new(open_layer(self.resources, &row)).verify()?;
+            let row = LayerRow::of(&info, object, self.spec.owner(), self.spec.generation);
+            Arc::new(open_layer(self.resources, self.spec, &row)).verify()?;
             Ok(row)
         });
         match finished {

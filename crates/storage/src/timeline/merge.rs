@@ -157,18 +157,12 @@ impl Timeline {
         for blocks in [false, true] {
             let layers = Arc::clone(&self.view.load().layers);
             let runs = layers.runs(blocks);
-            if let Some(plan) = plan(runs, |run| run.layers().iter().all(|layer| self.owns(layer))) {
+            if let Some(plan) = plan(runs, |run| run.layers().iter().all(|layer| layer.is_own())) {
                 self.run_merge(runs, &plan, publish, give_up)?;
                 return Ok(true);
             }
         }
         Ok(false)
-    }
-
-    /// Whether this timeline wrote the layer's object, so that nobody else names it in a manifest.
-    fn owns(&self, layer: &Layer) -> bool {
-        let folder = format!("tenants/{}/timelines/{}/", self.spec.tenant, self.spec.id);
-        layer.object().starts_with(&folder)
     }
 
     fn run_merge(&self, runs: &[Run], plan: &MergePlan, publish: &mut Publish<'_>, give_up: &dyn Fn() -> bool) -> Result<(), FlushError> {

@@ -35,7 +35,7 @@ use crate::layer::Layer;
 use crate::layer::blob::{LayerBlob, LocalBlob, OpenFiles, RemoteBlob};
 use crate::layer::range_cache::RangeCache;
 use crate::layer_map::LayerMap;
-use crate::manifest::LayerRow;
+use crate::manifest::{LayerOwner, LayerRow};
 use crate::memtable::Memtable;
 use crate::page_cache::PageCache;
 use crate::size_cache::SizeCache;
@@ -102,6 +102,13 @@ pub struct TimelineSpec {
     pub layered: Lsn,
 }
 
+impl TimelineSpec {
+    /// Whose the layers are that it writes.
+    fn owner(&self) -> LayerOwner {
+        LayerOwner { tenant: self.tenant, timeline: self.id }
+    }
+}
+
 /// A frozen memtable and the LSN up to which it has everything.
 struct Frozen {
     memtable: Arc<Memtable>,
@@ -139,7 +146,7 @@ pub struct Timeline {
 impl Timeline {
     /// The timeline `spec` with the layers that its manifest names. Reads nothing.
     pub fn open(spec: TimelineSpec, resources: Arc<Resources>, layers: impl IntoIterator<Item = Arc<LayerRow>>) -> Arc<Timeline> {
-        let layers = layers.into_iter().map(|row| Arc::new(open_layer(&resources, &row))).collect();
+        let layers = layers.into_iter().map(|row| Arc::new(open_layer(&resources, &spec, &row))).collect();
         let applied = spec.layered.max(spec.start);
         let active = Arc::new(Memtable::new(applied, resources.clock.clone(), Arc::clone(&resources.memtable_budget)));
         let view = View { active: Arc::clone(&active), frozen: Vec::new(), layers: Arc::new(LayerMap::new(layers)), layered: applied };
@@ -221,8 +228,8 @@ impl fmt::Debug for Timeline {
     }
 }
 
-/// A layer to be read: in place where the store is a folder; else from the local copy if there is one, and from the bucket.
-fn open_layer(resources: &Resources, row: &LayerRow) -> Layer {
+/// A layer of the timeline `spec` to be read: in place where the store is a folder; else from the local copy if there is one, and from the bucket.
+fn open_layer(resources: &Resources, spec: &TimelineSpec, row: &LayerRow) -> Layer {
     let files = Arc::clone(&resources.files);
     let blob: Box<dyn LayerBlob> = match resources.store.store().local_path(&row.object) {
         Some(path) => Box::new(LocalBlob::new(path, files)),
@@ -232,5 +239,6 @@ fn open_layer(resources: &Resources, row: &LayerRow) -> Layer {
             Box::new(RemoteBlob::new(resources.store.clone(), row.object.clone(), end, copy, Arc::clone(&resources.ranges)))
         }
     };
-    Layer::new(row.info(), row.object.to_string(), row.offset, blob)
+    let layer = Layer::new(row.info(), row.object.to_string(), row.offset, blob);
+    if row.owner == Some(spec.owner()) { layer.into_own() } else { layer }
 }
