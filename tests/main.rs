@@ -12,4 +12,5 @@ mod minio;
 mod nothing_is_lost;
 mod postgres_suites;
 mod random_lsns;
+mod tidy;
 mod verify;
