@@ -1,3 +1,5 @@
+//! `base_backup` of `varve_fuzz_targets` under libFuzzer.
+
 #![no_main]
 
 libfuzzer_sys::fuzz_target!(|data: &[u8]| varve_fuzz_targets::run("base_backup", data));

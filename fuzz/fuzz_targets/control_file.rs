@@ -1,3 +1,5 @@
+//! `control_file` of `varve_fuzz_targets` under libFuzzer.
+
 #![no_main]
 
 libfuzzer_sys::fuzz_target!(|data: &[u8]| varve_fuzz_targets::run("control_file", data));

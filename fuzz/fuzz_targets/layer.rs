@@ -1,3 +1,5 @@
+//! `layer` of `varve_fuzz_targets` under libFuzzer.
+
 #![no_main]
 
 libfuzzer_sys::fuzz_target!(|data: &[u8]| varve_fuzz_targets::run("layer", data));

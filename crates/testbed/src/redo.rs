@@ -349,8 +349,8 @@ fn read_block(path: &Path, block: BlockNumber) -> Result<Option<Page>> {
     }
 }
 
-/// For each SQL file of the corpus that is named, a module with a test for each major: see [`assert_redone`](redo::assert_redone). After
-/// `recovery:` come files whose server is to crash and recover: see [`assert_recovered`](redo::assert_recovered).
+/// For each SQL file of the corpus that is named, a module with a test for each major: see [`assert_redone`](crate::redo::assert_redone). After
+/// `recovery:` come files whose server is to crash and recover: see [`assert_recovered`](crate::redo::assert_recovered).
 #[macro_export]
 macro_rules! redo_tests {
     ($($name:ident),* $(,)?) => {

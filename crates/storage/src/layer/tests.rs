@@ -1,3 +1,5 @@
+//! A layer reads as it was written, and a damaged one is named and never believed.
+
 use std::collections::BTreeMap;
 use std::sync::Arc;
 

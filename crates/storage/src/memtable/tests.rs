@@ -1,3 +1,5 @@
+//! The memtable answers what an ordered map answers, to readers beside its writer, and knows what memory it has.
+
 use std::collections::BTreeMap;
 
 use bytes::Bytes;

@@ -1,4 +1,4 @@
-//! What the log promises, on a real folder. What crashes and faults do to it: `tests/wal_log.rs`.
+//! What the log promises, on a real folder. What crashes and faults do to it: `tests/it/wal_log.rs`.
 
 use super::*;
 

@@ -1,7 +1,7 @@
 //! Redoes WAL from a data directory on, as fast as it can: what Postgres does in crash recovery, to be measured beside it.
 //!
 //! A window of slices is worked on at a time, in two steps. First the records of each slice are found, checked and decoded, slices side by side
-//! ([`slice`]); what they do is sorted into partitions by the page that it is done to ([`batch`], [`partitioning`]). Then each partition's pages are redone,
+//! ([`mod@slice`]); what they do is sorted into partitions by the page that it is done to ([`batch`], [`partitioning`]). Then each partition's pages are redone,
 //! in the order of the WAL, partitions side by side ([`partition`], [`page_table`]). A page belongs to one partition, so no page is ever shared between threads,
 //! and the outcome is the same whatever their number.
 //!

@@ -1,14 +1,12 @@
 //! Clients have many requests in flight, match answers by id, wait for a server that is away, and do not wait for one that says no.
 
-mod common;
-
 use std::io::Read;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{BLOCKS, FakeService, Mood, page};
+use crate::fake_service::{BLOCKS, FakeService, Mood, page};
 use futures::TryStreamExt;
 use varve_postgres::{BLCKSZ, Fork, Lsn, RelFork, RelNode, slru::SlruKind};
 use varve_protocol::client::BlockingOptions;

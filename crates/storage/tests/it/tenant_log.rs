@@ -167,7 +167,7 @@ async fn ten_thousand_branches() {
 }
 
 #[tokio::test]
-#[ignore = "takes half a minute: cargo test -p varve-storage --test tenant_log -- --ignored --nocapture"]
+#[ignore = "takes half a minute: cargo test -p varve-storage --test it tenant_log:: -- --ignored --nocapture"]
 async fn a_hundred_thousand_branches() {
     many_branches(100_000).await;
 }

@@ -1,0 +1,16 @@
+//! What the whole program promises, from the command line down to stock Postgres: one module for each promise.
+//!
+//! `cargo test -p varve --test e2e main_job::` runs one module.
+
+mod bad_input;
+mod comparison;
+mod damaged_files;
+mod harder_loads;
+mod main_job;
+mod majors;
+mod minio;
+mod nothing_is_lost;
+mod postgres_suites;
+mod random_lsns;
+mod tidy;
+mod verify;
