@@ -58,7 +58,7 @@ impl Control {
             .route("/v1/hosts/{host}/hello", post(hello))
             .route("/v1/hosts/{host}/orders", get(orders_of))
             .route("/v1/hosts/{host}/computes/{compute}", post(report))
-            .route("/v1/hosts/{host}/templates/{order}", post(template))
+            .route("/v1/hosts/{host}/templates/{order}", post(template).layer(axum::extract::DefaultBodyLimit::max(64 << 20)))
             .with_state(control.clone());
         tokio::spawn(async move { axum::serve(listener, app).await });
         control
