@@ -222,6 +222,23 @@ fn the_wal_of_a_running_server_is_followed() -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Vacuum of a GiST index, and insertion that removes what an index scan found dead: minors differ in a flag that this sets, a standby from its
+/// primary.
+const GIST: &str = "
+CREATE TABLE points (id int, at point);
+CREATE INDEX ON points USING gist (at);
+INSERT INTO points SELECT i, point(i % 100, i / 100) FROM generate_series(1, 3000) i;
+DELETE FROM points WHERE id % 2 = 0;
+VACUUM points;
+CREATE TABLE killed (id int, at point);
+CREATE INDEX ON killed USING gist (at);
+INSERT INTO killed SELECT i, point(i % 40, i / 40) FROM generate_series(1, 1200) AS i;
+DELETE FROM killed WHERE id % 3 <> 0;
+ALTER DATABASE postgres SET enable_seqscan = off;
+ALTER DATABASE postgres SET enable_bitmapscan = off;
+SELECT count(*) FROM killed WHERE at <@ box '((-1,-1),(100,100))';
+INSERT INTO killed SELECT i, point(i % 40, i / 40) FROM generate_series(1, 1200) AS i";
+
 #[test]
 fn a_branch_holds_what_postgres_has() -> anyhow::Result<()> {
     let dev = Dev::start(VARVE)?;
@@ -247,6 +264,17 @@ fn a_branch_holds_what_postgres_has() -> anyhow::Result<()> {
     ensure!(state == "not paused", "afterwards replay goes on, it is {state}");
     psql(&db, "INSERT INTO work (word) VALUES ('later')")?;
     matched(&dev, &["timeline", "acme/main", "--against", &standby_db, "--lsn", &until])?;
+
+    // What the standby redoes itself.
+    statements(GIST, |sql| psql(&db, sql))?;
+    let until = psql(&db, "SELECT pg_current_wal_lsn()")?;
+    matched(&dev, &["timeline", "acme/main", "--against", &standby_db, "--lsn", &until])?;
+    let report = matched(&dev, &["wal", "acme/main", "--until", &until])?;
+    let types = report["types"].as_array().context("types of records")?;
+    for record in ["PAGE_UPDATE", "DELETE"] {
+        let seen = types.iter().any(|seen| seen["rmgr"] == "Gist" && seen["record"] == record && seen["compared"].as_u64() > Some(0));
+        ensure!(seen, "GiST's {record} is among them: {report:#}");
+    }
 
     // Against a data directory.
     let folder = dev.folder().join("materialized");
