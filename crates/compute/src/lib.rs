@@ -14,4 +14,6 @@ pub mod page_source;
 pub mod postgres;
 pub mod process;
 pub mod server;
+pub mod sessions;
 mod start;
+pub mod waiters;

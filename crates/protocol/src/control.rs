@@ -64,7 +64,7 @@ pub struct Attach {
     pub socket_dir: String,
     /// Port, which also names the socket.
     pub port: u16,
-    /// `pg_current_wal_flush_lsn()`: everything it ever got acknowledged ends at or before.
+    /// Where its WAL is flushed to: everything it ever got acknowledged ends at or before.
     pub flushed: String,
 }
 
