@@ -31,6 +31,39 @@ pub struct Tenant {
     pub created_at: String,
     /// Number of branches.
     pub branches: usize,
+    /// Who took the tenant over last, as far as its log says.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub owner: Option<TenantOwner>,
+    /// In a list: why nothing else is known of this tenant than its name and id. Its log cannot be read.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub problem: Option<String>,
+}
+
+/// The server that owns a tenant.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct TenantOwner {
+    /// Its name.
+    pub server: String,
+    /// Address of its admin API.
+    pub url: String,
+    /// By which generation of the tenant's log.
+    pub generation: u32,
+    /// Whether that is the server that answers.
+    pub here: bool,
+}
+
+/// Answer to the deletion of a tenant or branch.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Deleted {
+    /// What was deleted: `tenant`, or `tenant/branch`.
+    pub deleted: String,
+}
+
+/// Answer to a clean stop of a compute.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Stopped {
+    /// The compute's id.
+    pub stopped: String,
 }
 
 /// Body of `POST /v1/tenants/{tenant}/branches`.
@@ -123,6 +156,14 @@ pub struct NewCompute {
     /// A moment of the past: the compute is thrown away with what it writes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub at: Option<String>,
+    /// Begin anew where a compute runs already, with these arguments. Without it a running compute is left alone.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub replace: bool,
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref)] // serde gives a reference
+fn is_false(value: &bool) -> bool {
+    !*value
 }
 
 /// A compute.
@@ -132,9 +173,9 @@ pub struct Compute {
     pub id: String,
     /// The branch, `tenant/branch`.
     pub branch: String,
-    /// `starting`, `running`, `stopping` or `failed`.
+    /// `starting`, `running`, `stopping`, `failed`, or `unknown`: it should run, and no host has said yet that it has it.
     pub state: String,
-    /// A libpq URI with the password.
+    /// A libpq URI; with the password where the answer is about one compute, without it in lists.
     pub conninfo: String,
     /// Process id of the postmaster.
     pub pid: Option<u32>,
@@ -189,6 +230,57 @@ pub struct Server {
     pub version: String,
     /// Address of its page service, `host:port`.
     pub page_service: String,
+    /// Its name, as the logs of its tenants say it.
+    #[serde(default)]
+    pub name: String,
+    /// Address of its admin API.
+    #[serde(default)]
+    pub url: String,
+    /// The machines that run computes.
+    #[serde(default)]
+    pub hosts: Vec<Host>,
+    /// Tenants that it owned and that another server has now.
+    #[serde(default)]
+    pub lost: Vec<LostTenant>,
+}
+
+/// A machine that runs computes.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct Host {
+    /// Id.
+    pub id: String,
+    /// Its name.
+    pub name: String,
+    /// Version of its program.
+    pub version: String,
+    /// Majors of its Postgres binaries.
+    pub postgres: Vec<u32>,
+    /// What it lacks to run computes.
+    pub lacks: Vec<String>,
+    /// Whether it has been heard of lately.
+    pub here: bool,
+}
+
+/// A tenant that a server lost to another one.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct LostTenant {
+    /// The tenant's id.
+    pub id: String,
+    /// Its name, if it is known.
+    pub name: Option<String>,
+    /// Who has it now.
+    pub owner: String,
+    /// Address of that server's admin API, if it said so.
+    pub url: Option<String>,
+}
+
+/// Answer to `GET /readyz`.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct Ready {
+    /// True: the store can be reached. Otherwise the answer is a problem.
+    pub ready: bool,
+    /// Tenants that other servers took over. The server is ready for all others.
+    pub lost: Vec<LostTenant>,
 }
 
 /// A moment of a branch.

@@ -10,6 +10,14 @@
 
 use serde::{Deserialize, Serialize};
 
+/// Body of `POST /v1/computes/{id}/begin`; may be left out.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BeginRequest {
+    /// The host that runs the process. A compute that moved to another host refuses the process that it left behind.
+    #[serde(default)]
+    pub host: Option<String>,
+}
+
 /// Answer to `POST /v1/computes/{id}/begin`: what to start.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Begin {
@@ -217,7 +225,8 @@ pub struct ComputeOrder {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum HostAction {
-    /// See to it that its process runs.
+    /// See to it that its process runs. Where it runs with other addresses or another port, the host only looks whether the new ones can be
+    /// used, and reports; the process takes them when it begins its next incarnation, which the control plane tells it afterwards.
     Run,
     /// It was told to end and should have ended by now: end its process, keep its folder with `pg_wal`.
     End,

@@ -1,6 +1,7 @@
 //! Why something was not done: a stable code, an HTTP status, and a sentence that says what to do.
 
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 /// A refusal or failure, ready for the edge.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -67,6 +68,10 @@ codes! {
     LastBranch "last_branch" 409 "Conflict";
     /// The port is in use.
     PortInUse "port_in_use" 409 "Conflict";
+    /// The branch's compute runs already, with other arguments.
+    AlreadyRunning "already_running" 409 "Conflict";
+    /// The compute is stopped, and how it ended does not prove that all its WAL arrived.
+    NotClean "not_clean" 409 "Conflict";
     /// A compute was replaced by a later one, or its branch moved to another history.
     Fenced "fenced" 409 "Conflict";
     /// Another server owns the tenant.
@@ -120,7 +125,7 @@ impl Refusal {
 }
 
 /// An `application/problem+json` answer (RFC 9457).
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
 pub struct Problem {
     /// Stable name of the kind of error.
     pub code: String,

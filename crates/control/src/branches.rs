@@ -1,320 +1,328 @@
-//! Branches: pointers into histories. Each mutation is one entry in the tenant's log.
+//! Branches: pointers into histories. Each mutation is one commit in the tenant's log.
 
 use std::sync::Arc;
+use std::time::Duration;
 
-use varve_postgres::Lsn;
-use varve_api::admin::{Branch, Moment as MomentAnswer, NewBranch, Restore, Restored};
+use bytes::Bytes;
+use varve_api::admin::{Branch, Deleted, Moment as MomentAnswer, NewBranch, Restore, Restored, Wal, WalPlace, WalRange as WalRangeAnswer};
 use varve_api::host::Desired;
-use varve_storage::ids::{BranchName, TimelineId};
-use varve_storage::tenant_log::{Ancestor, TenantEdit, TenantState, TimelineFacts};
+use varve_postgres::{Lsn, Timestamp};
+use varve_storage::ids::{BranchName, TenantId, TimelineId};
+use varve_storage::tenant_log::{Ancestor, TenantEdit, TenantLog, TenantState, TimelineFacts, removed_timelines};
 
-use super::Pageserver;
-use super::moments::Resolved;
-use crate::computes::Phase;
-use crate::error::{Code, ServerError};
-use crate::moment::{Moment, PostgresTime};
-use crate::tenant::Tenant;
-use crate::timeline::ServedTimeline;
-use crate::timeline_pages::total_size;
+use crate::arguments::{Listed, Page};
+use crate::call::Call;
+use crate::error::Error;
+use crate::logs::{Plan, branch, facts};
+use crate::ports::{Moment, Pageserver, Resolved};
+use crate::registry::{Entry, Phase};
+use crate::{Control, arguments, moment};
 
 /// How long an in-place restore waits until the branch's compute is back.
-const COMPUTE_BACK_MAX: std::time::Duration = std::time::Duration::from_secs(120);
-/// How long telling a size waits for ingest.
-const SIZE_WAIT: std::time::Duration = std::time::Duration::from_secs(5);
+const COMPUTE_BACK_MAX: Duration = Duration::from_secs(120);
+/// Names that are tried for what a restored branch was.
+const BEFORE_NAMES_MAX: u32 = 1000;
 
-fn branch_name(text: &str) -> Result<BranchName, ServerError> {
-    text.parse().map_err(|error| ServerError::new(Code::InvalidArgument, format!("{error}")))
-}
-
-fn unknown_branch(tenant: &Tenant, name: &str) -> ServerError {
-    let shown: String = name.chars().take(64).collect();
-    ServerError::new(
-        Code::UnknownBranch,
-        format!("tenant {} has no branch '{shown}'; 'varve branch list {}' shows those there are", tenant.name(), tenant.name()),
-    )
-}
-
-/// How much the API says of a branch.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Detail {
-    /// Everything; its history, or its ancestor's, is opened for that.
-    Full,
-    /// What is in memory, so that a new branch costs next to nothing: the size only of what is open.
-    AtHand,
-}
-
-/// Bytes of all relations of `served` at `lsn`; nothing if that cannot be read now.
-async fn size_at(served: Arc<ServedTimeline>, lsn: Lsn) -> Result<Option<u64>, ServerError> {
-    let size = tokio::task::spawn_blocking(move || {
-        served.wait_applied(lsn, SIZE_WAIT).ok()?;
-        total_size(&**served.history(), lsn).ok()
-    });
-    size.await.map_err(ServerError::internal)
-}
-
-impl Pageserver {
-    /// Lists a tenant's branches.
+impl<P: Pageserver> Control<P> {
+    /// Lists a tenant's branches, by name. Takes nothing over and opens nothing: heads and sizes are those of timelines that are open, else
+    /// those that the log knows.
     ///
     /// # Errors
-    /// [`ServerError`].
-    pub async fn list_branches(&self, tenant: &str) -> Result<Vec<Branch>, ServerError> {
-        let tenant = self.tenant(tenant).await?;
-        let state = tenant.log().state();
-        let mut branches = Vec::with_capacity(state.branch_count());
-        for (name, timeline) in state.branches() {
-            branches.push(self.describe(&tenant, &state, name, timeline, Detail::Full).await?);
-        }
-        Ok(branches)
+    /// [`Error`].
+    pub async fn list_branches(&self, tenant: &str, page: &Page) -> Result<Listed<Branch>, Error> {
+        let id = self.find(tenant).await?;
+        let state = self.read_for_list(id, page.after.is_some()).await?;
+        let found: Vec<(&BranchName, TimelineId)> = state.branches_page(&page.prefix, page.after.as_deref(), page.limit + 1).collect();
+        let shown = found.iter().take(page.limit);
+        let items = shown.map(|(name, timeline)| self.describe_branch(&state, id, name, *timeline)).collect::<Result<Vec<_>, _>>()?;
+        let next = items.last().filter(|_| found.len() > page.limit).map(|last| Page::cursor(&last.name));
+        Ok(Listed { items, next })
     }
 
-    /// Shows a branch.
+    /// Shows a branch. Takes nothing over and opens nothing.
     ///
     /// # Errors
-    /// [`ServerError`].
-    pub async fn show_branch(&self, tenant: &str, branch: &str) -> Result<Branch, ServerError> {
-        let tenant = self.tenant(tenant).await?;
-        let (name, timeline) = Self::find_branch(&tenant, branch)?;
-        let state = tenant.log().state();
-        self.describe(&tenant, &state, &name, timeline, Detail::Full).await
-    }
-
-    /// The branch's name and timeline.
-    pub(super) fn find_branch(tenant: &Tenant, branch: &str) -> Result<(BranchName, TimelineId), ServerError> {
-        let state = tenant.log().state();
-        let timeline = state.branch(branch).map_err(|_| unknown_branch(tenant, branch))?.facts.id;
-        Ok((branch_name(branch)?, timeline))
+    /// [`Error`].
+    pub async fn show_branch(&self, tenant: &str, branch_text: &str) -> Result<Branch, Error> {
+        let id = self.find(tenant).await?;
+        let state = self.read(id).await?;
+        let (name, timeline) = branch(&state, branch_text)?;
+        self.describe_branch(&state, id, &name, timeline)
     }
 
     /// What the API says of a branch.
-    pub(super) async fn describe(
-        &self,
-        tenant: &Arc<Tenant>,
-        state: &TenantState,
-        name: &BranchName,
-        timeline: TimelineId,
-        detail: Detail,
-    ) -> Result<Branch, ServerError> {
+    fn describe_branch(&self, state: &TenantState, tenant: TenantId, name: &BranchName, timeline: TimelineId) -> Result<Branch, Error> {
         let known = state.timeline(timeline)?;
-        let facts = known.facts.clone();
-        // What no compute has ever written ends where it begins, and is as large as its ancestor was there: it need not be opened.
-        let pristine = facts.ancestor.filter(|_| known.epochs.is_empty());
-        let served = match (detail, pristine) {
-            (Detail::Full, None) => Some(tenant.timeline(timeline).await?),
-            (Detail::Full | Detail::AtHand, _) => tenant.opened(timeline).await,
-        };
-        let (mut last_lsn, mut size_bytes, mut stopped) = (facts.start, None, None);
-        if let Some(served) = served {
-            last_lsn = served.head();
-            stopped = served.stopped();
-            let at = served.applied();
-            size_bytes = size_at(served, at).await?;
-        } else if let (Detail::Full, Some(ancestor)) = (detail, pristine) {
-            size_bytes = tenant.known_size(timeline);
-            if size_bytes.is_none() {
-                size_bytes = size_at(tenant.timeline(ancestor.timeline).await?, ancestor.lsn).await?;
-                size_bytes.inspect(|size| tenant.know_size(timeline, *size));
-            }
-        }
+        let facts = &known.facts;
+        let live = self.pageserver.live(tenant, timeline);
+        // Of one that was written to and whose end nobody noted it is only known where the last writer began.
+        let begun = || known.epochs.last().map_or(facts.start, |epoch| epoch.lsn);
+        let logged = state.head_of(timeline)?.unwrap_or_else(begun);
+        let writer = state.endpoints_of(name).find(|row| row.moment.is_none() && row.wanted);
         Ok(Branch {
-            tenant: tenant.name().to_string(),
+            tenant: crate::logs::facts(state, tenant)?.name.to_string(),
             name: name.to_string(),
             timeline_id: timeline.to_string(),
             tli: facts.tli,
             parent: facts.ancestor.and_then(|ancestor| state.branch_of(ancestor.timeline)).map(ToString::to_string),
             branch_lsn: facts.ancestor.map(|ancestor| ancestor.lsn.to_string()),
-            last_lsn: last_lsn.to_string(),
-            size_bytes,
-            created_at: PostgresTime(facts.created).to_rfc3339(),
-            compute: self.computes().writer_of(tenant.id(), timeline).map(|entry| entry.id().to_owned()),
-            stopped,
+            last_lsn: live.as_ref().map_or(logged, |live| live.head.max(logged)).to_string(),
+            size_bytes: match live.as_ref().and_then(|live| live.size_bytes) {
+                Some(size) => Some(size),
+                None => state.size_of(timeline)?,
+            },
+            created_at: moment::rfc3339(Timestamp(facts.created)),
+            compute: writer.map(|row| row.id.to_string()),
+            stopped: live.and_then(|live| live.stopped),
+        })
+    }
+
+    /// A timeline that leaves history at `at`; its TLI is given when the log's order is known.
+    fn new_timeline(&self, at: Resolved) -> Result<TimelineFacts, Error> {
+        Ok(TimelineFacts {
+            id: TimelineId(self.environment.random()?),
+            ancestor: Some(Ancestor { timeline: at.timeline, lsn: at.lsn }),
+            tli: 0,
+            start: at.lsn,
+            created: self.environment.now().0,
         })
     }
 
     /// Creates a branch.
     ///
     /// # Errors
-    /// [`ServerError`].
-    pub async fn create_branch(&self, tenant: &str, new: NewBranch) -> Result<Branch, ServerError> {
-        let name = branch_name(&new.name)?;
-        let moment = Moment::parse(new.lsn.as_deref(), new.at.as_deref())?;
-        let tenant = self.tenant(tenant).await?;
-        tenant.log().state().check_free(&name)?;
-        let (_, parent) = Self::find_branch(&tenant, new.from.as_deref().unwrap_or("main"))?;
-        let at = self.resolve(&tenant, parent, moment).await?;
-        let facts = new_timeline(&at)?;
-        let id = facts.id;
+    /// [`Error`].
+    pub async fn create_branch(&self, call: &Call, tenant: &str, new: &NewBranch) -> Result<Branch, Error> {
+        let name = arguments::new_branch_name(&new.name)?;
+        let at = moment::parse(new.lsn.as_deref(), new.at.as_deref())?;
+        let id = self.find(tenant).await?;
+        let log = self.own(id, "a branch is made").await?;
+        if let Some(prior) = call.prior(&log.state())? {
+            return Ok(prior);
+        }
+        log.state().check_free(&name)?;
+        let (_, parent) = branch(&log.state(), new.from.as_deref().unwrap_or("main"))?;
+        let at = self.pageserver.resolve(id, parent, at).await?;
+        let facts = self.new_timeline(at)?;
+        let timeline = facts.id;
         let action = format!("created branch {name} from timeline {} at {}", at.timeline, at.lsn);
-        tenant
-            .log()
-            .commit(|state| {
-                state.check_free(&name)?;
-                let facts = TimelineFacts { tli: state.next_tli()?, ..facts };
-                let edits =
-                    vec![TenantEdit::Timeline(facts), TenantEdit::Branch { name: name.clone(), timeline: id }, super::audit(action)];
-                Ok::<_, ServerError>((edits, ()))
-            })
-            .await?;
-        tracing::info!(tenant = %tenant.name(), branch = %name, timeline = %id, lsn = %at.lsn, "branch created");
-        let state = tenant.log().state();
-        self.describe(&tenant, &state, &name, id, Detail::AtHand).await
+        let created = self.commit(&log, call, |state| {
+            state.check_free(&name)?;
+            let facts = TimelineFacts { tli: state.next_tli()?, ..facts };
+            let edits = vec![TenantEdit::Timeline(facts), TenantEdit::Branch { name: name.clone(), timeline }];
+            Ok(Plan { edits, action, answer: |after: &TenantState| self.describe_branch(after, id, &name, timeline) })
+        });
+        let created = created.await?;
+        tracing::info!(tenant = %id, branch = %name, %timeline, lsn = %at.lsn, "branch created");
+        Ok(created)
     }
 
-    /// Gives a branch another name.
+    /// Gives a branch another name; its computes go along.
     ///
     /// # Errors
-    /// [`ServerError`].
-    pub async fn rename_branch(&self, tenant: &str, branch: &str, to: &str) -> Result<Branch, ServerError> {
-        let to = branch_name(to)?;
-        let tenant = self.tenant(tenant).await?;
-        let (from, _) = Self::find_branch(&tenant, branch)?;
-        let timeline = tenant
-            .log()
-            .commit(|state| {
-                let timeline = state.branch(from.as_str()).map_err(|_| unknown_branch(&tenant, branch))?.facts.id;
-                state.check_free(&to)?;
-                let edits = vec![
-                    TenantEdit::BranchRemoved { name: from.clone() },
-                    TenantEdit::Branch { name: to.clone(), timeline },
-                    super::audit(format!("renamed branch {from} to {to}")),
-                ];
-                Ok::<_, ServerError>((edits, timeline))
-            })
-            .await?;
-        let state = tenant.log().state();
-        self.describe(&tenant, &state, &to, timeline, Detail::AtHand).await
+    /// [`Error`].
+    pub async fn rename_branch(&self, call: &Call, tenant: &str, branch_text: &str, to: &str) -> Result<Branch, Error> {
+        let to = arguments::new_branch_name(to)?;
+        let id = self.find(tenant).await?;
+        let log = self.own(id, "a branch is renamed").await?;
+        if let Some(prior) = call.prior(&log.state())? {
+            return Ok(prior);
+        }
+        let (from, _) = branch(&log.state(), branch_text)?;
+        let renamed = self.commit(&log, call, |state| {
+            let (from, timeline) = branch(state, from.as_str())?;
+            let edits = state.rename_branch(from.as_str(), &to)?;
+            let action = format!("renamed branch {from} to {to}");
+            let to = &to;
+            Ok(Plan { edits, action, answer: move |after: &TenantState| self.describe_branch(after, id, to, timeline) })
+        });
+        let renamed = renamed.await?;
+        self.computes.refresh(id, &log.state());
+        Ok(renamed)
     }
 
-    /// Deletes a branch that has no children: its computes stop, its layers go.
+    /// Deletes a branch: its computes end, and what no other branch needs of its history goes.
     ///
     /// # Errors
-    /// [`ServerError`].
-    pub async fn delete_branch(&self, tenant: &str, branch: &str) -> Result<(), ServerError> {
-        let tenant = self.tenant(tenant).await?;
-        let (name, timeline) = Self::find_branch(&tenant, branch)?;
-        tenant.log().state().delete_branch(name.as_str())?;
-        self.stop_computes(self.computes().of_timeline(tenant.id(), timeline), Desired::Fenced).await?;
-        tenant
-            .log()
-            .commit(|state| {
-                let mut edits = state.delete_branch(name.as_str())?;
-                edits.push(super::audit(format!("deleted branch {name}")));
-                Ok::<_, ServerError>((edits, ()))
-            })
-            .await?;
-        tenant.remove_timeline(timeline).await;
-        tracing::info!(tenant = %tenant.name(), branch = %name, %timeline, "branch deleted");
-        Ok(())
+    /// [`Error`]; of the last branch [`varve_api::Code::LastBranch`].
+    pub async fn delete_branch(&self, call: &Call, tenant: &str, branch_text: &str) -> Result<Deleted, Error> {
+        let id = self.find(tenant).await?;
+        let log = self.own(id, "a branch is deleted").await?;
+        if let Some(prior) = call.prior(&log.state())? {
+            return Ok(prior);
+        }
+        let (name, _) = branch(&log.state(), branch_text)?;
+        let tenant_name = facts(&log.state(), id)?.name.clone();
+        let computes = self.computes.of_branch(id, &name);
+        let mut gone = Vec::new();
+        let deleted = self.commit(&log, call, |state| {
+            let edits = state.delete_branch(name.as_str())?;
+            gone = removed_timelines(&edits).collect();
+            let answer = Deleted { deleted: format!("{tenant_name}/{name}") };
+            Ok(Plan { edits, action: format!("deleted branch {name}"), answer: move |_: &TenantState| Ok(answer) })
+        });
+        let deleted = deleted.await?;
+        self.end_for_good(computes).await;
+        if !gone.is_empty() {
+            self.pageserver.remove_timelines(id, gone).await;
+        }
+        tracing::info!(tenant = %tenant_name, branch = %name, "branch deleted");
+        Ok(deleted)
     }
 
     /// Takes a branch back to a moment: the name moves to a new timeline, the old one stays under another name, the compute follows.
     ///
+    /// The move is one commit. Before it the old stream is ended, so that nothing is acknowledged that the commit then leaves behind. Whatever
+    /// dies after it: a compute that still runs on the old timeline finds its branch elsewhere when it attaches, and begins anew.
+    ///
     /// # Errors
-    /// [`ServerError`].
-    pub async fn restore_branch(&self, tenant: &str, branch: &str, restore: Restore) -> Result<Restored, ServerError> {
-        let moment = Moment::parse(restore.lsn.as_deref(), restore.at.as_deref())?;
-        if moment == Moment::Head {
-            return Err(ServerError::new(Code::InvalidArgument, "say where to go back to: give an LSN or a time"));
+    /// [`Error`].
+    pub async fn restore_branch(&self, call: &Call, tenant: &str, branch_text: &str, restore: &Restore) -> Result<Restored, Error> {
+        let at = moment::parse(restore.lsn.as_deref(), restore.at.as_deref())?;
+        if at == Moment::Head {
+            return Err(Error::argument("at", "say where to go back to: give an LSN or a time"));
         }
-        let tenant = self.tenant(tenant).await?;
-        let (name, old) = Self::find_branch(&tenant, branch)?;
-        let at = self.resolve(&tenant, old, moment).await?;
-        let compute = self.computes().writer_of(tenant.id(), old);
-        let turn = match &compute {
-            Some(compute) => Some(compute.turn.lock().await),
-            None => None,
+        let id = self.find(tenant).await?;
+        let log = self.own(id, "a branch is restored").await?;
+        if let Some(prior) = call.prior(&log.state())? {
+            return Ok(prior);
+        }
+        let (name, old) = branch(&log.state(), branch_text)?;
+        let at = self.pageserver.resolve(id, old, at).await?;
+        let writer = self.computes.of_branch(id, &name).into_iter().find(|entry| entry.writes());
+        let restored = match &writer {
+            Some(entry) => {
+                let _turn = entry.turn.lock().await;
+                let restored = self.move_branch(call, &log, (id, &name), old, at).await;
+                entry.update(|status| match &restored {
+                    Ok(_) if status.desired == Desired::Run => {
+                        status.incarnation += 1;
+                        status.phase = Phase::Starting;
+                    }
+                    Ok(_) => {}
+                    // Its stream was ended: it attaches again, and learns then which timeline its branch has.
+                    Err(_) => status.attach_again += 1,
+                });
+                restored
+            }
+            None => self.move_branch(call, &log, (id, &name), old, at).await,
         };
-        // From here on the old timeline acknowledges nothing.
-        tenant.timeline(old).await?.end_epoch().await?;
-        let facts = new_timeline(&at)?;
-        let new = facts.id;
-        let now = PostgresTime::now();
-        let stamp: String = now.to_rfc3339().chars().filter(char::is_ascii_digit).take(14).collect();
-        let action = format!("restored branch {name} to timeline {} at {}", at.timeline, at.lsn);
-        let before = tenant
-            .log()
-            .commit(|state| {
-                let current = state.branch(name.as_str()).map_err(|_| unknown_branch(&tenant, branch))?;
-                if current.facts.id != old {
-                    return Err(ServerError::unavailable(format!(
-                        "branch {name} was restored by someone else just now; look and try again"
-                    )));
-                }
-                let before = free_name(state, &name, &stamp)?;
-                let facts = TimelineFacts { tli: state.next_tli()?, ..facts };
-                let edits = vec![
-                    TenantEdit::BranchRemoved { name: name.clone() },
-                    TenantEdit::Branch { name: before.clone(), timeline: old },
-                    TenantEdit::Timeline(facts),
-                    TenantEdit::Branch { name: name.clone(), timeline: new },
-                    super::audit(action),
-                ];
-                Ok((edits, before))
-            })
-            .await?;
-        if let Some(compute) = &compute {
-            compute.change(|record| record.timeline_id = new)?;
-            compute.update(|status| {
-                status.incarnation += 1;
-                status.phase = Phase::Starting;
-            });
+        let restored = restored?;
+        tracing::info!(tenant = %id, branch = %name, from = %old, lsn = %at.lsn, "restored in place");
+        if let Some(entry) = writer {
+            self.wait_back(&entry).await?;
         }
-        drop(turn);
-        tracing::info!(tenant = %tenant.name(), branch = %name, from = %old, to = %new, lsn = %at.lsn, "restored in place");
-        if let Some(compute) = &compute {
-            let status = compute.wait(COMPUTE_BACK_MAX, |status| !matches!(status.phase, Phase::Starting)).await;
-            if !status.is_some_and(|status| status.phase == Phase::Running) {
-                return Err(compute.failure(
-                    &format!("{}/{name} is restored, but its compute did not come back", tenant.name()),
-                    &self.computes().home(compute.id()),
-                ));
+        Ok(restored)
+    }
+
+    /// Ends the old stream and commits the move.
+    async fn move_branch(
+        &self,
+        call: &Call,
+        log: &TenantLog,
+        (id, name): (TenantId, &BranchName),
+        old: TimelineId,
+        at: Resolved,
+    ) -> Result<Restored, Error> {
+        self.pageserver.end_stream(id, old).await?;
+        let facts = self.new_timeline(at)?;
+        let new = facts.id;
+        let now = moment::rfc3339(self.environment.now());
+        let stamp: String = now.chars().filter(char::is_ascii_digit).take(14).collect();
+        let action = format!("restored branch {name} to timeline {} at {}", at.timeline, at.lsn);
+        self.commit(log, call, |state| {
+            let (_, current) = branch(state, name.as_str())?;
+            if current != old {
+                return Err(Error::Moved(name.to_string()));
+            }
+            let before = free_name(state, name, &stamp)?;
+            let edits = state.restore_branch(name.as_str(), &before, &facts)?;
+            let answer = move |after: &TenantState| {
+                let branch = self.describe_branch(after, id, name, new)?;
+                Ok(Restored { branch, before: self.describe_branch(after, id, &before, old)? })
+            };
+            Ok(Plan { edits, action, answer })
+        })
+        .await
+    }
+
+    /// Waits until a compute that was told to follow its branch has done so.
+    async fn wait_back(&self, entry: &Arc<Entry>) -> Result<(), Error> {
+        if entry.status().desired != Desired::Run || matches!(entry.status().phase, Phase::Unknown | Phase::Failed(_)) {
+            return Ok(()); // nothing runs that could come back
+        }
+        let is_over = |status: &crate::registry::Status| status.phase != Phase::Starting || status.desired != Desired::Run;
+        let status = entry.wait(&self.environment, COMPUTE_BACK_MAX, is_over).await;
+        match status.map(|status| (status.phase, status.desired)) {
+            Some((Phase::Running, _)) => Ok(()),
+            Some((_, Desired::Stop | Desired::Fenced)) => Ok(()), // somebody stopped it meanwhile
+            Some((Phase::Failed(reason), _)) => Err(Error::NotBack { branch: entry.branch(), reason }),
+            _ => {
+                let reason = format!("it does not take connections after {} s; see its log on its host", COMPUTE_BACK_MAX.as_secs());
+                Err(Error::NotBack { branch: entry.branch(), reason })
             }
         }
-        let state = tenant.log().state();
-        Ok(Restored {
-            branch: self.describe(&tenant, &state, &name, new, Detail::AtHand).await?,
-            before: self.describe(&tenant, &state, &before, old, Detail::AtHand).await?,
-        })
     }
 
     /// Says which LSN a moment of a branch is, and when the last transaction before it ended.
     ///
     /// # Errors
-    /// [`ServerError`].
-    pub async fn moment(&self, tenant: &str, branch: &str, lsn: Option<&str>, at: Option<&str>) -> Result<MomentAnswer, ServerError> {
-        let moment = Moment::parse(lsn, at)?;
-        let tenant = self.tenant(tenant).await?;
-        let (name, timeline) = Self::find_branch(&tenant, branch)?;
-        let at = self.resolve(&tenant, timeline, moment).await?;
-        let time = self.time_at(&tenant, &at).await?;
-        Ok(MomentAnswer { branch: format!("{}/{name}", tenant.name()), lsn: at.lsn.to_string(), time: time.map(PostgresTime::to_rfc3339) })
+    /// [`Error`].
+    pub async fn moment(&self, tenant: &str, branch_text: &str, lsn: Option<&str>, at: Option<&str>) -> Result<MomentAnswer, Error> {
+        let asked = moment::parse(lsn, at)?;
+        let (id, log) = self.to_read(tenant).await?;
+        let (name, timeline) = branch(&log.state(), branch_text)?;
+        let at = self.pageserver.resolve(id, timeline, asked).await?;
+        let time = self.pageserver.time_at(id, at).await?;
+        let tenant_name = facts(&log.state(), id)?.name.clone();
+        Ok(MomentAnswer { branch: format!("{tenant_name}/{name}"), lsn: at.lsn.to_string(), time: time.map(moment::rfc3339) })
+    }
+
+    /// A tenant whose history is read: that needs ownership.
+    async fn to_read(&self, tenant: &str) -> Result<(TenantId, TenantLog), Error> {
+        let id = self.find(tenant).await?;
+        Ok((id, self.own(id, "its history is read").await?))
+    }
+
+    /// Says which WAL of a branch can be had.
+    ///
+    /// # Errors
+    /// [`Error`].
+    pub async fn branch_wal(&self, tenant: &str, branch_text: &str) -> Result<Wal, Error> {
+        let (id, log) = self.to_read(tenant).await?;
+        let (name, timeline) = branch(&log.state(), branch_text)?;
+        let (head, ranges) = self.pageserver.kept_wal(id, timeline).await?;
+        let written = self.computes.of_branch(id, &name).iter().any(|entry| entry.writes() && entry.status().desired == Desired::Run);
+        let ranges = ranges.into_iter().map(|range| WalRangeAnswer {
+            start: range.start.to_string(),
+            end: range.end.to_string(),
+            timeline_id: range.timeline.to_string(),
+            place: if range.in_store { WalPlace::Store } else { WalPlace::WalLog },
+        });
+        Ok(Wal { head: head.to_string(), written, ranges: ranges.collect() })
+    }
+
+    /// The branch's WAL from `from` on: at least a byte.
+    ///
+    /// # Errors
+    /// [`Error`].
+    pub async fn branch_wal_bytes(&self, tenant: &str, branch_text: &str, from: &str) -> Result<Bytes, Error> {
+        let from: Lsn = moment::lsn("from", from)?;
+        let (id, log) = self.to_read(tenant).await?;
+        let (_, timeline) = branch(&log.state(), branch_text)?;
+        Ok(self.pageserver.kept_wal_bytes(id, timeline, from).await?)
     }
 }
 
-/// A timeline that leaves history at `at`; its TLI is given when the log's order is known.
-fn new_timeline(at: &Resolved) -> Result<TimelineFacts, ServerError> {
-    Ok(TimelineFacts {
-        id: TimelineId::random().map_err(ServerError::internal)?,
-        ancestor: Some(Ancestor { timeline: at.timeline, lsn: at.lsn }),
-        tli: 0,
-        start: at.lsn,
-        created: PostgresTime::now().0,
-    })
-}
-
 /// A free name for the history that `name` pointed to until now: `main_before_20261124083000`.
-fn free_name(state: &TenantState, name: &BranchName, stamp: &str) -> Result<BranchName, ServerError> {
+fn free_name(state: &TenantState, name: &BranchName, stamp: &str) -> Result<BranchName, Error> {
     let kept: String = name.as_str().chars().take(30).collect();
-    for suffix in 0..1000u32 {
+    for suffix in 0..BEFORE_NAMES_MAX {
         let text = if suffix == 0 { format!("{kept}_before_{stamp}") } else { format!("{kept}_before_{stamp}_{suffix}") };
-        let candidate = branch_name(&text)?;
+        let candidate: BranchName = text.parse().map_err(|error| Error::argument("name", error))?;
         if state.check_free(&candidate).is_ok() {
             return Ok(candidate);
         }
     }
-    Err(ServerError::new(Code::NameTaken, format!("no free name is left for what was {name}")))
-}
-
-/// Lowest LSN that is also an upper bound, for readers of errors.
-pub(super) fn range_of(first: Lsn, last: Lsn) -> String {
-    format!("its history goes from {first} to {last}")
+    Err(Error::NoNameLeft(name.to_string()))
 }

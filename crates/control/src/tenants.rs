@@ -1,125 +1,201 @@
 //! Tenants: created from a template with two small objects, deleted with all that is theirs.
 
-use std::sync::Arc;
-
-use varve_api::admin::{NewTenant, Tenant as TenantAnswer};
-use varve_api::host::Desired;
+use futures::{StreamExt as _, stream};
+use varve_api::admin::{Deleted, NewTenant, Tenant};
+use varve_postgres::Timestamp;
+use varve_storage::edit_log::{EditLogError, read_state};
 use varve_storage::ids::{BranchName, TenantId, TenantName, TimelineId};
-use varve_storage::tenant_log::{CreateTenantError, TenantEdit, TenantFacts, TimelineFacts, create_tenant, delete_objects, names};
+use varve_storage::tenant_log::{
+    TenantEdit, TenantFacts, TenantState, TimelineFacts, create_tenant, delete_objects, names, tenant_folder,
+};
 
-use super::Pageserver;
-use crate::error::{Code, ServerError};
-use crate::moment::PostgresTime;
-use crate::password;
-use crate::tenant::Tenant;
+use crate::arguments::{Listed, Page};
+use crate::call::Call;
+use crate::error::Error;
+use crate::logs::facts;
+use crate::ports::{Pageserver, Template};
+use crate::{Control, arguments, moment, password};
 
 /// Postgres timeline of a tenant's first timeline.
 const FIRST_TLI: u32 = 1;
+/// Logs that a list reads at once.
+const READS_AT_ONCE: usize = 32;
+/// Deletions that are remembered under their keys.
+const DELETIONS_MAX: usize = 1000;
 
-fn describe(tenant: &Tenant) -> TenantAnswer {
-    let facts = tenant.facts();
-    TenantAnswer {
-        name: facts.name.to_string(),
-        id: facts.id.to_string(),
-        pg_version: facts.pg_version,
-        system_identifier: facts.system_identifier.to_string(),
-        created_at: PostgresTime(facts.created).to_rfc3339(),
-        branches: tenant.log().state().branch_count(),
+impl<P: Pageserver> Control<P> {
+    /// What the API says of a tenant, from its log alone.
+    fn describe_tenant(&self, state: &TenantState, id: TenantId) -> Result<Tenant, Error> {
+        let facts = facts(state, id)?;
+        Ok(Tenant {
+            name: facts.name.to_string(),
+            id: facts.id.to_string(),
+            pg_version: facts.pg_version,
+            system_identifier: facts.system_identifier.to_string(),
+            created_at: moment::rfc3339(Timestamp(facts.created)),
+            branches: state.branch_count(),
+            owner: self.owner(state, id),
+            problem: None,
+        })
     }
-}
 
-impl Pageserver {
-    /// Lists the tenants, by name.
+    /// Lists tenants, by name. Takes none over and opens nothing.
     ///
     /// # Errors
-    /// [`ServerError`].
-    pub async fn list_tenants(&self) -> Result<Vec<TenantAnswer>, ServerError> {
-        let mut tenants = Vec::new();
-        for (name, _) in names::list(self.store()).await? {
-            tenants.push(describe(&*self.tenant(name.as_str()).await?));
+    /// The store's. One tenant whose log cannot be read does not fail the list: it says so.
+    pub async fn list_tenants(&self, page: &Page) -> Result<Listed<Tenant>, Error> {
+        let after = page.after.as_deref().map(str::parse::<TenantName>).transpose().map_err(|error| Error::argument("cursor", error))?;
+        let found = names::page(&self.store, &page.prefix, after.as_ref(), page.limit).await?;
+        let next = found.next.map(|name| Page::cursor(name.as_str()));
+        let shown = found.tenants.into_iter().map(|(name, id)| self.listed_tenant(name, id));
+        let items: Vec<Option<Tenant>> = stream::iter(shown).buffered(READS_AT_ONCE).collect().await;
+        Ok(Listed { items: items.into_iter().flatten().collect(), next })
+    }
+
+    /// A tenant in a list; none if it was deleted since.
+    async fn listed_tenant(&self, name: TenantName, id: TenantId) -> Option<Tenant> {
+        let shown = self.read(id).await.and_then(|state| self.describe_tenant(&state, id));
+        match shown {
+            Ok(tenant) => Some(tenant),
+            Err(Error::UnknownTenant(_)) => None,
+            Err(error) => {
+                tracing::warn!(tenant = %name, %error, "its log cannot be read");
+                Some(Tenant {
+                    name: name.to_string(),
+                    id: id.to_string(),
+                    pg_version: 0,
+                    system_identifier: String::new(),
+                    created_at: String::new(),
+                    branches: 0,
+                    owner: None,
+                    problem: Some(error.to_string()),
+                })
+            }
         }
-        Ok(tenants)
     }
 
-    /// Shows a tenant.
+    /// Shows a tenant. Does not take it over.
     ///
     /// # Errors
-    /// [`ServerError`].
-    pub async fn show_tenant(&self, name: &str) -> Result<TenantAnswer, ServerError> {
-        Ok(describe(&*self.tenant(name).await?))
+    /// [`Error`].
+    pub async fn show_tenant(&self, tenant: &str) -> Result<Tenant, Error> {
+        let id = self.find(tenant).await?;
+        self.describe_tenant(&*self.read(id).await?, id)
     }
 
     /// Creates a tenant with a branch `main`.
     ///
     /// # Errors
-    /// [`ServerError`].
-    pub async fn create_tenant(&self, new: NewTenant) -> Result<TenantAnswer, ServerError> {
-        let name: TenantName = new.name.parse().map_err(|error| ServerError::new(Code::InvalidArgument, format!("{error}")))?;
-        let main: BranchName = "main".parse().map_err(ServerError::internal)?;
-        let template = self.templates().for_version(new.pg_version).await?;
-        let random = |error| ServerError::internal(error);
-        let (id, timeline) = (TenantId::random().map_err(random)?, TimelineId::random().map_err(random)?);
-        let password = password::generate()?;
-        let now = PostgresTime::now();
-        let verifier = {
-            let password = password.clone();
-            tokio::task::spawn_blocking(move || password::verifier(&password)).await.map_err(ServerError::internal)?
+    /// [`Error`].
+    pub async fn create_tenant(&self, call: &Call, new: &NewTenant) -> Result<Tenant, Error> {
+        let name = arguments::new_tenant_name(&new.name)?;
+        let _turn = self.creating.take(name.clone()).await;
+        // Under a key the id is the key's: so what became of the first try is found, whatever it came to.
+        let id = TenantId(match &call.key {
+            Some(key) => key.digest(),
+            None => self.environment.random()?,
+        });
+        if call.key.is_some()
+            && let Some(before) = self.created_before(call, id).await?
+        {
+            return Ok(before);
+        }
+        let template = self.template(new.pg_version).await?;
+        let (facts, mut edits) = self.first_day(&name, id, &template)?;
+        let mut state = TenantState::default();
+        let first = TenantEdit::Tenant(facts.clone());
+        std::iter::once(&first).chain(&edits).try_for_each(|edit| state.apply(edit))?;
+        let answer = self.describe_tenant(&state, id)?;
+        edits.push(self.audit(call, &format!("created tenant {name}")));
+        edits.extend(call.row(&answer)?);
+        let log = create_tenant(&self.store, facts, edits).await?;
+        self.remember(name.clone(), id);
+        self.pageserver.adopt(log).await?;
+        tracing::info!(tenant = %name, %id, "tenant created");
+        Ok(answer)
+    }
+
+    /// The answer to the call that made a tenant with this id. A first try that wrote the log and not the name is completed.
+    async fn created_before(&self, call: &Call, id: TenantId) -> Result<Option<Tenant>, Error> {
+        let Some((state, _)) = read_state::<TenantState>(&self.store, &tenant_folder(id)?).await? else { return Ok(None) };
+        let answer: Option<Tenant> = call.prior(&state)?;
+        let (Some(answer), Some(facts)) = (answer, state.facts()) else {
+            return Err(Error::Damaged { tenant: id, problem: "its log does not say which request made it" });
         };
+        if state.is_removed() {
+            return Err(varve_api::Refusal::unavailable("the tenant that this key made is being deleted: try again, or take a new key").into());
+        }
+        names::reserve(&self.store, &facts.name, id).await?;
+        Ok(Some(answer))
+    }
+
+    /// A tenant's facts, and the other edits of its first day.
+    fn first_day(&self, name: &TenantName, id: TenantId, template: &Template) -> Result<(TenantFacts, Vec<TenantEdit>), Error> {
+        let main: BranchName = "main".parse().map_err(|error| Error::argument("name", error))?;
+        let timeline = TimelineId(self.environment.random()?);
+        let password = password::generate(&self.environment)?;
+        let created = self.environment.now();
         let facts = TenantFacts {
             id,
             name: name.clone(),
-            pg_version: template.facts().cluster.major.number(),
-            system_identifier: system_identifier(&id, now),
-            created: now.0,
-            template: template.name().to_owned(),
+            pg_version: template.pg_version,
+            system_identifier: system_identifier(self.environment.random()?, created),
+            created: created.0,
+            template: template.name.clone(),
+            password_verifier: password::verifier(&password, &self.environment.random()?),
             password,
-            password_verifier: verifier,
         };
-        let first = TimelineFacts { id: timeline, ancestor: None, tli: FIRST_TLI, start: template.facts().end, created: now.0 };
-        let others =
-            vec![TenantEdit::Timeline(first), TenantEdit::Branch { name: main, timeline }, super::audit(format!("created tenant {name}"))];
-        let log = create_tenant(self.store(), facts, others).await.map_err(|error| match error {
-            CreateTenantError::NameTaken(_) => ServerError::new(Code::NameTaken, error.to_string()),
-            other => ServerError::internal(other),
-        })?;
-        let tenant = Arc::new(Tenant::new(log, template, self.context().clone())?);
-        self.keep(tenant.clone()).await;
-        tracing::info!(tenant = %name, %id, "tenant created");
-        Ok(describe(&tenant))
+        let first = TimelineFacts { id: timeline, ancestor: None, tli: FIRST_TLI, start: template.end, created: created.0 };
+        Ok((facts, vec![TenantEdit::Timeline(first), TenantEdit::Branch { name: main, timeline }]))
     }
 
-    /// Deletes a tenant: its computes stop, its objects go, its name is free again.
+    /// Deletes a tenant: its computes end, its objects go, its name is free again.
     ///
     /// # Errors
-    /// [`ServerError`].
-    pub async fn delete_tenant(&self, name: &str) -> Result<(), ServerError> {
-        let tenant = self.tenant(name).await?;
-        self.stop_computes(self.computes().of_tenant(tenant.id()), Desired::Fenced).await?;
-        tenant
-            .log()
-            .commit(|state| {
-                let edits = if state.is_removed() { Vec::new() } else { vec![TenantEdit::TenantRemoved] };
-                Ok::<_, ServerError>((edits, ()))
-            })
-            .await?;
-        let timelines: Vec<TimelineId> = tenant.log().state().timelines().map(|timeline| timeline.facts.id).collect();
-        tenant.stop().await;
-        for timeline in timelines {
-            tenant.context().wal.forget(tenant.id(), timeline);
+    /// [`Error`].
+    pub async fn delete_tenant(&self, call: &Call, tenant: &str) -> Result<Deleted, Error> {
+        if let Some(answer) = self.deleted_before(call)? {
+            return Ok(answer);
         }
-        self.forget(&tenant).await;
+        let id = self.find(tenant).await?;
+        let log = self.pageserver.own(id, "the tenant is deleted").await?;
+        let state = log.state();
+        let name = state.facts().ok_or_else(|| Error::UnknownTenant(id.to_string()))?.name.clone();
+        let audit = self.audit(call, &format!("deleted tenant {name}"));
+        self.commit_edits(&log, |state| Ok(if state.is_removed() { Vec::new() } else { vec![audit, TenantEdit::TenantRemoved] })).await?;
+        self.end_for_good(self.computes.of_tenant(id)).await;
+        self.pageserver.forget(id).await;
         // The name goes first: once it is free, nobody finds the objects that are left.
-        names::free(self.store(), tenant.name(), tenant.id()).await?;
-        delete_objects(self.store(), tenant.id()).await?;
-        tracing::info!(tenant = %tenant.name(), "tenant deleted");
-        Ok(())
+        names::free(&self.store, &name, id).await?;
+        delete_objects(&self.store, id).await.map_err(|error: EditLogError| Error::Log(error))?;
+        tracing::info!(tenant = %name, %id, "tenant deleted");
+        let answer = Deleted { deleted: name.to_string() };
+        if let Some(key) = &call.key {
+            let mut deletions = self.deletions.lock();
+            deletions.push_back((key.clone(), answer.clone()));
+            if deletions.len() > DELETIONS_MAX {
+                deletions.pop_front();
+            }
+        }
+        Ok(answer)
+    }
+
+    /// What a deletion under this key answered. No log is left that could keep it over a restart: after one the tenant is unknown, which
+    /// says as much.
+    fn deleted_before(&self, call: &Call) -> Result<Option<Deleted>, Error> {
+        let Some(key) = &call.key else { return Ok(None) };
+        let deletions = self.deletions.lock();
+        match deletions.iter().find(|(known, _)| known.as_str() == key.as_str()) {
+            Some((known, answer)) if known == key => Ok(Some(answer.clone())),
+            Some(_) => Err(Error::KeyReused(key.as_str().to_owned())),
+            None => Ok(None),
+        }
     }
 }
 
-/// A system identifier as `initdb` makes one, seconds in the high half, with random bits of the tenant's id in the low one: unique
-/// however many tenants a second brings.
-fn system_identifier(id: &TenantId, now: PostgresTime) -> u64 {
-    let unix_seconds = (now.0 / 1_000_000 + 946_684_800).max(0) as u64;
-    let [a, b, c, d, ..] = id.0;
-    unix_seconds << 32 | u64::from(u32::from_be_bytes([a, b, c, d]))
+/// A system identifier as `initdb` makes one, seconds in the high half, with chance in the low one: unique however many tenants a second
+/// brings.
+fn system_identifier(chance: [u8; 4], now: Timestamp) -> u64 {
+    let unix_seconds = (now.unix_micros() / 1_000_000).max(0) as u64;
+    unix_seconds << 32 | u64::from(u32::from_be_bytes(chance))
 }

@@ -11,6 +11,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::BytesMut;
+use futures::FutureExt;
+use futures::future::BoxFuture;
 use tokio_util::sync::CancellationToken;
 use varve_pageserver::page_service::{BackupOptions, PageService, PageServiceConfig, PageSource, SourceError, TimelinePages};
 use varve_postgres::slru::SlruKind;
@@ -19,6 +21,7 @@ use varve_protocol::client::BlockingOptions;
 use varve_protocol::connect::blocking::{Connection, Received};
 use varve_protocol::wire::frontend;
 use varve_protocol::{BlockingPageClient, ConnectConfig, Endpoint, Header, Query, ReadLsn, RelationSize, Request, SlruSegmentSize};
+use varve_storage::ids::TenantId;
 
 const REL: RelFork = RelFork { node: RelNode { spc: 1663, db: 5, rel: 16384 }, fork: Fork::Main };
 const AT: ReadLsn = ReadLsn { lsn: Lsn(0x2000), not_modified_since: Lsn(0x1000) };
@@ -34,12 +37,19 @@ struct OnePage {
 struct Source(Arc<OnePage>);
 
 impl PageSource for Source {
-    fn resolve(&self, _tenant: &str, _timeline: &str) -> Result<Arc<dyn TimelinePages>, SourceError> {
-        Ok(self.0.clone())
+    fn resolve(&self, _tenant: &str, _timeline: &str) -> BoxFuture<'_, Result<Arc<dyn TimelinePages>, SourceError>> {
+        let found: Arc<dyn TimelinePages> = self.0.clone();
+        std::future::ready(Ok(found)).boxed()
     }
 }
 
 impl TimelinePages for OnePage {
+    fn tenant(&self) -> TenantId {
+        TenantId([1; 16])
+    }
+    fn arrival(&self, _at: ReadLsn) -> Option<BoxFuture<'static, ()>> {
+        None
+    }
     fn try_get_page_cached(&self, _rel: RelFork, _blkno: BlockNumber, _at: ReadLsn, take: &mut dyn FnMut(&Page)) -> bool {
         if self.warm {
             take(&self.page);

@@ -348,7 +348,7 @@ fn a_flipped_bit_is_never_served() {
             log.sync(position).unwrap();
             timeline.acknowledged.extend(bytes);
         }
-        let files: Vec<String> = disk.files().into_keys().collect();
+        let files: Vec<String> = disk.files().into_keys().filter(|name| name.ends_with(".wal")).collect();
         let name = &files[random.below(files.len() as u64) as usize];
         disk.flip(name, random.below(8192) as usize);
         match WalLog::open_on(Arc::new(disk.crash_process()), options) {
@@ -375,7 +375,7 @@ fn a_full_disk_is_told_and_goes_on_when_there_is_space() {
     let log = WalLog::open_on(Arc::new(disk.clone()), options).unwrap();
     let (timeline, base) = (TimelineId([2; 16]), Lsn(8));
     log.attach(TENANT, timeline, &[(WriterEpoch(1), base)], base).unwrap();
-    disk.set_faults(DiskFaults { capacity_bytes: Some(3 * 4096), ..DiskFaults::default() });
+    disk.set_faults(DiskFaults { capacity_bytes: Some(3 * 4096 + 1024), ..DiskFaults::default() });
     let mut end = base;
     let error = loop {
         match log.append(TENANT, timeline, WriterEpoch(1), end, &[7; 1000]) {

@@ -1,222 +1,287 @@
-//! The routes' handlers.
-
-use std::sync::Arc;
+//! The public routes' handlers.
 
 use axum::Json;
-use axum::extract::{Path, Query, State};
-use axum::http::{StatusCode, header};
-use axum::response::IntoResponse;
-use serde::Deserialize;
-use serde_json::{Value, json};
+use axum::extract::State;
+use axum::http::{HeaderValue, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use serde::{Deserialize, Serialize};
 use varve_api::admin::{
-    Branch, BranchChange, Compute, Moment, NewBranch, NewCompute, NewTenant, Restore, Restored, Server as ServerFacts, Tenant, Wal,
+    Branch, BranchChange, Compute, Deleted, Moment, NewBranch, NewCompute, NewTenant, Ready, Restore, Restored, Server as ServerFacts,
+    Stopped, Tenant, Wal,
 };
-use varve_api::host::{Attach, Attached, Begin, Ended, FileVersion, Orders, StartupBlocks};
 
-use super::Body;
-use crate::error::ServerError;
-use crate::pageserver::Pageserver;
+use super::Server;
+use super::extract::{Mutation, Names, Nothing, Parameters};
+use super::internal::to_its_end;
+use crate::arguments::{Listed, Page};
+use crate::error::Error;
+use crate::ports::Pageserver;
 
-type Server = State<Arc<Pageserver>>;
-type Answer<T> = Result<Json<T>, ServerError>;
-type Created<T> = Result<(StatusCode, Json<T>), ServerError>;
+type Answer<T> = Result<Json<T>, Error>;
+type Created<T> = Result<(StatusCode, Json<T>), Error>;
 
 /// A moment in a query string.
 #[derive(Debug, Default, Deserialize)]
-pub(crate) struct MomentQuery {
+#[serde(deny_unknown_fields)]
+pub(super) struct MomentQuery {
     lsn: Option<String>,
     at: Option<String>,
 }
 
-/// Shows the server itself.
-#[utoipa::path(get, path = "/v1/server", responses((status = 200, body = ServerFacts)))]
-pub(super) async fn show_server(State(server): Server) -> Json<ServerFacts> {
-    Json(server.facts())
+/// Which part of a list.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct PageQuery {
+    limit: Option<usize>,
+    cursor: Option<String>,
+    prefix: Option<String>,
 }
 
-/// Lists the tenants.
-#[utoipa::path(get, path = "/v1/tenants", responses((status = 200, body = [Tenant])))]
-pub(super) async fn list_tenants(State(server): Server) -> Answer<Vec<Tenant>> {
-    server.list_tenants().await.map(Json)
+impl PageQuery {
+    fn page(&self) -> Result<Page, Error> {
+        Page::parse(self.prefix.as_deref(), self.cursor.as_deref(), self.limit)
+    }
+
+    /// The items, with the address of the next page in `Link`. Everything in it is made of letters that an address takes as they are.
+    fn answer<T: Serialize>(&self, path: &str, page: &Page, listed: Listed<T>) -> Response {
+        let mut response = Json(listed.items).into_response();
+        if let Some(cursor) = listed.next {
+            let prefix = if page.prefix.is_empty() { String::new() } else { format!("&prefix={}", page.prefix) };
+            let link = format!("<{path}?limit={}&cursor={cursor}{prefix}>; rel=\"next\"", page.limit);
+            if let Ok(link) = HeaderValue::from_str(&link) {
+                response.headers_mut().insert(header::LINK, link);
+            }
+        }
+        response
+    }
+}
+
+/// Shows the server itself: its name, its hosts, and the tenants that others took over from it.
+#[utoipa::path(get, path = "/v1/server", responses((status = 200, body = ServerFacts)))]
+pub(super) async fn show_server<P: Pageserver>(State(server): State<Server<P>>) -> Json<ServerFacts> {
+    Json(server.control.server())
+}
+
+/// Says whether the server can work: it can while the store answers. Tenants that others took over are named; they do not make it unready.
+#[utoipa::path(get, path = "/readyz", responses((status = 200, body = Ready)))]
+pub(super) async fn ready<P: Pageserver>(State(server): State<Server<P>>) -> Answer<Ready> {
+    server.control.ready().await.map(Json)
+}
+
+/// Lists tenants by name. The header `Link` has the address of the next page, if there is one. No tenant is taken over for it.
+#[utoipa::path(get, path = "/v1/tenants",
+    params(("limit" = Option<u32>, Query, minimum = 1, maximum = 1000, description = "items of a page; 100 by default"),
+        ("cursor" = Option<String>, Query, description = "from the last page's Link"),
+        ("prefix" = Option<String>, Query, description = "only names that begin so")),
+    responses((status = 200, body = [Tenant], headers(("Link" = String, description = "address of the next page")))))]
+pub(super) async fn list_tenants<P: Pageserver>(
+    State(server): State<Server<P>>,
+    Parameters(query): Parameters<PageQuery>,
+) -> Result<Response, Error> {
+    let page = query.page()?;
+    let listed = server.control.list_tenants(&page).await?;
+    Ok(query.answer("/v1/tenants", &page, listed))
 }
 
 /// Creates a tenant with a branch `main`.
 #[utoipa::path(post, path = "/v1/tenants", request_body = NewTenant, responses((status = 201, body = Tenant)))]
-pub(super) async fn create_tenant(State(server): Server, Body(body): Body<NewTenant>) -> Created<Tenant> {
-    Ok((StatusCode::CREATED, Json(server.create_tenant(body).await?)))
+pub(super) async fn create_tenant<P: Pageserver>(
+    State(server): State<Server<P>>,
+    Mutation { call, body }: Mutation<NewTenant>,
+) -> Created<Tenant> {
+    let created = to_its_end!(server, |control| control.create_tenant(&call, &body))?;
+    Ok((StatusCode::CREATED, Json(created)))
 }
 
-/// Shows a tenant.
-#[utoipa::path(get, path = "/v1/tenants/{tenant}", params(("tenant", description = "name")), responses((status = 200, body = Tenant)))]
-pub(super) async fn show_tenant(State(server): Server, Path(tenant): Path<String>) -> Answer<Tenant> {
-    server.show_tenant(&tenant).await.map(Json)
+/// Shows a tenant, and who owns it. It is not taken over for it.
+#[utoipa::path(get, path = "/v1/tenants/{tenant}", params(("tenant", description = "name or id")), responses((status = 200, body = Tenant)))]
+pub(super) async fn show_tenant<P: Pageserver>(State(server): State<Server<P>>, Names(tenant): Names<String>) -> Answer<Tenant> {
+    server.control.show_tenant(&tenant).await.map(Json)
 }
 
 /// Deletes a tenant with all its history.
-#[utoipa::path(delete, path = "/v1/tenants/{tenant}", params(("tenant", description = "name")), responses((status = 200)))]
-pub(super) async fn delete_tenant(State(server): Server, Path(tenant): Path<String>) -> Answer<Value> {
-    server.delete_tenant(&tenant).await?;
-    Ok(Json(json!({ "deleted": tenant })))
+#[utoipa::path(delete, path = "/v1/tenants/{tenant}", params(("tenant", description = "name or id")),
+    responses((status = 200, body = Deleted)))]
+pub(super) async fn delete_tenant<P: Pageserver>(
+    State(server): State<Server<P>>,
+    Names(tenant): Names<String>,
+    Mutation { call, body: Nothing {} }: Mutation<Nothing>,
+) -> Answer<Deleted> {
+    to_its_end!(server, |control| control.delete_tenant(&call, &tenant)).map(Json)
 }
 
-/// Lists a tenant's branches.
-#[utoipa::path(get, path = "/v1/tenants/{tenant}/branches", params(("tenant", description = "name")),
-    responses((status = 200, body = [Branch])))]
-pub(super) async fn list_branches(State(server): Server, Path(tenant): Path<String>) -> Answer<Vec<Branch>> {
-    server.list_branches(&tenant).await.map(Json)
+/// Lists a tenant's branches by name. The header `Link` has the address of the next page, if there is one. Heads and sizes are what is
+/// known without opening anything.
+#[utoipa::path(get, path = "/v1/tenants/{tenant}/branches",
+    params(("tenant", description = "name or id"),
+        ("limit" = Option<u32>, Query, minimum = 1, maximum = 1000, description = "items of a page; 100 by default"),
+        ("cursor" = Option<String>, Query, description = "from the last page's Link"),
+        ("prefix" = Option<String>, Query, description = "only names that begin so")),
+    responses((status = 200, body = [Branch], headers(("Link" = String, description = "address of the next page")))))]
+pub(super) async fn list_branches<P: Pageserver>(
+    State(server): State<Server<P>>,
+    Names(tenant): Names<String>,
+    Parameters(query): Parameters<PageQuery>,
+) -> Result<Response, Error> {
+    let page = query.page()?;
+    let listed = server.control.list_branches(&tenant, &page).await?;
+    // Found, so it is a name or an id: both are made of plain letters.
+    Ok(query.answer(&format!("/v1/tenants/{tenant}/branches"), &page, listed))
 }
 
 /// Creates a branch.
-#[utoipa::path(post, path = "/v1/tenants/{tenant}/branches", params(("tenant", description = "name")), request_body = NewBranch,
+#[utoipa::path(post, path = "/v1/tenants/{tenant}/branches", params(("tenant", description = "name or id")), request_body = NewBranch,
     responses((status = 201, body = Branch)))]
-pub(super) async fn create_branch(State(server): Server, Path(tenant): Path<String>, Body(body): Body<NewBranch>) -> Created<Branch> {
-    Ok((StatusCode::CREATED, Json(server.create_branch(&tenant, body).await?)))
+pub(super) async fn create_branch<P: Pageserver>(
+    State(server): State<Server<P>>,
+    Names(tenant): Names<String>,
+    Mutation { call, body }: Mutation<NewBranch>,
+) -> Created<Branch> {
+    let created = to_its_end!(server, |control| control.create_branch(&call, &tenant, &body))?;
+    Ok((StatusCode::CREATED, Json(created)))
 }
 
 /// Shows a branch.
-#[utoipa::path(get, path = "/v1/tenants/{tenant}/branches/{branch}", params(("tenant", description = "name"), ("branch", description = "name")),
+#[utoipa::path(get, path = "/v1/tenants/{tenant}/branches/{branch}",
+    params(("tenant", description = "name or id"), ("branch", description = "name, or id of its timeline")),
     responses((status = 200, body = Branch)))]
-pub(super) async fn show_branch(State(server): Server, Path((tenant, branch)): Path<(String, String)>) -> Answer<Branch> {
-    server.show_branch(&tenant, &branch).await.map(Json)
-}
-
-/// Gives a branch another name.
-#[utoipa::path(patch, path = "/v1/tenants/{tenant}/branches/{branch}", params(("tenant", description = "name"), ("branch", description = "name")),
-    request_body = BranchChange, responses((status = 200, body = Branch)))]
-pub(super) async fn rename_branch(
-    State(server): Server,
-    Path((tenant, branch)): Path<(String, String)>,
-    Body(body): Body<BranchChange>,
+pub(super) async fn show_branch<P: Pageserver>(
+    State(server): State<Server<P>>,
+    Names((tenant, branch)): Names<(String, String)>,
 ) -> Answer<Branch> {
-    server.rename_branch(&tenant, &branch, &body.name).await.map(Json)
+    server.control.show_branch(&tenant, &branch).await.map(Json)
 }
 
-/// Deletes a branch that has no children.
-#[utoipa::path(delete, path = "/v1/tenants/{tenant}/branches/{branch}", params(("tenant", description = "name"), ("branch", description = "name")),
-    responses((status = 200)))]
-pub(super) async fn delete_branch(State(server): Server, Path((tenant, branch)): Path<(String, String)>) -> Answer<Value> {
-    server.delete_branch(&tenant, &branch).await?;
-    Ok(Json(json!({ "deleted": format!("{tenant}/{branch}") })))
+/// Gives a branch another name; its computes go along.
+#[utoipa::path(patch, path = "/v1/tenants/{tenant}/branches/{branch}",
+    params(("tenant", description = "name or id"), ("branch", description = "name, or id of its timeline")),
+    request_body = BranchChange, responses((status = 200, body = Branch)))]
+pub(super) async fn rename_branch<P: Pageserver>(
+    State(server): State<Server<P>>,
+    Names((tenant, branch)): Names<(String, String)>,
+    Mutation { call, body }: Mutation<BranchChange>,
+) -> Answer<Branch> {
+    to_its_end!(server, |control| control.rename_branch(&call, &tenant, &branch, &body.name)).map(Json)
+}
+
+/// Deletes a branch. Its history goes as far as no other branch came from it. A tenant's last branch stays.
+#[utoipa::path(delete, path = "/v1/tenants/{tenant}/branches/{branch}",
+    params(("tenant", description = "name or id"), ("branch", description = "name, or id of its timeline")),
+    responses((status = 200, body = Deleted)))]
+pub(super) async fn delete_branch<P: Pageserver>(
+    State(server): State<Server<P>>,
+    Names((tenant, branch)): Names<(String, String)>,
+    Mutation { call, body: Nothing {} }: Mutation<Nothing>,
+) -> Answer<Deleted> {
+    to_its_end!(server, |control| control.delete_branch(&call, &tenant, &branch)).map(Json)
 }
 
 /// Takes a branch back to a moment; the old history stays under another name.
-#[utoipa::path(post, path = "/v1/tenants/{tenant}/branches/{branch}/restore", params(("tenant", description = "name"), ("branch", description = "name")),
+#[utoipa::path(post, path = "/v1/tenants/{tenant}/branches/{branch}/restore",
+    params(("tenant", description = "name or id"), ("branch", description = "name, or id of its timeline")),
     request_body = Restore, responses((status = 200, body = Restored)))]
-pub(super) async fn restore_branch(
-    State(server): Server,
-    Path((tenant, branch)): Path<(String, String)>,
-    Body(body): Body<Restore>,
+pub(super) async fn restore_branch<P: Pageserver>(
+    State(server): State<Server<P>>,
+    Names((tenant, branch)): Names<(String, String)>,
+    Mutation { call, body }: Mutation<Restore>,
 ) -> Answer<Restored> {
-    server.restore_branch(&tenant, &branch, body).await.map(Json)
+    to_its_end!(server, |control| control.restore_branch(&call, &tenant, &branch, &body)).map(Json)
 }
 
 /// Says which LSN a time is, or which time an LSN.
 #[utoipa::path(get, path = "/v1/tenants/{tenant}/branches/{branch}/moment",
-    params(("tenant", description = "name"), ("branch", description = "name"), ("lsn" = Option<String>, Query), ("at" = Option<String>, Query)),
+    params(("tenant", description = "name or id"), ("branch", description = "name, or id of its timeline"),
+        ("lsn" = Option<String>, Query), ("at" = Option<String>, Query)),
     responses((status = 200, body = Moment)))]
-pub(super) async fn moment(
-    State(server): Server,
-    Path((tenant, branch)): Path<(String, String)>,
-    Query(query): Query<MomentQuery>,
+pub(super) async fn moment<P: Pageserver>(
+    State(server): State<Server<P>>,
+    Names((tenant, branch)): Names<(String, String)>,
+    Parameters(query): Parameters<MomentQuery>,
 ) -> Answer<Moment> {
-    server.moment(&tenant, &branch, query.lsn.as_deref(), query.at.as_deref()).await.map(Json)
+    server.control.moment(&tenant, &branch, query.lsn.as_deref(), query.at.as_deref()).await.map(Json)
 }
 
 /// Says which WAL of a branch can be had: that of which redo can be checked.
-#[utoipa::path(get, path = "/v1/tenants/{tenant}/branches/{branch}/wal", params(("tenant", description = "name"), ("branch", description = "name")),
+#[utoipa::path(get, path = "/v1/tenants/{tenant}/branches/{branch}/wal",
+    params(("tenant", description = "name or id"), ("branch", description = "name, or id of its timeline")),
     responses((status = 200, body = Wal)))]
-pub(super) async fn branch_wal(State(server): Server, Path((tenant, branch)): Path<(String, String)>) -> Answer<Wal> {
-    server.branch_wal(&tenant, &branch).await.map(Json)
+pub(super) async fn branch_wal<P: Pageserver>(
+    State(server): State<Server<P>>,
+    Names((tenant, branch)): Names<(String, String)>,
+) -> Answer<Wal> {
+    server.control.branch_wal(&tenant, &branch).await.map(Json)
 }
 
 /// A position in WAL in a query string.
 #[derive(Debug, Deserialize)]
-pub(crate) struct WalQuery {
-    #[serde(default)]
+#[serde(deny_unknown_fields)]
+pub(super) struct WalQuery {
     from: String,
 }
 
 /// Gives WAL of a branch as it is, from a position on: at least a byte and at most 16 MiB.
 #[utoipa::path(get, path = "/v1/tenants/{tenant}/branches/{branch}/wal/bytes",
-    params(("tenant", description = "name"), ("branch", description = "name"), ("from" = String, Query, description = "an LSN")),
+    params(("tenant", description = "name or id"), ("branch", description = "name, or id of its timeline"),
+        ("from" = String, Query, description = "an LSN")),
     responses((status = 200, body = [u8], content_type = "application/octet-stream")))]
-pub(super) async fn branch_wal_bytes(
-    State(server): Server,
-    Path((tenant, branch)): Path<(String, String)>,
-    Query(query): Query<WalQuery>,
-) -> Result<impl IntoResponse, ServerError> {
-    let bytes = server.branch_wal_bytes(&tenant, &branch, &query.from).await?;
+pub(super) async fn branch_wal_bytes<P: Pageserver>(
+    State(server): State<Server<P>>,
+    Names((tenant, branch)): Names<(String, String)>,
+    Parameters(query): Parameters<WalQuery>,
+) -> Result<impl IntoResponse, Error> {
+    let bytes = server.control.branch_wal_bytes(&tenant, &branch, &query.from).await?;
     Ok(([(header::CONTENT_TYPE, "application/octet-stream")], bytes))
 }
 
-/// Lists a branch's computes.
-#[utoipa::path(get, path = "/v1/tenants/{tenant}/branches/{branch}/computes", params(("tenant", description = "name"), ("branch", description = "name")),
+/// Lists the computes that run, or should run, on a branch; without passwords.
+#[utoipa::path(get, path = "/v1/tenants/{tenant}/branches/{branch}/computes",
+    params(("tenant", description = "name or id"), ("branch", description = "name, or id of its timeline")),
     responses((status = 200, body = [Compute])))]
-pub(super) async fn list_branch_computes(State(server): Server, Path((tenant, branch)): Path<(String, String)>) -> Answer<Vec<Compute>> {
-    server.list_branch_computes(&tenant, &branch).await.map(Json)
+pub(super) async fn list_branch_computes<P: Pageserver>(
+    State(server): State<Server<P>>,
+    Names((tenant, branch)): Names<(String, String)>,
+) -> Answer<Vec<Compute>> {
+    server.control.list_branch_computes(&tenant, &branch).await.map(Json)
 }
 
-/// Starts a compute; answers when it takes connections.
-#[utoipa::path(post, path = "/v1/tenants/{tenant}/branches/{branch}/computes", params(("tenant", description = "name"), ("branch", description = "name")),
-    request_body = NewCompute, responses((status = 201, body = Compute)))]
-pub(super) async fn start_compute(
-    State(server): Server,
-    Path((tenant, branch)): Path<(String, String)>,
-    Body(body): Body<NewCompute>,
+/// Sees to it that a compute runs on a branch, and answers when it takes connections: 201 when it was started for this call, 200 when it ran
+/// already. One that runs with other arguments is left alone unless `replace` is set. At a moment of the past each call starts another one.
+#[utoipa::path(post, path = "/v1/tenants/{tenant}/branches/{branch}/computes",
+    params(("tenant", description = "name or id"), ("branch", description = "name, or id of its timeline")),
+    request_body = NewCompute, responses((status = 201, body = Compute), (status = 200, body = Compute)))]
+pub(super) async fn start_compute<P: Pageserver>(
+    State(server): State<Server<P>>,
+    Names((tenant, branch)): Names<(String, String)>,
+    Mutation { call, body }: Mutation<NewCompute>,
 ) -> Created<Compute> {
-    Ok((StatusCode::CREATED, Json(server.start_compute(&tenant, &branch, body).await?)))
+    let started = to_its_end!(server, |control| control.ensure_running(&call, &tenant, &branch, &body))?;
+    Ok((if started.fresh { StatusCode::CREATED } else { StatusCode::OK }, Json(started.compute)))
 }
 
-/// Lists the computes.
+/// Lists the computes that this server knows; without passwords.
 #[utoipa::path(get, path = "/v1/computes", responses((status = 200, body = [Compute])))]
-pub(super) async fn list_computes(State(server): Server) -> Answer<Vec<Compute>> {
-    server.list_computes().await.map(Json)
+pub(super) async fn list_computes<P: Pageserver>(State(server): State<Server<P>>) -> Json<Vec<Compute>> {
+    Json(server.control.list_computes())
 }
 
-/// Shows a compute.
+/// Shows a compute, with its password.
 #[utoipa::path(get, path = "/v1/computes/{id}", params(("id", description = "id")), responses((status = 200, body = Compute)))]
-pub(super) async fn show_compute(State(server): Server, Path(id): Path<String>) -> Answer<Compute> {
-    server.show_compute(&id).await.map(Json)
+pub(super) async fn show_compute<P: Pageserver>(State(server): State<Server<P>>, Names(id): Names<String>) -> Answer<Compute> {
+    server.control.show_compute(&id).await.map(Json)
 }
 
-/// Stops a compute cleanly; answers when it has ended.
-#[utoipa::path(delete, path = "/v1/computes/{id}", params(("id", description = "id")), responses((status = 200)))]
-pub(super) async fn stop_compute(State(server): Server, Path(id): Path<String>) -> Answer<Value> {
-    server.stop_compute(&id).await?;
-    Ok(Json(json!({ "stopped": id })))
+/// Stops a compute cleanly; answers when it has ended. One that did not end cleanly is stopped, too, and the answer is an error that says so.
+#[utoipa::path(delete, path = "/v1/computes/{id}", params(("id", description = "id")), responses((status = 200, body = Stopped)))]
+pub(super) async fn stop_compute<P: Pageserver>(
+    State(server): State<Server<P>>,
+    Names(id): Names<String>,
+    Mutation { call, body: Nothing {} }: Mutation<Nothing>,
+) -> Answer<Stopped> {
+    to_its_end!(server, |control| control.stop_compute(&call, &id)).map(Json)
 }
 
-pub(super) async fn begin(State(server): Server, Path(id): Path<String>) -> Answer<Begin> {
-    server.begin_compute(&id).await.map(Json)
-}
-
-pub(super) async fn attach(State(server): Server, Path(id): Path<String>, Body(body): Body<Attach>) -> Answer<Attached> {
-    server.attach_compute(&id, body).await.map(Json)
-}
-
-pub(super) async fn ended(State(server): Server, Path(id): Path<String>, Body(body): Body<Ended>) -> Answer<()> {
-    server.compute_ended(&id, body).await.map(Json)
-}
-
-pub(super) async fn startup_blocks(State(server): Server, Path(id): Path<String>, Body(body): Body<StartupBlocks>) -> Answer<()> {
-    server.learn_startup_blocks(&id, body.blocks).await.map(Json)
-}
-
-/// Where a waiting compute stands.
-#[derive(Debug, Deserialize)]
-pub(crate) struct OrdersQuery {
-    incarnation: u64,
-    server_run: String,
-}
-
-pub(super) async fn orders(State(server): Server, Path(id): Path<String>, Query(query): Query<OrdersQuery>) -> Answer<Orders> {
-    server.orders(&id, query.incarnation, &query.server_run).await.map(Json)
-}
-
-pub(super) async fn put_file(State(server): Server, Path(id): Path<String>, Body(body): Body<FileVersion>) -> Answer<()> {
-    server.put_compute_file(&id, body).await.map(Json)
-}
-
-pub(super) async fn metrics(State(server): Server) -> impl IntoResponse {
-    ([(header::CONTENT_TYPE, "application/openmetrics-text; version=1.0.0")], server.metrics())
+pub(super) async fn metrics<P: Pageserver>(State(server): State<Server<P>>) -> impl IntoResponse {
+    let others = server.config.metrics.as_ref().map(|metrics| metrics()).unwrap_or_default();
+    let text = format!("{others}# TYPE varve_computes gauge\nvarve_computes {}\n# EOF\n", server.control.computes_wanted());
+    ([(header::CONTENT_TYPE, "application/openmetrics-text; version=1.0.0")], text)
 }

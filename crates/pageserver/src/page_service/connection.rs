@@ -7,7 +7,7 @@ use std::pin::Pin;
 use std::time::Duration;
 
 use bytes::BytesMut;
-use tokio::io::AsyncWriteExt;
+use tokio::io::{AsyncWriteExt, Interest};
 use tokio::net::TcpStream;
 use tokio::time::{Instant, Sleep, sleep, timeout};
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
@@ -19,6 +19,8 @@ use super::PageServiceConfig;
 const READ_SIZE: usize = 16 * 1024;
 /// An output buffer that grew beyond this is given back once it is sent; a round of answers fits.
 const KEEP_OUTPUT_SIZE_MAX: usize = 1024 * 1024;
+/// How often we look whether a client is still there whose bytes we do not read.
+const LOOK_AGAIN: Duration = Duration::from_millis(500);
 /// How long and how much we listen to a client that was told to go: closing at once would discard what it has not read yet.
 const LINGER_TIME: Duration = Duration::from_secs(1);
 /// See [`LINGER_TIME`].
@@ -90,7 +92,7 @@ impl Connection {
         self.wait(true, std::future::pending::<()>()).await.map(|_| ())
     }
 
-    /// Waits for `other`, and for more input if `read`.
+    /// Waits for `other`, and for more input if `read`. Ends when the client closes its side, whether that is read or not.
     pub(super) async fn wait<T>(&mut self, read: bool, other: impl Future<Output = T>) -> Result<Waited<T>, End> {
         let mut other = std::pin::pin!(other);
         loop {
@@ -109,8 +111,19 @@ impl Connection {
             tokio::select! {
                 output = &mut other => return Ok(Waited::Other(output)),
                 ready = self.stream.readable(), if read => ready.map_err(End::Broken)?,
+                () = closed(&self.stream), if !read => return Err(End::Over),
                 () = &mut self.shutdown => return Err(shutting_down()),
                 () = &mut self.alarm => self.check_silence(read)?,
+            }
+        }
+    }
+
+    /// Waits for `other` or the client's end; what the client sends meanwhile stays unread.
+    pub(super) async fn wait_unread<T>(&mut self, other: impl Future<Output = T>) -> Result<T, End> {
+        let mut other = std::pin::pin!(other);
+        loop {
+            if let Waited::Other(output) = self.wait(false, &mut other).await? {
+                return Ok(output);
             }
         }
     }
@@ -193,6 +206,17 @@ impl Connection {
             }
         }
         Ok(())
+    }
+}
+
+/// Ends when the client has closed its side of `stream`, of which nothing is read.
+async fn closed(stream: &TcpStream) {
+    while let Ok(ready) = stream.ready(Interest::READABLE).await {
+        if ready.is_read_closed() {
+            return;
+        }
+        // There are bytes that nobody wants yet: they would wake us again and again.
+        sleep(LOOK_AGAIN).await;
     }
 }
 

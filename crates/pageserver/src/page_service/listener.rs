@@ -2,6 +2,7 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
@@ -10,14 +11,17 @@ use tokio_util::task::TaskTracker;
 use varve_protocol::wire::{ServerMessage, backend::sqlstate};
 
 use super::connection::{Connection, End};
-use super::pool::BlockingPool;
+use super::pool::FairPool;
 use super::session::{Session, Shared, refuse};
+use super::shares::Shares;
 use super::{PageServiceConfig, PageSource};
 
 /// Clients that are being told that there is no place for them; further ones are closed without a word.
 const REFUSALS_MAX: usize = 64;
 /// Pause after a failed accept, such as for want of descriptors: they do not come back faster by asking.
-const ACCEPT_RETRY: std::time::Duration = std::time::Duration::from_millis(50);
+const ACCEPT_RETRY: Duration = Duration::from_millis(50);
+/// How often failing accepts are told of.
+const ACCEPT_COMPLAINT: Duration = Duration::from_secs(10);
 
 /// A page service that serves from a source.
 pub struct PageService {
@@ -31,7 +35,14 @@ pub struct PageService {
 impl PageService {
     /// A page service on `source`.
     pub fn new(source: Arc<dyn PageSource>, config: PageServiceConfig) -> PageService {
-        let shared = Shared { source, jobs: BlockingPool::new(config.jobs_max), backups: BlockingPool::new(config.backups_max) };
+        let shared = Shared {
+            source,
+            jobs: FairPool::new(config.jobs_max),
+            backups: FairPool::new(config.backups_max),
+            full_backups: FairPool::new(config.full_backups_max),
+            backups_of_tenant: Shares::new(config.backups_of_tenant_max),
+            connections_of_tenant: Shares::new(config.connections_max / 2),
+        };
         PageService {
             shared: Arc::new(shared),
             config,
@@ -43,6 +54,7 @@ impl PageService {
 
     /// Serves clients of `listener` until `shutdown`, then ends all connections and waits for them and their jobs, within the configured time.
     pub async fn run(self, listener: TcpListener, shutdown: CancellationToken) {
+        let mut complained: Option<Instant> = None;
         loop {
             let accepted = tokio::select! {
                 accepted = listener.accept() => accepted,
@@ -50,8 +62,12 @@ impl PageService {
             };
             match accepted {
                 Ok((stream, peer)) => self.admit(stream, peer, &shutdown),
+                // Want of descriptors, say. It concerns who comes, not who is there.
                 Err(error) => {
-                    tracing::warn!(%error, "the page service cannot accept a connection");
+                    if complained.is_none_or(|at| at.elapsed() >= ACCEPT_COMPLAINT) {
+                        tracing::warn!(%error, "the page service cannot accept connections; it goes on trying");
+                        complained = Some(Instant::now());
+                    }
                     tokio::time::sleep(ACCEPT_RETRY).await;
                 }
             }
@@ -60,7 +76,9 @@ impl PageService {
         self.tasks.close();
         let limit = self.config.shutdown_timeout;
         let ended = tokio::time::timeout(limit, self.tasks.wait()).await.is_ok();
-        let drained = self.shared.jobs.drained(limit).await && self.shared.backups.drained(limit).await;
+        let Shared { jobs, backups, full_backups, .. } = &*self.shared;
+        let (jobs, backups, full_backups) = tokio::join!(jobs.drained(limit), backups.drained(limit), full_backups.drained(limit));
+        let drained = jobs && backups && full_backups;
         if !ended || !drained {
             tracing::warn!(connections = self.tasks.len(), drained, "page service connections or jobs did not end within {limit:?}");
         }

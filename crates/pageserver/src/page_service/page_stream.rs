@@ -1,19 +1,19 @@
 //! A page stream: see the module above for how it is served.
 
-use std::collections::VecDeque;
+use std::future::poll_fn;
 use std::sync::Arc;
 
 use bytes::{Buf, BytesMut};
-use tokio::sync::oneshot;
-use varve_postgres::{BLCKSZ, slru::PAGES_PER_SEGMENT};
+use futures::future::BoxFuture;
 use varve_protocol::message::REQUEST_SIZE_MAX;
 use varve_protocol::wire::{FRAME_HEADER_SIZE, ServerMessage, backend, backend::sqlstate, peek_frame};
-use varve_protocol::{Query, Request};
+use varve_protocol::{Query, ReadLsn, Request};
 
-use super::answer::{answer_all, moment, put_page};
+use super::TimelinePages;
+use super::answer::{moment, put_page};
 use super::connection::{Connection, End, Waited};
-use super::pool::BlockingPool;
-use super::{SourceError, TimelinePages};
+use super::jobs::{JobResult, Jobs};
+use super::pool::FairPool;
 
 /// Most requests in one job.
 const BATCH_REQUESTS_MAX: usize = 32;
@@ -23,71 +23,73 @@ const JOBS_MAX: usize = 8;
 const UNSENT_SIZE_MAX: usize = 4 * 1024 * 1024;
 /// Bytes of answers after which they are sent before more requests are looked at.
 const WRITE_SIZE: usize = 512 * 1024;
-/// What a list is taken to be while it is being made.
-const LIST_SIZE_ESTIMATE: usize = 256 * 1024;
-/// What an answer has beside its pages, at most.
-const ANSWER_OVERHEAD: usize = 64;
 
-/// A job's answers, and whether the timeline is still there.
-type JobResult = (BytesMut, Result<(), SourceError>);
+/// Requests that are not at hand, to be made a job. All of them have arrived, or all wait for the same moment.
+#[derive(Default)]
+struct Batch {
+    requests: Vec<Request>,
+    /// The moment of the last.
+    moment: Option<ReadLsn>,
+    /// What they wait for.
+    arrival: Option<BoxFuture<'static, ()>>,
+}
 
-struct Job {
-    result: oneshot::Receiver<JobResult>,
-    /// Bytes that its answers will have, about.
-    estimate: usize,
+/// How a client ended its page stream.
+pub(super) enum StreamEnd {
+    /// All its requests are answered.
+    Done,
+    /// It wants no more answers.
+    GivenUp,
 }
 
 /// A page stream on a connection, from `CopyBothResponse` to the client's `CopyDone`.
 pub(super) struct PageStream<'a> {
     connection: &'a mut Connection,
     timeline: Arc<dyn TimelinePages>,
-    pool: BlockingPool,
-    /// Requests that are not at hand, to be made a job.
-    batch: Vec<Request>,
-    /// Jobs that run, in the order of their requests. While there is one, nothing may be answered before it.
-    jobs: VecDeque<Job>,
-    /// Sum of their estimates.
-    jobs_size: usize,
-    /// The client has ended its side.
-    done: bool,
+    batch: Batch,
+    /// While there is one, nothing may be answered before it.
+    jobs: Jobs,
+    /// How the client has ended its side.
+    end: Option<StreamEnd>,
 }
 
 impl<'a> PageStream<'a> {
-    pub(super) fn new(connection: &'a mut Connection, timeline: Arc<dyn TimelinePages>, pool: BlockingPool) -> PageStream<'a> {
-        PageStream { connection, timeline, pool, batch: Vec::new(), jobs: VecDeque::new(), jobs_size: 0, done: false }
+    pub(super) fn new(connection: &'a mut Connection, timeline: Arc<dyn TimelinePages>, pool: FairPool) -> PageStream<'a> {
+        let jobs = Jobs::new(timeline.clone(), pool);
+        PageStream { connection, timeline, batch: Batch::default(), jobs, end: None }
     }
 
     /// Serves until the client ends its side; the connection can be used for other commands then.
-    pub(super) async fn run(mut self) -> Result<(), End> {
+    pub(super) async fn run(mut self) -> Result<StreamEnd, End> {
         loop {
             tokio::task::coop::consume_budget().await; // others want to run, too, even if this client never pauses
             self.take_requests()?;
-            self.collect_finished()?;
+            while let Some(result) = self.jobs.take_finished()? {
+                self.append(result)?;
+            }
             if !self.connection.output.is_empty() {
                 self.connection.flush().await?;
             }
-            if self.done && self.jobs.is_empty() {
-                return Ok(());
+            match self.end {
+                Some(StreamEnd::Done) if self.jobs.is_empty() => return Ok(StreamEnd::Done),
+                Some(StreamEnd::GivenUp) => return Ok(StreamEnd::GivenUp),
+                _ => {}
             }
             if self.has_room() && self.next_request()?.is_some() {
                 continue;
             }
             let read = self.has_room();
-            let waited = match self.jobs.front_mut() {
-                Some(job) => self.connection.wait(read, &mut job.result).await?,
-                None => self.connection.wait(read, std::future::pending()).await?,
-            };
-            if let Waited::Other(result) = waited {
-                self.finish_front(result)?;
+            if let Waited::Other(result) = self.connection.wait(read, poll_fn(|cx| self.jobs.poll_first(cx))).await? {
+                self.append(result?)?;
             }
         }
     }
 
     fn has_room(&self) -> bool {
-        !self.done
+        self.end.is_none()
             && self.jobs.len() < JOBS_MAX
             && self.connection.output.len() < WRITE_SIZE
-            && self.connection.output.len() + self.jobs_size < UNSENT_SIZE_MAX
+            && self.connection.output.len() + self.jobs.size() < UNSENT_SIZE_MAX
     }
 
     /// Tag and body length of the next whole message in the input.
@@ -113,10 +115,13 @@ impl<'a> PageStream<'a> {
                 }
                 b'c' => {
                     self.connection.input.advance(FRAME_HEADER_SIZE + body_len);
-                    self.done = true;
+                    self.end = Some(StreamEnd::Done);
                 }
                 b'X' => return Err(End::Over),
-                b'f' => return Err(End::Fatal(ServerMessage::fatal(sqlstate::PROTOCOL_VIOLATION, "the client gave up the page stream"))),
+                b'f' => {
+                    self.connection.input.advance(FRAME_HEADER_SIZE + body_len);
+                    self.end = Some(StreamEnd::GivenUp);
+                }
                 b'H' | b'S' => self.connection.input.advance(FRAME_HEADER_SIZE + body_len), // Postgres ignores these during a COPY, too
                 tag => return Err(violation(format!("message with tag {tag} in a page stream: expected CopyData with a request"))),
             }
@@ -126,58 +131,39 @@ impl<'a> PageStream<'a> {
     }
 
     fn take_request(&mut self, request: Request) {
+        let at = moment(&request.header);
         if let Query::GetPage(rel, blkno) = request.query
-            && self.batch.is_empty()
+            && self.batch.requests.is_empty()
             && self.jobs.is_empty()
         {
             let output = &mut self.connection.output;
             let mut put = |page: &varve_postgres::Page| put_page(&request, page, output);
-            if self.timeline.try_get_page_cached(rel, blkno, moment(&request.header), &mut put) {
+            if self.timeline.try_get_page_cached(rel, blkno, at, &mut put) {
                 return;
             }
         }
-        self.batch.push(request);
-        if self.batch.len() == BATCH_REQUESTS_MAX {
+        if self.batch.moment != Some(at) {
+            let arrival = self.timeline.arrival(at);
+            if arrival.is_some() || self.batch.arrival.is_some() {
+                self.start_job(); // what has arrived does not wait for what has not
+            }
+            self.batch.moment = Some(at);
+            self.batch.arrival = arrival;
+        }
+        self.batch.requests.push(request);
+        if self.batch.requests.len() == BATCH_REQUESTS_MAX {
             self.start_job();
         }
     }
 
     fn start_job(&mut self) {
-        if self.batch.is_empty() {
-            return;
+        let Batch { requests, arrival, .. } = std::mem::take(&mut self.batch);
+        if !requests.is_empty() {
+            self.jobs.push(requests, arrival);
         }
-        let requests = std::mem::take(&mut self.batch);
-        let estimate = requests.iter().map(answer_size).sum();
-        let timeline = self.timeline.clone();
-        let result = self.pool.run(move || {
-            let mut out = BytesMut::with_capacity(estimate);
-            let result = answer_all(&*timeline, &requests, &mut out);
-            (out, result)
-        });
-        self.jobs_size += estimate;
-        self.jobs.push_back(Job { result, estimate });
-    }
-
-    /// Takes the answers of all jobs that are finished and whose turn it is.
-    fn collect_finished(&mut self) -> Result<(), End> {
-        while let Some(job) = self.jobs.front_mut() {
-            match job.result.try_recv() {
-                Err(oneshot::error::TryRecvError::Empty) => break,
-                Err(oneshot::error::TryRecvError::Closed) => return Err(job_panicked()),
-                Ok(result) => self.append(result)?,
-            }
-        }
-        Ok(())
-    }
-
-    fn finish_front(&mut self, result: Result<JobResult, oneshot::error::RecvError>) -> Result<(), End> {
-        self.append(result.map_err(|_| job_panicked())?)
     }
 
     fn append(&mut self, (answers, result): JobResult) -> Result<(), End> {
-        if let Some(job) = self.jobs.pop_front() {
-            self.jobs_size -= job.estimate;
-        }
         let output = &mut self.connection.output;
         if output.is_empty() {
             *output = answers;
@@ -188,24 +174,8 @@ impl<'a> PageStream<'a> {
     }
 }
 
-/// Bytes of the answer to `request`, about.
-fn answer_size(request: &Request) -> usize {
-    ANSWER_OVERHEAD
-        + match request.query {
-            Query::GetPage(..) => BLCKSZ,
-            Query::PageRange { count, .. } | Query::SlruRange { count, .. } => count as usize * BLCKSZ,
-            Query::SlruSegment(..) => PAGES_PER_SEGMENT as usize * BLCKSZ,
-            Query::ListRelations { .. } | Query::ListSlru(_) => LIST_SIZE_ESTIMATE,
-            Query::Exists(_) | Query::Nblocks(_) | Query::DbSize(_) => 0,
-        }
-}
-
 fn violation(what: String) -> End {
     End::Fatal(ServerMessage::fatal(sqlstate::PROTOCOL_VIOLATION, what))
-}
-
-fn job_panicked() -> End {
-    End::Fatal(ServerMessage::fatal(sqlstate::INTERNAL_ERROR, "internal error while answering; the server's log has more"))
 }
 
 /// Appends what ends a page stream in good order.

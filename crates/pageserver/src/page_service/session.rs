@@ -1,15 +1,18 @@
 //! A client's session: logging in, then one command after the other, by the simple or the extended query protocol.
 
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 
-use tokio::time::timeout;
+use futures::FutureExt;
+use tokio::time::{Instant, timeout, timeout_at};
 use varve_protocol::wire::{
     AuthRequest, FrontendMessage, ServerMessage, StartupPacket, backend, backend::sqlstate, frontend::FRONTEND_BODY_SIZE_MAX, take_frame,
 };
 
 use super::connection::{Connection, End};
-use super::page_stream::{PageStream, put_end};
-use super::pool::BlockingPool;
+use super::page_stream::{PageStream, StreamEnd, put_end};
+use super::pool::FairPool;
+use super::shares::{Share, Shares};
 use super::{Command, PageSource, TimelinePages, backup};
 
 /// Requests for encryption that a client may make before it starts.
@@ -20,8 +23,16 @@ const SERVER_VERSION: &str = concat!("15.0 (Varve ", env!("CARGO_PKG_VERSION"), 
 /// What sessions share.
 pub(super) struct Shared {
     pub(super) source: Arc<dyn PageSource>,
-    pub(super) jobs: BlockingPool,
-    pub(super) backups: BlockingPool,
+    /// Answers requests.
+    pub(super) jobs: FairPool,
+    /// Makes base backups into memory.
+    pub(super) backups: FairPool,
+    /// Makes base backups as fast as they are taken.
+    pub(super) full_backups: FairPool,
+    /// Base backups in memory.
+    pub(super) backups_of_tenant: Shares,
+    /// Connections with a command.
+    pub(super) connections_of_tenant: Shares,
 }
 
 /// A session on a connection.
@@ -32,18 +43,25 @@ pub(super) struct Session<'a> {
     prepared: String,
     /// After an error in the extended protocol everything up to the next Sync is skipped.
     skipping: bool,
+    /// The connection's place among those of the tenant that its last command was about. Who has none has to command something soon.
+    share: Option<Share>,
+    /// When a client without a share has to go.
+    deadline: Instant,
 }
 
 impl<'a> Session<'a> {
     pub(super) fn new(connection: &'a mut Connection, shared: Arc<Shared>) -> Session<'a> {
-        Session { connection, shared, prepared: String::new(), skipping: false }
+        Session { connection, shared, prepared: String::new(), skipping: false, share: None, deadline: Instant::now() }
     }
 
     /// From the first byte to the end.
     pub(super) async fn run(mut self) -> End {
         let limit = self.connection.config().handshake_timeout;
         let result = match timeout(limit, log_in(self.connection)).await {
-            Ok(Ok(())) => self.commands().await,
+            Ok(Ok(())) => {
+                self.deadline = Instant::now() + limit;
+                self.commands().await
+            }
             Ok(Err(end)) => Err(end),
             Err(_) => Err(End::Fatal(ServerMessage::fatal(
                 sqlstate::PROTOCOL_VIOLATION,
@@ -72,8 +90,20 @@ impl<'a> Session<'a> {
                 return Ok(FrontendMessage::decode(frame)?);
             }
             self.connection.flush().await?;
-            self.connection.fill().await?;
+            if self.share.is_some() {
+                self.connection.fill().await?;
+            } else if Instant::now() >= self.deadline {
+                return Err(self.silent()); // also one that goes on and on about nothing
+            } else {
+                timeout_at(self.deadline, self.connection.fill()).await.map_err(|_| self.silent())??;
+            }
         }
+    }
+
+    fn silent(&self) -> End {
+        let limit = self.connection.config().handshake_timeout.as_secs();
+        let message = format!("closing the connection: no command about a timeline within {limit} s of logging in");
+        End::Fatal(ServerMessage::fatal(sqlstate::IDLE_SESSION_TIMEOUT, message))
     }
 
     async fn handle(&mut self, message: FrontendMessage) -> Result<(), End> {
@@ -134,8 +164,13 @@ impl<'a> Session<'a> {
                     Err(error) => return Ok(Err(error)),
                 };
                 backend::copy_both_response(&mut self.connection.output);
-                PageStream::new(self.connection, timeline, self.shared.jobs.clone()).run().await?;
-                put_end(&mut self.connection.output);
+                match PageStream::new(self.connection, timeline, self.shared.jobs.clone()).run().await? {
+                    StreamEnd::Done => put_end(&mut self.connection.output),
+                    StreamEnd::GivenUp => {
+                        tracing::debug!(peer = %self.connection.peer, "the client gave up its page stream");
+                        return Ok(Err(ServerMessage::error(sqlstate::QUERY_CANCELED, "the client gave up the page stream")));
+                    }
+                }
             }
             Command::Backup { tenant, timeline, lsn, gzip, options } => {
                 tracing::info!(peer = %self.connection.peer, tenant, timeline, ?lsn, gzip, ?options, "base backup");
@@ -143,7 +178,8 @@ impl<'a> Session<'a> {
                     Ok(timeline) => timeline,
                     Err(error) => return Ok(Err(error)),
                 };
-                match backup::send(self.connection, timeline, lsn, gzip, options, &self.shared.backups).await? {
+                let order = backup::Order { timeline, lsn, gzip, options };
+                match backup::send(self.connection, order, &self.shared).await? {
                     Ok(()) => backend::command_complete("COPY 0", &mut self.connection.output),
                     Err(error) => return Ok(Err(error)),
                 }
@@ -152,18 +188,34 @@ impl<'a> Session<'a> {
         Ok(Ok(()))
     }
 
+    /// The timeline that a command names, and a place among its tenant's connections.
     async fn resolve(&mut self, tenant: String, timeline: String) -> Result<Result<Arc<dyn TimelinePages>, ServerMessage>, End> {
+        // No place is held for this: however long it takes, and whatever hangs, others are served.
         let source = self.shared.source.clone();
-        let found = self.shared.jobs.run(move || source.resolve(&tenant, &timeline));
-        let found = found.await.map_err(|_| {
+        let found = AssertUnwindSafe(source.resolve(&tenant, &timeline)).catch_unwind();
+        let found = self.connection.wait_unread(found).await?.map_err(|_| {
             End::Fatal(ServerMessage::fatal(
                 sqlstate::INTERNAL_ERROR,
                 "internal error while looking for the timeline; the server's log has more",
             ))
         })?;
-        Ok(found.map_err(|error| ServerMessage::error(error.sqlstate(), error.to_string())).inspect_err(|error| {
-            tracing::info!(peer = %self.connection.peer, %error, "page service command refused");
-        }))
+        let found = match found {
+            Ok(found) => found,
+            Err(error) => {
+                tracing::info!(peer = %self.connection.peer, %error, "page service command refused");
+                return Ok(Err(ServerMessage::error(error.sqlstate(), error.to_string())));
+            }
+        };
+        if self.share.as_ref().is_none_or(|share| share.tenant() != found.tenant()) {
+            let shares = &self.shared.connections_of_tenant;
+            self.share = shares.try_take(found.tenant());
+            if self.share.is_none() {
+                let message =
+                    format!("all {} connections that tenant {tenant} may have are taken: try again later", shares.of_tenant_max());
+                return Err(End::Fatal(ServerMessage::fatal(sqlstate::TOO_MANY_CONNECTIONS, message)));
+            }
+        }
+        Ok(Ok(found))
     }
 }
 

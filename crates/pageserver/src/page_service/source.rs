@@ -3,10 +3,12 @@
 use std::io::Write;
 use std::sync::Arc;
 
+use futures::future::BoxFuture;
 use varve_postgres::slru::SlruKind;
 use varve_postgres::{BLCKSZ, BlockNumber, Lsn, Oid, Page, RelFork};
 use varve_protocol::wire::backend::sqlstate;
 use varve_protocol::{ReadLsn, RelationSize, SlruSegmentSize};
+use varve_storage::ids::TenantId;
 
 /// Why something cannot be served.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -44,18 +46,34 @@ pub struct BackupOptions {
 
 /// Finds timelines.
 pub trait PageSource: Send + Sync + 'static {
-    /// The timeline that two words of a command name: ids of 32 hexadecimal digits, or a tenant's and a branch's name. May block.
+    /// The timeline that two words of a command name: ids of 32 hexadecimal digits, or a tenant's and a branch's name.
+    ///
+    /// The future runs on the connection's task, with no place in any pool: it must not block. It is dropped with its client.
     ///
     /// # Errors
     /// [`SourceError::NotFound`] when there is none, [`SourceError::NotReady`] when it may be there later.
-    fn resolve(&self, tenant: &str, timeline: &str) -> Result<Arc<dyn TimelinePages>, SourceError>;
+    fn resolve(&self, tenant: &str, timeline: &str) -> BoxFuture<'_, Result<Arc<dyn TimelinePages>, SourceError>>;
 }
 
-/// Reads a timeline. All but [`TimelinePages::try_get_page_cached`] may block, and are called on threads that may.
+/// Reads a timeline.
 ///
-/// Where a [`ReadLsn`] is [`Lsn::MAX`], the newest is meant, and at least what `not_modified_since` says.
+/// [`TimelinePages::tenant`], [`TimelinePages::arrival`] and [`TimelinePages::try_get_page_cached`] are called on a runtime's worker and never
+/// block. All other methods may wait for disk and store, and are called on threads that may. They **never wait for WAL**: the service calls
+/// them when the arrival of their moment is over. If it is not there then, they answer at once with the error that fits.
+///
+/// Where a [`ReadLsn`] is [`Lsn::MAX`], the newest is meant, and at least what `not_modified_since` says. What the newest is at least, the
+/// arrival fixes: reads after it answer from whatever is applied by then, also when WAL that came meanwhile is not applied yet.
 pub trait TimelinePages: Send + Sync + 'static {
-    /// Hands the page to `take` if it is at hand, and says whether it was. Called on a runtime's worker: never blocks, takes a microsecond.
+    /// Whose it is: tenants take turns.
+    fn tenant(&self) -> TenantId;
+
+    /// `None` if everything that `at` asks for is applied; told from a few atomics, in much less than a microsecond.
+    ///
+    /// Else a future that ends when it has arrived, when it is clear that it never will, or when a deadline of the source is over. It holds no
+    /// thread, and is dropped with its client.
+    fn arrival(&self, at: ReadLsn) -> Option<BoxFuture<'static, ()>>;
+
+    /// Hands the page to `take` if it is at hand, and says whether it was. Takes a microsecond. A page that has not arrived is not at hand.
     fn try_get_page_cached(&self, rel: RelFork, blkno: BlockNumber, at: ReadLsn, take: &mut dyn FnMut(&Page)) -> bool;
 
     /// One page.
@@ -134,7 +152,8 @@ pub trait TimelinePages: Send + Sync + 'static {
     /// [`SourceError`] says why not.
     fn list_slru(&self, kind: SlruKind, at: ReadLsn) -> Result<Vec<SlruSegmentSize>, SourceError>;
 
-    /// Writes a base backup as a tar archive into `sink`, at `lsn` or else at the newest LSN. A `sink` that fails has lost its client.
+    /// Writes a base backup as a tar archive into `sink`, at `lsn` or else at the newest LSN. A `sink` that fails has lost its client, or has
+    /// no more room: an ordinary end, and nothing for a log.
     ///
     /// # Errors
     /// [`SourceError`] says why there is none, or no whole one.

@@ -31,6 +31,8 @@ pub mod sqlstate {
     pub const INVALID_PARAMETER_VALUE: &str = "22023";
     /// No place for another connection.
     pub const TOO_MANY_CONNECTIONS: &str = "53300";
+    /// What was under way is given up.
+    pub const QUERY_CANCELED: &str = "57014";
     /// The server is going down.
     pub const ADMIN_SHUTDOWN: &str = "57P01";
     /// The server, or what was asked for, is not ready yet.

@@ -66,7 +66,7 @@ pub(super) fn chunk_size(payload_len: usize) -> usize {
 }
 
 /// CRC-32C of a header up to its own place, and a payload.
-fn checksum(header: &[u8], payload: &[u8]) -> u32 {
+pub(super) fn checksum(header: &[u8], payload: &[u8]) -> u32 {
     let mut digest = Digest::new(CrcAlgorithm::Crc32Iscsi);
     digest.update(header);
     digest.update(payload);

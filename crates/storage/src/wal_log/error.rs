@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use varve_postgres::Lsn;
 
-use crate::ids::TimelineId;
+use crate::ids::{TenantId, TimelineId};
 
 /// What can go wrong in the WAL log.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -48,6 +48,35 @@ pub enum WalLogError {
         file: String,
         /// Where no whole chunk stands.
         offset: u64,
+    },
+    /// A segment file is not there.
+    #[error(
+        "WAL log in {folder}: file {file} is missing: acknowledged WAL may have stood there. Restore it from a copy; or move the folder away \
+         and start without it: computes that still run then send again what the store lacks"
+    )]
+    MissingSegment {
+        /// The folder.
+        folder: String,
+        /// The segment file.
+        file: String,
+    },
+    /// The log knows more than the tenant log does.
+    #[error(
+        "WAL log in {folder} holds WAL of writer epoch {found} of timeline {timeline}, and the log of tenant {tenant} knows epochs up to \
+         {known}: the newest objects of tenants/{tenant}/log are missing from the store. Restore them from a copy of the store; or move the \
+         folder away to go on with what the store has, and lose what was acknowledged since"
+    )]
+    UnknownEpoch {
+        /// The folder.
+        folder: String,
+        /// The tenant.
+        tenant: TenantId,
+        /// The timeline.
+        timeline: TimelineId,
+        /// The newest epoch of which the log has bytes.
+        found: u32,
+        /// The newest epoch that the tenant log knows; 0: none.
+        known: u32,
     },
     /// A chunk of a newer version.
     #[error(

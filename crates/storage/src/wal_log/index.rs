@@ -79,16 +79,23 @@ impl TimelineIndex {
         self.runs.push(run);
     }
 
-    /// Now that the epochs (ascending, each with the LSN at which it began) are known: keeps of each run what its epoch may hold,
-    /// and what joins on to `base`, below which layers cover everything.
+    /// The newest epoch of which there are bytes.
+    pub(super) fn newest_epoch(&self) -> Option<WriterEpoch> {
+        self.runs.iter().map(|run| run.epoch).max()
+    }
+
+    /// Now that the epochs (ascending, each with the LSN at which it began) are known: keeps of each run what its
+    /// epoch may hold, and what joins on to `base`, below which layers cover everything.
     ///
-    /// Returns the position in the WAL where bytes are missing that later runs would need, if there is a gap; then nothing is changed.
+    /// Returns the position in the WAL where bytes are missing that later runs would need, if there is a gap; then
+    /// nothing is changed.
     pub(super) fn settle(&mut self, epochs: &[(WriterEpoch, Lsn)], base: Lsn, live: &mut LiveRuns) -> Option<Lsn> {
         let mut in_order = self.runs.clone();
         in_order.sort_by_key(|run| (run.origin, run.at));
         let mut kept: Vec<Run> = Vec::with_capacity(in_order.len());
         let (mut end, mut gap) = (base, false);
-        // A run and its copies, which may be cut differently, and of which some may be missing, have one origin, and the same bytes.
+        // A run and its copies, which may be cut differently, and of which some may be missing, have one origin, and
+        // the same bytes.
         for same in in_order.chunk_by(|a, b| a.origin == b.origin) {
             let mut parts: Vec<Run> = same.iter().filter_map(|run| valid_part(run, epochs)).collect();
             parts.sort_by_key(|part| part.start);
@@ -134,7 +141,8 @@ impl TimelineIndex {
         self.runs.push(run);
     }
 
-    /// Makes everything at or beyond `lsn` void. Gives the runs that do not count any more, which may yet count in `live`.
+    /// Makes everything at or beyond `lsn` void. Gives the runs that do not count any more, which may yet count in
+    /// `live`.
     pub(super) fn cut(&mut self, lsn: Lsn) -> Vec<Run> {
         let mut gone = Vec::new();
         let released = self.first;
@@ -209,8 +217,8 @@ impl TimelineIndex {
 
 /// What of a run its epoch may hold.
 fn valid_part(run: &Run, epochs: &[(WriterEpoch, Lsn)]) -> Option<Run> {
-    // Epoch 0 is that of timelines which nobody ever began an epoch of. Any other that this history does not know is not of this history:
-    // its bytes were never acknowledged to anybody in it.
+    // Epoch 0 is that of timelines which nobody ever began an epoch of. Any other that this history does not know,
+    // though it knows newer ones, is not of this history: its bytes were never acknowledged to anybody in it.
     let own_start = match epochs.iter().find(|(epoch, _)| *epoch == run.epoch) {
         Some((_, lsn)) => *lsn,
         None => (run.epoch == WriterEpoch(0)).then_some(Lsn::INVALID)?,

@@ -1,26 +1,32 @@
-//! The WAL log: one sequence of segment files in which WAL bytes of *all* timelines become durable, and from which ingest reads them.
+//! The WAL log: one sequence of segment files in which WAL bytes of *all* timelines become durable, and from which
+//! ingest reads them.
 //!
-//! **Layout.** Segment files `<number, 16 hexadecimal digits>.wal` of [`SEGMENT_SIZE`] bytes, written full of zeros ahead of use, hold chunks
-//! ([`chunk`]) one after another; a position in the log is `number * SEGMENT_SIZE + offset`. A segment that is no longer needed becomes
-//! the next spare one. The file `lock` keeps a second process out.
+//! **Layout.** Segment files `<number, 16 hexadecimal digits>.wal` of [`SEGMENT_SIZE`] bytes, written full of zeros
+//! ahead of use, hold chunks ([`chunk`]) one after another; a position in the log is `number * SEGMENT_SIZE +
+//! offset`. A segment that is no longer needed becomes the next spare one. The file `newest` names the newest
+//! segment, which would not be missed otherwise ([`newest`]). The file `lock` keeps a second process out.
 //!
-//! **Durability.** [`WalLog::append`] writes into the page cache, [`WalLog::sync`] makes durable: one caller runs `fdatasync` for all that
-//! have appended meanwhile. Nothing counts before its sync returned. After a failed sync nothing is ever acknowledged again by this
-//! process, for the kernel may have thrown the pages away. A failed write, or a full disk, fails that append only.
+//! **Durability.** [`WalLog::append`] writes into the page cache, [`WalLog::sync`] makes durable: one caller runs
+//! `fdatasync` for all that have appended meanwhile. Nothing counts before its sync returned. After a failed sync
+//! nothing is ever acknowledged again by this process, for the kernel may have thrown the pages away. A failed write,
+//! or a full disk, fails that append only.
 //!
-//! **Crash.** At open the log ends at the first place where no whole chunk stands. What stands behind it was never synced, unless a chunk
-//! there says that the log had been synced beyond that place: then the log is damaged, and it is refused with the file's name. The
-//! rest of the file is zeroed before anything is appended, so that nothing which was never acknowledged can come back. What is not known to
-//! be on disk is written again and fsynced before any position is reported: what was reread may only have been in the page cache.
+//! **Crash.** At open the log ends at the first place where no whole chunk stands. What stands behind it was never
+//! synced, unless a chunk there says that the log had been synced beyond that place: then the log is damaged, and it
+//! is refused with the file's name. The rest of the file is zeroed before anything is appended, so that nothing which
+//! was never acknowledged can come back. What is not known to be on disk is written again and fsynced before any
+//! position is reported: what was reread may only have been in the page cache.
 //!
-//! **Replacing.** Bytes that are sent again, because the stream had ended within a record, replace what the log has from their start on. So
-//! a caller must never append below what it acknowledged. It cannot below its epoch's start, nor below what layers cover.
+//! **Replacing.** Bytes that are sent again, because the stream had ended within a record, replace what the log has
+//! from their start on. So a caller must never append below what it acknowledged. It cannot below its epoch's start,
+//! nor below what layers cover.
 //!
-//! **Epochs.** Bytes at or beyond the start of a later writer epoch are void, now and after a crash: [`WalLog::attach`] is told the
-//! epochs from the tenant log. Appends must carry the newest epoch and join on.
+//! **Epochs.** Bytes at or beyond the start of a later writer epoch are void, now and after a crash:
+//! [`WalLog::attach`] is told the epochs from the tenant log. Appends must carry the newest epoch and join on. Bytes
+//! of a *newer* epoch than the tenant log knows are no void bytes but evidence that it lost something, and refused.
 //!
-//! **Space.** A segment is freed once layers cover all that counts in it. What a timeline that lags behind still needs of an old segment
-//! [`WalLog::copy_laggards`] copies to the head.
+//! **Space.** A segment is freed once layers cover all that counts in it. What a timeline that lags behind still
+//! needs of an old segment [`WalLog::copy_laggards`] copies to the head.
 //!
 //! What is read is not checked here once more: each WAL record has its own CRC-32C, which its reader checks.
 
@@ -28,6 +34,7 @@ mod chunk;
 mod disk;
 mod error;
 mod index;
+mod newest;
 mod segments;
 #[cfg(test)]
 mod tests;
@@ -76,8 +83,8 @@ struct State {
     segments: Segments,
     timelines: HashMap<Owner, TimelineIndex>,
     live: LiveRuns,
-    /// Runs that others replace, each with the position up to which the log must be durable until it does not count any more: should
-    /// what replaces it be lost, it is still there, whole.
+    /// Runs that others replace, each with the position up to which the log must be durable until it does not count
+    /// any more: should what replaces it be lost, it is still there, whole.
     replaced: VecDeque<(u64, Run)>,
     /// Next byte to write.
     written: u64,
@@ -163,10 +170,12 @@ impl WalLog {
         state.timelines.iter().filter(|(_, index)| !index.settled).map(|(owner, _)| *owner).collect()
     }
 
-    /// Attaches a timeline: `epochs` are all its writer epochs, ascending, each with the LSN at which it began; below `layered`, layers
-    /// cover everything. Returns the durable end.
+    /// Attaches a timeline: `epochs` are all its writer epochs, ascending, each with the LSN at which it began; below
+    /// `layered`, layers cover everything. Returns the durable end.
     ///
     /// # Errors
+    /// [`WalLogError::UnknownEpoch`] when the log holds bytes of an epoch that is newer than all of these: an epoch
+    /// is durable in the tenant log before its first byte is, so the tenant log has lost something.
     /// [`WalLogError::NotHeld`] when bytes between `layered` and later ones that the log holds are missing.
     pub fn attach(&self, tenant: TenantId, timeline: TimelineId, epochs: &[(WriterEpoch, Lsn)], layered: Lsn) -> Result<Lsn, WalLogError> {
         let mut guard = self.state.lock();
@@ -174,17 +183,23 @@ impl WalLog {
         let index = state.timelines.entry((tenant, timeline)).or_default();
         // Another server may have had the tenant since this was attached before: then there are epochs that the index does not know.
         let is_known = index.settled && epochs.last().is_none_or(|last| *last == (index.epoch, index.epoch_start));
+        let known = epochs.last().map_or(WriterEpoch(0), |(epoch, _)| *epoch);
+        if !is_known && let Some(found) = index.newest_epoch().filter(|newest| *newest > known) {
+            let folder = self.disk.describe();
+            return Err(WalLogError::UnknownEpoch { folder, tenant, timeline, found: found.0, known: known.0 });
+        }
         if !is_known && let Some(lsn) = index.settle(epochs, layered, &mut state.live) {
             return Err(WalLogError::NotHeld { timeline, lsn });
         }
         Ok(index.end)
     }
 
-    /// Begins a writer epoch at `lsn`: bytes at or beyond it from older epochs are void. The caller has made (epoch, LSN) durable in the
-    /// tenant log before.
+    /// Begins a writer epoch at `lsn`: bytes at or beyond it from older epochs are void. The caller has made (epoch,
+    /// LSN) durable in the tenant log before.
     ///
     /// # Errors
-    /// [`WalLogError::NotAttached`]; [`WalLogError::Fenced`] when a later epoch has begun; [`WalLogError::Gap`] when `lsn` lies beyond the end.
+    /// [`WalLogError::NotAttached`]; [`WalLogError::Fenced`] when a later epoch has begun; [`WalLogError::Gap`] when
+    /// `lsn` lies beyond the end.
     pub fn start_epoch(&self, tenant: TenantId, timeline: TimelineId, epoch: WriterEpoch, lsn: Lsn) -> Result<(), WalLogError> {
         let mut guard = self.state.lock();
         let state = &mut *guard;
@@ -225,12 +240,12 @@ impl WalLog {
         timelines.get_mut(&(tenant, timeline)).filter(|index| index.settled).ok_or(WalLogError::NotAttached { timeline })
     }
 
-    /// Appends WAL bytes that begin at `start`. What the log has from there on, the beginning of a record that never became whole, they
-    /// replace. Not durable before [`WalLog::sync`] up to the returned position.
+    /// Appends WAL bytes that begin at `start`. What the log has from there on, the beginning of a record that never
+    /// became whole, they replace. Not durable before [`WalLog::sync`] up to the returned position.
     ///
     /// # Errors
-    /// [`WalLogError::Fenced`], [`WalLogError::Gap`], [`WalLogError::Settled`], [`WalLogError::NotAttached`]; the file system's, after which a
-    /// part of the bytes may have been appended, and the whole may be appended again.
+    /// [`WalLogError::Fenced`], [`WalLogError::Gap`], [`WalLogError::Settled`], [`WalLogError::NotAttached`]; the
+    /// file system's, after which a part of the bytes may have been appended, and the whole may be appended again.
     pub fn append(
         &self,
         tenant: TenantId,
@@ -329,7 +344,8 @@ impl WalLog {
     /// Reads durable bytes of a timeline from `from` on, at most `max` of them; empty at the end.
     ///
     /// # Errors
-    /// [`WalLogError::NotHeld`] when the bytes at `from` were released, [`WalLogError::NotAttached`], or the file system's.
+    /// [`WalLogError::NotHeld`] when the bytes at `from` were released, [`WalLogError::NotAttached`], or the file
+    /// system's.
     pub fn read(&self, tenant: TenantId, timeline: TimelineId, from: Lsn, max: usize) -> Result<Bytes, WalLogError> {
         let not_held = WalLogError::NotHeld { timeline, lsn: from };
         let mut pieces = Vec::new();
@@ -405,11 +421,13 @@ impl WalLog {
         }
     }
 
-    /// Where the log takes more than half of its limit, and only a little of its oldest segment still counts: copies that little to the
-    /// head, so that the segment is freed. Returns the bytes copied; to be called again until that is 0. For a background thread.
+    /// Where the log takes more than half of its limit, and only a little of its oldest segment still counts: copies
+    /// that little to the head, so that the segment is freed. Returns the bytes copied; to be called again until that
+    /// is 0. For a background thread.
     ///
     /// # Errors
-    /// The file system's, [`WalLogError::SyncFailed`]. Nothing is lost then: what was copied still stands where it stood.
+    /// The file system's, [`WalLogError::SyncFailed`]. Nothing is lost then: what was copied still stands where it
+    /// stood.
     pub fn copy_laggards(&self) -> Result<u64, WalLogError> {
         let laggards = self.laggards()?;
         let mut moves = Vec::with_capacity(laggards.len());
@@ -417,7 +435,8 @@ impl WalLog {
             let mut guard = self.state.lock();
             let state = &mut *guard;
             for Laggard { owner, run, bytes } in laggards {
-                // What does not count any more may have been read after its segment had been freed, and must not come back.
+                // What does not count any more may have been read after its segment had been freed, and must not come
+                // back.
                 if let Some(run) = state.timelines.get(&owner).and_then(|index| index.still(&run)) {
                     let mut copies = Vec::with_capacity(1);
                     let (mut next, mut rest) = (run.start, &bytes[..(run.end.0 - run.start.0) as usize]);

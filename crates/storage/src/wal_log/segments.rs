@@ -7,6 +7,7 @@ use std::thread::JoinHandle;
 
 use super::chunk::{ChunkHeader, Found, HEADER_SIZE, chunk_size};
 use super::disk::{LogDisk, LogFile};
+use super::newest::{self, Newest, UnsupportedVersion};
 use super::{WalLogError, WalLogOptions};
 
 /// Freed segments that are kept for reuse; more are removed.
@@ -20,6 +21,8 @@ pub(super) struct Segments {
     disk: Arc<dyn LogDisk>,
     segment_bytes: u64,
     files: BTreeMap<u64, Arc<dyn LogFile>>,
+    /// Notes the newest of them.
+    newest: Newest,
     spares: Vec<Spare>,
     /// Number for the next spare's name.
     next_spare: u64,
@@ -35,7 +38,7 @@ fn file_name(number: u64) -> String {
 
 /// Whether a file of this name is a spare segment, finished or not, or one that was never finished.
 fn is_left_over(name: &str) -> bool {
-    name.starts_with("spare-") || name.ends_with(".wal.new")
+    name.starts_with("spare-") || name.ends_with(".wal.new") || name == "newest.new"
 }
 
 /// What the log's files held at open.
@@ -58,24 +61,36 @@ impl Segments {
         let WalLogOptions { segment_bytes, make_spares, .. } = options;
         let folder = disk.describe();
         let io_error = |action: String, error| WalLogError::Io { folder: folder.clone(), action, error: Arc::new(error) };
-        let (files, spares) = (BTreeMap::new(), Vec::new());
-        let mut segments = Segments { disk: disk.clone(), segment_bytes, files, spares, next_spare: 0, make_spares, maker: None };
+        let (files, spares, newest) = (BTreeMap::new(), Vec::new(), Newest::default());
+        let mut segments = Segments { disk: disk.clone(), segment_bytes, files, newest, spares, next_spare: 0, make_spares, maker: None };
         for name in disk.list().map_err(|error| io_error("list the folder".to_owned(), error))? {
             let number = name.strip_suffix(".wal").filter(|stem| stem.len() == 16).and_then(|stem| u64::from_str_radix(stem, 16).ok());
             if let Some(number) = number {
                 let file = disk.open(&name).map_err(|error| io_error(format!("open {name}"), error))?;
                 segments.files.insert(number, file);
+            } else if name == newest::FILE_NAME {
+                let read = disk.open(&name).and_then(Newest::read).map_err(|error| io_error(format!("read {name}"), error))?;
+                segments.newest = read.map_err(|UnsupportedVersion(version)| WalLogError::Unsupported {
+                    folder: folder.clone(),
+                    file: name,
+                    offset: 0,
+                    what: format!("format version {version}"),
+                })?;
             } else if is_left_over(&name) {
                 // Cheaper to make anew than to trust.
                 disk.remove(&name).map_err(|error| io_error(format!("remove {name}"), error))?;
             }
+        }
+        // What is noted has a file: it is noted later, and the newest file is never freed.
+        if let Some(number) = segments.newest.number().filter(|number| !segments.files.contains_key(number)) {
+            return Err(WalLogError::MissingSegment { folder, file: file_name(number) });
         }
         let mut expected = segments.files.keys().next().copied().unwrap_or(0);
         let mut scan = Scan { folder: &folder, segment_bytes, end: None, synced: expected * segment_bytes };
         let mut buffer = vec![0; segment_bytes as usize];
         for (number, file) in &segments.files {
             if scan.end.is_none() && *number != expected {
-                return Err(WalLogError::Damaged { folder, file: file_name(expected), offset: 0 });
+                return Err(WalLogError::MissingSegment { folder, file: file_name(expected) });
             }
             file.read_at(&mut buffer, 0).map_err(|error| io_error(format!("read {}", file_name(*number)), error))?;
             scan.segment(&buffer, *number, &mut found)?;
@@ -107,6 +122,12 @@ impl Segments {
     /// Makes sure that nothing stands behind `end`, so that it cannot be taken for what will be written there.
     fn discard_behind(&mut self, end: u64) -> io::Result<()> {
         let number = end / self.segment_bytes;
+        // Before any file goes, and anew even where it reads so already: what was read may not be on disk.
+        if self.newest.has_file()
+            && let Some((&last, _)) = self.files.range(..=number).next_back()
+        {
+            self.newest.write(&*self.disk, last)?;
+        }
         // The last first: should this be cut short, what is left still begins where nothing whole stands.
         for (number, _) in self.files.split_off(&(number + 1)).into_iter().rev() {
             self.disk.remove(&file_name(number))?;
@@ -130,6 +151,9 @@ impl Segments {
         if !self.files.contains_key(&number) {
             let file = self.new_file(number)?;
             self.files.insert(number, file);
+        }
+        if self.newest.number() != Some(number) {
+            self.newest.write(&*self.disk, number)?;
         }
         let file = self.files.get(&number).ok_or_else(|| io::Error::other("the segment is gone"))?;
         file.write_at(bytes, position % self.segment_bytes)
@@ -181,9 +205,9 @@ impl Segments {
         self.files.keys().next().copied()
     }
 
-    /// Gives up all segments below number `number`.
+    /// Gives up all segments below number `number`, except for the newest.
     pub(super) fn free_below(&mut self, number: u64) -> io::Result<()> {
-        while let Some(old) = self.oldest().filter(|old| *old < number) {
+        while let Some(old) = self.oldest().filter(|old| *old < number && self.files.len() > 1) {
             if self.spares.len() < SPARES_MAX {
                 let spare = self.spare_name();
                 self.disk.rename(&file_name(old), &spare)?;

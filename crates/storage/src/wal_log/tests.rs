@@ -101,3 +101,63 @@ fn a_torn_tail_is_dropped_and_damage_before_it_is_refused_by_name() {
         other => panic!("a damaged chunk that had been acknowledged must be refused, got {other:?}"),
     }
 }
+
+#[test]
+fn bytes_of_an_epoch_that_the_tenant_log_lost_are_refused_and_told() {
+    let folder = tempfile::tempdir().unwrap();
+    let log = WalLog::open(folder.path(), u64::MAX).unwrap();
+    let epochs = [(WriterEpoch(1), BASE), (WriterEpoch(2), BASE + 600)];
+    log.attach(TENANT, TIMELINE, &epochs[..1], BASE).unwrap();
+    append(&log, 1, BASE, 600);
+    log.start_epoch(TENANT, TIMELINE, WriterEpoch(2), BASE + 600).unwrap();
+    append(&log, 2, BASE + 600, 100);
+    drop(log);
+    let log = WalLog::open(folder.path(), u64::MAX).unwrap();
+    for (known, layered) in [(&epochs[..1], BASE), (&epochs[..0], BASE), (&epochs[..1], BASE + 5000)] {
+        let error = log.attach(TENANT, TIMELINE, known, layered).unwrap_err();
+        assert!(matches!(error, WalLogError::UnknownEpoch { found: 2, .. }), "{error}");
+        let told =
+            [format!("epoch 2 of timeline {TIMELINE}"), format!("tenants/{TENANT}/log are missing"), format!("up to {}", known.len())];
+        assert!(told.iter().all(|part| error.to_string().contains(part.as_str())), "{error}");
+    }
+    assert_eq!(log.attach(TENANT, TIMELINE, &epochs, BASE).unwrap(), BASE + 700, "the log is whole again, and so is the history");
+    drop(log);
+    // One that knows a newer epoch, and not this one, says that its bytes are void.
+    let log = WalLog::open(folder.path(), u64::MAX).unwrap();
+    assert_eq!(log.attach(TENANT, TIMELINE, &[epochs[0], (WriterEpoch(3), BASE + 500)], BASE).unwrap(), BASE + 500);
+}
+
+#[test]
+fn a_segment_file_that_goes_missing_is_noticed_the_newest_too() {
+    let folder = tempfile::tempdir().unwrap();
+    let log = WalLog::open(folder.path(), u64::MAX).unwrap();
+    log.attach(TENANT, TIMELINE, &[], BASE).unwrap();
+    let mut end = BASE;
+    while end.0 - BASE.0 < 2 * SEGMENT_SIZE + 1000 {
+        end = append(&log, 0, end, 900_000);
+    }
+    drop(log);
+    let aside = tempfile::tempdir().unwrap();
+    for number in [1, 2] {
+        let name = format!("{number:016x}.wal");
+        let (here, there) = (folder.path().join(&name), aside.path().join(&name));
+        std::fs::rename(&here, &there).unwrap();
+        match WalLog::open(folder.path(), u64::MAX) {
+            Err(WalLogError::MissingSegment { file, .. }) => assert_eq!(file, name),
+            other => panic!("without {name} the log must be refused, got {other:?}"),
+        }
+        std::fs::rename(&there, &here).unwrap();
+    }
+    // Everything is released, and the newest file stays: the log may be opened again.
+    for layered in [BASE, end, end] {
+        let log = WalLog::open(folder.path(), u64::MAX).unwrap();
+        assert_eq!(log.attach(TENANT, TIMELINE, &[], layered).unwrap(), end);
+        log.release(TENANT, TIMELINE, end);
+    }
+    // A folder of an older release has no note; one that says nothing is none.
+    for contents in [None, Some(vec![0; 1024]), Some(vec![7; 1024])] {
+        let note = folder.path().join("newest");
+        contents.map_or_else(|| std::fs::remove_file(&note), |contents| std::fs::write(&note, contents)).unwrap();
+        WalLog::open(folder.path(), u64::MAX).unwrap();
+    }
+}

@@ -1,6 +1,5 @@
 //! The WAL receiver against stock Postgres: what is acknowledged is whole, durable and the primary's own bytes, and nothing else is.
 
-#[path = "common/memory_wal.rs"]
 mod memory_wal;
 
 use std::io::{Read, Write};

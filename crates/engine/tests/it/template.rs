@@ -1,46 +1,44 @@
 //! The template: stock `initdb`, taken in, and a server that starts on it under another tenant's identity.
 
-mod oracle;
 
-use std::fs;
 use std::io::Read;
-use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
-use oracle::{Comparison, Loaded, servers};
+use crate::oracle::{Comparison, Loaded, servers};
 use varve_engine::base_backup::{Options, write_base_backup};
-use varve_engine::template::{RunAs, TemplateError, import_data_directory, prepare_template, server_major};
+use varve_engine::template::{TemplateError, import_data_directory};
+use varve_host::bin_dirs::BinDirs;
+use varve_host::dirs::User;
+use varve_host::initdb::template_archive;
 use varve_postgres::wal::synthesis::AncestorTimeline;
 use varve_postgres::{Lsn, Major};
 use varve_testing::naive_history::NaiveHistory;
 use varve_testbed::postgres::{Postgres, bin_dir};
 
-/// The user that Postgres runs as here.
-fn run_as() -> Result<RunAs> {
-    let passwd = fs::read_to_string("/etc/passwd")?;
-    let entry: Vec<&str> = passwd.lines().find(|line| line.starts_with("postgres:")).context("no user 'postgres'")?.split(':').collect();
-    Ok(RunAs { uid: entry[2].parse()?, gid: entry[3].parse()? })
+/// What a host's `initdb` makes, taken apart as a pageserver does.
+fn made_by_a_host(major: Major) -> Result<tempfile::TempDir> {
+    let binaries = BinDirs::new(vec![(major.number(), bin_dir(major)?)]);
+    let archive = template_archive(&binaries.find(major.number())?, User::for_postgres()?)?;
+    let work = tempfile::tempdir()?;
+    tar::Archive::new(zstd::Decoder::new(&archive[..])?).unpack(work.path())?;
+    Ok(work)
 }
 
 fn a_tenant_starts_on_the_template(major: Major) -> Result<()> {
-    let work = tempfile::tempdir()?;
-    // The other user must be able to get there.
-    fs::set_permissions(work.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
-    let template = prepare_template(&bin_dir(major)?, work.path(), Some(run_as()?))?;
-    assert_eq!((template.cluster.major, template.cluster.data_checksum_version), (major, 0));
+    let made = made_by_a_host(major)?;
 
     let history = Arc::new(NaiveHistory::new(major, Lsn(8)));
     let (mut calls, mut last) = (0, None);
-    let imported = import_data_directory(&template.data_dir, &*history, &mut |progress| {
+    let imported = import_data_directory(made.path(), &*history, &mut |progress| {
         calls += 1;
         last = Some(progress);
     })?;
     let last = last.context("progress is told")?;
     assert!(calls > 100 && last.done_bytes == last.total_bytes, "{calls} calls, the last says {last:?}");
-    assert_eq!(imported.cluster, template.cluster);
+    assert_eq!((imported.cluster.major, imported.cluster.data_checksum_version), (major, 0));
     let loaded = Loaded { history, imported, boundaries: Vec::new(), logged_databases: Vec::new() };
-    Comparison::new(&loaded).data_directory(&template.data_dir)?;
+    Comparison::new(&loaded).data_directory(made.path())?;
 
     // A tenant has its own identifier and timelines; the template's timeline is none of them.
     let end = loaded.end();
@@ -82,17 +80,6 @@ macro_rules! for_each_major {
 }
 
 for_each_major! { postgres_14 V14 postgres_15 V15 postgres_16 V16 postgres_17 V17 postgres_18 V18 }
-
-#[test]
-fn errors_say_what_to_do() {
-    let nowhere = server_major(Path::new("/nonexistent/bin")).unwrap_err();
-    assert!(matches!(nowhere, TemplateError::NoPostgres { .. }) && nowhere.to_string().contains("/nonexistent/bin"), "{nowhere}");
-    let work = tempfile::tempdir().unwrap();
-    if rustix::process::geteuid().is_root() {
-        let root = prepare_template(&bin_dir(Major::V15).unwrap(), work.path(), None).unwrap_err();
-        assert!(matches!(root, TemplateError::Root) && root.to_string().contains("root"), "{root}");
-    }
-}
 
 #[test]
 fn a_cluster_that_runs_or_is_of_another_major_is_refused() {

@@ -1,11 +1,10 @@
 //! A server that starts on a base backup finds the free space that its tables have, and so does not extend them.
 
-mod oracle;
 
 use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
-use oracle::servers;
+use crate::oracle::servers;
 use varve_postgres::Major;
 use varve_postgres::wal::synthesis::AncestorTimeline;
 use varve_testbed::postgres::Postgres;
@@ -24,7 +23,7 @@ fn rows_go_into_the_space_that_vacuum_freed() {
 
 fn run() -> Result<()> {
     let mut postgres = Postgres::init(Major::V15, &[], &SETTINGS)?;
-    let mut loaded = oracle::import(&postgres)?;
+    let mut loaded = crate::oracle::import(&postgres)?;
     postgres.start()?;
     postgres.psql("postgres", "CREATE TABLE t AS SELECT i, repeat('x', 100) AS a FROM generate_series(1, 60000) i")?;
     postgres.psql("postgres", "CREATE TABLE cut AS SELECT i, repeat('x', 100) AS a FROM generate_series(1, 60000) i")?;
@@ -35,7 +34,7 @@ fn run() -> Result<()> {
     let blocks_before = number(&postgres, "SELECT pg_relation_size('t') / 8192")?;
     let cut_before = number(&postgres, "SELECT pg_relation_size('cut') / 8192")?;
     postgres.stop("fast")?;
-    oracle::ingest_in_one_go(&postgres, &mut loaded)?;
+    crate::oracle::ingest_in_one_go(&postgres, &mut loaded)?;
 
     let (end, range) = (loaded.end(), (loaded.imported.end.end, loaded.end()));
     let branch = Arc::new(loaded.history.branch(end)?);

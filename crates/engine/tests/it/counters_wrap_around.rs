@@ -1,14 +1,13 @@
 //! Transaction ids, multixacts and their members wrap around: ingest follows (the next transaction's epoch, pages that begin again at zero, truncation
 //! across the edge), and a server starts on the other side.
 
-mod oracle;
 
 use std::fs;
 use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
-use oracle::{Comparison, servers};
+use crate::oracle::{Comparison, servers};
 use varve_postgres::Major;
 use varve_testbed::postgres::Postgres;
 use varve_testbed::redo::sql_path;
@@ -58,8 +57,8 @@ fn jump(postgres: &mut Postgres, xid: u32) -> Result<()> {
 }
 
 /// Compares the stopped server with the history of its WAL, and starts another on a backup.
-fn compare(postgres: &Postgres, loaded: &mut oracle::Loaded) -> Result<Postgres> {
-    oracle::ingest(postgres, loaded)?;
+fn compare(postgres: &Postgres, loaded: &mut crate::oracle::Loaded) -> Result<Postgres> {
+    crate::oracle::ingest(postgres, loaded)?;
     Comparison::new(loaded).data_directory(&postgres.data_dir())?;
     let (end, range) = (loaded.end(), (loaded.imported.end.end, loaded.end()));
     let timeline = servers::timeline(&*loaded.history, loaded.imported.system_identifier, 1, Vec::new(), end, range)?;
@@ -82,7 +81,7 @@ fn run_transactions() -> Result<()> {
     for xid in [1_600_000_000, 3_200_000_000, u32::MAX - 400] {
         jump(&mut postgres, xid)?;
     }
-    let mut loaded = oracle::import(&postgres)?;
+    let mut loaded = crate::oracle::import(&postgres)?;
     postgres.start()?;
     postgres.psql("postgres", "CREATE TABLE t (id int PRIMARY KEY, a text)")?;
     postgres.psql(
@@ -140,7 +139,7 @@ fn run_multixacts() -> Result<()> {
     postgres.start()?;
     freeze_everything(&postgres)?;
     postgres.stop("fast")?;
-    let mut loaded = oracle::import(&postgres)?;
+    let mut loaded = crate::oracle::import(&postgres)?;
     postgres.start()?;
     postgres.psql_file("postgres", &sql_path("heap_locks"))?;
     postgres.psql(
@@ -150,7 +149,7 @@ fn run_multixacts() -> Result<()> {
     postgres.psql("postgres", "BEGIN; SELECT count(*) FROM l WHERE id IN (SELECT id FROM l WHERE id > 250 FOR SHARE); COMMIT")?;
     postgres.psql("postgres", "UPDATE l SET a = 'under locks' WHERE id > 250")?;
     postgres.stop("fast")?;
-    oracle::ingest(&postgres, &mut loaded)?;
+    crate::oracle::ingest(&postgres, &mut loaded)?;
     Comparison::new(&loaded).data_directory(&postgres.data_dir())?;
     let next = varve_engine::template::read_control(&postgres.data_dir(), Major::V15)?.checkpoint_copy;
     ensure!(next.next_multi < multi, "the multixacts cross the edge: the next is {}", next.next_multi);

@@ -1,6 +1,5 @@
 //! What ingest makes of a server's WAL is what the server itself has on disk when it stops: every block, SLRU page, map, counter and file.
 
-mod oracle;
 
 use std::fs::File;
 use std::os::unix::fs::FileExt as _;
@@ -37,12 +36,12 @@ fn compare_after(major: Major, files: &[&str], settings: &[(&str, &str)]) -> Res
         let all: Vec<(&str, &str)> = SETTINGS.into_iter().chain(own).chain(settings.iter().copied()).collect();
         let initdb: Vec<&str> = preamble.initdb.iter().map(String::as_str).collect();
         let mut postgres = Postgres::init(major, &initdb, &all)?;
-        let mut loaded = oracle::import(&postgres)?;
+        let mut loaded = crate::oracle::import(&postgres)?;
         postgres.start()?;
         postgres.psql_file("postgres", &sql_path(file)).with_context(|| format!("running {file}.sql"))?;
         postgres.stop("fast")?;
-        oracle::ingest(&postgres, &mut loaded).with_context(|| format!("after {file}.sql"))?;
-        let mut comparison = oracle::Comparison::new(&loaded);
+        crate::oracle::ingest(&postgres, &mut loaded).with_context(|| format!("after {file}.sql"))?;
+        let mut comparison = crate::oracle::Comparison::new(&loaded);
         comparison.data_directory(&postgres.data_dir()).with_context(|| format!("after {file}.sql"))?;
         println!("{file}: {} blocks and pages, {} records", comparison.compared_blocks, loaded.boundaries.len());
     }
@@ -103,7 +102,7 @@ fn set(postgres: &Postgres, name: &str, value: &str) -> Result<()> {
 fn commit_timestamps_are_switched_off_and_on() {
     fn run() -> Result<()> {
         let mut postgres = Postgres::init(Major::V15, &[], &SETTINGS)?;
-        let mut loaded = oracle::import(&postgres)?;
+        let mut loaded = crate::oracle::import(&postgres)?;
         for (round, on) in ["on", "off", "on"].into_iter().enumerate() {
             set(&postgres, "track_commit_timestamp", on)?;
             postgres.start()?;
@@ -111,8 +110,8 @@ fn commit_timestamps_are_switched_off_and_on() {
             let many = format!("DO $$ BEGIN FOR i IN 1 .. 900 LOOP INSERT INTO t{round} VALUES (i); COMMIT; END LOOP; END $$");
             postgres.psql("postgres", &many)?;
             postgres.stop("fast")?;
-            oracle::ingest(&postgres, &mut loaded)?;
-            oracle::Comparison::new(&loaded).data_directory(&postgres.data_dir()).with_context(|| format!("round {round}, {on}"))?;
+            crate::oracle::ingest(&postgres, &mut loaded)?;
+            crate::oracle::Comparison::new(&loaded).data_directory(&postgres.data_dir()).with_context(|| format!("round {round}, {on}"))?;
         }
         Ok(())
     }
@@ -123,7 +122,7 @@ fn commit_timestamps_are_switched_off_and_on() {
 fn the_server_crashes_and_recovers() {
     fn run() -> Result<()> {
         let mut postgres = Postgres::init(Major::V15, &[], &SETTINGS)?;
-        let mut loaded = oracle::import(&postgres)?;
+        let mut loaded = crate::oracle::import(&postgres)?;
         postgres.start()?;
         postgres.psql("postgres", "CREATE TABLE t (id int PRIMARY KEY, a text)")?;
         for round in 0..3 {
@@ -137,8 +136,8 @@ fn the_server_crashes_and_recovers() {
             postgres.psql("postgres", if round % 2 == 0 { "COMMIT PREPARED 'p'" } else { "ROLLBACK PREPARED 'p'" })?;
         }
         postgres.stop("fast")?;
-        oracle::ingest(&postgres, &mut loaded)?;
-        oracle::Comparison::new(&loaded).data_directory(&postgres.data_dir())
+        crate::oracle::ingest(&postgres, &mut loaded)?;
+        crate::oracle::Comparison::new(&loaded).data_directory(&postgres.data_dir())
     }
     run().unwrap();
 }
@@ -147,13 +146,13 @@ fn the_server_crashes_and_recovers() {
 fn a_server_that_leaves_changes_out_of_wal_stops_the_ingest() {
     fn run() -> Result<String> {
         let mut postgres = Postgres::init(Major::V15, &[], &SETTINGS)?;
-        let mut loaded = oracle::import(&postgres)?;
+        let mut loaded = crate::oracle::import(&postgres)?;
         set(&postgres, "wal_level", "minimal")?;
         set(&postgres, "max_wal_senders", "0")?;
         postgres.start()?;
         postgres.psql("postgres", "CREATE TABLE t AS SELECT generate_series(1, 1000) AS id")?;
         postgres.stop("fast")?;
-        let error = oracle::ingest(&postgres, &mut loaded).expect_err("minimal WAL must be refused");
+        let error = crate::oracle::ingest(&postgres, &mut loaded).expect_err("minimal WAL must be refused");
         Ok(format!("{error:#}"))
     }
     let error = run().unwrap();
@@ -167,7 +166,7 @@ const CRC_OFFSET: usize = 20;
 /// Makes the first logical message after `from` a record of an extension's resource manager, in the stopped server's own WAL; gives where it begins.
 fn hand_to_an_extension(postgres: &Postgres, from: Lsn) -> Result<Lsn> {
     let mut found = None;
-    oracle::each_record(postgres.major(), &postgres.data_dir().join("pg_wal"), from, &mut |record| {
+    crate::oracle::each_record(postgres.major(), &postgres.data_dir().join("pg_wal"), from, &mut |record| {
         let whole = record.start.page_offset() + record.bytes.len() as u64 <= WAL_PAGE_SIZE;
         if found.is_none() && whole && record.bytes[RMID_OFFSET] == rmgr::LOGICALMSG {
             found = Some(record);
@@ -189,18 +188,18 @@ fn hand_to_an_extension(postgres: &Postgres, from: Lsn) -> Result<Lsn> {
 fn an_extensions_record_stops_the_ingest_and_what_came_before_stays_readable() {
     fn run() -> Result<()> {
         let mut postgres = Postgres::init(Major::V15, &[], &SETTINGS)?;
-        let mut loaded = oracle::import(&postgres)?;
+        let mut loaded = crate::oracle::import(&postgres)?;
         postgres.start()?;
         postgres.psql(
             "postgres",
             "CREATE TABLE t (id int PRIMARY KEY, a text); INSERT INTO t SELECT i, 'before' FROM generate_series(1, 3000) i",
         )?;
         postgres.stop("fast")?;
-        oracle::ingest(&postgres, &mut loaded)?;
+        crate::oracle::ingest(&postgres, &mut loaded)?;
         let before = loaded.end();
         let kept = tempfile::tempdir()?;
         let data = kept.path().join("data");
-        oracle::servers::run(Command::new("cp").arg("-a").arg(postgres.data_dir()).arg(&data))?;
+        crate::oracle::servers::run(Command::new("cp").arg("-a").arg(postgres.data_dir()).arg(&data))?;
 
         postgres.start()?;
         postgres.psql("postgres", "UPDATE t SET a = 'later' WHERE id < 10")?;
@@ -209,12 +208,12 @@ fn an_extensions_record_stops_the_ingest_and_what_came_before_stays_readable() {
         postgres.stop("fast")?;
         let stranger = hand_to_an_extension(&postgres, before)?;
         for again in [false, true] {
-            let error = oracle::ingest(&postgres, &mut loaded).err().context("a record that nobody here can redo was passed over")?;
+            let error = crate::oracle::ingest(&postgres, &mut loaded).err().context("a record that nobody here can redo was passed over")?;
             let told = format!("{error:#}");
             ensure!(told.contains("custom130") && told.contains(&format!("at {stranger} ")), "rmgr and LSN are named ({again}): {told}");
             ensure!(before < loaded.end() && loaded.end() <= stranger, "all before {stranger} is readable, up to {}", loaded.end());
         }
-        let mut comparison = oracle::Comparison::new(&loaded);
+        let mut comparison = crate::oracle::Comparison::new(&loaded);
         comparison.lsn = before;
         comparison.data_directory(&data)
     }

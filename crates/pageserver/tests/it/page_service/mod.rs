@@ -1,119 +1,27 @@
 //! The page service: right answers in order, whatever is warm or cold; no client hurts another or the server.
 
-#[path = "common/memory_pages.rs"]
+mod connections;
+mod fairness;
 mod memory_pages;
+mod served;
 
 use std::io::Read;
-use std::net::SocketAddr;
 use std::process::Command;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use bytes::BytesMut;
 use futures::TryStreamExt;
-use memory_pages::{BLOCKS, MemoryPages, MemorySource, page};
+use memory_pages::{BLOCKS, page};
+use served::{AT, REL, Served, request};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::{TcpListener, TcpStream};
-use tokio_util::sync::CancellationToken;
-use varve_pageserver::page_service::{PageService, PageServiceConfig};
+use tokio::net::TcpStream;
+use varve_pageserver::page_service::PageServiceConfig;
 use varve_postgres::slru::SlruKind;
-use varve_postgres::{BLCKSZ, Fork, Lsn, RelFork, RelNode};
+use varve_postgres::{BLCKSZ, Fork, Lsn, RelNode};
 use varve_protocol::client::BlockingOptions;
-use varve_protocol::wire::{BackendMessage, StartupPacket, frame::put_frame, frontend, take_frame};
-use varve_protocol::{
-    Answer, BaseBackupOptions, BlockingPageClient, ClientError, ConnectConfig, Endpoint, Header, PageClient, Query, ReadLsn, Request,
-    Response,
-};
-
-const REL: RelFork = RelFork { node: RelNode { spc: 1663, db: 5, rel: 16384 }, fork: Fork::Main };
-const AT: ReadLsn = ReadLsn { lsn: Lsn(0x2000), not_modified_since: Lsn(0x1000) };
-
-struct Served {
-    address: SocketAddr,
-    pages: Arc<MemoryPages>,
-    shutdown: CancellationToken,
-    running: tokio::task::JoinHandle<()>,
-}
-
-impl Served {
-    async fn start(config: PageServiceConfig) -> Served {
-        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port on loopback");
-        let address = listener.local_addr().expect("its address");
-        let pages = Arc::new(MemoryPages::default());
-        let service = PageService::new(Arc::new(MemorySource(pages.clone())), config);
-        let shutdown = CancellationToken::new();
-        let running = tokio::spawn(service.run(listener, shutdown.clone()));
-        Served { address, pages, shutdown, running }
-    }
-
-    fn config(&self) -> ConnectConfig {
-        ConnectConfig::new(Endpoint::tcp("127.0.0.1", self.address.port()), "varve")
-    }
-
-    async fn raw(&self) -> Raw {
-        Raw { socket: TcpStream::connect(self.address).await.expect("a connection"), input: BytesMut::new() }
-    }
-
-    /// The server works as if nothing had been.
-    async fn assert_alive(&self) {
-        let stream = PageClient::connect(&self.config()).await.expect("log in").pagestream_v3("acme", "main").await.expect("a stream");
-        assert_eq!(stream.get_page(REL, 7, AT).await.expect("a page")[..], page(REL, 7, AT.lsn)[..]);
-    }
-}
-
-/// A client that says what it wants.
-struct Raw {
-    socket: TcpStream,
-    input: BytesMut,
-}
-
-impl Raw {
-    async fn send(&mut self, write: impl FnOnce(&mut BytesMut)) {
-        let mut out = BytesMut::new();
-        write(&mut out);
-        let _ = self.socket.write_all(&out).await;
-    }
-
-    async fn log_in(&mut self) {
-        self.send(|out| StartupPacket::startup(&[("user", "u")]).encode(out)).await;
-        while !matches!(self.message().await, Some(BackendMessage::ReadyForQuery(_))) {}
-    }
-
-    async fn stream(&mut self) {
-        self.log_in().await;
-        self.send(|out| frontend::query("pagestream_v3 acme main", out)).await;
-        assert_eq!(self.message().await, Some(BackendMessage::CopyBothResponse));
-    }
-
-    async fn message(&mut self) -> Option<BackendMessage> {
-        loop {
-            if let Some(frame) = take_frame(&mut self.input, 1 << 26).expect("frames from the server") {
-                return Some(BackendMessage::decode(frame).expect("messages from the server"));
-            }
-            let read = tokio::time::timeout(Duration::from_secs(20), self.socket.read_buf(&mut self.input));
-            if read.await.expect("the server must answer or close").ok()? == 0 {
-                return None;
-            }
-        }
-    }
-
-    /// Everything up to the end must be an error with this code and text, then the end.
-    async fn assert_refused(&mut self, code: &str, text: &str) {
-        let mut seen = None;
-        while let Some(message) = self.message().await {
-            if let BackendMessage::ErrorResponse(error) = message {
-                seen = Some(error);
-            }
-        }
-        let error = seen.unwrap_or_else(|| panic!("expected an ErrorResponse about '{text}' before the end"));
-        assert!(error.code == code && error.message.contains(text), "expected {code} '{text}', got {error}");
-    }
-}
-
-fn request(request_id: u64, query: Query) -> Request {
-    Request { header: Header { request_id, request_lsn: AT.lsn, not_modified_since: AT.not_modified_since }, query }
-}
+use varve_protocol::wire::{BackendMessage, frame::put_frame, frontend, take_frame};
+use varve_protocol::{Answer, BaseBackupOptions, BlockingPageClient, ClientError, PageClient, Query, Response};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn answers_are_right_and_in_the_order_of_the_requests() {
@@ -361,76 +269,6 @@ async fn a_panic_and_a_timeline_that_left_end_their_own_connection_only() {
         raw.assert_refused(code, text).await;
     }
     served.assert_alive().await;
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_client_that_takes_no_answers_is_read_no_further_and_then_dropped() {
-    let config = PageServiceConfig { stalled_timeout: Duration::from_millis(500), ..PageServiceConfig::default() };
-    let served = Served::start(config).await;
-    let mut raw = served.raw().await;
-    raw.stream().await;
-    // A thousand megabytes of answers are asked for and none is taken.
-    let mut out = BytesMut::new();
-    for i in 0..1000 {
-        frontend::copy_data(&mut out, |out| request(i, Query::PageRange { rel: REL, first: 0, count: 128 }).encode(out));
-    }
-    let sent = tokio::time::timeout(Duration::from_secs(5), raw.socket.write_all(&out)).await;
-    tokio::time::sleep(Duration::from_millis(300)).await;
-    let read = served.pages.pages_read.load(Ordering::SeqCst) as usize * BLCKSZ;
-    assert!(read < 64 << 20, "{read} bytes of pages were read for a client that takes none ({sent:?})");
-    served.assert_alive().await;
-    let start = Instant::now();
-    let mut taken = 0;
-    let mut sink = vec![0; 1 << 20];
-    tokio::time::sleep(Duration::from_secs(1)).await;
-    while let Ok(n @ 1..) = raw.socket.read(&mut sink).await {
-        taken += n;
-    }
-    assert!(taken < 64 << 20 && start.elapsed() < Duration::from_secs(10), "the connection must end, {taken} bytes came");
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn silent_clients_are_sent_away() {
-    let config = PageServiceConfig {
-        handshake_timeout: Duration::from_millis(300),
-        idle_timeout: Duration::from_millis(600),
-        stalled_timeout: Duration::from_millis(300),
-        ..PageServiceConfig::default()
-    };
-    let served = Served::start(config).await;
-    let mut raw = served.raw().await;
-    raw.assert_refused("08P01", "no startup packet").await;
-    let mut raw = served.raw().await;
-    raw.stream().await;
-    raw.assert_refused("57P05", "between messages").await;
-    let mut raw = served.raw().await;
-    raw.stream().await;
-    raw.send(|out| out.extend_from_slice(b"d\0")).await;
-    raw.assert_refused("57P05", "in the middle of a message").await;
-    // One who speaks now and then may stay.
-    let stream = PageClient::connect(&served.config()).await.expect("log in").pagestream_v3("acme", "main").await.expect("a stream");
-    for _ in 0..6 {
-        tokio::time::sleep(Duration::from_millis(250)).await;
-        stream.get_page(REL, 1, AT).await.expect("a page");
-    }
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn connections_are_bounded_and_the_next_is_told_so() {
-    let served = Served::start(PageServiceConfig { connections_max: 3, ..PageServiceConfig::default() }).await;
-    let mut held = Vec::new();
-    for _ in 0..3 {
-        let mut raw = served.raw().await;
-        raw.stream().await;
-        held.push(raw);
-    }
-    let refused = PageClient::connect(&served.config()).await.err().expect("no place");
-    assert!(refused.is_transient() && refused.to_string().contains("all 3 connections"), "{refused}");
-    let client = BlockingPageClient::new(served.config(), "acme", "main", BlockingOptions::default());
-    let waits = tokio::task::spawn_blocking(move || client.nblocks(REL, AT));
-    tokio::time::sleep(Duration::from_millis(200)).await;
-    held.pop();
-    assert_eq!(waits.await.expect("joined").expect("a place became free"), BLOCKS);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -1,14 +1,13 @@
 //! A stock Postgres starts on a base backup of any record boundary, and is then what stock Postgres itself recovers to that place; what it writes
 //! afterwards goes on the timeline.
 
-mod oracle;
 
 use std::fs;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
-use oracle::{Comparison, Loaded, servers};
+use crate::oracle::{Comparison, Loaded, servers};
 use varve_postgres::Major;
 use varve_postgres::wal::synthesis::AncestorTimeline;
 use varve_testbed::postgres::Postgres;
@@ -59,13 +58,13 @@ fn load(postgres: &Postgres) -> Result<()> {
 /// The loaded cluster, its history, and a copy of the cluster from before the load.
 fn loaded(major: Major) -> Result<(Postgres, Loaded, tempfile::TempDir)> {
     let mut postgres = Postgres::init(major, &[], &SETTINGS)?;
-    let mut loaded = oracle::import(&postgres)?;
+    let mut loaded = crate::oracle::import(&postgres)?;
     let initial = tempfile::tempdir()?;
     servers::run(Command::new("cp").arg("-a").arg(postgres.data_dir()).arg(initial.path().join("data")))?;
     postgres.start()?;
     load(&postgres).with_context(|| format!("the server's log:\n{}", postgres.log()))?;
     postgres.stop("fast")?;
-    oracle::ingest(&postgres, &mut loaded)?;
+    crate::oracle::ingest(&postgres, &mut loaded)?;
     Ok((postgres, loaded, initial))
 }
 
@@ -118,7 +117,7 @@ fn goes_on(major: Major) -> Result<()> {
     servers::check(&ours)?;
     ours.stop("fast")?;
     let mut on_branch = Loaded { history: branch, boundaries: Vec::new(), ..loaded };
-    oracle::ingest(&ours, &mut on_branch)?;
+    crate::oracle::ingest(&ours, &mut on_branch)?;
     Comparison::new(&on_branch).data_directory(&ours.data_dir())?;
     if major == Major::V15 {
         // For Postgres's own tools what stands before the base is the rest of a record that began earlier.

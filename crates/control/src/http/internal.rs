@@ -1,0 +1,175 @@
+//! Routes of hosts and of the computes on them. The door has checked their token.
+
+use axum::Json;
+use axum::extract::{FromRequest, Request, State};
+use bytes::Bytes;
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+use varve_api::host::{
+    Attach, Attached, Begin, BeginRequest, ComputeReport, Ended, FileVersion, Hello, HostOrders, Orders, StartupBlocks, Welcome,
+};
+use varve_api::{Code, Problem, Refusal};
+
+use super::Server;
+use super::extract::{self, Limits, Names, Parameters};
+use crate::error::{Error, RequestError};
+use crate::ports::Pageserver;
+
+type Answer<T> = Result<Json<T>, Error>;
+
+/// A JSON body of a size.
+pub(super) struct Sent<T, const KIND: u8>(T);
+
+const SMALL: u8 = 0;
+const BLOCKS: u8 = 1;
+const FILE: u8 = 2;
+const HELLO: u8 = 3;
+
+const fn limits(kind: u8) -> Limits {
+    match kind {
+        BLOCKS => extract::BLOCKS,
+        FILE => extract::FILE,
+        HELLO => extract::HELLO,
+        _ => extract::SMALL,
+    }
+}
+
+impl<P: Pageserver, T: DeserializeOwned, const KIND: u8> FromRequest<Server<P>> for Sent<T, KIND> {
+    type Rejection = Error;
+
+    async fn from_request(request: Request, server: &Server<P>) -> Result<Self, Error> {
+        let (parts, body) = request.into_parts();
+        let (value, _) = extract::json(server, &parts.headers, body, limits(KIND)).await?;
+        Ok(Sent(value))
+    }
+}
+
+/// Runs a call to its end, though its client goes away.
+macro_rules! to_its_end {
+    ($server:ident, |$control:ident| $work:expr) => {{
+        let $control = $server.control.clone();
+        $server.control.environment().to_its_end(async move { $work.await }).await
+    }};
+}
+pub(super) use to_its_end;
+
+pub(super) async fn begin<P: Pageserver>(
+    State(server): State<Server<P>>,
+    Names(id): Names<String>,
+    Sent(request): Sent<BeginRequest, SMALL>,
+) -> Answer<Begin> {
+    to_its_end!(server, |control| control.begin(&id, &request)).map(Json)
+}
+
+pub(super) async fn attach<P: Pageserver>(
+    State(server): State<Server<P>>,
+    Names(id): Names<String>,
+    Sent(attach): Sent<Attach, SMALL>,
+) -> Answer<Attached> {
+    to_its_end!(server, |control| control.attach(&id, attach)).map(Json)
+}
+
+pub(super) async fn ended<P: Pageserver>(
+    State(server): State<Server<P>>,
+    Names(id): Names<String>,
+    Sent(ended): Sent<Ended, SMALL>,
+) -> Answer<()> {
+    to_its_end!(server, |control| control.ended(&id, &ended)).map(Json)
+}
+
+pub(super) async fn startup_blocks<P: Pageserver>(
+    State(server): State<Server<P>>,
+    Names(id): Names<String>,
+    Sent(body): Sent<StartupBlocks, BLOCKS>,
+) -> Answer<()> {
+    server.control.learn_startup_blocks(&id, body.blocks).await.map(Json)
+}
+
+pub(super) async fn put_file<P: Pageserver>(
+    State(server): State<Server<P>>,
+    Names(id): Names<String>,
+    Sent(file): Sent<FileVersion, FILE>,
+) -> Answer<()> {
+    to_its_end!(server, |control| control.put_file(&id, file)).map(Json)
+}
+
+/// Where a waiting compute stands.
+#[derive(Debug, Deserialize)]
+pub(super) struct OrdersQuery {
+    incarnation: u64,
+    #[serde(default)]
+    server_run: String,
+}
+
+pub(super) async fn orders<P: Pageserver>(
+    State(server): State<Server<P>>,
+    Names(id): Names<String>,
+    Parameters(query): Parameters<OrdersQuery>,
+) -> Answer<Orders> {
+    server.control.orders(&id, query.incarnation, &query.server_run).await.map(Json)
+}
+
+pub(super) async fn hello<P: Pageserver>(
+    State(server): State<Server<P>>,
+    Names(id): Names<String>,
+    Sent(hello): Sent<Hello, HELLO>,
+) -> Answer<Welcome> {
+    server.control.hello(&id, hello).await.map(Json)
+}
+
+/// Which orders a waiting host knows.
+#[derive(Debug, Deserialize)]
+pub(super) struct HostOrdersQuery {
+    known: Option<u64>,
+}
+
+pub(super) async fn host_orders<P: Pageserver>(
+    State(server): State<Server<P>>,
+    Names(id): Names<String>,
+    Parameters(query): Parameters<HostOrdersQuery>,
+) -> Answer<HostOrders> {
+    server.control.host_orders(&id, query.known).await.map(Json)
+}
+
+pub(super) async fn report<P: Pageserver>(
+    State(server): State<Server<P>>,
+    Names((host, compute)): Names<(String, String)>,
+    Sent(report): Sent<ComputeReport, SMALL>,
+) -> Answer<()> {
+    server.control.report(&host, &compute, report).await.map(Json)
+}
+
+/// What `initdb` made, or why it did not.
+pub(super) struct Archive(Result<Bytes, Refusal>);
+
+impl<P: Pageserver> FromRequest<Server<P>> for Archive {
+    type Rejection = Error;
+
+    async fn from_request(request: Request, server: &Server<P>) -> Result<Self, Error> {
+        let (parts, body) = request.into_parts();
+        if extract::is_type(&parts.headers, "application/problem+json") {
+            let text = extract::read(server, &parts.headers, body, extract::SMALL).await?;
+            let problem: Problem = serde_json::from_slice(&text).map_err(|error| RequestError::Body(error.to_string()))?;
+            let code = Code::from_name(&problem.code).unwrap_or(Code::HostUnfit);
+            return Ok(Archive(Err(Refusal::new(code, problem.detail))));
+        }
+        if !extract::is_type(&parts.headers, "application/zstd") {
+            return Err(RequestError::MediaType("application/zstd").into());
+        }
+        Ok(Archive(Ok(extract::read(server, &parts.headers, body, extract::TEMPLATE).await?)))
+    }
+}
+
+pub(super) async fn template<P: Pageserver>(
+    State(server): State<Server<P>>,
+    Names((host, order)): Names<(String, String)>,
+    Archive(made): Archive,
+) -> Answer<()> {
+    // A problem of the host's own is told to who waits for the template; its report of it succeeded.
+    let was_made = made.is_ok();
+    let taken = to_its_end!(server, |control| control.template_made(&host, &order, made));
+    match taken {
+        Err(Error::Refused(_)) if !was_made => Ok(Json(())),
+        other => other.map(Json),
+    }
+}

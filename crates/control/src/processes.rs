@@ -1,0 +1,287 @@
+//! What compute processes ask: to begin, to attach, for orders; and what they tell: that they ended, files, blocks of their start.
+//!
+//! The timeline of a compute is that of its branch in the tenant's log, looked up each time. A process that runs on another one is refused.
+
+use std::sync::Arc;
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD as BASE64;
+use varve_api::Code;
+use varve_api::host::{Attach, Attached, Begin, BeginRequest, BlockName, Desired, Ended, FileVersion, HostAction, Orders};
+use varve_postgres::Lsn;
+use varve_storage::ids::{TimelineId, WriterEpoch};
+use varve_storage::tenant_log::{EndpointRow, FileContents, TenantEdit, TenantLog, TenantState};
+
+use crate::error::Error;
+use crate::hosts::ORDERS_WAIT;
+use crate::logs::facts;
+use crate::ports::{AttachWriter, EpochStart, Moment, Pageserver};
+use crate::registry::{Entry, Phase, Status, host_of};
+use crate::{Control, arguments, moment};
+
+/// How often a begin follows a branch that is restored or renamed meanwhile.
+const BEGIN_TRIES: u32 = 10;
+/// Most blocks that a start tells.
+const STARTUP_BLOCKS_MAX: usize = 100_000;
+
+/// Where a compute begins.
+struct Beginning {
+    timeline: TimelineId,
+    lsn: Lsn,
+    epoch: Option<EpochStart>,
+}
+
+/// The row of a compute that may run.
+fn running_row(state: &TenantState, entry: &Entry) -> Result<Arc<EndpointRow>, Error> {
+    let row = state.endpoint(entry.id).map_err(|_| Error::Fenced("its branch was deleted, or it was thrown away"))?;
+    if row.wanted { Ok(row.clone()) } else { Err(Error::Fenced("it was told to end")) }
+}
+
+/// The timeline that a compute serves: its branch's, or its moment's.
+fn timeline_of(state: &TenantState, row: &EndpointRow) -> Result<TimelineId, Error> {
+    match row.moment {
+        Some(moment) => Ok(moment.timeline),
+        None => Ok(state.branch(row.branch.as_str())?.facts.id),
+    }
+}
+
+impl<P: Pageserver> Control<P> {
+    /// The compute that a process says it is. One that nobody has told of yet is asked to try again: its host says hello first, and ends it
+    /// if it is not wanted.
+    fn process(&self, id: &str) -> Result<Arc<Entry>, Error> {
+        let id = arguments::endpoint_id(id)?;
+        self.computes.get(id).ok_or_else(|| Error::NotYetKnown(id.to_string()))
+    }
+
+    /// A compute begins an incarnation: whoever wrote the branch before is fenced.
+    ///
+    /// # Errors
+    /// [`Error::Fenced`] when it may not run; [`Error::NotOwner`] when its tenant is another server's.
+    pub async fn begin(&self, id: &str, request: &BeginRequest) -> Result<Begin, Error> {
+        let entry = self.process(id)?;
+        let begun = self.begin_entry(&entry, request).await;
+        if let Err(error) = &begun
+            && !error.is_transient()
+            && entry.status().desired == Desired::Run
+            && error.code() != Code::Fenced
+        {
+            // Trying again will not help: it fails, and says why, until an operator has done something about it.
+            entry.update(|status| status.phase = Phase::Failed(error.to_string()));
+            self.order(&entry, HostAction::End);
+        }
+        begun
+    }
+
+    async fn begin_entry(&self, entry: &Arc<Entry>, request: &BeginRequest) -> Result<Begin, Error> {
+        let _turn = entry.turn.lock().await;
+        if let (Some(asking), Some(on)) = (&request.host, host_of(entry))
+            && *asking != on.to_string()
+        {
+            return Err(Error::Fenced("it runs on another host by now"));
+        }
+        if entry.status().desired != Desired::Run {
+            return Err(Error::Fenced("it was told to end"));
+        }
+        let log = self.own_for_compute(entry.tenant, "a compute begins").await?;
+        let (row, beginning) = self.beginning(&log, entry).await?;
+        let places = self.pageserver.places(entry.tenant, beginning.timeline, beginning.lsn).await?;
+        let epoch = beginning.epoch.as_ref().map(|start| start.epoch);
+        entry.update(|status| {
+            status.incarnation += 1;
+            status.epoch = epoch;
+            status.timeline = Some(beginning.timeline);
+            status.phase = if status.desired == Desired::Run { Phase::Starting } else { status.phase.clone() };
+            status.pid = None;
+        });
+        let state = log.state();
+        let facts = facts(&state, entry.tenant)?;
+        Ok(Begin {
+            tenant: facts.name.to_string(),
+            branch: row.branch.to_string(),
+            tenant_id: facts.id.to_string(),
+            timeline_id: beginning.timeline.to_string(),
+            pg_version: facts.pg_version,
+            base_lsn: beginning.lsn.to_string(),
+            epoch: epoch.map(|epoch| epoch.0),
+            standby_name: beginning.epoch.map(|start| start.standby_name),
+            incarnation: entry.status().incarnation,
+            page_service: self.pageserver.page_service(),
+            listen: row.listen.clone(),
+            port: row.port,
+            password_verifier: facts.password_verifier.clone(),
+            databases: places.databases,
+            tablespaces: places.tablespaces,
+            catalog_version: places.catalog_version,
+            startup_blocks: places.startup_blocks,
+        })
+    }
+
+    /// Where a compute begins: at its moment, or at the head of its branch, in a writer epoch of its own. A branch that is restored or renamed
+    /// at this very time is looked up again.
+    async fn beginning(&self, log: &TenantLog, entry: &Arc<Entry>) -> Result<(Arc<EndpointRow>, Beginning), Error> {
+        for _ in 0..BEGIN_TRIES {
+            let state = log.state();
+            let row = running_row(&state, entry)?;
+            entry.set_row(row.clone());
+            if let Some(moment) = row.moment {
+                return Ok((row, Beginning { timeline: moment.timeline, lsn: moment.lsn, epoch: None }));
+            }
+            let timeline = timeline_of(&state, &row)?;
+            match self.pageserver.begin_epoch(entry.tenant, &row.branch, timeline).await {
+                Ok(epoch) => return Ok((row, Beginning { timeline, lsn: epoch.lsn, epoch: Some(epoch) })),
+                Err(refusal) if refusal.code == Code::Fenced => tracing::info!(compute = %entry.id, %refusal, "its branch moved"),
+                Err(refusal) => return Err(refusal.into()),
+            }
+        }
+        Err(Error::Moved(entry.branch()))
+    }
+
+    /// A compute's Postgres runs: its WAL is received from now on.
+    ///
+    /// # Errors
+    /// [`Error::Fenced`] when it runs on a timeline that its branch does not point to any more.
+    pub async fn attach(&self, id: &str, attach: Attach) -> Result<Attached, Error> {
+        let entry = self.process(id)?;
+        let _turn = entry.turn.lock().await;
+        let flushed: Lsn = moment::lsn("flushed", &attach.flushed)?;
+        let timeline: TimelineId = attach.timeline_id.parse().map_err(|error| Error::argument("timeline_id", error))?;
+        let status = entry.status();
+        if status.desired == Desired::Fenced || attach.incarnation < status.incarnation {
+            return Err(Error::Fenced("it was replaced"));
+        }
+        let log = self.own_for_compute(entry.tenant, "a compute attaches").await?;
+        let state = log.state();
+        // One that was told to stop may attach again: its last WAL is to arrive.
+        let row = state.endpoint(entry.id).map_err(|_| Error::Fenced("its branch was deleted, or it was thrown away"))?.clone();
+        if timeline_of(&state, &row)? != timeline {
+            return Err(Error::Fenced("its branch points to another history by now"));
+        }
+        let mut standby_name = None;
+        if row.moment.is_none() {
+            let epoch = WriterEpoch(attach.epoch.ok_or_else(|| Error::argument("epoch", "a compute that writes its branch has one"))?);
+            let writer = AttachWriter {
+                tenant: entry.tenant,
+                branch: row.branch.clone(),
+                timeline,
+                epoch,
+                walsender: attach.walsender.clone(),
+                flushed,
+            };
+            standby_name = Some(self.pageserver.attach_writer(writer).await?);
+        }
+        entry.set_row(row);
+        entry.update(|status| {
+            status.incarnation = attach.incarnation;
+            status.epoch = attach.epoch.map(WriterEpoch);
+            status.timeline = Some(timeline);
+            status.pid = Some(attach.pid);
+            status.mount_pid = Some(attach.mount_pid);
+            if status.desired == Desired::Run {
+                status.phase = Phase::Running;
+            }
+        });
+        Ok(Attached { standby_name })
+    }
+
+    /// A compute's process ends. Where it ended cleanly its epoch is closed first, so that an answer means that nothing of it is missing.
+    ///
+    /// # Errors
+    /// What keeps the epoch from being closed; the process tries again, or says that it is not clean.
+    pub async fn ended(&self, id: &str, ended: &Ended) -> Result<(), Error> {
+        let entry = self.process(id)?;
+        let _turn = entry.turn.lock().await;
+        let status = entry.status();
+        if ended.incarnation != status.incarnation && status.incarnation != 0 {
+            return Ok(()); // of an incarnation that is over
+        }
+        let mut clean = ended.clean;
+        if ended.clean && entry.writes() {
+            match (status.timeline, status.epoch) {
+                (Some(timeline), Some(epoch)) => {
+                    self.own_for_compute(entry.tenant, "a compute has ended").await?;
+                    self.pageserver.close_epoch(entry.tenant, timeline, epoch).await?;
+                }
+                // We were restarted since it attached: what it sent last may not have arrived.
+                _ => clean = false,
+            }
+        }
+        tracing::info!(compute = %entry.id, clean, reason = ended.reason, "a compute ended");
+        entry.update(|status| {
+            status.phase = match status.desired {
+                Desired::Run if !clean => Phase::Failed(ended.reason.clone()),
+                // Told to end on its host: it is still wanted, and starts again with the host.
+                Desired::Run => Phase::Starting,
+                Desired::Stop | Desired::Fenced => Phase::Ended { clean, reason: ended.reason.clone() },
+            };
+        });
+        if matches!(entry.status().phase, Phase::Failed(_)) {
+            self.order(&entry, HostAction::End); // else the host would start it again
+        }
+        Ok(())
+    }
+
+    /// What a compute is to do; waits while that is what it does already.
+    ///
+    /// # Errors
+    /// [`Error::NotYetKnown`].
+    pub async fn orders(&self, id: &str, incarnation: u64, server_run: &str) -> Result<Orders, Error> {
+        let entry = self.process(id)?;
+        // After our own restart the incarnation is the compute's, until it has attached.
+        let number = |status: &Status| if status.incarnation == 0 { incarnation } else { status.incarnation };
+        let run = |status: &Status| format!("{}.{}", self.run, status.attach_again);
+        let is_news = |status: &Status| status.desired != Desired::Run || number(status) != incarnation || run(status) != server_run;
+        let status = entry.wait(&self.environment, ORDERS_WAIT, is_news).await.unwrap_or_else(|| entry.status());
+        Ok(Orders { desired: status.desired, incarnation: number(&status), server_run: run(&status) })
+    }
+
+    /// A compute tells which blocks its start read: later starts of the same template get them in one batch.
+    ///
+    /// # Errors
+    /// [`Error`].
+    pub async fn learn_startup_blocks(&self, id: &str, blocks: Vec<BlockName>) -> Result<(), Error> {
+        let entry = self.process(id)?;
+        if blocks.len() > STARTUP_BLOCKS_MAX {
+            return Err(Error::argument("blocks", format!("at most {STARTUP_BLOCKS_MAX}")));
+        }
+        self.own_for_compute(entry.tenant, "a compute tells of its start").await?;
+        Ok(self.pageserver.learn_startup_blocks(entry.tenant, blocks).await?)
+    }
+
+    /// Keeps a new version of a file that has no WAL.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] of a path that is none of those; [`Error::Fenced`] of an incarnation that is over.
+    pub async fn put_file(&self, id: &str, file: FileVersion) -> Result<(), Error> {
+        arguments::file_path(&file.path)?;
+        let bytes = match &file.contents {
+            Some(text) => Some(BASE64.decode(text).map_err(|error| Error::argument("contents", error))?),
+            None => None,
+        };
+        let entry = self.process(id)?;
+        let status = entry.status();
+        if status.incarnation == 0 {
+            return Err(Error::NotYetKnown(entry.id.to_string())); // it attaches first
+        }
+        let (Some(timeline), Some(_)) = (status.timeline, status.epoch.filter(|_| file.incarnation == status.incarnation)) else {
+            return Err(Error::Fenced("a file of an incarnation that is over"));
+        };
+        let log = self.own_for_compute(entry.tenant, "a compute keeps a file").await?;
+        let contents = match bytes {
+            Some(bytes) => self.pageserver.put_file(entry.tenant, bytes).await?,
+            None => FileContents::Removed,
+        };
+        let lsn = match self.pageserver.live(entry.tenant, timeline) {
+            Some(live) => live.head,
+            None => self.pageserver.resolve(entry.tenant, timeline, Moment::Head).await?.lsn,
+        };
+        let id = entry.id;
+        self.commit_edits(&log, |state| {
+            let row = state.endpoint(id).map_err(|_| Error::Fenced("its branch was deleted"))?;
+            if timeline_of(state, row)? != timeline {
+                return Err(Error::Fenced("its branch points to another history by now"));
+            }
+            Ok(vec![TenantEdit::File { timeline, path: file.path, lsn, contents }])
+        })
+        .await
+    }
+}

@@ -1,0 +1,8 @@
+//! The engine beside stock Postgres: what it takes in, what it gives out.
+
+mod base_backup_starts_postgres;
+mod counters_wrap_around;
+mod free_space_maps_are_kept;
+mod ingest_equals_postgres;
+mod oracle;
+mod template;

@@ -1,0 +1,4 @@
+//! The pageserver's sockets: one binary, so that it is linked once.
+
+mod page_service;
+mod wal_receiver;
