@@ -106,7 +106,7 @@ impl Two {
     fn json(&self, args: &[&str]) -> anyhow::Result<Value> {
         let mut command = Command::new(VARVE);
         command.args(args).arg("--json").env("VARVE_URL", format!("http://127.0.0.1:{}", self.http)).stdin(Stdio::null());
-        let output = limit::output(&mut command, COMMAND_MAX)?;
+        let output = limit::output(&mut command, COMMAND_MAX, Some(self.folder.path()))?;
         let logs = ["server.log", "host.log"].map(|name| std::fs::read_to_string(self.path(name)).unwrap_or_default()).join("\n-- host\n");
         ensure!(output.status.success(), "varve {args:?}: {}\n{logs}", String::from_utf8_lossy(&output.stderr));
         serde_json::from_slice(&output.stdout).context("JSON")

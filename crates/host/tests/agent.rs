@@ -1,5 +1,7 @@
 //! A host does what a control plane orders, through its own restarts. The control plane and the compute processes are stand-ins.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on must panic")]
+
 use std::collections::BTreeMap;
 use std::net::TcpListener as StdListener;
 use std::os::unix::fs::PermissionsExt as _;
