@@ -3,11 +3,12 @@
 use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
 use std::os::unix::fs::PermissionsExt as _;
-use std::process::Command;
-use std::time::{Duration, Instant};
+use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use anyhow::ensure;
 use varve_testbed::dev::{Dev, psql};
+use varve_testbed::limit::{self, COMMAND_MAX};
 
 const VARVE: &str = env!("CARGO_BIN_EXE_varve");
 
@@ -49,15 +50,9 @@ fn names_moments_and_ports() -> anyhow::Result<()> {
 #[test]
 fn a_second_server_on_the_same_folder() -> anyhow::Result<()> {
     let dev = Dev::start(VARVE)?;
-    let output = dev.dev_command().args(["--http", "127.0.0.1:0", "--pages", "127.0.0.1:0"]).output();
-    // clap refuses options given twice, so name them anew.
-    drop(output);
-    let output = std::process::Command::new(VARVE)
-        .arg("dev")
-        .arg("--data")
-        .arg(dev.data())
-        .args(["--store", &dev.store(), "--http", "127.0.0.1:0", "--pages", "127.0.0.1:0"])
-        .output()?;
+    let mut second = Command::new(VARVE);
+    second.arg("dev").arg("--data").arg(dev.data());
+    let output = dev.output(second.args(["--store", &dev.store(), "--http", "127.0.0.1:0", "--pages", "127.0.0.1:0"]))?;
     ensure!(!output.status.success(), "a second server on one folder must be refused");
     says(&String::from_utf8_lossy(&output.stderr), &["in use"])
 }
@@ -65,15 +60,16 @@ fn a_second_server_on_the_same_folder() -> anyhow::Result<()> {
 #[test]
 fn a_store_that_is_not_there() -> anyhow::Result<()> {
     let folder = tempfile::tempdir()?;
-    let output = std::process::Command::new(VARVE)
+    let mut server = Command::new(VARVE);
+    server
         .arg("dev")
         .arg("--data")
         .arg(folder.path())
         .args(["--store", "s3://nothing/here", "--http", "127.0.0.1:0", "--pages", "127.0.0.1:0"])
         .env("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
         .env("AWS_ACCESS_KEY_ID", "x")
-        .env("AWS_SECRET_ACCESS_KEY", "y")
-        .output()?;
+        .env("AWS_SECRET_ACCESS_KEY", "y");
+    let output = limit::output(&mut server, COMMAND_MAX, Some(folder.path()))?;
     ensure!(!output.status.success(), "a server whose store cannot be reached must not start");
     says(&String::from_utf8_lossy(&output.stderr), &["s3://nothing"])
 }
@@ -127,7 +123,8 @@ fn a_reader_who_has_seen_enough() -> anyhow::Result<()> {
     for json in [&["tenant", "list"][..], &["tenant", "list", "--json"][..]] {
         let (reader, writer) = std::io::pipe()?;
         drop(reader);
-        let output = Command::new(VARVE).args(json).env("VARVE_URL", dev.url()).stdout(writer).output()?;
+        let reading = Command::new(VARVE).args(json).env("VARVE_URL", dev.url()).stdout(writer).stderr(Stdio::piped()).spawn()?;
+        let output = limit::wait_with_output(reading, "a list that nobody reads", COMMAND_MAX, Some(dev.folder()))?;
         let said = String::from_utf8_lossy(&output.stderr);
         ensure!(output.status.success() && said.is_empty(), "a closed pipe is no error: {}, {said}", output.status);
     }
@@ -143,15 +140,10 @@ fn a_user_who_takes_the_standby_name_away() -> anyhow::Result<()> {
     ensure!(!name.is_empty(), "a compute waits for its pageserver");
     psql(&db, "ALTER SYSTEM SET synchronous_standby_names = ''")?;
     psql(&db, "SELECT pg_reload_conf()")?;
-    let deadline = std::time::Instant::now() + Duration::from_secs(20);
-    loop {
+    dev.until(&format!("synchronous_standby_names to be {name} again"), Duration::from_secs(20), || {
         let set = "SELECT count(*) FROM pg_file_settings WHERE name = 'synchronous_standby_names' AND sourcefile LIKE '%auto.conf'";
-        if psql(&db, set)? == "0" && psql(&db, "SHOW synchronous_standby_names")? == name {
-            break;
-        }
-        ensure!(std::time::Instant::now() < deadline, "expected synchronous_standby_names to be {name} again");
-        std::thread::sleep(Duration::from_millis(50));
-    }
+        Ok((psql(&db, set)? == "0" && psql(&db, "SHOW synchronous_standby_names")? == name).then_some(()))
+    })?;
     psql(&db, "CREATE TABLE t (i int)")?;
     Ok(())
 }
@@ -173,7 +165,7 @@ fn extension(folder: &std::path::Path) -> anyhow::Result<std::path::PathBuf> {
     std::fs::set_permissions(folder, std::fs::Permissions::from_mode(0o755))?;
     let (source, library) = (folder.join("stranger.c"), folder.join("stranger.so"));
     std::fs::write(&source, EXTENSION)?;
-    let output = Command::new("cc").args(["-shared", "-fPIC", "-o"]).args([&library, &source]).output()?;
+    let output = limit::output(Command::new("cc").args(["-shared", "-fPIC", "-o"]).args([&library, &source]), COMMAND_MAX, None)?;
     ensure!(output.status.success(), "cc failed: {}", String::from_utf8_lossy(&output.stderr));
     Ok(library)
 }
@@ -201,11 +193,8 @@ fn a_record_of_an_extension_ends_what_can_be_read_and_takes_nothing_back() -> an
             dev.run()?;
         }
         let show = || dev.json(&["branch", "show", "acme/main"]);
-        let deadline = Instant::now() + Duration::from_secs(30);
-        while show()?["stopped"].is_null() && Instant::now() < deadline {
-            std::thread::sleep(Duration::from_millis(50));
-        }
-        let branch = show()?;
+        let stopped = || Ok(Some(show()?).filter(|branch| !branch["stopped"].is_null()));
+        let branch = dev.until("the branch to say why it stopped", Duration::from_secs(30), stopped)?;
         let reason = branch["stopped"].as_str().unwrap_or_default();
         says(reason, &["custom130", &before, "restore"])?;
         // What came later cannot be had, and what came before can.

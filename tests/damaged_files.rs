@@ -92,7 +92,7 @@ fn the_wal_log() -> anyhow::Result<()> {
     let mut bytes = std::fs::read(&segment)?;
     bytes[2000] ^= 1; // in the first chunk, which was acknowledged long ago
     std::fs::write(&segment, bytes)?;
-    let output = dev.dev_command().output()?;
+    let output = dev.output(&mut dev.dev_command())?;
     ensure!(!output.status.success(), "a damaged WAL log must be refused");
     let said = String::from_utf8_lossy(&output.stderr);
     let name = segment.file_name().and_then(|name| name.to_str()).context("a name")?;

@@ -3,7 +3,7 @@
 //! holds the same rows.
 
 use std::collections::BTreeSet;
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -15,6 +15,7 @@ use varve_testbed::beside::Private;
 use varve_testbed::comparison::{Comparison, DataDirectory, PageService};
 use varve_testbed::dev::{Dev, amcheck, program, psql, settle};
 use varve_testbed::dump::{Sequences, ensure_same, rows};
+use varve_testbed::limit::{self, COMMAND_MAX};
 use varve_testbed::postgres::is_skipped;
 
 const VARVE: &str = env!("CARGO_BIN_EXE_varve");
@@ -39,10 +40,10 @@ fn storm(db: &str) -> anyhow::Result<()> {
     let end = Instant::now() + Duration::from_secs(STORM_SECONDS.into());
     // What is refused or lost here is nobody's fault: the other side is changed at the same time, or killed.
     while Instant::now() < end && psql(db, "SELECT 1").is_ok() {
-        Command::new("psql").args([db, "-Xq", "-f", &sql("harder_loads/rewrites.sql")]).stdin(Stdio::null()).output()?;
+        limit::output(Command::new("psql").args([db, "-Xq", "-f", &sql("harder_loads/rewrites.sql")]), COMMAND_MAX, None)?;
     }
     for writer in writers {
-        writer.wait_with_output()?;
+        limit::wait_with_output(writer, "pgbench to end", COMMAND_MAX, None)?;
     }
     Ok(())
 }
@@ -76,17 +77,11 @@ fn compare(dev: &Dev, branch: &str, compute: &Value) -> anyhow::Result<()> {
 fn kill(dev: &Dev, branch: &str, compute: &Value) -> anyhow::Result<Value> {
     let pid = compute["pid"].as_u64().context("a compute has a pid")?;
     ensure!(Command::new("kill").args(["-9", &pid.to_string()]).status()?.success(), "the postmaster is killed");
-    let deadline = Instant::now() + BACK_MAX;
-    loop {
-        thread::sleep(Duration::from_millis(100));
+    dev.until("the compute to be back", BACK_MAX, || {
         let computes = dev.json(&["compute", "list"])?;
         let found = computes.as_array().context("a list")?.iter().find(|compute| compute["branch"] == branch);
-        let back = found.filter(|compute| compute["state"] == "running" && compute["pid"].as_u64() != Some(pid));
-        if let Some(compute) = back {
-            return Ok(compute.clone());
-        }
-        ensure!(Instant::now() < deadline, "the compute is not back after {BACK_MAX:?}: {computes}");
-    }
+        Ok(found.filter(|compute| compute["state"] == "running" && compute["pid"].as_u64() != Some(pid)).cloned())
+    })
 }
 
 fn blocks_and_rows_are_the_same(major: Major) -> anyhow::Result<()> {

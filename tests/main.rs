@@ -13,4 +13,6 @@ mod nothing_is_lost;
 mod postgres_suites;
 mod random_lsns;
 mod tidy;
+mod two_machines;
 mod verify;
+mod waiting_commits;

@@ -125,11 +125,9 @@ fn the_second_compute_fences_the_first() -> anyhow::Result<()> {
     let second = dev.compute("acme/main", &[])?;
     ensure!(psql(&second, "SELECT i FROM t")? == "1", "the second sees what the first committed");
     psql(&second, "INSERT INTO t VALUES (2)")?;
-    let deadline = std::time::Instant::now() + Duration::from_secs(10);
-    while psql(&first, "SELECT 1").is_ok() {
-        ensure!(std::time::Instant::now() < deadline, "the first compute still answers, 10 s after it was fenced");
-        std::thread::sleep(Duration::from_millis(20));
-    }
+    dev.until("the first compute, which is fenced, to answer no more", Duration::from_secs(10), || {
+        Ok(psql(&first, "SELECT 1").is_err().then_some(()))
+    })?;
     let list = dev.json(&["compute", "list"])?;
     ensure!(list.as_array().is_some_and(|list| list.len() == 1), "one compute is left, got {list}");
     Ok(())

@@ -3,17 +3,20 @@
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 use serde_json::Value;
 use varve_postgres::Major;
 use varve_testbed::dev::{Dev, program, psql};
+use varve_testbed::limit::{self, COMMAND_MAX};
 use varve_testbed::minio::Minio;
 use varve_testbed::postgres::Postgres;
 use varve_testbed::redo;
 
 const VARVE: &str = env!("CARGO_BIN_EXE_varve");
+/// How long what should happen at once may take.
+const SOON: Duration = Duration::from_secs(30);
 
 /// Work that touches tables, indexes, sequences and maps.
 const WORK: &str = "
@@ -33,7 +36,7 @@ fn statements(sql: &str, mut run: impl FnMut(&str) -> anyhow::Result<String>) ->
 
 /// Runs `varve verify ...`; gives whether all matched, and its JSON.
 fn verify(args: &[&str]) -> anyhow::Result<(bool, Value)> {
-    let output = Command::new(VARVE).arg("verify").args(args).arg("--json").output()?;
+    let output = limit::output(Command::new(VARVE).arg("verify").args(args).arg("--json"), COMMAND_MAX, None)?;
     let json = serde_json::from_slice(&output.stdout)
         .with_context(|| format!("varve verify {} printed no JSON: {}{}", args.join(" "), text(&output.stdout), text(&output.stderr)))?;
     Ok((output.status.success(), json))
@@ -48,7 +51,8 @@ fn matched(dev: &Dev, args: &[&str]) -> anyhow::Result<Value> {
 
 /// Runs `varve verify ...`, which must fail without a finding; gives what it says.
 fn refused(args: &[&str]) -> anyhow::Result<String> {
-    let output = Command::new(VARVE).arg("verify").args(args).env("VARVE_URL", "http://127.0.0.1:1").output()?;
+    let mut command = Command::new(VARVE);
+    let output = limit::output(command.arg("verify").args(args).env("VARVE_URL", "http://127.0.0.1:1"), COMMAND_MAX, None)?;
     ensure!(!output.status.success(), "varve verify {} must be refused", args.join(" "));
     Ok(text(&output.stderr))
 }
@@ -122,7 +126,7 @@ fn wal_in_a_folder_is_redone_from_the_pages_before_it() -> anyhow::Result<()> {
     expect(&report, "mismatches", 1);
     let mismatch = &report["first_mismatches"][0];
     ensure!(mismatch["rmgr"] == "Heap" && mismatch["block"] == 0, "the mismatch names record and block: {mismatch}");
-    let output = Command::new(VARVE).args(["verify", "wal", path(&data)?, "--base", base_arg]).output()?;
+    let output = limit::output(Command::new(VARVE).args(["verify", "wal", path(&data)?, "--base", base_arg]), COMMAND_MAX, None)?;
     let shown = text(&output.stdout);
     ensure!(!output.status.success() && shown.contains("item ") && shown.contains('*'), "the page's difference is shown:\n{shown}");
     Ok(())
@@ -149,7 +153,7 @@ fn redo_of_a_crashed_servers_wal_arrives_where_its_recovery_does() -> anyhow::Re
     let recovered = postgres.data_dir();
     let redo = |threads: &str| -> anyhow::Result<Value> {
         let args = ["bench", "redo", path(&base)?, path(&crashed)?, "--compare", path(&recovered)?, "--threads", threads, "--json"];
-        let output = Command::new(VARVE).args(args).output()?;
+        let output = limit::output(Command::new(VARVE).args(args), COMMAND_MAX, None)?;
         ensure!(output.status.success(), "varve {}: {}", args.join(" "), text(&output.stderr));
         Ok(serde_json::from_slice(&output.stdout)?)
     };
@@ -222,6 +226,23 @@ fn the_wal_of_a_running_server_is_followed() -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Vacuum of a GiST index, and insertion that removes what an index scan found dead: minors differ in a flag that this sets, a standby from its
+/// primary.
+const GIST: &str = "
+CREATE TABLE points (id int, at point);
+CREATE INDEX ON points USING gist (at);
+INSERT INTO points SELECT i, point(i % 100, i / 100) FROM generate_series(1, 3000) i;
+DELETE FROM points WHERE id % 2 = 0;
+VACUUM points;
+CREATE TABLE killed (id int, at point);
+CREATE INDEX ON killed USING gist (at);
+INSERT INTO killed SELECT i, point(i % 40, i / 40) FROM generate_series(1, 1200) AS i;
+DELETE FROM killed WHERE id % 3 <> 0;
+ALTER DATABASE postgres SET enable_seqscan = off;
+ALTER DATABASE postgres SET enable_bitmapscan = off;
+SELECT count(*) FROM killed WHERE at <@ box '((-1,-1),(100,100))';
+INSERT INTO killed SELECT i, point(i % 40, i / 40) FROM generate_series(1, 1200) AS i";
+
 #[test]
 fn a_branch_holds_what_postgres_has() -> anyhow::Result<()> {
     let dev = Dev::start(VARVE)?;
@@ -247,6 +268,17 @@ fn a_branch_holds_what_postgres_has() -> anyhow::Result<()> {
     ensure!(state == "not paused", "afterwards replay goes on, it is {state}");
     psql(&db, "INSERT INTO work (word) VALUES ('later')")?;
     matched(&dev, &["timeline", "acme/main", "--against", &standby_db, "--lsn", &until])?;
+
+    // What the standby redoes itself.
+    statements(GIST, |sql| psql(&db, sql))?;
+    let until = psql(&db, "SELECT pg_current_wal_lsn()")?;
+    matched(&dev, &["timeline", "acme/main", "--against", &standby_db, "--lsn", &until])?;
+    let report = matched(&dev, &["wal", "acme/main", "--until", &until])?;
+    let types = report["types"].as_array().context("types of records")?;
+    for record in ["PAGE_UPDATE", "DELETE"] {
+        let seen = types.iter().any(|seen| seen["rmgr"] == "Gist" && seen["record"] == record && seen["compared"].as_u64() > Some(0));
+        ensure!(seen, "GiST's {record} is among them: {report:#}");
+    }
 
     // Against a data directory.
     let folder = dev.folder().join("materialized");
@@ -278,12 +310,9 @@ fn check_consistency(conninfo: &str) -> anyhow::Result<()> {
 /// Makes the server read its settings, and waits until sessions find `wal_consistency_checking` to be `expected`.
 fn reload(conninfo: &str, expected: &str) -> anyhow::Result<()> {
     psql(conninfo, "SELECT pg_reload_conf()")?;
-    let deadline = Instant::now() + Duration::from_secs(30);
-    while psql(conninfo, "SHOW wal_consistency_checking")? != expected {
-        ensure!(Instant::now() < deadline, "wal_consistency_checking must become '{expected}'");
-        std::thread::sleep(Duration::from_millis(20));
-    }
-    Ok(())
+    limit::until(&format!("wal_consistency_checking to become '{expected}'"), SOON, None, || {
+        Ok((psql(conninfo, "SHOW wal_consistency_checking")? == expected).then_some(()))
+    })
 }
 
 /// Indexes of all kinds on the table of [`WORK`], and changes of them.
@@ -395,11 +424,9 @@ fn wal_that_cannot_be_uploaded_is_not_let_go_of() -> anyhow::Result<()> {
         // Returns when the store has it.
         move || psql(&db, "SET synchronous_commit = remote_apply; UPDATE work SET word = 'in the store'")
     });
-    let deadline = Instant::now() + Duration::from_secs(60);
-    while !std::fs::read_to_string(dev.log())?.contains("a flush failed, it is tried again") {
-        ensure!(Instant::now() < deadline, "a flush whose WAL cannot be kept must fail");
-        std::thread::sleep(Duration::from_millis(20));
-    }
+    dev.until("a flush whose WAL cannot be kept to fail", SOON * 2, || {
+        Ok(std::fs::read_to_string(dev.log())?.contains("a flush failed, it is tried again").then_some(()))
+    })?;
     ensure!(!commit.is_finished(), "what is not in the store is not said to be there");
     let from_log = matched(&dev, &["wal", "acme/main", "--until", &psql(&db, "SELECT pg_current_wal_lsn()")?])?;
     std::fs::remove_file(folder.join("wal"))?;
@@ -419,7 +446,9 @@ fn wal_that_cannot_be_uploaded_is_not_let_go_of() -> anyhow::Result<()> {
 fn standby_of(conninfo: &str) -> anyhow::Result<Postgres> {
     let mut standby = Postgres::bare(Major::V15)?;
     let data: PathBuf = standby.data_dir();
-    let status = standby.command("pg_basebackup")?.args(["-d", conninfo, "-X", "stream", "-R", "--no-sync", "-D"]).arg(&data).status()?;
+    let mut backup = standby.command("pg_basebackup")?;
+    backup.args(["-d", conninfo, "-X", "stream", "-R", "--no-sync", "-D"]).arg(&data);
+    let status = limit::status(&mut backup, COMMAND_MAX, None)?;
     ensure!(status.success(), "pg_basebackup from the compute failed");
     standby.configure(&[("hot_standby", "on")])?;
     standby.start()?;

@@ -72,7 +72,7 @@ pub struct Attach {
     pub mount_pid: u32,
     /// Where the compute's host hands out connections to its walsender.
     pub walsender: Walsender,
-    /// `pg_current_wal_flush_lsn()`: everything it ever got acknowledged ends at or before.
+    /// Where its WAL is flushed to: everything it ever got acknowledged ends at or before.
     pub flushed: String,
 }
 

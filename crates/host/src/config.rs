@@ -54,6 +54,8 @@ pub fn arguments(begin: &Begin, dirs: &Dirs) -> Vec<String> {
         ("max_replication_slots", "10".to_owned()),
         ("max_slot_wal_keep_size", "-1".to_owned()),
         ("archive_mode", "off".to_owned()),
+        // By their titles the supervisor knows which commits keep the WAL receiver out.
+        ("update_process_title", "on".to_owned()),
         // A fresh start must not wait for 16 MiB of zeros.
         ("wal_init_zero", "off".to_owned()),
         ("varve.timeline", begin.timeline_id.clone()),

@@ -132,10 +132,22 @@ fn start_of(pid: u32) -> io::Result<Option<String>> {
     Ok(runs.then(|| fields.nth(18).map(str::to_owned)).flatten())
 }
 
-fn children_of(pid: u32) -> Vec<u32> {
+/// The processes that `pid` has started.
+pub(crate) fn children_of(pid: u32) -> Vec<u32> {
+    // One file says it where the kernel has it; otherwise every process is asked for its parent.
+    if let Ok(list) = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")) {
+        return list.split_ascii_whitespace().filter_map(|child| child.parse().ok()).collect();
+    }
     let Ok(entries) = std::fs::read_dir("/proc") else { return Vec::new() };
     let parent = |child: u32| -> Option<u32> { stat(child).ok()??.split_ascii_whitespace().nth(1)?.parse().ok() };
     entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok()).filter(|child| parent(*child) == Some(pid)).collect()
+}
+
+/// What a process calls itself, as `ps` shows it.
+pub(crate) fn title(pid: u32) -> Option<String> {
+    let line = std::fs::read(format!("/proc/{pid}/cmdline")).ok()?;
+    let end = line.iter().position(|byte| *byte == 0).unwrap_or(line.len());
+    Some(String::from_utf8_lossy(&line[..end]).trim_end().to_owned())
 }
 
 #[cfg(test)]

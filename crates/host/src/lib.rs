@@ -25,4 +25,6 @@ pub mod postgres;
 pub mod process;
 pub mod record;
 pub mod server;
+pub mod sessions;
 mod start;
+pub mod waiters;

@@ -8,13 +8,13 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
 use tokio::process::{Child, Command};
-use tokio_postgres::{Client, NoTls};
 use varve_api::host::Begin;
 
 use crate::config;
 use crate::dirs::Dirs;
 use crate::identity::ProcessId;
 use crate::record::RecordError;
+use crate::sessions::Sessions;
 
 /// How long Postgres may take until it answers.
 const START_MAX: Duration = Duration::from_secs(120);
@@ -65,8 +65,9 @@ pub enum PostgresError {
 pub struct Postgres {
     child: Child,
     pid: u32,
-    socket_dir: String,
-    port: u16,
+    /// The socket, as a sign that asking is worth while.
+    socket: PathBuf,
+    sessions: Sessions,
 }
 
 impl Postgres {
@@ -99,14 +100,15 @@ impl Postgres {
         }
         let child = command.spawn()?;
         let pid = child.id().ok_or_else(|| io::Error::other("it ended as it started"))?;
-        let mut postgres = Postgres { child, pid, socket_dir: dirs.socket().display().to_string(), port: begin.port };
+        let (socket, sessions) = (dirs.postgres_socket(begin.port), Sessions::new(dirs.socket(), begin.port));
+        let mut postgres = Postgres { child, pid, socket, sessions };
         if let Err(error) = dirs.remember_postmaster(pid) {
             postgres.kill().await; // nobody could end it after us
             return Err(error.into());
         }
         let deadline = Instant::now() + START_MAX;
         loop {
-            if postgres.socket_exists() && postgres.client().await.is_ok() {
+            if postgres.socket.exists() && postgres.sessions.flushed().await.is_ok() {
                 return Ok(postgres);
             }
             if let Some(status) = postgres.child.try_wait()? {
@@ -120,64 +122,14 @@ impl Postgres {
         }
     }
 
-    fn socket_exists(&self) -> bool {
-        Path::new(&self.socket_dir).join(format!(".s.PGSQL.{}", self.port)).exists()
-    }
-
     /// The postmaster's process id.
     pub fn pid(&self) -> u32 {
         self.pid
     }
 
-    /// A connection as the internal role.
-    ///
-    /// # Errors
-    /// Those of the connection.
-    pub async fn client(&self) -> Result<Client, tokio_postgres::Error> {
-        let (client, connection) = tokio_postgres::Config::new()
-            .host(&self.socket_dir)
-            .port(self.port)
-            .user(config::INTERNAL_ROLE)
-            .dbname("postgres")
-            .application_name("varve supervisor")
-            .connect(NoTls)
-            .await?;
-        tokio::spawn(connection); // ends when the client is dropped
-        Ok(client)
-    }
-
-    /// Gives the superuser the tenant's password, unless it has it. It does not wait for the pageserver, which is not attached yet.
-    ///
-    /// # Errors
-    /// Those of the statements.
-    pub async fn set_password(&self, verifier: &str) -> Result<(), tokio_postgres::Error> {
-        let client = self.client().await?;
-        let rows = client.query("SELECT rolpassword FROM pg_authid WHERE rolname = 'postgres'", &[]).await?;
-        let has: Option<String> = rows.first().and_then(|row| row.get(0));
-        if rows.is_empty() || has.as_deref() == Some(verifier) {
-            return Ok(());
-        }
-        let quoted = verifier.replace('\'', "''");
-        client.batch_execute(&format!("SET synchronous_commit = local; ALTER ROLE postgres PASSWORD '{quoted}'")).await
-    }
-
-    /// Where its WAL is flushed to.
-    ///
-    /// # Errors
-    /// Those of the statement.
-    pub async fn flushed(&self) -> Result<String, tokio_postgres::Error> {
-        let client = self.client().await?;
-        Ok(client.query_one("SELECT pg_current_wal_flush_lsn()::text", &[]).await?.get(0))
-    }
-
-    /// Takes `synchronous_standby_names` out of what `ALTER SYSTEM` has set, so that ours holds.
-    ///
-    /// # Errors
-    /// Those of the statement.
-    pub async fn take_back_standby_names(&self) -> Result<(), tokio_postgres::Error> {
-        self.client().await?.batch_execute("ALTER SYSTEM RESET synchronous_standby_names").await?;
-        self.reload();
-        Ok(())
+    /// Sessions of ours in it.
+    pub fn sessions(&self) -> &Sessions {
+        &self.sessions
     }
 
     /// Makes Postgres read its configuration again.

@@ -28,7 +28,9 @@ use crate::files::Uploader;
 use crate::handover::{Handover, HandoverError};
 use crate::postgres::{Postgres, PostgresError};
 use crate::server::{Server, is_fenced, is_transient};
+use crate::sessions::Sessions;
 use crate::start::{self, MountError};
+use crate::waiters;
 
 /// Wait between tries to reach a server that is away.
 const RETRY_WAIT: Duration = Duration::from_millis(100);
@@ -36,6 +38,12 @@ const RETRY_WAIT: Duration = Duration::from_millis(100);
 const BACKOFF_MAX: Duration = Duration::from_secs(10);
 /// Incarnations that may fail in a row before they ever ran; then the compute gives up and says why.
 const FAILED_STARTS_MAX: u32 = 5;
+/// How long a start waits for the tenant's password to be set. Whoever connects should find it set; whoever commits already waits for us to attach.
+const PASSWORD_WAIT: Duration = Duration::from_secs(2);
+/// How long setting it may take behind locks of the tenant's, once the compute is attached.
+const PASSWORD_MAX: Duration = Duration::from_secs(600);
+/// How often that is tried. Each try that is given up may hold a walsender's place for as long as the lock is there.
+const PASSWORD_TRIES: u32 = 3;
 
 /// What a compute process is told when it starts.
 #[derive(Clone, Debug)]
@@ -251,6 +259,8 @@ async fn incarnation(
         }
     };
     *ran = true;
+    let waiters = AbortOnDrop(tokio::spawn(waiters::watch(postgres.pid())));
+    let password = set_password(postgres.sessions(), &begin.password_verifier).await;
     if begin.startup_blocks.is_empty() {
         start::tell_startup_blocks(server, &mount);
     }
@@ -270,8 +280,34 @@ async fn incarnation(
             other
         }
     };
+    drop((waiters, password));
     start::unmount(mount, dirs).await;
     end
+}
+
+/// A task that ends with what it serves.
+struct AbortOnDrop(JoinHandle<()>);
+
+impl Drop for AbortOnDrop {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+/// Gives the superuser the tenant's password: now, or where locks or faults of the tenant's are in the way, later, by the task that this gives.
+async fn set_password(sessions: &Sessions, verifier: &str) -> Option<AbortOnDrop> {
+    let error = sessions.set_password(verifier, PASSWORD_WAIT).await.err()?;
+    tracing::warn!(%error, "the tenant's password could not be set yet");
+    let (sessions, verifier) = (sessions.clone(), verifier.to_owned());
+    Some(AbortOnDrop(tokio::spawn(async move {
+        for _ in 0..PASSWORD_TRIES {
+            match sessions.set_password(&verifier, PASSWORD_MAX).await {
+                Ok(()) => return tracing::info!("the tenant's password is set"),
+                Err(error) => tracing::warn!(%error, "the tenant's password could not be set"),
+            }
+            tokio::time::sleep(BACKOFF_MAX).await;
+        }
+    })))
 }
 
 async fn serve(
@@ -281,9 +317,6 @@ async fn serve(
     (postgres, uploader): (&mut Postgres, &Uploader),
     terminate: &mut Signal,
 ) -> Result<End, ProcessError> {
-    if let Err(error) = postgres.set_password(&begin.password_verifier).await {
-        tracing::warn!(%error, "the tenant's password could not be set");
-    }
     // Open as long as the incarnation is attached or may be.
     let handover = Handover::open(&dirs.walsender(), &dirs.postgres_socket(begin.port))?;
     let mut attach = Attach {
@@ -310,10 +343,11 @@ async fn serve(
             }
             () = uploader.standby_names_taken() => {
                 tracing::error!("synchronous_standby_names is varve's: what ALTER SYSTEM set it to is taken back");
-                if let Err(error) = postgres.take_back_standby_names().await {
+                if let Err(error) = postgres.sessions().take_back_standby_names().await {
                     tracing::error!(%error, "commits may not wait for the pageserver");
                     return Ok(End::Failed(Failure::StandbyNames));
                 }
+                postgres.reload();
                 continue;
             }
             answer = &mut orders => answer.map_err(std::io::Error::other)?,
@@ -325,8 +359,8 @@ async fn serve(
             }
             Ok(Orders { incarnation, .. }) if incarnation > begin.incarnation => return Ok(End::Replaced),
             Ok(Orders { server_run: run, .. }) if run != server_run => {
-                match postgres.flushed().await {
-                    Ok(flushed) => attach.flushed = flushed,
+                match postgres.sessions().flushed().await {
+                    Ok(flushed) => attach.flushed = flushed.to_string(),
                     Err(error) => {
                         tracing::warn!(%error, "Postgres does not say how far its WAL is");
                         orders = poll(server, begin, &server_run);

@@ -57,7 +57,7 @@ impl MountError {
         matches!(self, MountError::Backup(error) if error.is_transient())
     }
 
-    fn begin(what: &'static str, text: impl ToString) -> MountError {
+    fn begin(what: &'static str, text: &(impl ToString + ?Sized)) -> MountError {
         MountError::Begin { what, text: text.to_string() }
     }
 }
@@ -98,7 +98,7 @@ fn mount_blocking(begin: &Begin, dirs: &Dirs, uploader: &Uploader) -> Result<Mou
     dirs.write("pg_hba.conf", &config::pg_hba_conf(users_hba.as_deref().unwrap_or_default()))?;
     let source = Arc::new(PageSource::new(connection, &begin.tenant_id, &begin.timeline_id, lsn));
     let user = dirs.user();
-    let major = Major::from_number(begin.pg_version).ok_or_else(|| MountError::begin("a major of Postgres", begin.pg_version))?;
+    let major = Major::from_number(begin.pg_version).ok_or_else(|| MountError::begin("a major of Postgres", &begin.pg_version))?;
     let name = format!("{}/{}", begin.tenant, begin.branch);
     let mut config = MountConfig::new(&name, &dirs.pgdata(), &dirs.cache(), (major, begin.catalog_version), source);
     config.uid = user.uid;

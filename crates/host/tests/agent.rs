@@ -1,5 +1,7 @@
 //! A host does what a control plane orders, through its own restarts. The control plane and the compute processes are stand-ins.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on must panic")]
+
 use std::collections::BTreeMap;
 use std::net::TcpListener as StdListener;
 use std::os::unix::fs::PermissionsExt as _;
@@ -58,7 +60,7 @@ impl Control {
             .route("/v1/hosts/{host}/hello", post(hello))
             .route("/v1/hosts/{host}/orders", get(orders_of))
             .route("/v1/hosts/{host}/computes/{compute}", post(report))
-            .route("/v1/hosts/{host}/templates/{order}", post(template))
+            .route("/v1/hosts/{host}/templates/{order}", post(template).layer(axum::extract::DefaultBodyLimit::max(64 << 20)))
             .with_state(control.clone());
         tokio::spawn(async move { axum::serve(listener, app).await });
         control

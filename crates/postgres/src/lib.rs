@@ -4,13 +4,14 @@
 //! This crate does no I/O, knows nothing of Varve (no tenants, no storage), and never panics on bytes from outside: what cannot be
 //! decoded is an error that says where and what was expected. Where a layout follows a Postgres header, the item's doc names it.
 //!
-//! What differs between majors stands in [`major`]; everything else asks there.
+//! What differs between majors stands in [`major`], what differs between minors of one in [`minor`]; everything else asks there.
 
 pub mod control;
 mod fields;
 pub mod ids;
 pub mod lsn;
 pub mod major;
+pub mod minor;
 pub mod page;
 pub mod paths;
 pub mod relation_map;

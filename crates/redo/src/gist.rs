@@ -4,6 +4,8 @@
 //! the flag on the left one and gives it the record's LSN as its node sequence number. Postgres does this to the page after it took the
 //! page's full image, so an image alone lacks it: see [`after_image`].
 //!
+//! The page flag "tuples deleted" is left as it is: minors differ in when they set it ([`varve_postgres::minor::GIST_TUPLES_DELETED`]).
+//!
 //! Special space, 16 bytes: node sequence number as two `u32`, high one first; right link `u32`; flags `u16`; page id `u16`.
 
 use varve_postgres::page::{self, PAGE_HEADER_SIZE};
@@ -13,8 +15,7 @@ use crate::change::BlockRecord;
 use crate::cursor::Cursor;
 use crate::index_tuple::{self, INVALID_BLOCK};
 use crate::item::{
-    OffsetNumber, add_item, index_multi_delete, index_tuple_delete, index_tuple_overwrite, max_offset, set_content_end, special_space,
-    special_space_mut,
+    add_item, index_multi_delete, index_tuple_delete, index_tuple_overwrite, max_offset, set_content_end, special_space, special_space_mut,
 };
 use crate::{Fault, Redo};
 
@@ -26,7 +27,6 @@ const PAGE_DELETE: u8 = 0x60;
 /// Page flags.
 const LEAF: u16 = 1 << 0;
 const DELETED: u16 = 1 << 1;
-const TUPLES_DELETED: u16 = 1 << 2;
 const FOLLOW_RIGHT: u16 = 1 << 3;
 const HAS_GARBAGE: u16 = 1 << 4;
 
@@ -121,7 +121,7 @@ fn update(record: &BlockRecord<'_>, page: &mut Page) -> Result<(), Fault> {
         1 + add_tuples(page, &mut data)?
     } else {
         if !offsets.is_empty() {
-            delete_tuples(page, &offsets)?;
+            index_multi_delete(page, &offsets)?;
         }
         add_tuples(page, &mut data)?
     };
@@ -131,18 +131,7 @@ fn update(record: &BlockRecord<'_>, page: &mut Page) -> Result<(), Fault> {
     Ok(())
 }
 
-fn delete_tuples(page: &mut Page, offsets: &[OffsetNumber]) -> Result<(), Fault> {
-    index_multi_delete(page, offsets)?;
-    let mut opaque = Opaque::read(page)?;
-    if opaque.flags & LEAF != 0 {
-        opaque.flags |= TUPLES_DELETED;
-        opaque.write(page)?;
-    }
-    Ok(())
-}
-
-/// `gistRedoDeleteRecord`, but for one flag: Postgres's redo sets "tuples deleted" here and its primary, whose page this must become, does
-/// not (`gistprunepage`), so that Postgres fails its own consistency check on this record. Nothing but pageinspect reads the flag.
+/// `gistRedoDeleteRecord`.
 ///
 /// Main data (`gistxlogDelete`): newest transaction among the deleted `u32`, number of offsets `u16`, from 16 on whether it is a catalog `u8`
 /// and padding; the offsets.
@@ -251,5 +240,31 @@ mod tests {
         let mut page = page::ZERO_PAGE;
         page::init(&mut page, SPECIAL_SIZE);
         assert!(after_image(PAGE_UPDATE, 1, Lsn(1), &mut page).is_err(), "the page has no GiST page id");
+    }
+    /// What one minor's vacuum leaves, another's WAL goes on with.
+    #[test]
+    fn deleting_tuples_leaves_it_open_whether_some_were_deleted() {
+        let main_data = [1, 0, 0, 0]; // one tuple to delete, none to insert
+        let record = BlockRecord {
+            rmid: varve_postgres::wal::rmgr::GIST,
+            info: PAGE_UPDATE,
+            xid: 0,
+            main_data: &main_data,
+            block_id: 0,
+            fork: varve_postgres::Fork::Main,
+            blkno: 3,
+            will_init: false,
+            has_data: true,
+            data: &[1, 0],
+            others: Default::default(),
+        };
+        for flags in [LEAF, LEAF | varve_postgres::minor::GIST_TUPLES_DELETED] {
+            let mut page = page::ZERO_PAGE;
+            page::init(&mut page, SPECIAL_SIZE);
+            Opaque { sequence_number: 5, right_link: 7, flags }.write(&mut page).unwrap();
+            add_item(&mut page, &[0; 16], 1, false, false).unwrap();
+            update(&record, &mut page).unwrap();
+            assert_eq!((max_offset(&page), Opaque::read(&page).unwrap().flags), (0, flags));
+        }
     }
 }

@@ -2,8 +2,10 @@
 //!
 //! Some bytes of a page change on the primary without a record (hint bits, flags that are hints, what lies between `pd_lower` and
 //! `pd_upper`), so redo cannot and need not know them. After masking, two pages that are equal in all that counts are equal in all bytes.
-//! The rules are the same in all supported majors.
+//! The rules are the same in all supported majors. One is not Postgres's: GiST's "tuples deleted", in which minors differ
+//! ([`varve_postgres::minor`]), is masked, too.
 
+use varve_postgres::minor::GIST_TUPLES_DELETED;
 use varve_postgres::page::{self, PAGE_HEADER_SIZE, PD_ALL_VISIBLE, PD_HAS_FREE_LINES, PD_PAGE_FULL};
 use varve_postgres::wal::rmgr;
 use varve_postgres::{BLCKSZ, BlockNumber, Lsn, Major, Page};
@@ -212,7 +214,7 @@ fn mask_gist(page: &mut Page) -> Result<(), Fault> {
     let opaque = item::special_space_mut(page, OPAQUE_SIZE)?;
     opaque[..8].fill(0);
     let flags = flags_at(opaque, 12);
-    set_flags_at(opaque, 12, (flags | FOLLOW_RIGHT) & !HAS_GARBAGE);
+    set_flags_at(opaque, 12, (flags | FOLLOW_RIGHT) & !(HAS_GARBAGE | GIST_TUPLES_DELETED));
     if flags & LEAF != 0 {
         mask_line_pointer_states(page)?;
     }
@@ -256,4 +258,39 @@ fn mask_brin(page: &mut Page) -> Result<(), Fault> {
     }
     set_flags_at(item::special_space_mut(page, OPAQUE_SIZE)?, 4, flags & !EVACUATE);
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use varve_postgres::Fork;
+
+    use super::*;
+    use crate::verify::{differences, file_differences};
+
+    const FLAGS_AT: usize = BLCKSZ - 4;
+
+    fn gist_page(flags: u16) -> Page {
+        let mut page = page::ZERO_PAGE;
+        page::init(&mut page, 16);
+        page[FLAGS_AT..][..2].copy_from_slice(&flags.to_le_bytes());
+        page[BLCKSZ - 2..].copy_from_slice(&0xFF81u16.to_le_bytes());
+        page
+    }
+
+    #[test]
+    fn minors_that_set_gists_tuples_deleted_equal_those_that_do_not() {
+        const LEAF: u16 = 1;
+        const DELETED: u16 = 2;
+        for (major, kind) in Major::ALL.into_iter().flat_map(|major| [(major, 0), (major, LEAF)]) {
+            let (with, without) = (gist_page(kind | GIST_TUPLES_DELETED), gist_page(kind));
+            for (ours, truth) in [(&with, &without), (&without, &with)] {
+                for rmid in [rmgr::GIST, rmgr::XLOG] {
+                    assert_eq!(differences(major, rmid, Fork::Main, 3, ours, truth, false), Ok(vec![]), "{major:?}");
+                    assert_eq!(file_differences(major, rmid, Fork::Main, 3, ours, truth), Ok(vec![]), "{major:?}");
+                }
+            }
+            let deleted = gist_page(kind | DELETED);
+            assert_eq!(file_differences(major, rmgr::GIST, Fork::Main, 3, &with, &deleted), Ok(vec![FLAGS_AT as u16]), "{major:?}");
+        }
+    }
 }

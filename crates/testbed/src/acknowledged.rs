@@ -59,12 +59,9 @@ impl Writers {
     /// # Errors
     /// When that takes longer than `limit`.
     pub fn wait_for(&self, more: u64, limit: Duration) -> anyhow::Result<()> {
-        let (target, deadline) = (self.total() + more, std::time::Instant::now() + limit);
-        while self.total() < target {
-            ensure!(std::time::Instant::now() < deadline, "within {limit:?} only {} of {target} rows were acknowledged", self.total());
-            std::thread::sleep(Duration::from_millis(10));
-        }
-        Ok(())
+        let (before, what) = (self.total(), format!("{more} further rows to be acknowledged"));
+        crate::limit::until(&what, limit, None, || Ok((self.total() >= before + more).then_some(())))
+            .with_context(|| format!("only {} of {more} rows were acknowledged", self.total() - before))
     }
 
     /// Stops the writers and gives each one's count of acknowledged rows.

@@ -1,12 +1,17 @@
 //! What an application and its operator do with a database, all at once: the SQL in `tests/sql`, with pgbench beside it.
 
 use std::process::{Child, Command, Stdio};
+use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 use serde_json::Value;
 use varve_postgres::Major;
 
 use crate::dev::{Dev, program, psql};
+use crate::limit::{self, COMMAND_MAX};
+
+/// How long pgbench may take beyond what a command may: loads last for minutes.
+const LOAD_MAX: Duration = COMMAND_MAX.saturating_mul(3);
 
 /// Settings that the load needs, or that make it harder. Some take effect at a start only.
 const SETTINGS: [(&str, &str); 4] = [
@@ -55,7 +60,7 @@ pub fn load(db: &str, major: Major, scale: u32, seconds: u32, limits: &[&str]) -
     }
     psql(db, "VACUUM (FREEZE) locked")?;
     for bench in beside {
-        let output = bench.wait_with_output()?;
+        let output = limit::wait_with_output(bench, "pgbench to end", LOAD_MAX, None)?;
         ensure!(output.status.success(), "pgbench failed: {}", String::from_utf8_lossy(&output.stderr));
     }
     Ok(())

@@ -3,7 +3,7 @@
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail, ensure};
@@ -13,6 +13,7 @@ use varve_postgres::lsn::{WAL_SEGMENT_SIZE, wal_segment_name};
 use varve_postgres::wal::{Framer, RecordHeader, rmgr};
 use varve_postgres::{Lsn, Major};
 
+use crate::limit::{self, COMMAND_MAX, WaitError};
 use crate::postgres::Postgres;
 
 /// How long a standby or a recovery may take to get where it should.
@@ -276,7 +277,8 @@ pub fn wait_replayed(standby: &Postgres, lsn: Lsn) -> anyhow::Result<()> {
             return Ok(());
         }
         if Instant::now() > deadline {
-            bail!("the standby stays at {replayed}, expected {lsn}; its log:\n{}", standby.log());
+            let late = WaitError::new(format!("the standby, at {replayed}, to replay up to {lsn}"), CATCH_UP_MAX, Some(standby.dir()));
+            bail!("{late}\nits log:\n{}", standby.log());
         }
         std::thread::sleep(POLL);
     }
@@ -295,7 +297,7 @@ pub fn make_plain(postgres: &Postgres, settings: &[(&str, &str)]) -> anyhow::Res
 
 /// Runs `command` to its end, gives its standard output.
 fn run(command: &mut Command) -> anyhow::Result<String> {
-    let output = command.stdin(Stdio::null()).output().with_context(|| format!("running {command:?}"))?;
+    let output = limit::output(command, COMMAND_MAX, None)?;
     let said = String::from_utf8_lossy(&output.stderr);
     ensure!(output.status.success(), "{command:?} failed ({}): {said}", output.status);
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())

@@ -4,16 +4,20 @@
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context as _, bail, ensure};
 use serde_json::Value;
 use varve_postgres::{Lsn, Major};
 
+use crate::limit::{self, COMMAND_MAX, Process};
 use crate::postgres::bin_dir;
 
 /// How long a server may take until it answers, on a machine where everything runs at once.
 const START_MAX: Duration = Duration::from_secs(60);
+
+/// How long each step of taking everything away may take, before it is killed.
+const END_MAX: Duration = Duration::from_secs(30);
 
 /// How long background work of Postgres may take to end.
 const SETTLE_MAX: Duration = Duration::from_secs(60);
@@ -151,15 +155,14 @@ impl Dev {
         let log = std::fs::File::options().create(true).append(true).open(self.log())?;
         let child = self.dev_command().stdout(log.try_clone()?).stderr(log).spawn().context("varve dev cannot be started")?;
         let child = self.process.insert(child);
-        let deadline = Instant::now() + START_MAX;
-        while std::net::TcpStream::connect(("127.0.0.1", self.http)).is_err() {
+        let folder = self.folder.path();
+        limit::until("varve dev to answer", START_MAX, Some(folder), || {
             if let Some(status) = child.try_wait()? {
-                let log = std::fs::read_to_string(self.folder.path().join("dev.log")).unwrap_or_default();
+                let log = std::fs::read_to_string(folder.join("dev.log")).unwrap_or_default();
                 bail!("varve dev ended ({status}) before it answered:\n{log}");
             }
-            ensure!(Instant::now() < deadline, "varve dev did not answer within {START_MAX:?}");
-            std::thread::sleep(Duration::from_millis(5));
-        }
+            Ok(std::net::TcpStream::connect(("127.0.0.1", self.http)).ok())
+        })?;
         Ok(())
     }
 
@@ -170,7 +173,7 @@ impl Dev {
     pub fn stop(&mut self) -> anyhow::Result<()> {
         let Some(mut child) = self.process.take() else { return Ok(()) };
         signal(child.id(), rustix::process::Signal::INT);
-        let status = child.wait()?;
+        let status = limit::wait(&mut child, "varve dev to end on Ctrl-C", COMMAND_MAX, Some(self.folder()))?;
         ensure!(status.success(), "varve dev ended with {status} on Ctrl-C");
         Ok(())
     }
@@ -182,7 +185,7 @@ impl Dev {
     pub fn kill(&mut self) -> anyhow::Result<()> {
         if let Some(mut child) = self.process.take() {
             child.kill()?;
-            child.wait()?;
+            limit::wait(&mut child, "varve dev to be gone", COMMAND_MAX, Some(self.folder()))?;
         }
         Ok(())
     }
@@ -199,9 +202,25 @@ impl Dev {
     /// Runs a CLI command and gives what it printed and its status.
     ///
     /// # Errors
-    /// When the binary cannot be run.
+    /// When the binary cannot be run, or does not end in time.
     pub fn cli(&self, args: &[&str]) -> anyhow::Result<Output> {
-        Command::new(&self.binary).args(args).env("VARVE_URL", self.url()).stdin(Stdio::null()).output().context("varve cannot be run")
+        self.output(Command::new(&self.binary).args(args).env("VARVE_URL", self.url()))
+    }
+
+    /// Runs a command to its end, and gives what it printed.
+    ///
+    /// # Errors
+    /// When it cannot be run, or does not end in time: with what the processes of this server did.
+    pub fn output(&self, command: &mut Command) -> anyhow::Result<Output> {
+        limit::output(command, COMMAND_MAX, Some(self.folder()))
+    }
+
+    /// Waits until `look` finds something.
+    ///
+    /// # Errors
+    /// What `look` fails with, or that it took longer than `limit`: with what the processes of this server did.
+    pub fn until<T>(&self, what: &str, limit: Duration, look: impl FnMut() -> anyhow::Result<Option<T>>) -> anyhow::Result<T> {
+        limit::until(what, limit, Some(self.folder()), look)
     }
 
     /// Runs a CLI command with `--json`, which must succeed, and gives its value.
@@ -246,18 +265,6 @@ impl Dev {
     }
 }
 
-/// Processes that name a path in `folder` on their command line.
-fn processes_with_argument_in(folder: &Path) -> Vec<u32> {
-    let names_folder = |pid: &u32| {
-        std::fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|line| {
-            line.split(|byte| *byte == 0).any(|argument| Path::new(&*String::from_utf8_lossy(argument)).starts_with(folder))
-        })
-    };
-    let entries = std::fs::read_dir("/proc").into_iter().flatten().flatten();
-    let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
-    pids.filter(|pid| *pid != std::process::id()).filter(names_folder).collect()
-}
-
 /// Sends a signal to a process, which may be gone.
 pub fn signal(pid: u32, signal: rustix::process::Signal) {
     if let Some(pid) = rustix::process::Pid::from_raw(pid as i32) {
@@ -270,11 +277,8 @@ pub fn signal(pid: u32, signal: rustix::process::Signal) {
 /// # Errors
 /// When psql or a statement fails: with what it said.
 pub fn psql(conninfo: &str, sql: &str) -> anyhow::Result<String> {
-    let output = Command::new("psql")
-        .args([conninfo, "-XqAt", "-v", "ON_ERROR_STOP=1", "-c", sql])
-        .stdin(Stdio::null())
-        .output()
-        .context("psql cannot be run")?;
+    let mut command = Command::new("psql");
+    let output = limit::output(command.args([conninfo, "-XqAt", "-v", "ON_ERROR_STOP=1", "-c", sql]), COMMAND_MAX, None)?;
     ensure!(output.status.success(), "psql failed on {sql:?}: {}", String::from_utf8_lossy(&output.stderr));
     Ok(String::from_utf8_lossy(&output.stdout).trim_end().to_owned())
 }
@@ -287,11 +291,10 @@ pub fn psql(conninfo: &str, sql: &str) -> anyhow::Result<String> {
 pub fn settle(conninfo: &str) -> anyhow::Result<Lsn> {
     psql(conninfo, "ALTER SYSTEM SET autovacuum = off")?;
     psql(conninfo, "SELECT pg_reload_conf()")?;
-    let deadline = Instant::now() + SETTLE_MAX;
-    while psql(conninfo, "SELECT count(*) FROM pg_stat_activity WHERE backend_type LIKE 'autovacuum worker'")? != "0" {
-        ensure!(Instant::now() < deadline, "autovacuum still works after {SETTLE_MAX:?}");
-        std::thread::sleep(Duration::from_millis(50));
-    }
+    limit::until("autovacuum's workers to end", SETTLE_MAX, None, || {
+        let workers = psql(conninfo, "SELECT count(*) FROM pg_stat_activity WHERE backend_type LIKE 'autovacuum worker'")?;
+        Ok((workers == "0").then_some(()))
+    })?;
     psql(conninfo, "CHECKPOINT")?;
     psql(conninfo, "SELECT pg_current_wal_flush_lsn()")?.parse().context("an LSN")
 }
@@ -304,25 +307,29 @@ pub fn program(name: &str, args: &[&str]) -> anyhow::Result<String> {
     // Debian puts wrappers of the common clients on the PATH, and not all programs.
     let beside = Path::new("/usr/lib/postgresql/15/bin").join(name);
     let name = if beside.exists() { beside.display().to_string() } else { name.to_owned() };
-    let output = Command::new(&name).args(args).stdin(Stdio::null()).output().with_context(|| format!("{name} cannot be run"))?;
+    let output = limit::output(Command::new(&name).args(args), COMMAND_MAX, None)?;
     ensure!(output.status.success(), "{name} {} failed: {}", args.join(" "), String::from_utf8_lossy(&output.stderr));
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
 impl Drop for Dev {
     fn drop(&mut self) {
-        if let Ok(output) = self.cli(&["compute", "list", "--json"]) {
+        let run = |args: &[&str]| {
+            let mut command = Command::new(&self.binary);
+            limit::output(command.args(args).env("VARVE_URL", self.url()), END_MAX, Some(self.folder()))
+        };
+        if let Ok(output) = run(&["compute", "list", "--json"]) {
             let computes: Vec<Value> = serde_json::from_slice(&output.stdout).unwrap_or_default();
             for compute in &computes {
                 if let Some(id) = compute["id"].as_str() {
-                    let _ = self.cli(&["compute", "stop", id]);
+                    let _ = run(&["compute", "stop", id]);
                 }
             }
         }
         let _ = self.kill();
         // What a failed test left: processes that were started to work in our folder.
-        for pid in processes_with_argument_in(self.folder.path()) {
-            signal(pid, rustix::process::Signal::KILL);
+        for process in Process::in_folder(self.folder.path()) {
+            signal(process.pid, rustix::process::Signal::KILL);
         }
     }
 }
@@ -332,13 +339,10 @@ impl Drop for Dev {
 /// # Errors
 /// When it finds corruption: with what it said.
 pub fn amcheck(conninfo: &str) -> anyhow::Result<()> {
-    let output = Command::new("/usr/lib/postgresql/15/bin/pg_amcheck")
-        .args(["--all", "--heapallindexed", "--install-missing", "--maintenance-db", conninfo])
-        // Where the extension is there already, that is noticed.
-        .env("PGOPTIONS", "-c client_min_messages=warning")
-        .stdin(Stdio::null())
-        .output()
-        .context("pg_amcheck cannot be run")?;
+    let mut command = Command::new("/usr/lib/postgresql/15/bin/pg_amcheck");
+    command.args(["--all", "--heapallindexed", "--install-missing", "--maintenance-db", conninfo]);
+    // Where the extension is there already, that is noticed.
+    let output = limit::output(command.env("PGOPTIONS", "-c client_min_messages=warning"), COMMAND_MAX, None)?;
     let said = [&output.stdout[..], &output.stderr[..]].concat();
     ensure!(output.status.success() && said.is_empty(), "pg_amcheck found: {}", String::from_utf8_lossy(&said));
     Ok(())

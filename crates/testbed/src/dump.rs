@@ -8,6 +8,8 @@ use std::process::{Command, Stdio};
 use anyhow::{Context as _, ensure};
 use varve_postgres::Major;
 
+use crate::limit::{self, COMMAND_MAX};
+
 /// `SEQ_LOG_VALS`: how many values of a sequence are logged ahead.
 const LOGGED_AHEAD_MAX: i64 = 32;
 /// Lines around a difference that are told.
@@ -61,7 +63,7 @@ pub fn rows(conninfo: &str) -> anyhow::Result<String> {
     command.args([conninfo, "-XqAt", "-F", "\n", "-v", "ON_ERROR_STOP=1"]).env("PGOPTIONS", "-c search_path=pg_catalog");
     let mut psql = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().context("psql cannot be run")?;
     psql.stdin.take().context("psql reads")?.write_all(script.as_bytes())?;
-    let output = psql.wait_with_output()?;
+    let output = limit::wait_with_output(psql, "psql to give all rows", COMMAND_MAX, None)?;
     ensure!(output.status.success(), "psql failed: {}", String::from_utf8_lossy(&output.stderr));
     let text = String::from_utf8(output.stdout).context("rows in UTF-8")?;
     let (expected, found) = (databases.lines().count(), text.lines().filter(|line| *line == "pg_class").count());
@@ -86,12 +88,12 @@ pub fn dump(bin: &Path, conninfo: &str) -> anyhow::Result<String> {
 
 fn dump_with(options: &[&str], bin: &Path, conninfo: &str) -> anyhow::Result<String> {
     let mut command = Command::new(bin.join("pg_dumpall"));
-    command.args(["--no-unlogged-table-data", "--no-password", "-d", conninfo]).args(options).stdin(Stdio::null());
+    command.args(["--no-unlogged-table-data", "--no-password", "-d", conninfo]).args(options);
     // pg_dumpall does not hand a URI's password on to the pg_dump of each database.
     if let Some(password) = conninfo.strip_prefix("postgresql://").and_then(|uri| uri.split([':', '@']).nth(1)) {
         command.env("PGPASSWORD", password);
     }
-    let output = command.output().context("pg_dumpall cannot be run")?;
+    let output = limit::output(&mut command, COMMAND_MAX, None)?;
     ensure!(output.status.success(), "pg_dumpall failed: {}", String::from_utf8_lossy(&output.stderr));
     let text = String::from_utf8(output.stdout).context("a dump in UTF-8")?;
     Ok(text.lines().filter_map(comparable).fold(String::new(), |all, line| all + line + "\n"))

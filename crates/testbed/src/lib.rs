@@ -6,6 +6,7 @@ pub mod beside;
 pub mod comparison;
 pub mod dev;
 pub mod dump;
+pub mod limit;
 pub mod minio;
 pub mod postgres;
 pub mod redo;

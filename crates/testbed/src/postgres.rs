@@ -10,6 +10,8 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, Result, bail};
 use varve_postgres::Major;
 
+use crate::limit::{self, COMMAND_MAX};
+
 /// The user that Postgres runs as: it refuses to run as root.
 const POSTGRES_USER: &str = "postgres";
 /// Where `scripts/postgres-majors` puts the majors that the system does not have.
@@ -157,7 +159,7 @@ impl Postgres {
         start.arg("start").arg("-w").arg("-D").arg(self.data_dir()).arg("-l").arg(&log);
         // The postmaster inherits these, so they must not be pipes that somebody waits to be closed.
         start.stdout(Stdio::null()).stderr(Stdio::null());
-        let status = start.status().context("running pg_ctl start")?;
+        let status = limit::status(&mut start, COMMAND_MAX, Some(self.dir()))?;
         if !status.success() {
             bail!("Postgres did not start ({status}); its log:\n{}", self.log());
         }
@@ -243,7 +245,7 @@ impl Drop for Postgres {
 
 /// Runs `command` to its end, gives its standard output.
 fn run(command: &mut Command) -> Result<String> {
-    let output = command.output().with_context(|| format!("running {command:?}"))?;
+    let output = limit::output(command, COMMAND_MAX, None)?;
     if !output.status.success() {
         let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
         bail!("{command:?} failed ({}):\n{out}{err}", output.status);

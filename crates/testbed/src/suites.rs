@@ -5,11 +5,12 @@ use std::fs;
 use std::os::unix::fs::chown;
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
 
 use anyhow::{Context, Result, bail, ensure};
 use varve_postgres::Major;
 
+use crate::limit::{self, SUITE_MAX};
 use crate::postgres::postgres_user;
 
 /// Where `scripts/postgres-regress` puts what it fetches and builds.
@@ -170,8 +171,7 @@ impl Suites {
             .arg(format!("--bindir={}", self.bin.display()))
             .args([format!("--host={}", target.host), format!("--port={}", target.port)])
             .args(["--user=postgres", "--encoding=UTF8", "--no-locale", "--max-concurrent-tests=20"])
-            .current_dir(&input) // where extensions look for their data
-            .stdin(Stdio::null());
+            .current_dir(&input); // where extensions look for their data
         if rustix::process::geteuid().is_root() {
             command.uid(uid).gid(gid);
         }
@@ -180,7 +180,7 @@ impl Suites {
             Suite::Isolation => command.arg(format!("--schedule={}", input.join("isolation_schedule").display())),
             Suite::Extension(_) => command.arg(format!("--dbname={}", suite.database())).args(tests_of(&input.join("Makefile"))?),
         };
-        let output = command.output().with_context(|| format!("running {runner} of {:?}", self.major))?;
+        let output = limit::output(&mut command, SUITE_MAX, None).with_context(|| format!("running {runner} of {:?}", self.major))?;
         let out = String::from_utf8_lossy(&output.stdout);
         // Before 16 "test x ... FAILED" and "All 5 tests passed.", then "not ok 3 - x" and "# All 5 tests passed.".
         let is_told = |line: &&str| line.contains("FAILED") || line.starts_with("not ok") || line.contains(" tests ");

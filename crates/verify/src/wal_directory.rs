@@ -276,4 +276,23 @@ mod tests {
             list(dir.path()).unwrap().values().map(|path| path.file_name().unwrap().to_string_lossy().into_owned()).collect();
         assert_eq!(names, ["000000010000000000000001", "000000020000000000000002"]);
     }
+    #[test]
+    fn segments_of_another_size_are_named() {
+        let dir = tempfile::tempdir().unwrap();
+        // The first of a cluster with segments of 1 MiB begins at 0/100000.
+        let header = PageHeader {
+            major: Major::V15,
+            tli: 1,
+            lsn: Lsn(0),
+            remaining_len: 0,
+            overwrites_contrecord: false,
+            system_identifier: Some(7),
+        };
+        let mut page = header.encode();
+        page[8..16].copy_from_slice(&0x10_0000_u64.to_le_bytes());
+        page[32..36].copy_from_slice(&0x10_0000_u32.to_le_bytes());
+        fs::write(dir.path().join("000000010000000000000001"), page).unwrap();
+        let told = WalDirectory::open(dir.path()).unwrap_err().to_string();
+        assert!(told.contains("segments of 1048576 bytes"), "{told}");
+    }
 }

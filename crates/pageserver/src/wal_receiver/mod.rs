@@ -15,7 +15,7 @@
 //! A connection that breaks is made again, from the last whole record on, until [`Receiver::stop`]; what cannot get better by trying again ends
 //! the receiver. After `stop` has returned nothing is acknowledged any more, whatever the thread was doing.
 //!
-//! Beside it, on a thread and an ordinary connection of its own, [`slot`] keeps the slot that makes the primary retain what the store lacks.
+//! Beside it, on a thread and a connection of its own, [`slot`] keeps the slot that makes the primary retain what the store lacks.
 
 mod receiver;
 mod server_version;

@@ -1,18 +1,6 @@
 //! Which servers may be received from.
 
-use varve_postgres::Major;
-
-/// The first minor of each major in which a cancelled or interrupted wait for a synchronous standby cannot show a commit as acknowledged that
-/// was not (and with it, the first that Varve relies on).
-fn minor_min(major: Major) -> u32 {
-    match major {
-        Major::V14 => 18,
-        Major::V15 => 13,
-        Major::V16 => 9,
-        Major::V17 => 5,
-        Major::V18 => 0,
-    }
-}
+use varve_postgres::{Major, minor};
 
 /// Whether a server with this `server_version_num` may be received from; if not, why.
 pub(super) fn check(server_version_num: &str, expected: Major) -> Result<(), String> {
@@ -21,7 +9,7 @@ pub(super) fn check(server_version_num: &str, expected: Major) -> Result<(), Str
     if major != expected.number() {
         return Err(format!("the server is PostgreSQL {major}.{minor}, the tenant's data is of PostgreSQL {expected}"));
     }
-    let min = minor_min(expected);
+    let min = minor::synchronous_commit_min(expected);
     if minor < min {
         return Err(format!(
             "PostgreSQL {major}.{minor} has known holes in synchronous commit: a commit may count as acknowledged that no standby has; \

@@ -1,5 +1,8 @@
 //! Keeping the slot: a physical replication slot that no stream uses, moved now and then to what the store has, so that the primary retains the
 //! rest whatever happens to us. (A slot in use by the stream would follow what we flushed, which is less than what can be lost with this machine.)
+//!
+//! Functions need a database, so this session may wait behind locks of commits that wait for us. Nothing waits for it: it connects while WAL
+//! streams, so that those commits end.
 
 use std::io;
 use std::sync::Arc;
@@ -11,13 +14,18 @@ use varve_protocol::ClientError;
 use varve_protocol::ConnectConfig;
 use varve_protocol::connect::blocking::Connection;
 
-use super::shared::Shared;
+use super::shared::{Phase, Shared};
 use super::{ReceiverConfig, SlotConfig};
 
 /// How long connecting and each statement may take.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 /// Pause before trying again while the slot does not exist yet.
 const CREATE_RETRY: Duration = Duration::from_millis(200);
+/// First pause after a try that was not answered, doubled up to [`UNANSWERED_PAUSE_MAX`]: what waits for a lock of a tenant's goes on waiting when
+/// we have hung up, and holds a place that the WAL receiver may need.
+const UNANSWERED_PAUSE_MIN: Duration = Duration::from_secs(10);
+/// See [`UNANSWERED_PAUSE_MIN`].
+const UNANSWERED_PAUSE_MAX: Duration = Duration::from_secs(600);
 /// A connection that had nothing to do for so long is closed: it is a process on the primary.
 const IDLE_MAX: Duration = Duration::from_secs(60);
 
@@ -28,10 +36,11 @@ pub(super) struct SlotKeeper {
 
 impl SlotKeeper {
     pub(super) fn spawn(config: &ReceiverConfig, slot: SlotConfig, shared: Arc<Shared>) -> io::Result<SlotKeeper> {
-        // This session writes nothing that anybody should wait for a standby for.
+        // A walsender, since tenants may hold all places of ordinary sessions. It writes nothing that anybody should wait for a standby for.
         let connect = config
             .connect
             .clone()
+            .parameter("replication", "database")
             .parameter("database", config.database.as_str())
             .parameter("application_name", "varve slot")
             .parameter("options", "-c synchronous_commit=local");
@@ -63,13 +72,19 @@ struct Worker {
 impl Worker {
     fn run(mut self) {
         let mut complained = false;
+        let mut unanswered = UNANSWERED_PAUSE_MIN;
         loop {
+            let mut pause = if self.moved_to.is_none() { CREATE_RETRY } else { self.slot.interval };
             let target = self.shared.positions().applied;
-            if self.moved_to.is_none_or(|at| target > at) {
+            let streams = self.shared.phase() == Phase::Streaming;
+            if streams && self.moved_to.is_none_or(|at| target > at) {
                 match self.advance(target) {
-                    Ok(()) => complained = false,
+                    Ok(()) => (complained, unanswered) = (false, UNANSWERED_PAUSE_MIN),
                     Err(error) => {
                         self.connection = None;
+                        if matches!(error, ClientError::TimedOut { .. }) {
+                            (pause, unanswered) = (unanswered, (unanswered * 2).min(UNANSWERED_PAUSE_MAX));
+                        }
                         if !complained && self.moved_to.is_some() {
                             tracing::warn!(timeline = %self.label, slot = self.slot.name, %error, "cannot advance the slot: the primary keeps more WAL than it need");
                             complained = true;
@@ -79,7 +94,6 @@ impl Worker {
             } else if self.connection.is_some() && self.used_at.elapsed() >= IDLE_MAX {
                 self.connection = None;
             }
-            let pause = if self.moved_to.is_none() { CREATE_RETRY } else { self.slot.interval };
             if self.shared.pause(pause).is_err() {
                 return;
             }

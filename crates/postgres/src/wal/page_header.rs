@@ -59,17 +59,10 @@ impl PageHeader {
         if long != (lsn.segment_offset() == 0) {
             return Err(wrong(format!("flags {flags:04X}: only the first page of a 16 MiB segment has a long header")));
         }
-        let found = Lsn(u64_at(8));
-        if found != lsn {
-            return Err(wrong(format!("the page says that it is the one at {found}")));
-        }
-        let remaining_len = u32_at(16);
-        if (flags & FIRST_IS_CONTRECORD != 0) != (remaining_len != 0) {
-            return Err(wrong(format!("flags {flags:04X} and a continuation of {remaining_len} bytes contradict each other")));
-        }
         let mut system_identifier = None;
         if long {
             system_identifier = Some(u64_at(24));
+            // Before the position: with segments of another size, a file's name stands for another one.
             if u32_at(32) != crate::lsn::WAL_SEGMENT_SIZE as u32 || u32_at(36) != crate::lsn::WAL_PAGE_SIZE as u32 {
                 return Err(wrong(format!(
                     "segments of {} bytes and pages of {} bytes are not supported: 16777216 and 8192 are",
@@ -77,6 +70,14 @@ impl PageHeader {
                     u32_at(36)
                 )));
             }
+        }
+        let found = Lsn(u64_at(8));
+        if found != lsn {
+            return Err(wrong(format!("the page says that it is the one at {found}")));
+        }
+        let remaining_len = u32_at(16);
+        if (flags & FIRST_IS_CONTRECORD != 0) != (remaining_len != 0) {
+            return Err(wrong(format!("flags {flags:04X} and a continuation of {remaining_len} bytes contradict each other")));
         }
         Ok(PageHeader {
             major,
