@@ -20,8 +20,12 @@ use crate::identity;
 const POLL: Duration = Duration::from_millis(500);
 /// How long a login may wait before waits are cancelled. With [`POLL`] and the login itself, commits go on within some 3 s.
 const PATIENCE: Duration = Duration::from_millis(1500);
-/// How long a commit whose wait was cancelled has to end, before the next one's is.
-const RELEASE_WAIT: Duration = Duration::from_millis(50);
+/// How long a commit whose wait was cancelled has to notice: it may have to wait for a processor.
+const NOTICE_MAX: Duration = Duration::from_secs(2);
+/// How long the login then has to go on, before the next wait is cancelled: none is cancelled that need not be.
+const LOGIN_MAX: Duration = Duration::from_millis(500);
+/// How often both are looked at.
+const RELEASE_POLL: Duration = Duration::from_millis(5);
 /// Commands that lock nothing but what they write, and are cancelled last.
 const ROW_COMMANDS: [&str; 6] = ["INSERT", "UPDATE", "DELETE", "MERGE", "COPY", "SELECT"];
 
@@ -49,8 +53,13 @@ fn look(postmaster: u32, login: Option<(u32, Instant)>) -> Option<(u32, Instant)
     let mut commits: Vec<(u32, Commit)> = children.iter().filter_map(|pid| Some((*pid, Commit::of(&identity::title(*pid)?)?))).collect();
     commits.sort_by_key(|(pid, commit)| (commit.rank(), *pid));
     for (pid, commit) in commits {
+        let waits = || dirs::title(pid).is_some_and(|title| Commit::of(&title).as_ref() == Some(&commit));
         // Meanwhile it may have been acknowledged: what it does now is not to be cancelled.
+<<<<<<< ours
         if !identity::title(pid).is_some_and(|title| Commit::of(&title).as_ref() == Some(&commit)) {
+=======
+        if !waits() {
+>>>>>>> theirs
             continue;
         }
         tracing::warn!(
@@ -62,14 +71,29 @@ fn look(postmaster: u32, login: Option<(u32, Instant)>) -> Option<(u32, Instant)
         if let Some(pid) = Pid::from_raw(pid as i32) {
             let _ = kill_process(pid, Signal::INT);
         }
-        std::thread::sleep(RELEASE_WAIT);
-        if !is_waiting_login(waiting) {
+        poll_until(NOTICE_MAX, || !waits());
+        if poll_until(LOGIN_MAX, || !is_waiting_login(waiting)) {
             return None;
         }
     }
     Some((waiting, Instant::now()))
 }
 
+/// Looks until something is so, or `limit` is over; whether it is so.
+fn poll_until(limit: Duration, is_so: impl Fn() -> bool) -> bool {
+    let deadline = Instant::now() + limit;
+    loop {
+        if is_so() {
+            return true;
+        }
+        if Instant::now() > deadline {
+            return false;
+        }
+        std::thread::sleep(RELEASE_POLL);
+    }
+}
+
+/// Whether a process is a login of ours that waits.
 fn is_waiting_login(pid: u32) -> bool {
     identity::title(pid).is_some_and(|title| is_login_title(&title))
 }

@@ -3,6 +3,7 @@
 mod branch_wal;
 mod client;
 mod commands;
+mod door;
 mod host_token;
 mod output;
 mod progress;

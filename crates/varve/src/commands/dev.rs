@@ -1,8 +1,9 @@
-//! `varve dev`: pageserver, page service and admin HTTP in one process.
+//! `varve dev`: all roles in one process. Pageserver and control plane call each other; the host is told over loopback HTTP, as one elsewhere would be.
 
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use clap::Args;
@@ -10,10 +11,19 @@ use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tracing_subscriber::EnvFilter;
-use varve_pageserver::computes::Spawner;
+use varve_control::http::{HttpConfig, serve};
+use varve_control::{Config, Control, Environment};
+use varve_host::agent::{self, HostConfig, TokenSource};
 use varve_pageserver::page_service::{PageService, PageServiceConfig};
-use varve_pageserver::pageserver::{Pageserver, PageserverConfig, Source};
+use varve_pageserver::source::Source;
+use varve_pageserver::{Pageserver, PageserverConfig};
 use varve_storage::store::{Store, StoreConfig};
+
+use crate::door::Door;
+use crate::host_token;
+
+/// How long everything may take to end once what the store lacked is there.
+const END_MAX: Duration = Duration::from_secs(15);
 
 #[derive(Debug, Args)]
 pub(crate) struct DevArgs {
@@ -29,6 +39,15 @@ pub(crate) struct DevArgs {
     /// Address of the page service.
     #[arg(long, default_value = "127.0.0.1:6400")]
     pages: SocketAddr,
+    /// Run no computes here: hosts elsewhere do (varve host).
+    #[arg(long)]
+    no_host: bool,
+    /// File with the token that hosts show; made if it is not there. By default host-token in --data.
+    #[arg(long)]
+    host_token_file: Option<PathBuf>,
+    /// Name in the Host header that requests may carry besides those of loopback; may be given several times.
+    #[arg(long)]
+    http_host: Vec<String>,
     /// Folder of the computes that run here; by default beside --data, so that they outlive its loss.
     #[arg(long)]
     computes: Option<PathBuf>,
@@ -36,14 +55,17 @@ pub(crate) struct DevArgs {
     #[arg(long, value_parser = version_and_folder)]
     pg_bin_dir: Vec<(u32, PathBuf)>,
     /// Megabytes that the WAL log may hold before commits have to wait for layers.
-    #[arg(long, default_value_t = 4096)]
+    #[arg(long, default_value_t = 4096, value_parser = clap::value_parser!(u64).range(64..=1 << 24))]
     wal_log_limit_mb: u64,
     /// Megabytes for caches of pages and blocks.
-    #[arg(long, default_value_t = 512)]
+    #[arg(long, default_value_t = 512, value_parser = clap::value_parser!(u64).range(8..=1 << 24))]
     cache_mb: u64,
     /// Megabytes for what is not in layers yet.
-    #[arg(long, default_value_t = 512)]
+    #[arg(long, default_value_t = 512, value_parser = clap::value_parser!(u64).range(8..=1 << 24))]
     memtable_mb: u64,
+    /// Seconds after which a timeline that nobody had use for is closed, and its tenant put to sleep.
+    #[arg(long, default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..=1 << 24))]
+    idle_seconds: u64,
 }
 
 pub(crate) fn version_and_folder(text: &str) -> Result<(u32, PathBuf), String> {
@@ -69,52 +91,97 @@ async fn bind(what: &str, address: SocketAddr) -> anyhow::Result<TcpListener> {
     TcpListener::bind(address).await.with_context(|| format!("{what} cannot listen on {address}: is another server running there?"))
 }
 
+/// Folder of the computes, unless told otherwise: beside `data`.
+fn computes_beside(data: &Path) -> anyhow::Result<PathBuf> {
+    let mut name = data.file_name().context("--data names no folder of its own")?.to_owned();
+    name.push(".computes");
+    Ok(data.with_file_name(name))
+}
+
+/// Makes a folder that only its owner can look into.
+fn private_folder(path: &Path) -> anyhow::Result<PathBuf> {
+    use std::os::unix::fs::PermissionsExt as _;
+    let failed = || format!("cannot use the folder {}", path.display());
+    std::fs::create_dir_all(path).with_context(failed)?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o700)).with_context(failed)?;
+    path.canonicalize().with_context(failed)
+}
+
+/// What the pageserver adds to the figures of the control plane.
+fn figures(pageserver: &Pageserver) -> String {
+    format!(
+        "# TYPE varve_wal_log_bytes gauge\n# UNIT varve_wal_log_bytes bytes\nvarve_wal_log_bytes {}\n\
+         # TYPE varve_writers gauge\nvarve_writers {}\n\
+         # TYPE varve_tenants_lost gauge\nvarve_tenants_lost {}\n\
+         # TYPE varve_wal_orphaned gauge\nvarve_wal_orphaned {}\n",
+        pageserver.wal_log_bytes(),
+        pageserver.writer_count(),
+        pageserver.tenants().lost().len(),
+        pageserver.orphans().len(),
+    )
+}
+
 pub(crate) async fn run(args: DevArgs) -> anyhow::Result<()> {
     log_to_stderr();
-    std::fs::create_dir_all(&args.data).with_context(|| format!("cannot make {}", args.data.display()))?;
-    let data = args.data.canonicalize().with_context(|| format!("cannot use {}", args.data.display()))?;
-    let computes = match args.computes {
-        Some(folder) => folder,
-        None => {
-            let mut name = data.file_name().context("--data names no folder of its own")?.to_owned();
-            name.push(".computes");
-            data.with_file_name(name)
-        }
-    };
-    std::fs::create_dir_all(&computes).with_context(|| format!("cannot make {}", computes.display()))?;
+    let data = private_folder(&args.data)?;
     let location = args.store.unwrap_or_else(|| data.join("store").display().to_string());
     let store = Store::open(&location, &StoreConfig::from_variables(std::env::vars()))?;
     let http = bind("the admin API", args.http).await?;
     let pages = bind("the page service", args.pages).await?;
     let (http_address, pages_address) = (http.local_addr()?, pages.local_addr()?);
-    let spawner = Spawner {
-        binary: std::env::current_exe().context("the path of this program is not known")?,
-        server_url: format!("http://{http_address}"),
-    };
+    let url = format!("http://{http_address}");
+    let token_file = args.host_token_file.unwrap_or_else(|| data.join("host-token"));
+    let token = host_token::ensure_token(&token_file)?;
     let pageserver = Pageserver::open(PageserverConfig {
         data: data.clone(),
-        computes: computes.canonicalize()?,
-        store,
-        page_service: pages_address.to_string(),
-        spawner,
-        pg_bin_dirs: args.pg_bin_dir,
+        store: store.clone(),
+        url: url.clone(),
         wal_log_limit_bytes: args.wal_log_limit_mb << 20,
         cache_bytes: args.cache_mb << 20,
         memtable_bytes: args.memtable_mb << 20,
+        idle: Duration::from_secs(args.idle_seconds),
     })
     .await?;
+    let door = Arc::new(Door::new(pageserver.clone(), pages_address.to_string()));
+    let config = Config { server: pageserver.id().to_string(), url: url.clone(), version: env!("CARGO_PKG_VERSION").to_owned() };
+    let control = Control::new(door, store, config, Environment::system())?;
 
     let shutdown = CancellationToken::new();
     let page_service = PageService::new(Arc::new(Source::new(pageserver.clone())), PageServiceConfig::default());
     let page_service = tokio::spawn(page_service.run(pages, shutdown.clone()));
-    let watch = {
+    let background = {
         let pageserver = pageserver.clone();
-        tokio::spawn(async move { pageserver.watch().await })
+        tokio::spawn(async move { pageserver.run().await })
     };
+    let watch = {
+        let (control, shutdown) = (control.clone(), shutdown.clone());
+        tokio::spawn(async move { control.watch(&shutdown).await })
+    };
+    let http_config = HttpConfig {
+        hosts: args.http_host,
+        metrics: Some({
+            let pageserver = pageserver.clone();
+            Arc::new(move || figures(&pageserver))
+        }),
+        ..HttpConfig::new(token.reveal().to_owned())
+    };
+    let http_server = tokio::spawn(serve(control, http_config, http, shutdown.clone()));
     tracing::info!(%http_address, %pages_address, data = %data.display(), store = location, "varve serves");
-    let app = varve_pageserver::admin::router(pageserver.clone());
-    let ended = shutdown.clone();
-    let http_server = tokio::spawn(async move { axum::serve(http, app).with_graceful_shutdown(ended.cancelled_owned()).await });
+    let host = if args.no_host {
+        None
+    } else {
+        let folder = args.computes.map_or_else(|| computes_beside(&data), Ok)?;
+        let config = HostConfig {
+            data: folder,
+            control_url: url,
+            token: TokenSource::Given(token),
+            name: super::host::machine_name(),
+            pg_bin_dirs: args.pg_bin_dir,
+            run_dir: None,
+            program: std::env::current_exe().context("the path of this program is not known")?,
+        };
+        Some(tokio::spawn(agent::run(config, shutdown.clone())))
+    };
 
     let (mut interrupt, mut terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
     tokio::select! {
@@ -128,8 +195,17 @@ pub(crate) async fn run(args: DevArgs) -> anyhow::Result<()> {
         _ = interrupt.recv() => tracing::warn!("stopped at once; the WAL log keeps what the store lacks"),
     }
     shutdown.cancel();
-    let _ = tokio::time::timeout(std::time::Duration::from_secs(2), http_server).await;
-    let _ = page_service.await;
-    let _ = watch.await;
+    let ended = async {
+        let _ = http_server.await;
+        let _ = page_service.await;
+        let _ = watch.await;
+        if let Some(host) = host {
+            let _ = host.await;
+        }
+    };
+    if tokio::time::timeout(END_MAX, ended).await.is_err() {
+        tracing::warn!("not everything ended in good order within {END_MAX:?}");
+    }
+    background.abort();
     Ok(())
 }
