@@ -262,7 +262,7 @@ impl Keeper {
         let mut command = Command::new(&self.shared.config.program);
         command
             .arg("compute-process")
-            .args(["--server", &self.shared.config.control_url, "--id", &self.id])
+            .args(["--server", &self.shared.config.control_url, "--id", &self.id, "--host", self.shared.control.host()])
             .arg("--home")
             .arg(self.shared.home(&self.id))
             .arg("--run-dir")
