@@ -373,12 +373,16 @@ impl<P: Pageserver> Control<P> {
     /// Orders something about a compute of its host, if that is known.
     pub(crate) fn order(&self, entry: &Entry, action: HostAction) {
         if let Some(host) = host_of(entry).and_then(|host| self.hosts.get(host)) {
+            let order = entry.order(action);
+            // What was answered already is not answered again.
+            let stands = host.orders.borrow().computes.get(&entry.id) == Some(&order);
             entry.update(|status| {
-                if !(action == HostAction::End && matches!(status.process, Process::Gone | Process::Removed)) {
+                let is_over = action == HostAction::End && matches!(status.process, Process::Gone | Process::Removed);
+                if !stands && !is_over {
                     status.process = Process::Unsaid;
                 }
             });
-            host.order(entry.id, entry.order(action));
+            host.order(entry.id, order);
         }
     }
 

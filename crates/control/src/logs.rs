@@ -144,14 +144,19 @@ impl<P: Pageserver> Control<P> {
         if self.pageserver.owned(id).is_some_and(|log| log.ended().is_none()) {
             return None;
         }
-        self.pageserver.lost().into_iter().find(|lost| lost.tenant == id)
+        let mut lost = self.pageserver.lost().into_iter().find(|lost| lost.tenant == id)?;
+        if lost.name.is_none() {
+            let names = self.known.names.lock();
+            lost.name = names.iter().find(|(_, known)| **known == id).map(|(name, _)| name.to_string());
+        }
+        Some(lost)
     }
 
     /// Who took a tenant over last, as its log says.
     pub(crate) fn owner(&self, state: &TenantState, id: TenantId) -> Option<TenantOwner> {
         let owner = state.owner()?;
+        let here = owner.server == self.config.server && self.lost(id).is_none();
         let (server, url) = (owner.server.clone(), owner.url.clone());
-        let here = self.pageserver.owned(id).is_some_and(|log| log.ended().is_none());
         Some(TenantOwner { server, url, generation: owner.generation.0, here })
     }
 

@@ -193,6 +193,10 @@ impl Registry {
             entry.update(|status| {
                 status.incarnation = before.incarnation;
                 status.attach_again = before.attach_again + 1;
+                // Where the same order stands, its answer does, too.
+                if before.desired == Desired::Run && before.process == Process::Started {
+                    status.process = Process::Started;
+                }
             });
         }
         entries.insert(entry.id, entry.clone());
