@@ -208,6 +208,7 @@ impl<P: Pageserver> Control<P> {
         tracing::info!(compute = %entry.id, clean, reason = ended.reason, "a compute ended");
         entry.update(|status| {
             status.phase = match status.desired {
+                _ if matches!(status.phase, Phase::Failed(_)) => return, // that is why it was told to end
                 Desired::Run if !clean => Phase::Failed(ended.reason.clone()),
                 // Told to end on its host: it is still wanted, and starts again with the host.
                 Desired::Run => Phase::Starting,

@@ -137,7 +137,10 @@ async fn wal_source(text: &str, client: &Client) -> anyhow::Result<Source> {
 async fn writer_of(branch: &BranchPath, client: &Client) -> anyhow::Result<Option<String>> {
     let computes: Vec<Compute> = client.get(&format!("{}/computes", branch.api())).await?;
     let writer = computes.into_iter().find(|compute| compute.state == "running" && compute.lsn.is_none());
-    Ok(writer.map(|compute| compute.conninfo))
+    let Some(writer) = writer else { return Ok(None) };
+    // A list has no passwords.
+    let shown: Compute = client.get(&format!("computes/{}", segment(&writer.id))).await?;
+    Ok(Some(shown.conninfo))
 }
 
 /// A progress bar on standard error, hidden where that is no terminal.
