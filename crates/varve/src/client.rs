@@ -33,17 +33,18 @@ impl Client {
 
     /// A list, page after page, until it ends or has `limit` items.
     pub(crate) async fn list<T: DeserializeOwned>(&self, path: &str, list: &ListArgs) -> anyhow::Result<Vec<T>> {
-        let page = list.limit.unwrap_or(PAGE_ITEMS).clamp(1, PAGE_ITEMS);
+        let limit = list.limit.map_or(usize::MAX, |limit| limit as usize);
+        let page = limit.min(PAGE_ITEMS);
         let prefix = list.prefix.as_deref().map(|prefix| format!("&prefix={}", segment(prefix))).unwrap_or_default();
         let mut next = Some(format!("{path}?limit={page}{prefix}"));
         let mut items = Vec::new();
-        while let Some(path) = next.filter(|_| list.limit.is_none_or(|limit| items.len() < limit)) {
+        while let Some(path) = next.filter(|_| items.len() < limit) {
             let call = self.prepare(Method::GET, &path, None::<&()>);
             let (more, following) = call.send_for_page::<T>().await.map_err(|error| self.words(error))?;
             items.extend(more);
             next = following;
         }
-        items.truncate(list.limit.unwrap_or(usize::MAX));
+        items.truncate(limit);
         Ok(items)
     }
 
@@ -84,8 +85,8 @@ impl Client {
 #[derive(Debug, Default, clap::Args)]
 pub(crate) struct ListArgs {
     /// At most so many; all by default.
-    #[arg(long, value_parser = clap::value_parser!(u32).range(1..).map(|limit: u32| limit as usize))]
-    pub(crate) limit: Option<usize>,
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) limit: Option<u32>,
     /// Only names that begin so.
     #[arg(long)]
     pub(crate) prefix: Option<String>,
