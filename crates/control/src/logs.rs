@@ -1,4 +1,5 @@
-//! Finding tenants, and reading their logs. Reading takes nothing: it reads what the store has, or the log that is owned here anyway.
+//! Finding tenants, and reading their logs. Reading takes nothing: it reads what the store has, or the log that is
+//! owned here anyway.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
@@ -131,7 +132,8 @@ impl<P: Pageserver> Control<P> {
         Ok(log)
     }
 
-    /// As [`Control::own`], for what computes ask by themselves: that never takes a tenant back that somebody else took over.
+    /// As [`Control::own`], for what computes ask by themselves: that never takes a tenant back that somebody else took
+    /// over.
     pub(crate) async fn own_for_compute(&self, id: TenantId, why: &'static str) -> Result<TenantLog, Error> {
         match self.lost(id) {
             Some(lost) => Err(Error::NotOwner(Box::new(lost))),
@@ -165,7 +167,8 @@ impl<P: Pageserver> Control<P> {
         TenantEdit::Audit(AuditRow { time: self.environment.now().0, action: call.audit(action) })
     }
 
-    /// Commits what `plan` makes of the log's state, with its audit row and its answer's; or gives the answer that the same call got before.
+    /// Commits what `plan` makes of the log's state, with its audit row and its answer's; or gives the answer that the
+    /// same call got before.
     pub(crate) async fn commit<T, A>(
         &self,
         log: &TenantLog,

@@ -1,5 +1,6 @@
-//! The computes that are known right now: where each runs, what it does and what it is told. Only in memory: what should run stands in the
-//! tenants' logs, and what does is told by hosts and by the computes themselves, again after each restart of the control plane.
+//! The computes that are known right now: where each runs, what it does and what it is told. Only in memory: what
+//! should run stands in the tenants' logs, and what does is told by hosts and by the computes themselves, again after
+//! each restart of the control plane.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;

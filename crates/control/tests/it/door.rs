@@ -1,4 +1,5 @@
-//! The admin API's door, over real connections: what comes in, what does not, and that each no is a problem with a code.
+//! The admin API's door, over real connections: what comes in, what does not, and that each no is a problem with a
+//! code.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -76,9 +77,8 @@ impl Door {
 
     async fn send(&self, method: &str, path: &str, headers: &str, body: &str) -> Answer {
         let (address, length) = (self.address, body.len());
-        let request = format!(
-            "{method} {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\nContent-Length: {length}\r\n{headers}\r\n{body}"
-        );
+        let request =
+            format!("{method} {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\nContent-Length: {length}\r\n{headers}\r\n{body}");
         Answer::parse(&self.raw(request.as_bytes()).await)
     }
 
@@ -265,9 +265,8 @@ async fn internal_routes_need_the_token_and_check_their_arguments() {
         assert_eq!((answer.status, answer.code().as_str()), (400, "invalid_argument"), "{path}");
     }
     let incarnation = door.world.host.serves(&compute).unwrap().1;
-    let body = |incarnation: u64, contents: &str| {
-        format!(r#"{{"incarnation":{incarnation},"path":"pg_hba.conf","contents":"{contents}"}}"#)
-    };
+    let body =
+        |incarnation: u64, contents: &str| format!(r#"{{"incarnation":{incarnation},"path":"pg_hba.conf","contents":"{contents}"}}"#);
     assert_eq!(door.send("POST", &files, &token, &body(incarnation, "%%")).await.code(), "invalid_argument");
     assert_eq!(door.send("POST", &files, &token, &body(incarnation + 7, "eA==")).await.code(), "fenced");
     assert_eq!(door.send("POST", &files, &token, &body(incarnation, "eA==")).await.status, 200);

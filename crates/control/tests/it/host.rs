@@ -1,4 +1,5 @@
-//! A host with compute processes that run no Postgres: they begin, attach and follow orders, by the same calls as real ones.
+//! A host with compute processes that run no Postgres: they begin, attach and follow orders, by the same calls as real
+//! ones.
 
 use std::collections::BTreeMap;
 use std::future::Future;
@@ -8,9 +9,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use parking_lot::Mutex;
 use tokio::task::JoinHandle;
-use varve_api::host::{
-    Attach, BeginRequest, ComputeOrder, ComputeReport, Desired, Ended, Hello, HostAction, HostedCompute, Walsender,
-};
+use varve_api::host::{Attach, BeginRequest, ComputeOrder, ComputeReport, Desired, Ended, Hello, HostAction, HostedCompute, Walsender};
 use varve_api::{Code, Refusal};
 use varve_control::{Control, Error};
 
@@ -107,8 +106,7 @@ impl FakeHost {
     fn hello(&self) -> Hello {
         let state = self.state.lock();
         let computes = state.records.iter();
-        let computes =
-            computes.map(|(id, record)| HostedCompute { id: id.clone(), tenant_id: record.tenant.clone(), runs: record.runs() });
+        let computes = computes.map(|(id, record)| HostedCompute { id: id.clone(), tenant_id: record.tenant.clone(), runs: record.runs() });
         Hello {
             name: "machine".to_owned(),
             version: "0".to_owned(),

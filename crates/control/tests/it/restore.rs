@@ -23,7 +23,8 @@ async fn written() -> (World, String) {
     (world, compute.id)
 }
 
-/// What must hold whatever happened: the compute serves the timeline that its branch's name points to, and only that has a stream.
+/// What must hold whatever happened: the compute serves the timeline that its branch's name points to, and only that
+/// has a stream.
 async fn the_name_is_what_is_served(world: &World, compute: &str) {
     let timeline = world.timeline("main").await;
     let followed = |world: &World| {

@@ -156,7 +156,10 @@ pub(crate) async fn run(command: BranchCommand, client: &Client, json: bool) -> 
             if !yes {
                 let found: Branch = client.get(&branch.api()).await?;
                 let runs = if found.compute.is_some() { ", end its compute," } else { "" };
-                output::confirm(&format!("Delete branch {branch}{runs} and give up what only it has of its history (to {})?", found.last_lsn))?;
+                output::confirm(&format!(
+                    "Delete branch {branch}{runs} and give up what only it has of its history (to {})?",
+                    found.last_lsn
+                ))?;
             }
             let answer: serde_json::Value = client.call(Method::DELETE, &branch.api(), None::<&()>).await?;
             output::print(json, &answer, || format!("branch {branch} is deleted"))
