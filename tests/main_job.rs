@@ -71,10 +71,16 @@ fn head_holds_every_commit_acknowledged_before_the_call() -> anyhow::Result<()> 
     dev.json(&["branch", "create", "acme/grandchild", "--from", &parent])?;
     let db = dev.compute("acme/grandchild", &[])?;
     ensure!(psql(&db, "SELECT count(*) FROM t WHERE i = 100")? == "1", "a branch of a branch holds the branch's own rows");
-    let refused = dev.refused(&["branch", "delete", &format!("acme/{parent}")])?;
-    ensure!(refused.contains("grandchild"), "deleting a branch with children names them: {refused}");
+    let deleted = format!("acme/{parent}");
+    ensure!(dev.refused(&["branch", "delete", &deleted])?.contains("--yes"), "nothing is deleted without a question");
+    // Its history stays as long as the grandchild stands on it.
+    dev.json(&["branch", "delete", &deleted, "--yes"])?;
+    ensure!(psql(&db, "SELECT count(*) FROM t WHERE i = 100")? == "1", "a child goes on when its parent's name is gone");
     dev.json(&["compute", "stop", "acme/grandchild"])?;
-    dev.json(&["branch", "delete", "acme/grandchild"])?;
+    let db = dev.compute("acme/grandchild", &[])?;
+    ensure!(psql(&db, "SELECT count(*) FROM t WHERE i = 100")? == "1", "and so it does from the store");
+    ensure!(dev.refused(&["branch", "show", &deleted])?.contains(&parent), "the name is gone");
+    let parent = "grandchild";
     dev.json(&["branch", "rename", &format!("acme/{parent}"), "kept"])?;
     ensure!(dev.json(&["branch", "show", "acme/kept"])?["name"] == "kept", "a renamed branch is found under its new name");
     Ok(())

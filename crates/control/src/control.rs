@@ -67,7 +67,8 @@ impl<P: Pageserver> fmt::Debug for Control<P> {
 }
 
 impl<P: Pageserver> Control<P> {
-    /// A control plane over a pageserver and the store that it uses. It does nothing by itself but what [`Control::watch`] does.
+    /// A control plane over a pageserver and the store that it uses. It does nothing by itself but what
+    /// [`Control::watch`] does.
     ///
     /// # Errors
     /// [`Error::Random`].
@@ -108,7 +109,8 @@ impl<P: Pageserver> Control<P> {
         }
     }
 
-    /// Ends the computes of tenants that another server took over. Their `pg_wal` is kept: what it has may be nowhere else.
+    /// Ends the computes of tenants that another server took over. Their `pg_wal` is kept: what it has may be nowhere
+    /// else.
     pub fn end_what_was_lost(&self) {
         for Lost { tenant, .. } in self.pageserver.lost() {
             let Some(lost) = self.lost(tenant) else { continue };
@@ -155,8 +157,8 @@ impl<P: Pageserver> Control<P> {
         lost.map(shown).collect()
     }
 
-    /// Whether the server can work: it can while the store answers. A tenant that it lost is served by another server, and does not keep it
-    /// from serving the others: it is only named.
+    /// Whether the server can work: it can while the store answers. A tenant that it lost is served by another server,
+    /// and does not keep it from serving the others: it is only named.
     ///
     /// # Errors
     /// [`Error::Store`], or [`Error::Refused`] when the store does not answer.

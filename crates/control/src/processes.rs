@@ -1,6 +1,8 @@
-//! What compute processes ask: to begin, to attach, for orders; and what they tell: that they ended, files, blocks of their start.
+//! What compute processes ask: to begin, to attach, for orders; and what they tell: that they ended, files, blocks of
+//! their start.
 //!
-//! The timeline of a compute is that of its branch in the tenant's log, looked up each time. A process that runs on another one is refused.
+//! The timeline of a compute is that of its branch in the tenant's log, looked up each time. A process that runs on
+//! another one is refused.
 
 use std::sync::Arc;
 
@@ -46,8 +48,8 @@ fn timeline_of(state: &TenantState, row: &EndpointRow) -> Result<TimelineId, Err
 }
 
 impl<P: Pageserver> Control<P> {
-    /// The compute that a process says it is. One that nobody has told of yet is asked to try again: its host says hello first, and ends it
-    /// if it is not wanted.
+    /// The compute that a process says it is. One that nobody has told of yet is asked to try again: its host says
+    /// hello first, and ends it if it is not wanted.
     fn process(&self, id: &str) -> Result<Arc<Entry>, Error> {
         let id = arguments::endpoint_id(id)?;
         self.computes.get(id).ok_or_else(|| Error::NotYetKnown(id.to_string()))
@@ -116,8 +118,8 @@ impl<P: Pageserver> Control<P> {
         })
     }
 
-    /// Where a compute begins: at its moment, or at the head of its branch, in a writer epoch of its own. A branch that is restored or renamed
-    /// at this very time is looked up again.
+    /// Where a compute begins: at its moment, or at the head of its branch, in a writer epoch of its own. A branch that
+    /// is restored or renamed at this very time is looked up again.
     async fn beginning(&self, log: &TenantLog, entry: &Arc<Entry>) -> Result<(Arc<EndpointRow>, Beginning), Error> {
         for _ in 0..BEGIN_TRIES {
             let state = log.state();
@@ -183,7 +185,8 @@ impl<P: Pageserver> Control<P> {
         Ok(Attached { standby_name })
     }
 
-    /// A compute's process ends. Where it ended cleanly its epoch is closed first, so that an answer means that nothing of it is missing.
+    /// A compute's process ends. Where it ended cleanly its epoch is closed first, so that an answer means that nothing
+    /// of it is missing.
     ///
     /// # Errors
     /// What keeps the epoch from being closed; the process tries again, or says that it is not clean.
@@ -208,6 +211,7 @@ impl<P: Pageserver> Control<P> {
         tracing::info!(compute = %entry.id, clean, reason = ended.reason, "a compute ended");
         entry.update(|status| {
             status.phase = match status.desired {
+                _ if matches!(status.phase, Phase::Failed(_)) => return, // that is why it was told to end
                 Desired::Run if !clean => Phase::Failed(ended.reason.clone()),
                 // Told to end on its host: it is still wanted, and starts again with the host.
                 Desired::Run => Phase::Starting,

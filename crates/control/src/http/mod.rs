@@ -1,8 +1,10 @@
-//! The admin HTTP API `/v1`: each route takes its request apart, calls [`Control`] and puts the answer together. No decisions here.
+//! The admin HTTP API `/v1`: each route takes its request apart, calls [`Control`] and puts the answer together. No
+//! decisions here.
 //!
-//! **The door.** Every request passes the same checks before anybody looks at what it asks for: its `Host` is one of ours, no web page sent it,
-//! its size and the time it takes are bounded by its route, a body is JSON and says so. Routes of hosts and computes need the host's token. Every
-//! error is an `application/problem+json` with a stable code, those of unknown addresses and methods included.
+//! **The door.** Every request passes the same checks before anybody looks at what it asks for: its `Host` is one of
+//! ours, no web page sent it, its size and the time it takes are bounded by its route, a body is JSON and says so.
+//! Routes of hosts and computes need the host's token. Every error is an `application/problem+json` with a stable code,
+//! those of unknown addresses and methods included.
 
 mod door;
 mod extract;

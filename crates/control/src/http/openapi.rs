@@ -1,4 +1,5 @@
-//! The OpenAPI 3.1 document: generated from the routes' own annotations, and completed with what the door says to any of them.
+//! The OpenAPI 3.1 document: generated from the routes' own annotations, and completed with what the door says to any
+//! of them.
 
 use axum::http::header;
 use axum::response::IntoResponse;
