@@ -196,15 +196,12 @@ impl<P: Pageserver> Control<P> {
             Some(entry) => {
                 let _turn = entry.turn.lock().await;
                 let restored = self.move_branch(call, &log, (id, &name), old, at).await;
-                entry.update(|status| match &restored {
-                    Ok(_) if status.desired == Desired::Run => {
-                        status.incarnation += 1;
-                        status.phase = Phase::Starting;
-                    }
+                match &restored {
+                    Ok(_) if entry.status().desired == Desired::Run => self.begin_anew(entry),
                     Ok(_) => {}
                     // Its stream was ended: it attaches again, and learns then which timeline its branch has.
-                    Err(_) => status.attach_again += 1,
-                });
+                    Err(_) => entry.update(|status| status.attach_again += 1),
+                }
                 restored
             }
             None => self.move_branch(call, &log, (id, &name), old, at).await,

@@ -5,6 +5,7 @@
 //! another one is refused.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
@@ -18,11 +19,15 @@ use crate::error::Error;
 use crate::hosts::ORDERS_WAIT;
 use crate::logs::facts;
 use crate::ports::{AttachWriter, EpochStart, Moment, Pageserver};
-use crate::registry::{Entry, Phase, Status, host_of};
+use crate::registry::{Entry, Phase, Process, Status, host_of};
 use crate::{Control, arguments, moment};
 
 /// How often a begin follows a branch that is restored or renamed meanwhile.
 const BEGIN_TRIES: u32 = 10;
+/// How long a compute that is told to begin anew may take to do so by itself.
+const BEGIN_ANEW_MAX: Duration = Duration::from_secs(3);
+/// How long its host may take to end it.
+const START_AGAIN_MAX: Duration = Duration::from_secs(30);
 /// Most blocks that a start tells.
 const STARTUP_BLOCKS_MAX: usize = 100_000;
 
@@ -48,6 +53,30 @@ fn timeline_of(state: &TenantState, row: &EndpointRow) -> Result<TimelineId, Err
 }
 
 impl<P: Pageserver> Control<P> {
+    /// Tells a compute to begin anew. One that does not hear it in time, frozen perhaps, is ended by its host and started again.
+    pub(crate) fn begin_anew(&self, entry: &Arc<Entry>) {
+        entry.update(|status| {
+            status.incarnation += 1;
+            status.phase = Phase::Starting;
+        });
+        let told = entry.status().incarnation;
+        let (me, entry) = (self.me.clone(), entry.clone());
+        self.environment.spawn(async move {
+            let Some(control) = me.upgrade() else { return };
+            let has_begun = |status: &Status| status.incarnation != told || status.desired != Desired::Run;
+            if entry.wait(&control.environment, BEGIN_ANEW_MAX, has_begun).await.is_some() {
+                return;
+            }
+            tracing::warn!(compute = %entry.id, branch = entry.branch(), "it does not begin anew by itself: its host ends it and starts it again");
+            control.order(&entry, HostAction::End);
+            let is_gone = |status: &Status| status.process == Process::Gone || status.desired != Desired::Run;
+            entry.wait(&control.environment, START_AGAIN_MAX, is_gone).await;
+            if entry.status().desired == Desired::Run {
+                control.order(&entry, HostAction::Run);
+            }
+        });
+    }
+
     /// The compute that a process says it is. One that nobody has told of yet is asked to try again: its host says
     /// hello first, and ends it if it is not wanted.
     fn process(&self, id: &str) -> Result<Arc<Entry>, Error> {

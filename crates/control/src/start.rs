@@ -262,10 +262,7 @@ impl<P: Pageserver> Control<P> {
             self.order(entry, HostAction::Run);
             return Err(error);
         }
-        entry.update(|status| {
-            status.incarnation += 1;
-            status.phase = Phase::Starting;
-        });
+        self.begin_anew(entry);
         drop(turn);
         Ok(entry.clone())
     }

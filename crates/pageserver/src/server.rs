@@ -118,7 +118,8 @@ impl Pageserver {
         let resources = histories::resources(&config.store, &threads, cache_dir, config.cache_bytes, config.memtable_bytes);
         let queue = WorkQueue::new(Places::default(), threads.clone());
         let store = config.store.clone();
-        let context = Context { wal: Arc::new(wal), wal_log, store, resources: Arc::new(resources), threads, queue, lost: Default::default() };
+        let context =
+            Context { wal: Arc::new(wal), wal_log, store, resources: Arc::new(resources), threads, queue, lost: Default::default() };
         let context = Arc::new(context);
         let templates = Arc::new(Templates::new(config.store.clone()));
         let identity = Identity { server: wal_log.to_string(), url: config.url.clone() };
@@ -228,6 +229,7 @@ impl Pageserver {
                     tracing::warn!(timeline = live.name(), %error, "not all is in the store; the WAL log keeps the rest");
                 }
             }
+            tenant.note_figures(Duration::ZERO).await;
         }
         self.stopping.cancel();
         self.tenants.close().await;
@@ -300,7 +302,14 @@ impl Pageserver {
     /// # Errors
     /// [`ServerError`].
     pub async fn resolve(&self, tenant: TenantId, timeline: TimelineId, moment: Moment) -> Result<Resolved, ServerError> {
-        let live = self.live_to_read(tenant, timeline, "a moment of it is asked for").await?;
+        let tenant = self.tenants.own_if_ours(tenant, "a moment of it is asked for").await?;
+        // A time before the tenant was there is before history, even where no transaction says so.
+        if let Moment::Time(at) = moment
+            && at.0 < tenant.facts().created
+        {
+            return Err(EngineError::from(varve_engine::moments::MomentError::BeforeTime { at }).into());
+        }
+        let live = tenant.timeline(timeline).await?;
         Ok(resolve(&live, moment).await?)
     }
 
@@ -354,7 +363,9 @@ impl Pageserver {
     /// [`ServerError`].
     pub async fn close_epoch(&self, tenant: TenantId, timeline: TimelineId, epoch: WriterEpoch) -> Result<(), ServerError> {
         let (tenant, live) = self.live(tenant, timeline, "a compute ended").await?;
-        Ok(live.close_epoch(tenant.log(), epoch).await?)
+        live.close_epoch(tenant.log(), epoch).await?;
+        tenant.note_figures(Duration::ZERO).await;
+        Ok(())
     }
 
     /// What a mount of a timeline at `lsn` must know.

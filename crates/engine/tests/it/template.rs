@@ -1,11 +1,10 @@
 //! The template: stock `initdb`, taken in, and a server that starts on it under another tenant's identity.
 
-
 use std::io::Read;
 use std::sync::Arc;
 
-use anyhow::{Context, Result};
 use crate::oracle::{Comparison, Loaded, servers};
+use anyhow::{Context, Result};
 use varve_engine::base_backup::{Options, write_base_backup};
 use varve_engine::template::{TemplateError, import_data_directory};
 use varve_host::bin_dirs::BinDirs;
@@ -13,8 +12,8 @@ use varve_host::dirs::User;
 use varve_host::initdb::template_archive;
 use varve_postgres::wal::synthesis::AncestorTimeline;
 use varve_postgres::{Lsn, Major};
-use varve_testing::naive_history::NaiveHistory;
 use varve_testbed::postgres::{Postgres, bin_dir};
+use varve_testing::naive_history::NaiveHistory;
 
 /// What a host's `initdb` makes, taken apart as a pageserver does.
 fn made_by_a_host(major: Major) -> Result<tempfile::TempDir> {

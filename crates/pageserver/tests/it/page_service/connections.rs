@@ -207,7 +207,8 @@ impl Write for Lines {
 async fn an_ordinary_end_is_no_news() {
     let lines = Lines::default();
     let writer = lines.clone();
-    let subscriber = tracing_subscriber::fmt().with_ansi(false).with_max_level(tracing::Level::INFO).with_writer(move || writer.clone()).finish();
+    let subscriber =
+        tracing_subscriber::fmt().with_ansi(false).with_max_level(tracing::Level::INFO).with_writer(move || writer.clone()).finish();
     let _guard = tracing::subscriber::set_default(subscriber);
     let served = Served::start(PageServiceConfig::default()).await;
     let terminate = |out: &mut BytesMut| put_frame(b'X', out, |_| {});
