@@ -13,8 +13,8 @@ use varve_host::dirs::User;
 use varve_host::initdb::template_archive;
 use varve_postgres::wal::synthesis::AncestorTimeline;
 use varve_postgres::{Lsn, Major};
-use varve_testing::naive_history::NaiveHistory;
 use varve_testbed::postgres::{Postgres, bin_dir};
+use varve_testing::naive_history::NaiveHistory;
 
 /// What a host's `initdb` makes, taken apart as a pageserver does.
 fn made_by_a_host(major: Major) -> Result<tempfile::TempDir> {

@@ -27,8 +27,8 @@ use varve_storage::database::DatabaseEntry;
 use varve_storage::history::History;
 use varve_storage::key::{Key, KeyKind};
 use varve_storage::relation;
-use varve_testing::naive_history::NaiveHistory;
 use varve_testbed::postgres::{Postgres, wal_segments};
+use varve_testing::naive_history::NaiveHistory;
 
 /// Records after which the history is advanced.
 const BATCH_RECORDS: usize = 500;
