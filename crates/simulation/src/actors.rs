@@ -109,11 +109,13 @@ pub async fn person(world: Arc<World>, who: u32, turns: u32) {
                 world.say(format_args!("{who}: stop {branch}"));
                 steward::stop(world, &branch).await
             }
-            74..80 => on_active(world, Kind::CrashInBegin, |node| async move {
-                let tenant = node.own(world).await?;
-                Ok(tenant.timeline(timeline).await?.flush_all().await?)
-            })
-            .await,
+            74..80 => {
+                on_active(world, Kind::CrashInBegin, |node| async move {
+                    let tenant = node.own(world).await?;
+                    Ok(tenant.timeline(timeline).await?.flush_all().await?)
+                })
+                .await
+            }
             _ => read(world, timeline).await,
         };
         match done {
@@ -134,7 +136,9 @@ pub async fn read(world: &Arc<World>, timeline: TimelineId) -> Result<(), Refuse
         let live = tenant.timeline(timeline).await?;
         let head = live.positions().head();
         let boundary = world.ledger.lock().boundary(timeline, head, world.below(1 << 20));
-        let Some(lsn) = boundary.filter(|_| world.chance(700)).or(Some(head)).filter(|lsn| *lsn >= live.facts().start) else { return Ok(()) };
+        let Some(lsn) = boundary.filter(|_| world.chance(700)).or(Some(head)).filter(|lsn| *lsn >= live.facts().start) else {
+            return Ok(());
+        };
         read_at(world, &node, timeline, lsn).await
     })
     .await
@@ -289,6 +293,7 @@ async fn kill_compute(world: &Arc<World>) {
 /// After all faults have ended: everything comes to rest, every branch is served by one compute, and every history is
 /// what it must be.
 pub async fn come_to_rest(world: &Arc<World>) {
+    world.quiet.store(true, Ordering::SeqCst);
     for machine in &world.machines {
         machine.disk().set_faults(DiskFaults::default());
         if machine.node().is_none() {

@@ -163,6 +163,9 @@ impl Compute {
     async fn session(self: Arc<Self>, world: Arc<World>) {
         loop {
             world.pause(THINK_MAX).await;
+            if world.quiet.load(std::sync::atomic::Ordering::SeqCst) {
+                return;
+            }
             if self.state.lock().writes {
                 self.commit(&world).await;
             }

@@ -32,8 +32,8 @@ const WAL_LOG: WalLogOptions = WalLogOptions { limit_bytes: 96 << 10, segment_by
 const WATCH_INTERVAL: Duration = Duration::from_secs(1);
 /// A timeline that nobody uses for so long is closed.
 const UNUSED_MAX: Duration = Duration::from_secs(4);
-/// The most that one read of a socket gives.
-const SOCKET_READ_MAX: u64 = 3000;
+/// The most that one read of a socket gives, in units of what records are aligned to: no walsender cuts within those.
+const SOCKET_READ_WORDS_MAX: u64 = 400;
 
 /// A machine: what stays when its process ends.
 pub struct Machine {
@@ -262,6 +262,8 @@ impl Node {
     async fn note_lost(self: Arc<Self>, world: Arc<World>) {
         loop {
             self.context.lost.take().await;
+            // Who takes it again waits until all of it is closed.
+            let _one = self.tenant.lock().await;
             let lost = self.owned.lock().take();
             if let Some(tenant) = lost {
                 world.counts.add(Kind::LostTenant);
@@ -277,15 +279,32 @@ impl Node {
         loop {
             tokio::time::sleep(WATCH_INTERVAL).await;
             let Some(tenant) = self.owned() else { continue };
-            if tenant.log().ended().is_some() || world.chance(300) && tenant.log().check_ownership().await.is_err_and(|error| is_fenced(&error)) {
+            if tenant.log().ended().is_some()
+                || world.chance(300) && tenant.log().check_ownership().await.is_err_and(|error| is_fenced(&error))
+            {
                 self.context.lost.note(world.tenant);
                 continue;
             }
             if world.plant == Plant::Nothing {
                 self.end_moved(&world, &tenant).await;
             }
+            self.open_what_the_wal_log_holds(&world, &tenant).await;
             if tenant.close_idle(UNUSED_MAX).await {
                 world.counts.add(Kind::IdleClosed);
+            }
+        }
+    }
+
+    /// What a former process left in the WAL log is put into the store, or the log would be full of it one day.
+    async fn open_what_the_wal_log_holds(&self, world: &World, tenant: &Arc<Tenant>) {
+        for (_, timeline) in self.context.wal.unattached() {
+            match tenant.log().state().timeline(timeline) {
+                Ok(_) => {
+                    if let Err(error) = tenant.timeline(timeline).await {
+                        world.say(format_args!("server {} cannot open {timeline}: {error}", self.machine));
+                    }
+                }
+                Err(_) => self.context.wal.forget(world.tenant, timeline),
             }
         }
     }
@@ -348,7 +367,7 @@ impl Node {
         let mut at = stream.start();
         let mut framer = Framer::new(MAJOR, Some(SYSTEM_IDENTIFIER), at, None);
         loop {
-            let max = 1 + world.below(SOCKET_READ_MAX) as usize;
+            let max = 8 * (1 + world.below(SOCKET_READ_WORDS_MAX)) as usize;
             let bytes = tokio::select! {
                 biased;
                 () = ended.told.notified() => None,

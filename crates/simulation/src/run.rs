@@ -43,6 +43,7 @@ pub struct Outcome {
 /// # Errors
 /// When no runtime or folder can be made.
 pub fn run(options: Options) -> anyhow::Result<Outcome> {
+    crate::template::make()?;
     let (watchdog, _watch) = Watchdog::watch(format!("seed {}", options.seed));
     let folder = tempfile::Builder::new().prefix("varve-simulation").tempdir_in(folder_in_memory())?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build()?;

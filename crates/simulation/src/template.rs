@@ -89,12 +89,23 @@ fn objects() -> anyhow::Result<Vec<(ObjectName, Bytes)>> {
     Ok(objects)
 }
 
-/// Puts the template into a store.
+static OBJECTS: OnceLock<Vec<(ObjectName, Bytes)>> = OnceLock::new();
+
+/// Makes the template, if it is not made yet. Not to be called on a runtime.
+///
+/// # Errors
+/// When it cannot be made.
+pub fn make() -> anyhow::Result<()> {
+    if OBJECTS.get().is_none() {
+        // Of two that make it at the same time one counts; they are the same.
+        let _made_meanwhile = OBJECTS.set(objects()?);
+    }
+    Ok(())
+}
+
+/// Puts the template, which is made, into a store.
 pub fn put_into(store: &SimStore) {
-    static OBJECTS: OnceLock<Vec<(ObjectName, Bytes)>> = OnceLock::new();
-    let made = || objects().unwrap_or_else(|error| unreachable!("the template: {error:#}"));
-    for (name, bytes) in OBJECTS.get_or_init(made) {
+    for (name, bytes) in OBJECTS.get().into_iter().flatten() {
         store.set(name, Some(bytes.clone()));
     }
 }
-

@@ -72,6 +72,8 @@ pub struct World {
     pub tenant: TenantId,
     /// What is planted.
     pub plant: Plant,
+    /// Whether computes write nothing by themselves.
+    pub quiet: std::sync::atomic::AtomicBool,
     /// Folder for local copies of layers.
     pub folder: std::path::PathBuf,
     /// The newest compute of each branch.
@@ -157,6 +159,7 @@ impl World {
             active: AtomicUsize::new(0),
             tenant,
             plant,
+            quiet: Default::default(),
             folder: folder.to_owned(),
             computes: Mutex::default(),
             moved: Mutex::default(),

@@ -65,7 +65,13 @@ impl SimStore {
     /// A client that fails as `faults` and `seed` say.
     pub fn client(&self, seed: u64, faults: Faults) -> Arc<SimClient> {
         let random = Mutex::new(SeededRng::new(seed));
-        Arc::new(SimClient { store: self.clone(), random, faults: Mutex::new(faults), struck: Mutex::default(), link: watch::Sender::new(Link::Up) })
+        Arc::new(SimClient {
+            store: self.clone(),
+            random,
+            faults: Mutex::new(faults),
+            struck: Mutex::default(),
+            link: watch::Sender::new(Link::Up),
+        })
     }
 
     /// A store without faults.
