@@ -11,10 +11,10 @@ use varve_storage::ids::{TenantId, WriterEpoch};
 use varve_storage::tenant_log::TimelineState;
 use varve_storage::timeline::Position;
 
-use super::{LiveTimeline, Noted};
 use super::epochs::{Tail, Writer};
 use super::flush::FlushState;
 use super::ingest::IngestState;
+use super::{LiveTimeline, Noted};
 use crate::context::Context;
 use crate::error::EngineError;
 use crate::histories::OpenedHistory;

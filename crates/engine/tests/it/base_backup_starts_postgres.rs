@@ -1,13 +1,12 @@
 //! A stock Postgres starts on a base backup of any record boundary, and is then what stock Postgres itself recovers to that place; what it writes
 //! afterwards goes on the timeline.
 
-
 use std::fs;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 
-use anyhow::{Context, Result, ensure};
 use crate::oracle::{Comparison, Loaded, servers};
+use anyhow::{Context, Result, ensure};
 use varve_postgres::Major;
 use varve_postgres::wal::synthesis::AncestorTimeline;
 use varve_testbed::postgres::Postgres;

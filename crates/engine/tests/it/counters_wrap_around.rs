@@ -1,13 +1,12 @@
 //! Transaction ids, multixacts and their members wrap around: ingest follows (the next transaction's epoch, pages that begin again at zero, truncation
 //! across the edge), and a server starts on the other side.
 
-
 use std::fs;
 use std::path::Path;
 use std::process::Command;
 
-use anyhow::{Context, Result, ensure};
 use crate::oracle::{Comparison, servers};
+use anyhow::{Context, Result, ensure};
 use varve_postgres::Major;
 use varve_testbed::postgres::Postgres;
 use varve_testbed::redo::sql_path;

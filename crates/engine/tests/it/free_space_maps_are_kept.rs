@@ -1,10 +1,9 @@
 //! A server that starts on a base backup finds the free space that its tables have, and so does not extend them.
 
-
 use std::sync::Arc;
 
-use anyhow::{Context, Result, ensure};
 use crate::oracle::servers;
+use anyhow::{Context, Result, ensure};
 use varve_postgres::Major;
 use varve_postgres::wal::synthesis::AncestorTimeline;
 use varve_testbed::postgres::Postgres;

@@ -1,6 +1,5 @@
 //! What ingest makes of a server's WAL is what the server itself has on disk when it stops: every block, SLRU page, map, counter and file.
 
-
 use std::fs::File;
 use std::os::unix::fs::FileExt as _;
 use std::process::Command;
@@ -208,7 +207,8 @@ fn an_extensions_record_stops_the_ingest_and_what_came_before_stays_readable() {
         postgres.stop("fast")?;
         let stranger = hand_to_an_extension(&postgres, before)?;
         for again in [false, true] {
-            let error = crate::oracle::ingest(&postgres, &mut loaded).err().context("a record that nobody here can redo was passed over")?;
+            let error =
+                crate::oracle::ingest(&postgres, &mut loaded).err().context("a record that nobody here can redo was passed over")?;
             let told = format!("{error:#}");
             ensure!(told.contains("custom130") && told.contains(&format!("at {stranger} ")), "rmgr and LSN are named ({again}): {told}");
             ensure!(before < loaded.end() && loaded.end() <= stranger, "all before {stranger} is readable, up to {}", loaded.end());

@@ -1,11 +1,10 @@
 //! The template: stock `initdb`, taken in, and a server that starts on it under another tenant's identity.
 
-
 use std::io::Read;
 use std::sync::Arc;
 
-use anyhow::{Context, Result};
 use crate::oracle::{Comparison, Loaded, servers};
+use anyhow::{Context, Result};
 use varve_engine::base_backup::{Options, write_base_backup};
 use varve_engine::template::{TemplateError, import_data_directory};
 use varve_host::bin_dirs::BinDirs;
