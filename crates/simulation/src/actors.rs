@@ -4,15 +4,18 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use varve_engine::EngineError;
 use varve_engine::resolve::Moment;
 use varve_postgres::{Lsn, Timestamp};
 use varve_storage::history::HistoryError;
 use varve_storage::ids::{BranchName, TimelineId};
 use varve_storage::store::Failure;
+use varve_storage::tenant_log::TenantState;
 use varve_storage::timeline::Position;
 use varve_testing::sim_disk::DiskFaults;
 use varve_testing::sim_store::{Faults, Link};
 
+use crate::compute::Compute;
 use crate::kinds::Kind;
 use crate::ledger::Shown;
 use crate::node::{Crash, Node};
@@ -154,9 +157,9 @@ pub async fn read_at(world: &Arc<World>, node: &Arc<Node>, timeline: TimelineId,
     if let Some(stopped) = live.stopped() {
         world.violate(format!("ingest of {timeline} stopped at {}: {}", stopped.at, stopped.reason));
     }
-    live.wait_applied(lsn, READ_WAIT_MAX).await.map_err(varve_engine::EngineError::from)?;
+    live.wait_applied(lsn, READ_WAIT_MAX).await.map_err(EngineError::from)?;
     let history = live.history().clone();
-    let found = node.context().threads.call(move || Shown::of(&*history, lsn)).await.map_err(varve_engine::EngineError::from)?;
+    let found = node.context().threads.call(move || Shown::of(&*history, lsn)).await.map_err(EngineError::from)?;
     let expected = world.ledger.lock().shown(timeline, lsn);
     match (world.check(expected), found) {
         (Some(expected), Ok(found)) if expected != found => {
@@ -264,7 +267,7 @@ async fn lose_disk(world: &Arc<World>) {
         let Some(live) = tenant.opened(id) else { return false };
         let Some(newest) = timeline.epochs.last().filter(|newest| newest.wal_log == wal_log) else { return true };
         let layered = live.positions().layered();
-        let has_all = |compute: &Arc<crate::compute::Compute>| {
+        let has_all = |compute: &Arc<Compute>| {
             compute.timeline == id && compute.epoch == newest.epoch.0 && !compute.is_over() && compute.base() <= layered
         };
         layered >= world.ledger.lock().acknowledged_end(id) || world.computes().iter().any(has_all)
@@ -329,10 +332,29 @@ pub async fn come_to_rest(world: &Arc<World>) {
     world.violate(format!("it does not come to rest: {last}"));
 }
 
+/// Whether what a lost disk may have had of a timeline will not be sent again: its compute is gone.
+fn is_lost_for_good(world: &World, state: &TenantState, timeline: TimelineId) -> bool {
+    let newest = state.timeline(timeline).ok().and_then(|timeline| timeline.epochs.last());
+    newest.is_some_and(|newest| {
+        let has_it = |compute: &Arc<Compute>| compute.timeline == timeline && compute.epoch == newest.epoch.0 && !compute.is_over();
+        !world.machines.iter().any(|machine| machine.wal_log() == newest.wal_log) && !world.computes().iter().any(has_it)
+    })
+}
+
 async fn is_at_rest(world: &Arc<World>) -> Result<(), Refused> {
     let state = world.learn().await;
     for (branch, timeline) in state.branches() {
-        let compute = steward::ensure_running(world, branch, false).await?;
+        let compute = match steward::ensure_running(world, branch, false).await {
+            Err(Refused::Engine(EngineError::TailUnknown { head, .. })) if is_lost_for_good(world, &state, timeline) => {
+                world.say(format_args!("what {branch} had on a lost disk is given up from {head} on"));
+                world.counts.add(Kind::TailGivenUp);
+                let before = name(&format!("given-up-{}", world.next_marker()));
+                steward::restore(world, branch, &before, Moment::Lsn(head)).await?;
+                steward::ensure_running(world, branch, false).await?
+            }
+            running => running?,
+        };
+        let timeline = world.learn().await.branch(branch.as_str())?.facts.id;
         if compute.timeline != timeline {
             world.violate(format!("{branch} is {timeline}, and its compute serves {}", compute.timeline));
         }
@@ -352,8 +374,11 @@ async fn is_at_rest(world: &Arc<World>) -> Result<(), Refused> {
             let head = live.positions().head();
             if head < acknowledged {
                 // Its compute has it, and is on its way.
-                live.wait_tail().await?;
-                live.positions().wait(Position::Head, acknowledged, READ_WAIT_MAX).await.map_err(varve_engine::EngineError::from)?;
+                let state = world.learn().await;
+                if !is_lost_for_good(world, &state, id) {
+                    live.wait_tail().await?;
+                }
+                live.positions().wait(Position::Head, acknowledged, READ_WAIT_MAX).await.map_err(EngineError::from)?;
             }
             let head = live.positions().head();
             if head < acknowledged {

@@ -66,6 +66,8 @@ kinds! {
     TailWasUnknown,
     /// A compute sent again what a lost disk had held.
     TailSentAgain,
+    /// What a lost disk may have had was given up, as the error message says.
+    TailGivenUp,
     /// A change was written, or not: its caller could not learn it.
     Unconfirmed,
     /// A pageserver learnt that it had lost the tenant.

@@ -26,6 +26,9 @@ struct Arguments {
     /// Go on for so many minutes, whatever the number of seeds.
     #[arg(long)]
     minutes: Option<u64>,
+    /// Go on after a seed has failed, and name all that fail.
+    #[arg(long)]
+    goes_on: bool,
     /// Runs at a time; as many as there are cores unless given.
     #[arg(long)]
     jobs: Option<usize>,
@@ -50,13 +53,15 @@ fn main() -> anyhow::Result<ExitCode> {
     let limit = arguments.minutes.map(|minutes| Duration::from_secs(60 * minutes));
     let seeds = if limit.is_some() { u64::MAX - arguments.first } else { arguments.seeds };
     let began = Instant::now();
-    let report = run_many(Many { first: arguments.first, seeds, limit, jobs, plant: Plant::Nothing })?;
+    let report = run_many(Many { first: arguments.first, seeds, limit, jobs, plant: Plant::Nothing, goes_on: arguments.goes_on })?;
     for kind in Kind::ALL {
         println!("{:>9} {kind:?}", report.counts.get(*kind));
     }
     println!("{} seeds, {} events, {:.1} s", report.runs, report.events, began.elapsed().as_secs_f64());
-    if let Some(failure) = &report.failure {
-        println!("{}seed {}: {}\nagain: {}", failure.last, failure.seed, failure.violation, failure.command());
+    for failure in &report.failures {
+        println!("{}seed {}: {}\nagain: {}\n", failure.last, failure.seed, failure.violation, failure.command());
+    }
+    if !report.failures.is_empty() {
         return Ok(ExitCode::FAILURE);
     }
     let missing = report.missing();

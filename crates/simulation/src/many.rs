@@ -25,6 +25,8 @@ pub struct Many {
     pub jobs: usize,
     /// What is planted.
     pub plant: Plant,
+    /// Whether all seeds are run, also after one has failed.
+    pub goes_on: bool,
 }
 
 /// What they came to.
@@ -36,8 +38,8 @@ pub struct Report {
     pub events: u64,
     /// How often what happened.
     pub counts: Counts,
-    /// The lowest seed that failed, of those that were run, and how.
-    pub failure: Option<Failure>,
+    /// The seeds that failed, and how.
+    pub failures: Vec<Failure>,
 }
 
 /// A run that failed.
@@ -84,7 +86,7 @@ pub fn run_many(many: Many) -> anyhow::Result<Report> {
             let mut report = report.lock();
             match (&mut *report, outcome) {
                 (Ok(report), Ok(outcome)) => {
-                    failed.fetch_or(outcome.violation.is_some(), Ordering::SeqCst);
+                    failed.fetch_or(outcome.violation.is_some() && !many.goes_on, Ordering::SeqCst);
                     take(report, seed, outcome);
                 }
                 (report @ Ok(_), Err(error)) => {
@@ -107,9 +109,7 @@ fn take(report: &mut Report, seed: u64, outcome: Outcome) {
     report.runs += 1;
     report.events += outcome.trace.0;
     report.counts.merge(&outcome.counts);
-    if let Some((violation, last)) = outcome.violation
-        && report.failure.as_ref().is_none_or(|failure| seed < failure.seed)
-    {
-        report.failure = Some(Failure { seed, violation, last });
+    if let Some((violation, last)) = outcome.violation {
+        report.failures.push(Failure { seed, violation, last });
     }
 }

@@ -80,6 +80,8 @@ pub struct World {
     computes: Mutex<BTreeMap<BranchName, Arc<Compute>>>,
     /// When a branch was seen to have left a timeline.
     moved: Mutex<BTreeMap<(BranchName, TimelineId), tokio::time::Instant>>,
+    /// The WAL log that had a timeline's newest epoch when the tenant's log was last read.
+    wal_logs: Mutex<BTreeMap<(TimelineId, u32), varve_storage::ids::WalLogId>>,
     under_way: Mutex<Vec<UnderWay>>,
     random: Mutex<SeededRng>,
     began: tokio::time::Instant,
@@ -163,6 +165,7 @@ impl World {
             folder: folder.to_owned(),
             computes: Mutex::default(),
             moved: Mutex::default(),
+            wal_logs: Mutex::default(),
             under_way: Mutex::default(),
             random: Mutex::new(random),
             began: tokio::time::Instant::now(),
@@ -268,6 +271,13 @@ impl World {
     }
 
     fn learn_moves(&self, state: &TenantState) {
+        let newest = state.timelines().filter_map(|timeline| timeline.epochs.last().map(|epoch| (timeline.facts.id, epoch)));
+        for (timeline, epoch) in newest {
+            let before = self.wal_logs.lock().insert((timeline, epoch.epoch.0), epoch.wal_log);
+            if before.is_some_and(|before| before != epoch.wal_log) {
+                self.counts.add(Kind::TailSentAgain);
+            }
+        }
         let now = tokio::time::Instant::now();
         for (branch, compute) in self.computes.lock().iter() {
             let is_there = state.branch(branch.as_str()).is_ok_and(|timeline| timeline.facts.id == compute.timeline);

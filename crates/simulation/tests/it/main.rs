@@ -25,8 +25,8 @@ fn one_seed_gives_one_run() {
 
 #[test]
 fn nothing_is_violated_and_every_kind_of_fault_comes_about() {
-    let report = run_many(Many { first: 0, seeds: seeds(), limit: None, jobs: 2, plant: Plant::Nothing }).unwrap();
-    if let Some(failure) = &report.failure {
+    let report = run_many(Many { first: 0, seeds: seeds(), limit: None, jobs: 2, plant: Plant::Nothing, goes_on: false }).unwrap();
+    if let Some(failure) = report.failures.first() {
         panic!("{}seed {}: {}\nagain: {}", failure.last, failure.seed, failure.violation, failure.command());
     }
     assert_eq!(report.missing(), [], "never came about in {} runs", report.runs);
@@ -37,8 +37,8 @@ fn nothing_is_violated_and_every_kind_of_fault_comes_about() {
 fn a_restore_that_is_written_in_two_places_is_found() {
     let limit = Some(Duration::from_secs(120));
     let plant = Plant::HostRecordAfterCommit;
-    let report = run_many(Many { first: 0, seeds: SEEDS_FOR_THE_PLANT, limit, jobs: 2, plant }).unwrap();
-    let failure = report.failure.expect("the planted fault is found");
+    let report = run_many(Many { first: 0, seeds: SEEDS_FOR_THE_PLANT, limit, jobs: 2, plant, goes_on: false }).unwrap();
+    let failure = report.failures.first().expect("the planted fault is found");
     assert!(
         failure.violation.contains("which the branch left") || failure.violation.contains("its compute serves"),
         "another fault was found: {}",
