@@ -10,8 +10,6 @@ use varve_postgres::{Lsn, Timestamp};
 use varve_storage::history::HistoryError;
 use varve_storage::ids::{BranchName, TimelineId};
 use varve_storage::store::Failure;
-use varve_storage::tenant_log::TenantState;
-use varve_storage::timeline::Position;
 use varve_testing::sim_disk::DiskFaults;
 use varve_testing::sim_store::{Faults, Link};
 
@@ -29,7 +27,7 @@ const PAUSE_MAX: Duration = Duration::from_millis(900);
 /// Longest pause between two misfortunes.
 const MISFORTUNE_PAUSE_MAX: Duration = Duration::from_millis(2500);
 /// How long a read waits for its LSN.
-const READ_WAIT_MAX: Duration = Duration::from_secs(30);
+pub(crate) const READ_WAIT_MAX: Duration = Duration::from_secs(30);
 
 /// Faults of the store in a run; a seed has all, some or none of them.
 pub fn store_faults(world: &World) -> Faults {
@@ -37,7 +35,8 @@ pub fn store_faults(world: &World) -> Faults {
     Faults { before: some(40), after: some(40), late: some(25), delay_ms_max: world.below(40), late_ms_max: world.below(9000) }
 }
 
-fn name(text: &str) -> BranchName {
+/// A branch's name, of ours.
+pub(crate) fn name(text: &str) -> BranchName {
     text.parse().unwrap_or_else(|error| unreachable!("a name of ours: {error}"))
 }
 
@@ -267,6 +266,11 @@ async fn lose_disk(world: &Arc<World>) {
         let Some(live) = tenant.opened(id) else { return false };
         let Some(newest) = timeline.epochs.last().filter(|newest| newest.wal_log == wal_log) else { return true };
         let layered = live.positions().layered();
+        // Who branched off it must not have to do without it, should its compute be ended before it has sent it again.
+        let is_of_it = |child: &varve_storage::tenant_log::TimelineState| child.facts.ancestor.filter(|at| at.timeline == id);
+        if state.timelines().filter_map(is_of_it).any(|at| at.lsn > layered) {
+            return false;
+        }
         let has_all = |compute: &Arc<Compute>| {
             compute.timeline == id && compute.epoch == newest.epoch.0 && !compute.is_over() && compute.base() <= layered
         };
@@ -291,107 +295,4 @@ async fn kill_compute(world: &Arc<World>) {
         world.counts.add(Kind::ComputeKilled);
         compute.kill(world, "killed");
     }
-}
-
-/// After all faults have ended: everything comes to rest, every branch is served by one compute, and every history is
-/// what it must be.
-pub async fn come_to_rest(world: &Arc<World>) {
-    world.quiet.store(true, Ordering::SeqCst);
-    for machine in &world.machines {
-        machine.disk().set_faults(DiskFaults::default());
-        if machine.node().is_none() {
-            start(world, machine.index()).await;
-        }
-        if let Some(node) = machine.node() {
-            node.client().set_faults(Faults::default());
-            node.client().set_link(Link::Up);
-        }
-    }
-    let mut last = String::new();
-    for attempt in 0..8 {
-        tokio::time::sleep(Duration::from_secs(20)).await;
-        match is_at_rest(world).await {
-            Ok(()) => return world.say(format_args!("at rest")),
-            Err(error) => last = error.to_string(),
-        }
-        world.say(format_args!("not at rest yet: {last}"));
-        for machine in &world.machines {
-            if machine.node().is_none() {
-                start(world, machine.index()).await;
-            }
-            if let Some(node) = machine.node() {
-                node.client().set_faults(Faults::default());
-            }
-        }
-        if attempt % 2 == 1 {
-            // What only the other machine's disk has, only that one can serve.
-            let other = (world.active.load(Ordering::SeqCst) + 1) % MACHINES;
-            world.active.store(other, Ordering::SeqCst);
-        }
-    }
-    world.violate(format!("it does not come to rest: {last}"));
-}
-
-/// Whether what a lost disk may have had of a timeline will not be sent again: its compute is gone.
-fn is_lost_for_good(world: &World, state: &TenantState, timeline: TimelineId) -> bool {
-    let newest = state.timeline(timeline).ok().and_then(|timeline| timeline.epochs.last());
-    newest.is_some_and(|newest| {
-        let has_it = |compute: &Arc<Compute>| compute.timeline == timeline && compute.epoch == newest.epoch.0 && !compute.is_over();
-        !world.machines.iter().any(|machine| machine.wal_log() == newest.wal_log) && !world.computes().iter().any(has_it)
-    })
-}
-
-async fn is_at_rest(world: &Arc<World>) -> Result<(), Refused> {
-    let state = world.learn().await;
-    for (branch, timeline) in state.branches() {
-        let compute = match steward::ensure_running(world, branch, false).await {
-            Err(Refused::Engine(EngineError::TailUnknown { head, .. })) if is_lost_for_good(world, &state, timeline) => {
-                world.say(format_args!("what {branch} had on a lost disk is given up from {head} on"));
-                world.counts.add(Kind::TailGivenUp);
-                let before = name(&format!("given-up-{}", world.next_marker()));
-                steward::restore(world, branch, &before, Moment::Lsn(head)).await?;
-                steward::ensure_running(world, branch, false).await?
-            }
-            running => running?,
-        };
-        let timeline = world.learn().await.branch(branch.as_str())?.facts.id;
-        if compute.timeline != timeline {
-            world.violate(format!("{branch} is {timeline}, and its compute serves {}", compute.timeline));
-        }
-        let committed = tokio::time::timeout(Duration::from_secs(30), compute.commit(world)).await;
-        if committed.is_err() {
-            let others = world.computes().iter().filter(|other| other.branch == *branch && !other.is_over()).count();
-            world.say(format_args!("{} of {others} computes gets no acknowledgement", compute.name()));
-            return Err(Refused::NotDurable);
-        }
-    }
-    for timeline in state.timelines() {
-        let id = timeline.facts.id;
-        on_active(world, Kind::CrashInBegin, |node| async move {
-            let tenant = node.own(world).await?;
-            let live = tenant.timeline(id).await?;
-            let acknowledged = world.ledger.lock().acknowledged_end(id);
-            let head = live.positions().head();
-            if head < acknowledged {
-                // Its compute has it, and is on its way.
-                let state = world.learn().await;
-                if !is_lost_for_good(world, &state, id) {
-                    live.wait_tail().await?;
-                }
-                live.positions().wait(Position::Head, acknowledged, READ_WAIT_MAX).await.map_err(EngineError::from)?;
-            }
-            let head = live.positions().head();
-            if head < acknowledged {
-                world.violate(format!("{id} ends at {head}, and {acknowledged} was acknowledged"));
-            }
-            read_at(world, &node, id, head).await?;
-            let boundary = world.ledger.lock().boundary(id, head, world.below(1 << 20));
-            match boundary {
-                Some(boundary) => read_at(world, &node, id, boundary).await,
-                None => Ok(()),
-            }
-        })
-        .await?;
-    }
-    Ok(())
 }

@@ -76,7 +76,8 @@ pub fn run_many(many: Many) -> anyhow::Result<Report> {
     // How long it may take is the caller's; no run sees this clock.
     let began = Instant::now();
     let report: Mutex<anyhow::Result<Report>> = Mutex::new(Ok(Report::default()));
-    let job = || {
+    let job = &|number: usize| {
+        stay_on_one_core(number);
         while !failed.load(Ordering::SeqCst) && many.limit.is_none_or(|limit| began.elapsed() < limit) {
             let seed = next.fetch_add(1, Ordering::SeqCst);
             if seed - many.first >= many.seeds {
@@ -98,11 +99,23 @@ pub fn run_many(many: Many) -> anyhow::Result<Report> {
         }
     };
     std::thread::scope(|scope| {
-        for _ in 0..many.jobs.max(1) {
-            scope.spawn(job);
+        for number in 0..many.jobs.max(1) {
+            scope.spawn(move || job(number));
         }
     });
     report.into_inner()
+}
+
+/// A run's threads take turns, so they are faster on one core than on several. They inherit it from this one.
+fn stay_on_one_core(number: usize) {
+    let Ok(allowed) = rustix::thread::sched_getaffinity(None) else { return };
+    let cores: Vec<usize> = (0..rustix::thread::CpuSet::MAX_CPU).filter(|core| allowed.is_set(*core)).collect();
+    if let Some(core) = cores.get(number % cores.len().max(1)) {
+        let mut one = rustix::thread::CpuSet::new();
+        one.set(*core);
+        // Slower without, and the same.
+        let _slower = rustix::thread::sched_setaffinity(None, &one);
+    }
 }
 
 fn take(report: &mut Report, seed: u64, outcome: Outcome) {

@@ -96,7 +96,7 @@ async fn live(world: &Arc<World>) {
         _ = tokio::time::timeout(RUN_MAX, people) => {}
     }
     world.say(format_args!("faults end"));
-    actors::come_to_rest(world).await;
+    crate::rest::come_to_rest(world).await;
     if world.pool.panics() > 0 {
         world.violate(format!("{} pieces of work panicked", world.pool.panics()));
     }

@@ -192,6 +192,7 @@ impl WalLog {
             // It may also have put more into layers than this log ever held, of the epoch that both know.
             index.release(layered, &mut state.live);
         } else if let Some(lsn) = index.settle(epochs, layered, &mut state.live) {
+            eprintln!("DEBUG {index:?} {epochs:?} {layered}");
             return Err(WalLogError::NotHeld { timeline, lsn });
         }
         let end = index.end;
