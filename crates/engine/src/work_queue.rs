@@ -14,7 +14,7 @@ use std::fmt;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
-use parking_lot::Mutex;
+use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::Notify;
 use varve_storage::ids::{TenantId, TimelineId};
 use varve_storage::threads::{Clock, Threads};
@@ -173,11 +173,11 @@ impl WorkQueue {
     fn take_due(&self) -> Option<Instant> {
         let mut inner = self.inner.lock();
         let now = (self.clock)();
+        let mut next = None;
         while let Some((&(due, id), ())) = inner.delayed.first_key_value() {
             if due > now {
-                inner.sleeps_until = Some(due);
-                self.start_what_may(&mut inner);
-                return Some(due);
+                next = Some(due);
+                break;
             }
             inner.delayed.pop_first();
             if let Some(entry) = inner.entries.get_mut(&id) {
@@ -185,9 +185,9 @@ impl WorkQueue {
                 inner.lanes[id.kind as usize].push(id.tenant, id);
             }
         }
-        inner.sleeps_until = None;
-        self.start_what_may(&mut inner);
-        None
+        inner.sleeps_until = next;
+        self.start_what_may(inner);
+        next
     }
 
     /// Sees to it that a step of `work` runs in `delay` at the latest, as far as there are places.
@@ -207,7 +207,7 @@ impl WorkQueue {
             None => drop(inner.entries.insert(id, Entry { work: work.clone(), state: State::Ready })),
         }
         self.put(inner, id, due, now);
-        self.start_what_may(inner);
+        self.start_what_may(guard);
     }
 
     /// Puts an entry that is nowhere into its line, or among the delayed.
@@ -226,7 +226,10 @@ impl WorkQueue {
         }
     }
 
-    fn start_what_may(&self, inner: &mut Inner) {
+    /// Starts what there are places for. Threads that take nothing more, because the process ends, drop a step at once, and a step that is dropped comes
+    /// back here: so they are asked without the lock.
+    fn start_what_may(&self, mut inner: MutexGuard<'_, Inner>) {
+        let mut steps = Vec::new();
         for kind in Kind::ALL {
             let places = self.places.of(kind);
             while let Some((_, id)) = inner.lanes[kind as usize].pop(places) {
@@ -235,14 +238,16 @@ impl WorkQueue {
                     continue;
                 };
                 entry.state = State::Running { again: None };
-                let work = entry.work.clone();
-                let step = Step { queue: self.me.clone(), id, next: Next::Done };
-                self.threads.run(Box::new(move || step.run(work)));
+                steps.push((entry.work.clone(), Step { queue: self.me.clone(), id, next: Next::Done, has_begun: false }));
             }
+        }
+        drop(inner);
+        for (work, step) in steps {
+            self.threads.run(Box::new(move || step.run(work)));
         }
     }
 
-    fn step_ended(&self, id: WorkId, next: Next) {
+    fn step_ended(&self, id: WorkId, next: Next, has_begun: bool) {
         let mut guard = self.inner.lock();
         let inner = &mut *guard;
         inner.lanes[id.kind as usize].ended(id.tenant);
@@ -260,8 +265,12 @@ impl WorkQueue {
             Some(due) => self.put(inner, id, due, now),
             None => drop(inner.entries.remove(&id)),
         }
-        self.start_what_may(inner);
-        drop(guard);
+        // Where there are no threads for one, there are none for the next.
+        if has_begun {
+            self.start_what_may(guard);
+        } else {
+            drop(guard);
+        }
         self.ended.notify_waiters();
     }
 
@@ -312,10 +321,12 @@ struct Step {
     queue: Weak<WorkQueue>,
     id: WorkId,
     next: Next,
+    has_begun: bool,
 }
 
 impl Step {
     fn run(mut self, work: Arc<dyn Work>) {
+        self.has_begun = true;
         self.next = work.step(self.id.kind);
     }
 }
@@ -326,7 +337,7 @@ impl Drop for Step {
             tracing::error!(work = ?self.id, "a step of background work panicked; it is not run again until there is news for it");
         }
         if let Some(queue) = self.queue.upgrade() {
-            queue.step_ended(self.id, self.next);
+            queue.step_ended(self.id, self.next, self.has_begun);
         }
     }
 }
@@ -384,6 +395,18 @@ mod tests {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
         panic!("it did not come about that {what}");
+    }
+
+    #[test]
+    fn a_step_that_no_thread_takes_is_forgotten() {
+        let runtime = tokio::runtime::Runtime::new().unwrap();
+        let queue = WorkQueue::new(Places::default(), Arc::new(RuntimeThreads::new(runtime.handle().clone())));
+        runtime.shutdown_background();
+        let work = Counted::new(&[]);
+        let id = id(Kind::Flush, 1, 1);
+        queue.schedule(id, &work, Duration::ZERO);
+        assert!(queue.is_idle(id.tenant, id.timeline));
+        assert_eq!(work.steps(), 0);
     }
 
     #[tokio::test]

@@ -8,6 +8,8 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
+pub use crate::chance::{RandomError, random_bytes};
+
 /// Most characters of a tenant's or a branch's name.
 pub const NAME_CHARS_MAX: usize = 63;
 
@@ -29,18 +31,6 @@ pub struct ParseNameError {
     text: String,
 }
 
-/// The system's random generator has failed, so no id can be made.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("the operating system gave no random bytes ({0}): check /dev/urandom and getrandom(2) on this host")]
-pub struct RandomError(String);
-
-/// Fills an array with random bytes.
-pub fn random_bytes<const N: usize>() -> Result<[u8; N], RandomError> {
-    let mut bytes = [0; N];
-    getrandom::fill(&mut bytes).map_err(|error| RandomError(error.to_string()))?;
-    Ok(bytes)
-}
-
 /// First characters of a bad input: enough to recognise it, whatever its length.
 fn excerpt(text: &str) -> String {
     text.chars().take(NAME_CHARS_MAX + 1).collect()
@@ -53,7 +43,10 @@ macro_rules! id_128 {
         pub struct $name(pub [u8; 16]);
 
         impl $name {
-            /// A new id from the system's random generator.
+            /// A new id, by chance.
+            ///
+            /// # Errors
+            /// [`RandomError`].
             pub fn random() -> Result<Self, RandomError> {
                 random_bytes().map($name)
             }

@@ -6,6 +6,7 @@
 pub mod block_cache;
 pub mod budget;
 pub mod chain;
+pub mod chance;
 pub mod checkpoint_fields;
 pub mod compaction;
 pub mod database;

@@ -39,6 +39,17 @@ pub struct Faults {
     pub late_ms_max: u64,
 }
 
+/// How often a client's requests met with a fault.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Struck {
+    /// Failed and did nothing.
+    pub before: u64,
+    /// Did what they should, and failed.
+    pub after: u64,
+    /// Puts that failed, and had their effect later.
+    pub late: u64,
+}
+
 /// The objects. Cheap to clone; clones share them.
 #[derive(Clone, Default)]
 pub struct SimStore {
@@ -54,7 +65,13 @@ impl SimStore {
     /// A client that fails as `faults` and `seed` say.
     pub fn client(&self, seed: u64, faults: Faults) -> Arc<SimClient> {
         let random = Mutex::new(SeededRng::new(seed));
-        Arc::new(SimClient { store: self.clone(), random, faults: Mutex::new(faults), link: watch::Sender::new(Link::Up) })
+        Arc::new(SimClient {
+            store: self.clone(),
+            random,
+            faults: Mutex::new(faults),
+            struck: Mutex::default(),
+            link: watch::Sender::new(Link::Up),
+        })
     }
 
     /// A store without faults.
@@ -108,6 +125,7 @@ pub struct SimClient {
     store: SimStore,
     random: Mutex<SeededRng>,
     faults: Mutex<Faults>,
+    struck: Mutex<Struck>,
     link: watch::Sender<Link>,
 }
 
@@ -120,6 +138,11 @@ impl SimClient {
     /// Changes how often what goes wrong.
     pub fn set_faults(&self, faults: Faults) {
         *self.faults.lock() = faults;
+    }
+
+    /// How often its requests met with a fault.
+    pub fn struck(&self) -> Struck {
+        *self.struck.lock()
     }
 
     /// A store over this client.
@@ -152,11 +175,16 @@ impl SimClient {
     async fn request<T>(&self, effect: impl FnOnce(&SimStore) -> Result<T, ClientError>) -> Result<T, ClientError> {
         self.delay().await?;
         if self.strikes(|faults| faults.before) {
+            self.struck.lock().before += 1;
             return Err(error(Failure::Other));
         }
         let answer = effect(&self.store);
         self.delay().await?;
-        if self.strikes(|faults| faults.after) { Err(error(Failure::Other)) } else { answer }
+        if self.strikes(|faults| faults.after) {
+            self.struck.lock().after += 1;
+            return Err(error(Failure::Other));
+        }
+        answer
     }
 }
 
@@ -174,6 +202,7 @@ impl ObjectClient for SimClient {
     fn put<'a>(&'a self, name: &'a ObjectName, bytes: Bytes, mode: PutMode) -> BoxFuture<'a, Result<(), ClientError>> {
         async move {
             if self.strikes(|faults| faults.late) {
+                self.struck.lock().late += 1;
                 let (store, name) = (self.store.clone(), name.clone());
                 let late_ms = self.random.lock().below(self.faults.lock().late_ms_max + 1);
                 tokio::spawn(async move {

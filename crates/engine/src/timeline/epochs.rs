@@ -235,12 +235,15 @@ impl LiveTimeline {
     /// The compute of epoch `epoch` ended cleanly after it sent all its WAL: puts everything into the store and closes the epoch.
     ///
     /// # Errors
-    /// When the store cannot be written.
+    /// When the store cannot be written. [`EngineError::TailUnknown`] where the compute sent its WAL to another server: what it sent ends beyond our head.
     pub async fn close_epoch(self: &Arc<Self>, log: &TenantLog, epoch: WriterEpoch) -> Result<(), EngineError> {
         {
             let mut writer = self.writer.lock().await;
             if writer.epoch != epoch {
                 return Ok(());
+            }
+            if *writer.tail.borrow() == Tail::Unknown {
+                return Err(EngineError::TailUnknown { timeline: self.id(), epoch: epoch.0, head: self.positions().head() });
             }
             writer.end_stream(StreamEnd::Ended, &self.context.threads).await?;
         }

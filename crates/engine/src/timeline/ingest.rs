@@ -30,6 +30,12 @@ const GATHER_MAX: Duration = Duration::from_millis(2);
 const GATHER_SIZE: u64 = 64 * 1024;
 /// Pause while ancestors have not applied what this timeline shows of them: after a restart all ingest at the same time.
 const ANCESTOR_WAIT: Duration = Duration::from_millis(20);
+/// Pause after the first failed attempt to begin; it doubles with each, up to [`BEGIN_PAUSE_MAX`].
+const BEGIN_PAUSE_FIRST: Duration = Duration::from_secs(1);
+/// Longest pause between two attempts to begin.
+const BEGIN_PAUSE_MAX: Duration = Duration::from_secs(30);
+/// Attempts to begin, over more than ten minutes: a store may be away for a while, and what is damaged stays so.
+const BEGIN_ATTEMPTS_MAX: u32 = 25;
 /// Pause while memory is over its budget and flushes catch up.
 const MEMORY_WAIT: Duration = Duration::from_millis(5);
 
@@ -66,6 +72,8 @@ pub(super) struct IngestState {
     framer: Framer,
     /// Opened at the first record, so that a timeline without news reads nothing.
     ingest: Option<Ingest>,
+    /// Attempts to open it that failed.
+    begin_failed: u32,
 }
 
 impl std::fmt::Debug for IngestState {
@@ -76,7 +84,7 @@ impl std::fmt::Debug for IngestState {
 
 impl IngestState {
     pub(super) fn new(major: Major, system_identifier: u64, start: Lsn) -> IngestState {
-        IngestState { framer: Framer::new(major, Some(system_identifier), start, None), ingest: None }
+        IngestState { framer: Framer::new(major, Some(system_identifier), start, None), ingest: None, begin_failed: 0 }
     }
 }
 
@@ -140,7 +148,17 @@ impl LiveTimeline {
                 if !self.ancestors_have(start)? {
                     return Ok(Next::After(ANCESTOR_WAIT));
                 }
-                state.ingest.insert(Ingest::open(self.history.clone(), start)?)
+                match Ingest::open(self.history.clone(), start) {
+                    Ok(ingest) => state.ingest.insert(ingest),
+                    // Nothing was written yet, so it may begin once more.
+                    Err(IngestError::History(error)) if state.begin_failed < BEGIN_ATTEMPTS_MAX => {
+                        let pause = BEGIN_PAUSE_FIRST.saturating_mul(1 << state.begin_failed.min(10)).min(BEGIN_PAUSE_MAX);
+                        state.begin_failed += 1;
+                        tracing::warn!(timeline = self.name, %error, ?pause, "ingest cannot begin, it is tried again");
+                        return Ok(Next::After(pause));
+                    }
+                    Err(error) => return Err(error.into()),
+                }
             }
         };
         let room = READ_SIZE.min(head.distance_from(at) as usize);

@@ -188,10 +188,16 @@ impl WalLog {
             let folder = self.disk.describe();
             return Err(WalLogError::UnknownEpoch { folder, tenant, timeline, found: found.0, known: known.0 });
         }
-        if !is_known && let Some(lsn) = index.settle(epochs, layered, &mut state.live) {
+        if is_known {
+            // It may also have put more into layers than this log ever held, of the epoch that both know.
+            index.release(layered, &mut state.live);
+        } else if let Some(lsn) = index.settle(epochs, layered, &mut state.live) {
+            eprintln!("DEBUG {index:?} {epochs:?} {layered}");
             return Err(WalLogError::NotHeld { timeline, lsn });
         }
-        Ok(index.end)
+        let end = index.end;
+        self.free_segments(state);
+        Ok(end)
     }
 
     /// Begins a writer epoch at `lsn`: bytes at or beyond it from older epochs are void. The caller has made (epoch,
