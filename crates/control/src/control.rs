@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 use tokio_util::sync::CancellationToken;
-use varve_api::admin::{Deleted, Host as HostAnswer, LostTenant, Ready, Server};
+use varve_api::admin::{Deleted, ForgottenWal, Host as HostAnswer, LostTenant, Ready, Server, Tenant};
 use varve_api::host::{Desired, HostAction};
 use varve_storage::ids::{BranchName, TenantId, TenantName};
 use varve_storage::store::Store;
@@ -17,7 +17,7 @@ use crate::environment::Environment;
 use crate::error::Error;
 use crate::hosts::Hosts;
 use crate::logs::Known;
-use crate::ports::{Lost, Pageserver};
+use crate::ports::{Lost, OrphanedWal, Pageserver};
 use crate::registry::{Phase, Registry, Turns};
 
 /// How often it is looked what was lost, and what is still to be settled with hosts.
@@ -58,6 +58,11 @@ pub struct Control<P: Pageserver> {
     pub(crate) templating: Turns<u32>,
     /// Answers to deletions of tenants under a key: no log is left that could keep them. Key, request, answer.
     pub(crate) deletions: Mutex<VecDeque<(crate::call::Key, Deleted)>>,
+}
+
+fn orphaned(found: OrphanedWal) -> varve_api::admin::OrphanedWal {
+    let OrphanedWal { tenant, timeline, problem } = found;
+    varve_api::admin::OrphanedWal { tenant_id: tenant.to_string(), timeline_id: timeline.to_string(), problem }
 }
 
 impl<P: Pageserver> fmt::Debug for Control<P> {
@@ -147,7 +152,32 @@ impl<P: Pageserver> Control<P> {
             url: self.config.url.clone(),
             hosts: hosts.collect(),
             lost: self.all_lost(),
+            orphaned_wal: self.pageserver.orphans().into_iter().map(orphaned).collect(),
         }
+    }
+
+    /// Gives up WAL of which no log in the store knows: of a tenant, or of one timeline.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] of an id that cannot be read, or of which there is no such WAL.
+    pub async fn forget_wal(&self, tenant: &str, timeline: Option<&str>) -> Result<ForgottenWal, Error> {
+        let tenant: TenantId = tenant.parse().map_err(|error| Error::argument("tenant_id", error))?;
+        let timeline = timeline.map(|text| text.parse().map_err(|error| Error::argument("timeline_id", error))).transpose()?;
+        match self.pageserver.forget_orphans(tenant, timeline).await {
+            0 => Err(Error::argument("tenant_id", "there is no WAL to give up of it; 'varve wal list' shows of which there is")),
+            timelines => Ok(ForgottenWal { timelines }),
+        }
+    }
+
+    /// Takes a tenant over, whoever has it.
+    ///
+    /// # Errors
+    /// [`Error::UnknownTenant`]; the store's.
+    pub async fn take_tenant(&self, tenant: &str) -> Result<Tenant, Error> {
+        let id = self.find(tenant).await?;
+        self.pageserver.forgive(id);
+        self.own(id, "an operator takes it").await?;
+        self.show_tenant(tenant).await
     }
 
     /// The tenants that it lost.

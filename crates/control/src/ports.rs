@@ -109,6 +109,17 @@ pub struct Lost {
     pub url: Option<String>,
 }
 
+/// WAL that a pageserver keeps though no log in the store knows of it: evidence that the store lost something.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct OrphanedWal {
+    /// The tenant that it is of.
+    pub tenant: TenantId,
+    /// The timeline.
+    pub timeline: TimelineId,
+    /// What is wrong and what to do.
+    pub problem: String,
+}
+
 /// What went wrong there, as a message from another role: a code and a sentence.
 pub type PortResult<T> = Result<T, Refusal>;
 
@@ -194,6 +205,15 @@ pub trait Pageserver: Send + Sync + 'static {
 
     /// Address of the page service, `host:port`, for computes of a tenant that this pageserver owns.
     fn page_service(&self) -> String;
+
+    /// WAL in its WAL log of which no log in the store knows.
+    fn orphans(&self) -> Vec<OrphanedWal>;
+
+    /// Lets go of such WAL, at an operator's word: of a tenant, or of one timeline. How many timelines' there was.
+    fn forget_orphans(&self, tenant: TenantId, timeline: Option<TimelineId>) -> impl Future<Output = usize> + Send;
+
+    /// A tenant that was lost may be taken again, at an operator's word.
+    fn forgive(&self, tenant: TenantId);
 
     /// The tenants that it lost to others since it was started.
     fn lost(&self) -> Vec<Lost>;

@@ -283,7 +283,7 @@ impl Tenant {
         if let Some(live) = cell.as_ref().and_then(|cell| cell.get()) {
             live.close().await;
         }
-        self.context.wal.forget(self.id(), id);
+        self.context.forget_wal(self.id(), vec![id]).await;
         if let Err(error) = self.remove_objects(id).await {
             tracing::warn!(tenant = %self.facts.name, timeline = %id, %error, "objects of a deleted branch stay behind");
         }

@@ -188,7 +188,7 @@ impl Pageserver {
                      lets go of its WAL; if not, the newest objects below tenants/{tenant}/log are lost: restore them from the bucket's versions"
                 )),
                 _ => {
-                    self.context.wal.forget(tenant, timeline);
+                    self.context.forget_wal(tenant, vec![timeline]).await;
                     Ok(())
                 }
             };
@@ -198,16 +198,18 @@ impl Pageserver {
     }
 
     /// Lets go of WAL of which no log in the store knows, at an operator's word.
-    pub fn forget_orphans(&self, tenant: TenantId, timeline: Option<TimelineId>) -> usize {
-        let mut orphans = self.orphans.lock();
-        let is_meant = |orphan: &OrphanedWal| orphan.tenant == tenant && timeline.is_none_or(|timeline| timeline == orphan.timeline);
-        let forgotten: Vec<OrphanedWal> = orphans.iter().filter(|orphan| is_meant(orphan)).cloned().collect();
-        orphans.retain(|orphan| !is_meant(orphan));
-        drop(orphans);
-        for orphan in &forgotten {
-            self.context.wal.forget(orphan.tenant, orphan.timeline);
-        }
-        forgotten.len()
+    pub async fn forget_orphans(&self, tenant: TenantId, timeline: Option<TimelineId>) -> usize {
+        let forgotten: Vec<TimelineId> = {
+            let mut orphans = self.orphans.lock();
+            let is_meant = |orphan: &OrphanedWal| orphan.tenant == tenant && timeline.is_none_or(|timeline| timeline == orphan.timeline);
+            let forgotten = orphans.iter().filter(|orphan| is_meant(orphan)).map(|orphan| orphan.timeline).collect();
+            orphans.retain(|orphan| !is_meant(orphan));
+            forgotten
+        };
+        let count = forgotten.len();
+        self.context.forget_wal(tenant, forgotten).await;
+        tracing::warn!(%tenant, timelines = count, "WAL of which no log in the store knows was given up, as an operator said");
+        count
     }
 
     /// WAL in the WAL log of which no log in the store knows.
@@ -292,9 +294,7 @@ impl Pageserver {
     /// Stops a tenant's timelines and forgets it and its WAL: it was deleted. `timelines` are all that its log had.
     pub async fn forget(&self, tenant: TenantId, timelines: Vec<TimelineId>) {
         self.tenants.forget(tenant).await;
-        for timeline in timelines {
-            self.context.wal.forget(tenant, timeline);
-        }
+        self.context.forget_wal(tenant, timelines).await;
     }
 
     /// The boundary that a moment of a timeline is.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use varve_api::host::BlockName;
 use varve_api::{Code, Refusal};
-use varve_control::ports::{self, AttachWriter, EpochStart, Live, Lost, Moment, Places, PortResult, Resolved, Template, WalRange};
+use varve_control::ports::{self, AttachWriter, EpochStart, Live, Lost, Moment, OrphanedWal, Places, PortResult, Resolved, Template, WalRange};
 use varve_engine::moments::MomentError;
 use varve_engine::{EngineError, resolve};
 use varve_pageserver::writers::{Walsender, Writer};
@@ -203,6 +203,22 @@ impl ports::Pageserver for Door {
 
     fn page_service(&self) -> String {
         self.page_service.clone()
+    }
+
+    fn orphans(&self) -> Vec<OrphanedWal> {
+        let orphan = |orphan: varve_pageserver::server::OrphanedWal| {
+            let varve_pageserver::server::OrphanedWal { tenant, timeline, problem } = orphan;
+            OrphanedWal { tenant, timeline, problem }
+        };
+        self.pageserver.orphans().into_iter().map(orphan).collect()
+    }
+
+    async fn forget_orphans(&self, tenant: TenantId, timeline: Option<TimelineId>) -> usize {
+        self.pageserver.forget_orphans(tenant, timeline).await
+    }
+
+    fn forgive(&self, tenant: TenantId) {
+        self.pageserver.tenants().forgive(tenant);
     }
 
     fn lost(&self) -> Vec<Lost> {

@@ -39,6 +39,8 @@ use super::routes;
         routes::list_computes,
         routes::show_compute,
         routes::stop_compute,
+        routes::take_tenant,
+        routes::forget_wal,
         routes::show_server,
         routes::ready
     )

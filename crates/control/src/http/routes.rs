@@ -6,7 +6,7 @@ use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
 use varve_api::admin::{
-    Branch, BranchChange, Compute, Deleted, Moment, NewBranch, NewCompute, NewTenant, Ready, Restore, Restored, Server as ServerFacts,
+    Branch, BranchChange, Compute, Deleted, ForgottenWal, Moment, NewBranch, NewCompute, NewTenant, Ready, Restore, Restored, Server as ServerFacts,
     Stopped, Tenant, Wal,
 };
 
@@ -61,6 +61,37 @@ impl PageQuery {
 #[utoipa::path(get, path = "/v1/server", responses((status = 200, body = ServerFacts)))]
 pub(super) async fn show_server<P: Pageserver>(State(server): State<Server<P>>) -> Json<ServerFacts> {
     Json(server.control.server())
+}
+
+/// Gives up WAL that the server keeps though no log in the store knows of it: what only it holds is lost for good.
+#[utoipa::path(delete, path = "/v1/server/orphaned-wal/{tenant_id}",
+    params(("tenant_id", description = "id"), ("timeline_id" = Option<String>, Query, description = "of one timeline only")),
+    responses((status = 200, body = ForgottenWal)))]
+pub(super) async fn forget_wal<P: Pageserver>(
+    State(server): State<Server<P>>,
+    Names(tenant): Names<String>,
+    Parameters(query): Parameters<ForgetQuery>,
+) -> Answer<ForgottenWal> {
+    server.control.forget_wal(&tenant, query.timeline_id.as_deref()).await.map(Json)
+}
+
+/// Which WAL to give up.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct ForgetQuery {
+    #[serde(default)]
+    timeline_id: Option<String>,
+}
+
+/// Takes a tenant over, whoever has it: that server acknowledges and serves nothing more of it.
+#[utoipa::path(post, path = "/v1/tenants/{tenant}/take", params(("tenant", description = "name or id")),
+    responses((status = 200, body = Tenant)))]
+pub(super) async fn take_tenant<P: Pageserver>(
+    State(server): State<Server<P>>,
+    Names(tenant): Names<String>,
+    Mutation { call: _, body: Nothing {} }: Mutation<Nothing>,
+) -> Answer<Tenant> {
+    to_its_end!(server, |control| control.take_tenant(&tenant)).map(Json)
 }
 
 /// Says whether the server can work: it can while the store answers. Tenants that others took over are named; they do

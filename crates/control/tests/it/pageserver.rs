@@ -8,7 +8,7 @@ use bytes::Bytes;
 use parking_lot::Mutex;
 use varve_api::host::BlockName;
 use varve_api::{Code, Refusal};
-use varve_control::ports::{AttachWriter, EpochStart, Live, Lost, Moment, Pageserver, Places, PortResult, Resolved, Template, WalRange};
+use varve_control::ports::{OrphanedWal, AttachWriter, EpochStart, Live, Lost, Moment, Pageserver, Places, PortResult, Resolved, Template, WalRange};
 use varve_postgres::{Lsn, Timestamp};
 use varve_storage::edit_log::CommitError;
 use varve_storage::ids::{BranchName, TenantId, TimelineId, WalLogId, WriterEpoch};
@@ -229,6 +229,16 @@ impl Pageserver for FakePageserver {
     fn page_service(&self) -> String {
         "127.0.0.1:6400".to_owned()
     }
+
+    fn orphans(&self) -> Vec<OrphanedWal> {
+        Vec::new()
+    }
+
+    async fn forget_orphans(&self, _tenant: TenantId, _timeline: Option<TimelineId>) -> usize {
+        0
+    }
+
+    fn forgive(&self, _tenant: TenantId) {}
 
     fn lost(&self) -> Vec<Lost> {
         self.lost.lock().clone()

@@ -26,6 +26,11 @@ pub(crate) enum TenantCommand {
         /// Its name.
         name: String,
     },
+    /// Take a tenant over from the server that has it: that one acknowledges and serves nothing more of it.
+    Take {
+        /// Its name.
+        name: String,
+    },
     /// Delete a tenant: its computes stop, its history goes for good.
     Delete {
         /// Its name.
@@ -45,6 +50,11 @@ pub(crate) async fn run(command: TenantCommand, client: &Client, json: bool) -> 
             output::print(json, &tenant, || {
                 format!("tenant {} (PostgreSQL {}) with branch {}/main", tenant.name, tenant.pg_version, tenant.name)
             })
+        }
+        TenantCommand::Take { name } => {
+            let path = format!("tenants/{}/take", segment(&name));
+            let tenant: Tenant = client.post(&path, &serde_json::json!({})).await?;
+            output::print(json, &tenant, || format!("tenant {} is this server's", tenant.name))
         }
         TenantCommand::List(list) => {
             let tenants: Vec<Tenant> = client.list("tenants", &list).await?;
