@@ -18,7 +18,7 @@ use crate::kinds::Kind;
 use crate::ledger::Shown;
 use crate::node::{Crash, Node};
 use crate::steward::{self, Refused, on_active};
-use crate::world::{MACHINES, World};
+use crate::world::{MACHINES, World, in_order};
 
 /// Most branches at a time.
 const BRANCHES_MAX: usize = 6;
@@ -251,7 +251,7 @@ async fn lose_disk(world: &Arc<World>) {
     let machine = world.active.load(Ordering::SeqCst);
     let opened = on_active(world, Kind::CrashInBegin, |node| async move {
         let tenant = node.own(world).await?;
-        for timeline in world.learn().await.timelines() {
+        for timeline in in_order(&*world.learn().await) {
             tenant.timeline(timeline.facts.id).await?;
         }
         Ok(tenant)

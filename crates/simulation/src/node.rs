@@ -28,6 +28,8 @@ use crate::world::{Plant, World};
 
 /// The WAL log of a simulated machine is small, so that its limit is reached.
 const WAL_LOG: WalLogOptions = WalLogOptions { limit_bytes: 96 << 10, segment_bytes: 8 << 10, make_spares: false };
+/// So large that nothing is ever put out: what is, depends on hashes, which differ from run to run.
+const CACHE_BYTES: u64 = 16 << 20;
 /// How often a server looks whether branches have moved, timelines are idle, the tenant is still its own.
 const WATCH_INTERVAL: Duration = Duration::from_secs(1);
 /// A timeline that nobody uses for so long is closed.
@@ -127,7 +129,7 @@ impl Machine {
         let folder = world.folder.join(self.index.to_string());
         // A folder of its own for the copies of layers: it is there already after the first start.
         let _there = std::fs::create_dir(&folder);
-        let resources = histories::resources(&store, &threads, folder, 1 << 20, 64 << 20);
+        let resources = histories::resources(&store, &threads, folder, CACHE_BYTES, 64 << 20);
         let queue = WorkQueue::new(Places { ingest: 2, flush: 2, merge: 1 }, threads.clone());
         let context = Arc::new(Context {
             wal: Arc::new(wal),

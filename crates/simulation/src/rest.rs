@@ -22,7 +22,7 @@ use crate::actors::{self, READ_WAIT_MAX};
 use crate::compute::Compute;
 use crate::kinds::Kind;
 use crate::steward::{self, Refused, on_active};
-use crate::world::{MACHINES, World};
+use crate::world::{MACHINES, World, in_order};
 
 /// How often it is tried, each machine in turn twice.
 const ATTEMPTS: u32 = 12;
@@ -80,7 +80,7 @@ async fn look(world: &Arc<World>, seen: &mut Seen) -> Option<String> {
         }
     }
     let state = world.learn().await;
-    for timeline in state.timelines() {
+    for timeline in in_order(&state) {
         let id = timeline.facts.id;
         if !seen.timelines.contains(&id) {
             match is_whole(world, &state, id).await {

@@ -12,7 +12,7 @@ use tokio::sync::Notify;
 use varve_postgres::Timestamp;
 use varve_storage::chance;
 use varve_storage::ids::{BranchName, TenantId, TimelineId};
-use varve_storage::tenant_log::{self, TenantEdit, TenantFacts, TenantState, TimelineFacts};
+use varve_storage::tenant_log::{self, TenantEdit, TenantFacts, TenantState, TimelineFacts, TimelineState};
 use varve_testing::random::SeededRng;
 use varve_testing::sim_store::SimStore;
 
@@ -328,6 +328,13 @@ impl World {
     pub fn all_under_way(&self, machine: usize) -> Vec<Kind> {
         self.under_way.lock().iter().filter(|under_way| under_way.machine == machine).map(|under_way| under_way.kind).collect()
     }
+}
+
+/// A tenant's timelines, in an order that does not depend on chance.
+pub fn in_order(state: &TenantState) -> Vec<&TimelineState> {
+    let mut timelines: Vec<_> = state.timelines().collect();
+    timelines.sort_by_key(|timeline| timeline.facts.tli);
+    timelines
 }
 
 /// See [`World::under_way`].

@@ -19,7 +19,7 @@ use bytes::Bytes;
 use futures::FutureExt;
 use futures::future::BoxFuture;
 use parking_lot::Mutex;
-use tokio::sync::watch;
+use tokio::sync::Notify;
 use varve_storage::store::{ClientError, Failure, Listed, ObjectClient, ObjectName, PutMode, Store};
 
 use crate::random::SeededRng;
@@ -70,7 +70,8 @@ impl SimStore {
             random,
             faults: Mutex::new(faults),
             struck: Mutex::default(),
-            link: watch::Sender::new(Link::Up),
+            link: Mutex::new(Link::Up),
+            link_changed: Notify::new(),
         })
     }
 
@@ -126,13 +127,16 @@ pub struct SimClient {
     random: Mutex<SeededRng>,
     faults: Mutex<Faults>,
     struck: Mutex<Struck>,
-    link: watch::Sender<Link>,
+    link: Mutex<Link>,
+    /// Wakes in the order in which requests came; a `watch` would wake in any.
+    link_changed: Notify,
 }
 
 impl SimClient {
     /// Changes how the client is connected.
     pub fn set_link(&self, link: Link) {
-        self.link.send_replace(link);
+        *self.link.lock() = link;
+        self.link_changed.notify_waiters();
     }
 
     /// Changes how often what goes wrong.
@@ -158,10 +162,15 @@ impl SimClient {
         if delay_ms > 0 {
             tokio::time::sleep(Duration::from_millis(delay_ms)).await;
         }
-        let mut link = self.link.subscribe();
-        // The sender lives as long as this client, so waiting cannot fail.
-        let _ = link.wait_for(|link| *link != Link::Frozen).await;
-        match *self.link.borrow() {
+        loop {
+            let changed = self.link_changed.notified();
+            if *self.link.lock() != Link::Frozen {
+                break;
+            }
+            changed.await;
+        }
+        let link = *self.link.lock();
+        match link {
             Link::Failing(failure) => Err(error(failure)),
             Link::Up | Link::Frozen => Ok(()),
         }

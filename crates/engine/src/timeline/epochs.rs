@@ -15,7 +15,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use parking_lot::Mutex;
-use tokio::sync::watch;
+use tokio::sync::Notify;
 use varve_postgres::Lsn;
 use varve_storage::ids::{BranchName, WriterEpoch, random_bytes};
 use varve_storage::tenant_log::{TenantEdit, TenantLog, TenantState};
@@ -105,11 +105,38 @@ impl Gate {
     }
 }
 
+/// A [`Tail`] that can be waited for. Who waited first is woken first.
+struct TailCell {
+    tail: Mutex<Tail>,
+    changed: Notify,
+}
+
+impl TailCell {
+    fn get(&self) -> Tail {
+        *self.tail.lock()
+    }
+
+    fn is_known_now(&self) {
+        *self.tail.lock() = Tail::Known;
+        self.changed.notify_waiters();
+    }
+
+    async fn wait_until_known(&self) {
+        loop {
+            let changed = self.changed.notified();
+            if self.get() == Tail::Known {
+                return;
+            }
+            changed.await;
+        }
+    }
+}
+
 /// The writer's side of a timeline.
 pub(super) struct Writer {
     /// The newest epoch.
     epoch: WriterEpoch,
-    tail: watch::Sender<Tail>,
+    tail: Arc<TailCell>,
     /// Random, bound to this epoch and this process: nobody else can release its commits.
     standby_name: Option<String>,
     gate: Option<Arc<Gate>>,
@@ -117,13 +144,13 @@ pub(super) struct Writer {
 
 impl std::fmt::Debug for Writer {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Writer(epoch {}, {:?})", self.epoch.0, *self.tail.borrow())
+        write!(f, "Writer(epoch {}, {:?})", self.epoch.0, self.tail.get())
     }
 }
 
 impl Writer {
     pub(super) fn new(epoch: WriterEpoch, tail: Tail) -> Writer {
-        Writer { epoch, tail: watch::Sender::new(tail), standby_name: None, gate: None }
+        Writer { epoch, tail: Arc::new(TailCell { tail: Mutex::new(tail), changed: Notify::new() }), standby_name: None, gate: None }
     }
 
     pub(super) fn has_stream(&self) -> bool {
@@ -224,7 +251,7 @@ impl LiveTimeline {
         let gate = Arc::new(Gate { closed: Mutex::default(), on_close: Mutex::new(Some(Box::new(on_close))) });
         writer.gate = Some(gate.clone());
         let start = self.positions().head();
-        if *writer.tail.borrow() == Tail::Unknown {
+        if writer.tail.get() == Tail::Unknown {
             let (live, log) = (self.clone(), log.clone());
             tokio::spawn(live.learn_tail(log, epoch, flushed));
         }
@@ -242,7 +269,7 @@ impl LiveTimeline {
             if writer.epoch != epoch {
                 return Ok(());
             }
-            if *writer.tail.borrow() == Tail::Unknown {
+            if writer.tail.get() == Tail::Unknown {
                 return Err(EngineError::TailUnknown { timeline: self.id(), epoch: epoch.0, head: self.positions().head() });
             }
             writer.end_stream(StreamEnd::Ended, &self.context.threads).await?;
@@ -265,7 +292,7 @@ impl LiveTimeline {
             return; // closed, or never sent
         }
         let writer = self.writer.lock().await;
-        if *writer.tail.borrow() == Tail::Known || writer.epoch != epoch {
+        if writer.tail.get() == Tail::Known || writer.epoch != epoch {
             return;
         }
         let wal_log = self.context.wal_log;
@@ -273,7 +300,7 @@ impl LiveTimeline {
             Ok(()) => {
                 let head = self.positions().head();
                 tracing::info!(timeline = self.name, epoch = epoch.0, %head, "the compute has sent again what was lost");
-                writer.tail.send_replace(Tail::Known);
+                writer.tail.is_known_now();
             }
             Err(error) => tracing::error!(timeline = self.name, %error, "the tenant log cannot be written"),
         }
@@ -284,14 +311,14 @@ impl LiveTimeline {
     /// # Errors
     /// [`EngineError::TailUnknown`] when the compute that has it does not come.
     pub async fn wait_tail(&self) -> Result<(), EngineError> {
-        let (mut tail, epoch) = {
+        let (tail, epoch) = {
             let writer = self.writer.lock().await;
-            (writer.tail.subscribe(), writer.epoch)
+            (writer.tail.clone(), writer.epoch)
         };
-        let known = tokio::time::timeout(TAIL_WAIT_MAX, tail.wait_for(|tail| *tail == Tail::Known)).await;
+        let known = tokio::time::timeout(TAIL_WAIT_MAX, tail.wait_until_known()).await;
         match known {
-            Ok(Ok(_)) => Ok(()),
-            _ => Err(EngineError::TailUnknown { timeline: self.id(), epoch: epoch.0, head: self.positions().head() }),
+            Ok(()) => Ok(()),
+            Err(_) => Err(EngineError::TailUnknown { timeline: self.id(), epoch: epoch.0, head: self.positions().head() }),
         }
     }
 }

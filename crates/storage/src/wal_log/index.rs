@@ -120,8 +120,10 @@ impl TimelineIndex {
         if gap {
             return Some(end);
         }
-        for run in std::mem::replace(&mut self.runs, kept) {
-            live.remove(&run);
+        // What was released before, if this was settled already, does not count any more.
+        let released = self.first;
+        for run in std::mem::replace(&mut self.runs, kept).iter().skip(released) {
+            live.remove(run);
         }
         for run in &self.runs {
             live.add(run);

@@ -174,7 +174,10 @@ impl WalLog {
     /// Timelines of which the log holds bytes and that were not attached yet.
     pub fn unattached(&self) -> Vec<(TenantId, TimelineId)> {
         let state = self.state.lock();
-        state.timelines.iter().filter(|(_, index)| !index.settled).map(|(owner, _)| *owner).collect()
+        let mut unattached: Vec<_> = state.timelines.iter().filter(|(_, index)| !index.settled).map(|(owner, _)| *owner).collect();
+        // Always the same order, so that a simulation can be repeated.
+        unattached.sort_unstable();
+        unattached
     }
 
     /// Attaches a timeline: `epochs` are all its writer epochs, ascending, each with the LSN at which it began; below
@@ -502,7 +505,8 @@ impl WalLog {
                 let runs = index.live().iter().filter(in_oldest);
                 runs.map(|run| (*owner, *run)).collect::<Vec<_>>()
             };
-            let found: Vec<(Owner, Run)> = state.timelines.iter().flat_map(of_timeline).collect();
+            let mut found: Vec<(Owner, Run)> = state.timelines.iter().flat_map(of_timeline).collect();
+            found.sort_unstable_by_key(|(_, run)| run.at);
             let bytes: u64 = found.iter().map(|(_, run)| run.end.0 - run.start.0).sum();
             let Some(file) = state.segments.file(oldest * segment_bytes).filter(|_| bytes * LAGGARD_SHARE <= segment_bytes) else {
                 return Ok(Vec::new());

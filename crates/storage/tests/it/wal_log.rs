@@ -421,6 +421,44 @@ fn one_laggard_does_not_hold_the_whole_log() {
     assert_eq!(read_all(&log, laggard, base, 1000), [1; 500]);
 }
 
+/// A log with small segments, and two timelines that an epoch began at 0 of.
+fn log_of_two() -> (WalLog, TimelineId, TimelineId) {
+    let options = WalLogOptions { limit_bytes: 1 << 20, segment_bytes: 4096, make_spares: false };
+    let log = WalLog::open_on(Arc::new(SimDisk::new(1)), options).unwrap();
+    let timelines = (TimelineId([1; 16]), TimelineId([2; 16]));
+    for timeline in [timelines.0, timelines.1] {
+        log.attach(TENANT, timeline, &[(WriterEpoch(1), Lsn(0))], Lsn(0)).unwrap();
+        let position = log.append(TENANT, timeline, WriterEpoch(1), Lsn(0), &[timeline.0[0]; 200]).unwrap();
+        log.sync(position).unwrap();
+    }
+    (log, timelines.0, timelines.1)
+}
+
+#[test]
+fn a_timeline_that_comes_back_frees_nothing_of_others() {
+    let (log, moved, other) = log_of_two();
+    log.release(TENANT, moved, Lsn(200));
+    // Another server had it for an epoch. What was released does not count a second time.
+    let epochs = [(WriterEpoch(1), Lsn(0)), (WriterEpoch(2), Lsn(200))];
+    log.attach(TENANT, moved, &epochs, Lsn(200)).unwrap();
+    let position = log.append(TENANT, moved, WriterEpoch(2), Lsn(200), &[3; 20_000]).unwrap();
+    log.sync(position).unwrap();
+    log.release(TENANT, moved, Lsn(20_200));
+    assert_eq!(read_all(&log, other, Lsn(0), 1000), [2; 200]);
+}
+
+#[test]
+fn a_timeline_that_comes_back_in_its_epoch_ends_where_its_layers_do() {
+    let (log, moved, _) = log_of_two();
+    // Another server had it, in the same epoch, and put more into layers than this log ever held.
+    let end = log.attach(TENANT, moved, &[(WriterEpoch(1), Lsn(0))], Lsn(800)).unwrap();
+    assert_eq!(end, Lsn(800));
+    assert!(log.read(TENANT, moved, Lsn(800), 1000).unwrap().is_empty());
+    let position = log.append(TENANT, moved, WriterEpoch(1), Lsn(800), &[4; 100]).unwrap();
+    log.sync(position).unwrap();
+    assert_eq!(read_all(&log, moved, Lsn(800), 1000), [4; 100]);
+}
+
 #[test]
 fn many_threads_share_their_fsyncs() {
     let folder = tempfile::tempdir().unwrap();
