@@ -16,7 +16,7 @@ use varve_storage::envelope::{self, Format};
 use varve_storage::ids::{TenantId, TenantName, TimelineId, random_bytes};
 use varve_storage::manifest::timeline_folder;
 use varve_storage::store::ObjectName;
-use varve_storage::tenant_log::{Ancestor, FileContents, TenantEdit, TenantFacts, TenantLog, TenantState, TimelineState};
+use varve_storage::tenant_log::{Ancestor, FileContents, TenantEdit, TenantError, TenantFacts, TenantLog, TenantState, TimelineState};
 
 use crate::catalog;
 use crate::context::Context;
@@ -142,7 +142,7 @@ impl Tenant {
             below = Some(opened);
         }
         self.check_owned()?;
-        let live = below.ok_or_else(|| varve_storage::tenant_log::TenantError::UnknownTimeline(id))?;
+        let live = below.ok_or(TenantError::UnknownTimeline(id))?;
         live.touch();
         Ok(live)
     }

@@ -68,7 +68,7 @@ impl Link {
         }
     }
 
-    fn receiver_runs(&self, stopper: Stopper) {
+    fn receiver_runs(&self, stopper: &Stopper) {
         let ended = {
             let mut state = self.0.lock();
             state.stopper = Some(stopper.clone());
@@ -124,7 +124,7 @@ impl Writers {
             slot: Some(SlotConfig { name: "varve".to_owned(), interval: SLOT_INTERVAL }),
         };
         let receiver = Receiver::spawn(config, Sink(stream)).map_err(ServerError::Thread)?;
-        link.receiver_runs(receiver.stopper());
+        link.receiver_runs(&receiver.stopper());
         let mut receivers = self.receivers.lock();
         // Those whose streams were ended have nothing more to do.
         receivers.retain(|_, receiver| receiver.phase() != crate::wal_receiver::Phase::Ended);

@@ -306,7 +306,7 @@ impl Node {
                         world.say(format_args!("server {} cannot open {timeline}: {error}", self.machine));
                     }
                 }
-                Err(_) => self.context.wal.forget(world.tenant, timeline),
+                Err(_) => self.context.forget_wal(world.tenant, vec![timeline]).await,
             }
         }
     }

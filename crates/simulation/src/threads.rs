@@ -276,7 +276,7 @@ impl Threads for SimThreads {
         let bell = Arc::new(Bell::default());
         let waker = Waker::from(bell.clone());
         let mut context = Context::from_waker(&waker);
-        while let Poll::Pending = future.as_mut().poll(&mut context) {
+        while future.as_mut().poll(&mut context).is_pending() {
             give_back(Answer::Waits(bell.clone()));
         }
     }

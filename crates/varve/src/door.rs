@@ -5,7 +5,9 @@ use std::sync::Arc;
 use bytes::Bytes;
 use varve_api::host::BlockName;
 use varve_api::{Code, Refusal};
-use varve_control::ports::{self, AttachWriter, EpochStart, Live, Lost, Moment, OrphanedWal, Places, PortResult, Resolved, Template, WalRange};
+use varve_control::ports::{
+    self, AttachWriter, EpochStart, Live, Lost, Moment, OrphanedWal, Places, PortResult, Resolved, Template, WalRange,
+};
 use varve_engine::moments::MomentError;
 use varve_engine::{EngineError, resolve};
 use varve_pageserver::writers::{Walsender, Writer};

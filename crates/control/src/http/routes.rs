@@ -6,8 +6,8 @@ use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
 use varve_api::admin::{
-    Branch, BranchChange, Compute, Deleted, ForgottenWal, Moment, NewBranch, NewCompute, NewTenant, Ready, Restore, Restored, Server as ServerFacts,
-    Stopped, Tenant, Wal,
+    Branch, BranchChange, Compute, Deleted, ForgottenWal, Moment, NewBranch, NewCompute, NewTenant, Ready, Restore, Restored,
+    Server as ServerFacts, Stopped, Tenant, Wal,
 };
 
 use super::Server;

@@ -8,7 +8,9 @@ use bytes::Bytes;
 use parking_lot::Mutex;
 use varve_api::host::BlockName;
 use varve_api::{Code, Refusal};
-use varve_control::ports::{OrphanedWal, AttachWriter, EpochStart, Live, Lost, Moment, Pageserver, Places, PortResult, Resolved, Template, WalRange};
+use varve_control::ports::{
+    AttachWriter, EpochStart, Live, Lost, Moment, OrphanedWal, Pageserver, Places, PortResult, Resolved, Template, WalRange,
+};
 use varve_postgres::{Lsn, Timestamp};
 use varve_storage::edit_log::CommitError;
 use varve_storage::ids::{BranchName, TenantId, TimelineId, WalLogId, WriterEpoch};

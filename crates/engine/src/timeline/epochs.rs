@@ -81,13 +81,16 @@ pub enum StreamError {
     WalLog(#[from] WalLogError),
 }
 
+/// Told why a stream ends.
+type OnClose = Box<dyn FnOnce(StreamEnd) + Send>;
+
 /// What lets a stream's bytes in.
 #[derive(Default)]
 struct Gate {
     /// Why it is closed; held while bytes go through.
     closed: Mutex<Option<StreamEnd>>,
     /// Told once when it closes.
-    on_close: Mutex<Option<Box<dyn FnOnce(StreamEnd) + Send>>>,
+    on_close: Mutex<Option<OnClose>>,
 }
 
 impl Gate {
