@@ -242,6 +242,27 @@ pub struct Server {
     /// Tenants that it owned and that another server has now.
     #[serde(default)]
     pub lost: Vec<LostTenant>,
+    /// WAL that it keeps though no log in the store knows of it.
+    #[serde(default)]
+    pub orphaned_wal: Vec<OrphanedWal>,
+}
+
+/// WAL that a server keeps though no log in the store knows of it: evidence that the store lost something.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct OrphanedWal {
+    /// Id of the tenant that it is of.
+    pub tenant_id: String,
+    /// Id of the timeline.
+    pub timeline_id: String,
+    /// What is wrong and what to do.
+    pub problem: String,
+}
+
+/// Answer to `DELETE /v1/server/orphaned-wal/{tenant_id}`.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct ForgottenWal {
+    /// How many timelines' WAL was given up.
+    pub timelines: usize,
 }
 
 /// A machine that runs computes.

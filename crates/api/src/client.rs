@@ -165,16 +165,30 @@ impl Call {
         serde_json::from_slice(json).map_err(|source| ClientError::Answer { source, answer: quote(json) })
     }
 
+    /// Sends it and reads a page of a list: its items, and the path of the next page as [`Client::get`] takes it, if there is one.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub async fn send_for_page<T: DeserializeOwned>(self) -> Result<(Vec<T>, Option<String>), ClientError> {
+        let (answer, headers) = self.exchange().await?;
+        let items = serde_json::from_slice(&answer).map_err(|source| ClientError::Answer { source, answer: quote(&answer) })?;
+        Ok((items, headers.get(header::LINK).and_then(|link| next_page(link.to_str().ok()?))))
+    }
+
     /// Sends it and gives the answer's bytes.
     ///
     /// # Errors
     /// [`ClientError`].
     pub async fn send_for_bytes(self) -> Result<Bytes, ClientError> {
+        Ok(self.exchange().await?.0)
+    }
+
+    async fn exchange(self) -> Result<(Bytes, header::HeaderMap), ClientError> {
         let unreachable = |source: reqwest::Error| ClientError::Unreachable { url: self.url.to_string(), source: source.without_url() };
         let response = self.request.send().await.map_err(unreachable)?;
-        let status = response.status();
+        let (status, headers) = (response.status(), response.headers().clone());
         let answer = response.bytes().await.map_err(unreachable)?;
-        if status.is_success() { Ok(answer) } else { Err(refusal(status, &answer).into()) }
+        if status.is_success() { Ok((answer, headers)) } else { Err(refusal(status, &answer).into()) }
     }
 }
 
@@ -198,6 +212,13 @@ fn refusal(status: StatusCode, answer: &[u8]) -> Refusal {
         Ok(problem) => Refusal::new(Code::from_name(&problem.code).unwrap_or(by_status), problem.detail),
         Err(_) => Refusal::new(by_status, format!("the server answered {status}: {}", quote(answer))),
     }
+}
+
+/// The path below `/v1/` of the link that leads to the next page. A link that leads elsewhere is none.
+fn next_page(links: &str) -> Option<String> {
+    let next = links.split(',').find(|link| link.contains("rel=\"next\""))?;
+    let (path, _) = next.trim().strip_prefix("</v1/")?.split_once('>')?;
+    Some(path.to_owned())
 }
 
 fn quote(answer: &[u8]) -> String {
@@ -280,6 +301,14 @@ mod tests {
             let (url, _asked) = server(answer);
             let error = Client::new(&url, None).unwrap().get("x").send::<()>().await.unwrap_err();
             assert_eq!(error.code(), Some(code), "{error}");
+        }
+    }
+
+    #[test]
+    fn only_a_link_into_the_api_leads_to_the_next_page() {
+        assert_eq!(next_page(r#"</v1/tenants?limit=2&cursor=YQ>; rel="next""#).as_deref(), Some("tenants?limit=2&cursor=YQ"));
+        for other in [r#"<http://h/v1/x>; rel="next""#, r#"</v1/x>; rel="prev""#, "", r#"</v1/x; rel="next""#] {
+            assert_eq!(next_page(other), None, "{other}");
         }
     }
 

@@ -94,7 +94,8 @@ pub(crate) fn port(port: u16) -> Result<u16, Error> {
     if port == 0 { Err(Error::argument("port", "0 is no port: leave it out to get a free one")) } else { Ok(port) }
 }
 
-/// Path of a file in a data directory that has no WAL and is kept: relative, and none that WAL rebuilds or that Varve makes.
+/// Path of a file in a data directory that has no WAL and is kept: relative, and none that WAL rebuilds or that Varve
+/// makes.
 pub(crate) fn file_path(path: &str) -> Result<(), Error> {
     let wrong = |problem: &str| Err(Error::argument("path", format!("'{}' {problem}", quoted(path))));
     let components: Vec<&str> = path.split('/').collect();
@@ -180,7 +181,8 @@ mod tests {
             file_path(good).unwrap();
         }
         let long = "x".repeat(2000);
-        let bad = ["", "/etc/passwd", "../../x", "a/../b", "a//b", ".", "a/", "PG_VERSION", "global/pg_control", "base/1/1259", "a\0b", &long];
+        let bad =
+            ["", "/etc/passwd", "../../x", "a/../b", "a//b", ".", "a/", "PG_VERSION", "global/pg_control", "base/1/1259", "a\0b", &long];
         for bad in bad {
             assert!(matches!(file_path(bad), Err(Error::Argument { name: "path", .. })), "{bad:?}");
         }
@@ -193,7 +195,8 @@ mod tests {
         let page = Page::parse(Some("ac"), Some(&Page::cursor("acme")), Some(7)).unwrap();
         assert_eq!(page, Page { prefix: "ac".to_owned(), after: Some("acme".to_owned()), limit: 7 });
         assert_eq!(Page::parse(None, None, None).unwrap(), Page::default());
-        for (prefix, cursor, limit) in [(Some("a/b"), None, None), (None, Some("%"), None), (None, None, Some(0)), (None, None, Some(1001))] {
+        for (prefix, cursor, limit) in [(Some("a/b"), None, None), (None, Some("%"), None), (None, None, Some(0)), (None, None, Some(1001))]
+        {
             assert!(matches!(Page::parse(prefix, cursor, limit), Err(Error::Argument { .. })), "{prefix:?} {cursor:?} {limit:?}");
         }
     }

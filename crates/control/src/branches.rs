@@ -24,8 +24,8 @@ const COMPUTE_BACK_MAX: Duration = Duration::from_secs(120);
 const BEFORE_NAMES_MAX: u32 = 1000;
 
 impl<P: Pageserver> Control<P> {
-    /// Lists a tenant's branches, by name. Takes nothing over and opens nothing: heads and sizes are those of timelines that are open, else
-    /// those that the log knows.
+    /// Lists a tenant's branches, by name. Takes nothing over and opens nothing: heads and sizes are those of timelines
+    /// that are open, else those that the log knows.
     ///
     /// # Errors
     /// [`Error`].
@@ -170,10 +170,12 @@ impl<P: Pageserver> Control<P> {
         Ok(deleted)
     }
 
-    /// Takes a branch back to a moment: the name moves to a new timeline, the old one stays under another name, the compute follows.
+    /// Takes a branch back to a moment: the name moves to a new timeline, the old one stays under another name, the
+    /// compute follows.
     ///
-    /// The move is one commit. Before it the old stream is ended, so that nothing is acknowledged that the commit then leaves behind. Whatever
-    /// dies after it: a compute that still runs on the old timeline finds its branch elsewhere when it attaches, and begins anew.
+    /// The move is one commit. Before it the old stream is ended, so that nothing is acknowledged that the commit then
+    /// leaves behind. Whatever dies after it: a compute that still runs on the old timeline finds its branch elsewhere
+    /// when it attaches, and begins anew.
     ///
     /// # Errors
     /// [`Error`].
@@ -194,15 +196,12 @@ impl<P: Pageserver> Control<P> {
             Some(entry) => {
                 let _turn = entry.turn.lock().await;
                 let restored = self.move_branch(call, &log, (id, &name), old, at).await;
-                entry.update(|status| match &restored {
-                    Ok(_) if status.desired == Desired::Run => {
-                        status.incarnation += 1;
-                        status.phase = Phase::Starting;
-                    }
+                match &restored {
+                    Ok(_) if entry.status().desired == Desired::Run => self.begin_anew(entry),
                     Ok(_) => {}
                     // Its stream was ended: it attaches again, and learns then which timeline its branch has.
-                    Err(_) => status.attach_again += 1,
-                });
+                    Err(_) => entry.update(|status| status.attach_again += 1),
+                }
                 restored
             }
             None => self.move_branch(call, &log, (id, &name), old, at).await,

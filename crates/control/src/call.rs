@@ -1,8 +1,9 @@
 //! A mutation as it was asked for: by whom, and under which idempotency key.
 //!
-//! **Keys.** A client that does not know whether its request was done sends it again with the same `Idempotency-Key`, and gets the answer that
-//! the first one got. The row that says so is part of the mutation's own commit, so this holds over restarts, too. Keys are remembered
-//! within a tenant, the newest 1,000 of them; a key is 1 to 255 visible ASCII characters. A failure is not remembered.
+//! **Keys.** A client that does not know whether its request was done sends it again with the same `Idempotency-Key`,
+//! and gets the answer that the first one got. The row that says so is part of the mutation's own commit, so this holds
+//! over restarts, too. Keys are remembered within a tenant, the newest 1,000 of them; a key is 1 to 255 visible ASCII
+//! characters. A failure is not remembered.
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};

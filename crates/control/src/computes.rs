@@ -87,11 +87,12 @@ impl<P: Pageserver> Control<P> {
         }
     }
 
-    /// Stops a compute cleanly, and answers when it has ended. It is stopped for good, whatever restarts, until somebody starts it.
+    /// Stops a compute cleanly, and answers when it has ended. It is stopped for good, whatever restarts, until
+    /// somebody starts it.
     ///
     /// # Errors
-    /// [`Error::NotClean`] when it ended, or was ended, otherwise; [`Error::NotOwner`] when another server has the tenant: then it is
-    /// ended, with its `pg_wal` kept.
+    /// [`Error::NotClean`] when it ended, or was ended, otherwise; [`Error::NotOwner`] when another server has the
+    /// tenant: then it is ended, with its `pg_wal` kept.
     pub async fn stop_compute(&self, call: &Call, id: &str) -> Result<Stopped, Error> {
         let entry = self.entry(id)?;
         if let Some(lost) = self.lost(entry.tenant) {
@@ -118,7 +119,8 @@ impl<P: Pageserver> Control<P> {
             self.computes.refresh(entry.tenant, &log.state());
         }
         self.finish_stop(&entry).await?;
-        // Only now is it known what the answer is; asked again before this row is durable, it is stopped a second time, which changes nothing.
+        // Only now is it known what the answer is; asked again before this row is durable, it is stopped a second time,
+        // which changes nothing.
         if let Some(row) = call.row(&answer)? {
             self.commit_edits(&log, |_| Ok(vec![row])).await?;
         }

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 use tokio_util::sync::CancellationToken;
-use varve_api::admin::{Deleted, Host as HostAnswer, LostTenant, Ready, Server};
+use varve_api::admin::{Deleted, ForgottenWal, Host as HostAnswer, LostTenant, Ready, Server, Tenant};
 use varve_api::host::{Desired, HostAction};
 use varve_storage::ids::{BranchName, TenantId, TenantName};
 use varve_storage::store::Store;
@@ -17,7 +17,7 @@ use crate::environment::Environment;
 use crate::error::Error;
 use crate::hosts::Hosts;
 use crate::logs::Known;
-use crate::ports::{Lost, Pageserver};
+use crate::ports::{Lost, OrphanedWal, Pageserver};
 use crate::registry::{Phase, Registry, Turns};
 
 /// How often it is looked what was lost, and what is still to be settled with hosts.
@@ -60,6 +60,11 @@ pub struct Control<P: Pageserver> {
     pub(crate) deletions: Mutex<VecDeque<(crate::call::Key, Deleted)>>,
 }
 
+fn orphaned(found: OrphanedWal) -> varve_api::admin::OrphanedWal {
+    let OrphanedWal { tenant, timeline, problem } = found;
+    varve_api::admin::OrphanedWal { tenant_id: tenant.to_string(), timeline_id: timeline.to_string(), problem }
+}
+
 impl<P: Pageserver> fmt::Debug for Control<P> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Control({}, run {})", self.config.server, self.run)
@@ -67,7 +72,8 @@ impl<P: Pageserver> fmt::Debug for Control<P> {
 }
 
 impl<P: Pageserver> Control<P> {
-    /// A control plane over a pageserver and the store that it uses. It does nothing by itself but what [`Control::watch`] does.
+    /// A control plane over a pageserver and the store that it uses. It does nothing by itself but what
+    /// [`Control::watch`] does.
     ///
     /// # Errors
     /// [`Error::Random`].
@@ -108,7 +114,8 @@ impl<P: Pageserver> Control<P> {
         }
     }
 
-    /// Ends the computes of tenants that another server took over. Their `pg_wal` is kept: what it has may be nowhere else.
+    /// Ends the computes of tenants that another server took over. Their `pg_wal` is kept: what it has may be nowhere
+    /// else.
     pub fn end_what_was_lost(&self) {
         for Lost { tenant, .. } in self.pageserver.lost() {
             let Some(lost) = self.lost(tenant) else { continue };
@@ -145,7 +152,32 @@ impl<P: Pageserver> Control<P> {
             url: self.config.url.clone(),
             hosts: hosts.collect(),
             lost: self.all_lost(),
+            orphaned_wal: self.pageserver.orphans().into_iter().map(orphaned).collect(),
         }
+    }
+
+    /// Gives up WAL of which no log in the store knows: of a tenant, or of one timeline.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] of an id that cannot be read, or of which there is no such WAL.
+    pub async fn forget_wal(&self, tenant: &str, timeline: Option<&str>) -> Result<ForgottenWal, Error> {
+        let tenant: TenantId = tenant.parse().map_err(|error| Error::argument("tenant_id", error))?;
+        let timeline = timeline.map(|text| text.parse().map_err(|error| Error::argument("timeline_id", error))).transpose()?;
+        match self.pageserver.forget_orphans(tenant, timeline).await {
+            0 => Err(Error::argument("tenant_id", "there is no WAL to give up of it; 'varve wal list' shows of which there is")),
+            timelines => Ok(ForgottenWal { timelines }),
+        }
+    }
+
+    /// Takes a tenant over, whoever has it.
+    ///
+    /// # Errors
+    /// [`Error::UnknownTenant`]; the store's.
+    pub async fn take_tenant(&self, tenant: &str) -> Result<Tenant, Error> {
+        let id = self.find(tenant).await?;
+        self.pageserver.forgive(id);
+        self.own(id, "an operator takes it").await?;
+        self.show_tenant(tenant).await
     }
 
     /// The tenants that it lost.
@@ -155,8 +187,8 @@ impl<P: Pageserver> Control<P> {
         lost.map(shown).collect()
     }
 
-    /// Whether the server can work: it can while the store answers. A tenant that it lost is served by another server, and does not keep it
-    /// from serving the others: it is only named.
+    /// Whether the server can work: it can while the store answers. A tenant that it lost is served by another server,
+    /// and does not keep it from serving the others: it is only named.
     ///
     /// # Errors
     /// [`Error::Store`], or [`Error::Refused`] when the store does not answer.

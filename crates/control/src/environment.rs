@@ -1,5 +1,5 @@
-//! Time, chance, waiting and tasks: given from outside, so that a simulation can give its own. Nothing else in this crate takes them from
-//! the air.
+//! Time, chance, waiting and tasks: given from outside, so that a simulation can give its own. Nothing else in this
+//! crate takes them from the air.
 
 use std::fmt;
 use std::future::Future;
@@ -90,14 +90,12 @@ impl Environment {
         self.0.spawn(task.boxed());
     }
 
-    /// Runs `work` to its end, even if whoever asked for it goes away meanwhile: half of a change is worse than a change nobody hears of.
+    /// Runs `work` to its end, even if whoever asked for it goes away meanwhile: half of a change is worse than a
+    /// change nobody hears of.
     ///
     /// # Errors
     /// Those of `work`; [`Error::Stopping`] when the task was ended with the process.
-    pub async fn to_its_end<T: Send + 'static>(
-        &self,
-        work: impl Future<Output = Result<T, Error>> + Send + 'static,
-    ) -> Result<T, Error> {
+    pub async fn to_its_end<T: Send + 'static>(&self, work: impl Future<Output = Result<T, Error>> + Send + 'static) -> Result<T, Error> {
         let (done, is_done) = tokio::sync::oneshot::channel();
         self.spawn(async move {
             let _nobody_waits = done.send(work.await);

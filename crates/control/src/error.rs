@@ -1,4 +1,5 @@
-//! What the control plane says no with. Causes keep their types; they become words once, in [`Error::refusal`], at the HTTP edge.
+//! What the control plane says no with. Causes keep their types; they become words once, in [`Error::refusal`], at the
+//! HTTP edge.
 
 use std::fmt::Display;
 

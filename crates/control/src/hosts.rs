@@ -1,7 +1,8 @@
 //! Hosts: the machines that run computes. They say hello with what they have, poll for orders, and report.
 //!
-//! Orders name the whole of what should run or end on a host, so that a message that is lost is healed by the next. Nothing of this outlives the
-//! process: a host says hello again to each new one, and what it names is settled with the tenants' logs, without taking any tenant over.
+//! Orders name the whole of what should run or end on a host, so that a message that is lost is healed by the next.
+//! Nothing of this outlives the process: a host says hello again to each new one, and what it names is settled with the
+//! tenants' logs, without taking any tenant over.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -227,8 +228,8 @@ impl<P: Pageserver> Control<P> {
         }
     }
 
-    /// Decides what is to become of the computes that a host named, by what their tenants' logs say. What cannot be read is left alone, and
-    /// looked at again later.
+    /// Decides what is to become of the computes that a host named, by what their tenants' logs say. What cannot be
+    /// read is left alone, and looked at again later.
     async fn settle(&self, host: &Arc<Host>) {
         let unsettled: Vec<(EndpointId, HostedCompute)> = host.unsettled.lock().iter().map(|(id, c)| (*id, c.clone())).collect();
         for (id, compute) in unsettled {
@@ -251,14 +252,8 @@ impl<P: Pageserver> Control<P> {
         let end = |why: &str| {
             tracing::warn!(host = %host.id, compute = %id, why, "its process is ended, its folder and pg_wal are kept");
             let (id_text, tenant_id) = (id.to_string(), compute.tenant_id.clone());
-            let order = ComputeOrder {
-                id: id_text,
-                tenant_id,
-                branch: String::new(),
-                listen: String::new(),
-                port: 0,
-                action: HostAction::End,
-            };
+            let order =
+                ComputeOrder { id: id_text, tenant_id, branch: String::new(), listen: String::new(), port: 0, action: HostAction::End };
             host.order(id, order);
         };
         let state = match self.read(tenant).await {
@@ -373,12 +368,16 @@ impl<P: Pageserver> Control<P> {
     /// Orders something about a compute of its host, if that is known.
     pub(crate) fn order(&self, entry: &Entry, action: HostAction) {
         if let Some(host) = host_of(entry).and_then(|host| self.hosts.get(host)) {
+            let order = entry.order(action);
+            // What was answered already is not answered again.
+            let stands = host.orders.borrow().computes.get(&entry.id) == Some(&order);
             entry.update(|status| {
-                if !(action == HostAction::End && matches!(status.process, Process::Gone | Process::Removed)) {
+                let is_over = action == HostAction::End && matches!(status.process, Process::Gone | Process::Removed);
+                if !stands && !is_over {
                     status.process = Process::Unsaid;
                 }
             });
-            host.order(entry.id, entry.order(action));
+            host.order(entry.id, order);
         }
     }
 

@@ -1,4 +1,5 @@
-//! Finding tenants, and reading their logs. Reading takes nothing: it reads what the store has, or the log that is owned here anyway.
+//! Finding tenants, and reading their logs. Reading takes nothing: it reads what the store has, or the log that is
+//! owned here anyway.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
@@ -131,7 +132,8 @@ impl<P: Pageserver> Control<P> {
         Ok(log)
     }
 
-    /// As [`Control::own`], for what computes ask by themselves: that never takes a tenant back that somebody else took over.
+    /// As [`Control::own`], for what computes ask by themselves: that never takes a tenant back that somebody else took
+    /// over.
     pub(crate) async fn own_for_compute(&self, id: TenantId, why: &'static str) -> Result<TenantLog, Error> {
         match self.lost(id) {
             Some(lost) => Err(Error::NotOwner(Box::new(lost))),
@@ -144,14 +146,19 @@ impl<P: Pageserver> Control<P> {
         if self.pageserver.owned(id).is_some_and(|log| log.ended().is_none()) {
             return None;
         }
-        self.pageserver.lost().into_iter().find(|lost| lost.tenant == id)
+        let mut lost = self.pageserver.lost().into_iter().find(|lost| lost.tenant == id)?;
+        if lost.name.is_none() {
+            let names = self.known.names.lock();
+            lost.name = names.iter().find(|(_, known)| **known == id).map(|(name, _)| name.to_string());
+        }
+        Some(lost)
     }
 
     /// Who took a tenant over last, as its log says.
     pub(crate) fn owner(&self, state: &TenantState, id: TenantId) -> Option<TenantOwner> {
         let owner = state.owner()?;
+        let here = owner.server == self.config.server && self.lost(id).is_none();
         let (server, url) = (owner.server.clone(), owner.url.clone());
-        let here = self.pageserver.owned(id).is_some_and(|log| log.ended().is_none());
         Some(TenantOwner { server, url, generation: owner.generation.0, here })
     }
 
@@ -160,7 +167,8 @@ impl<P: Pageserver> Control<P> {
         TenantEdit::Audit(AuditRow { time: self.environment.now().0, action: call.audit(action) })
     }
 
-    /// Commits what `plan` makes of the log's state, with its audit row and its answer's; or gives the answer that the same call got before.
+    /// Commits what `plan` makes of the log's state, with its audit row and its answer's; or gives the answer that the
+    /// same call got before.
     pub(crate) async fn commit<T, A>(
         &self,
         log: &TenantLog,

@@ -1,8 +1,8 @@
-//! What the control plane asks of a pageserver. It knows no engine and no socket: the binary puts a pageserver behind this door, the
-//! simulation another one.
+//! What the control plane asks of a pageserver. It knows no engine and no socket: the binary puts a pageserver behind
+//! this door, the simulation another one.
 //!
-//! A pageserver *owns* a tenant when it has the newest generation of the tenant's log. Only work takes ownership ([`Pageserver::own`]);
-//! finding, listing and describing read the log in the store.
+//! A pageserver *owns* a tenant when it has the newest generation of the tenant's log. Only work takes ownership
+//! ([`Pageserver::own`]); finding, listing and describing read the log in the store.
 
 use std::future::Future;
 
@@ -109,12 +109,24 @@ pub struct Lost {
     pub url: Option<String>,
 }
 
+/// WAL that a pageserver keeps though no log in the store knows of it: evidence that the store lost something.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct OrphanedWal {
+    /// The tenant that it is of.
+    pub tenant: TenantId,
+    /// The timeline.
+    pub timeline: TimelineId,
+    /// What is wrong and what to do.
+    pub problem: String,
+}
+
 /// What went wrong there, as a message from another role: a code and a sentence.
 pub type PortResult<T> = Result<T, Refusal>;
 
 /// See the module's doc. All of it may wait for the store; nothing of it blocks the thread.
 pub trait Pageserver: Send + Sync + 'static {
-    /// The tenant's log, to write; taken over if this pageserver does not own the tenant. `why` is logged when it does take it.
+    /// The tenant's log, to write; taken over if this pageserver does not own the tenant. `why` is logged when it does
+    /// take it.
     ///
     /// Errors: [`varve_api::Code::UnknownTenant`], also of one that was removed.
     fn own(&self, tenant: TenantId, why: &'static str) -> impl Future<Output = PortResult<TenantLog>> + Send;
@@ -134,13 +146,15 @@ pub trait Pageserver: Send + Sync + 'static {
     /// Where a timeline stands, if it is open here: never opens it.
     fn live(&self, tenant: TenantId, timeline: TimelineId) -> Option<Live>;
 
-    /// The boundary that a moment of a timeline is. Opens the timeline; for head it waits for the compute that has the tail.
+    /// The boundary that a moment of a timeline is. Opens the timeline; for head it waits for the compute that has the
+    /// tail.
     fn resolve(&self, tenant: TenantId, timeline: TimelineId, moment: Moment) -> impl Future<Output = PortResult<Resolved>> + Send;
 
     /// When the last transaction before a boundary ended; none before any.
     fn time_at(&self, tenant: TenantId, at: Resolved) -> impl Future<Output = PortResult<Option<Timestamp>>> + Send;
 
-    /// Begins the next writer epoch at head, if `branch` still points to `timeline` when that is written; older writers are fenced.
+    /// Begins the next writer epoch at head, if `branch` still points to `timeline` when that is written; older writers
+    /// are fenced.
     ///
     /// Errors: [`varve_api::Code::Fenced`] when the branch points elsewhere by now.
     fn begin_epoch(
@@ -150,15 +164,18 @@ pub trait Pageserver: Send + Sync + 'static {
         timeline: TimelineId,
     ) -> impl Future<Output = PortResult<EpochStart>> + Send;
 
-    /// Ends the newest epoch's stream without beginning another: its compute's commits are not acknowledged any more, until it attaches again.
+    /// Ends the newest epoch's stream without beginning another: its compute's commits are not acknowledged any more,
+    /// until it attaches again.
     fn end_stream(&self, tenant: TenantId, timeline: TimelineId) -> impl Future<Output = PortResult<()>> + Send;
 
-    /// Takes WAL from the compute of epoch `epoch`, if `branch` still points to `timeline`. Gives the standby name that it must wait for.
+    /// Takes WAL from the compute of epoch `epoch`, if `branch` still points to `timeline`. Gives the standby name that
+    /// it must wait for.
     ///
     /// Errors: [`varve_api::Code::Fenced`] when a later epoch has begun or the branch points elsewhere.
     fn attach_writer(&self, writer: AttachWriter) -> impl Future<Output = PortResult<String>> + Send;
 
-    /// The compute of epoch `epoch` ended cleanly after it sent all its WAL: puts everything into the store and closes the epoch.
+    /// The compute of epoch `epoch` ended cleanly after it sent all its WAL: puts everything into the store and closes
+    /// the epoch.
     fn close_epoch(&self, tenant: TenantId, timeline: TimelineId, epoch: WriterEpoch) -> impl Future<Output = PortResult<()>> + Send;
 
     /// What a mount of a timeline at `lsn` must know; waits until that is applied.
@@ -172,13 +189,15 @@ pub trait Pageserver: Send + Sync + 'static {
 
     /// That WAL from `from` on: at least a byte.
     ///
-    /// Errors: [`varve_api::Code::NotRetained`] where it is not kept, [`varve_api::Code::InTheFuture`] where there is none yet.
+    /// Errors: [`varve_api::Code::NotRetained`] where it is not kept, [`varve_api::Code::InTheFuture`] where there is
+    /// none yet.
     fn kept_wal_bytes(&self, tenant: TenantId, timeline: TimelineId, from: Lsn) -> impl Future<Output = PortResult<Bytes>> + Send;
 
     /// The template for new tenants of a major, if there is one.
     fn template_of(&self, pg_version: u32) -> impl Future<Output = PortResult<Option<Template>>> + Send;
 
-    /// Takes what a host's `initdb` made (a tar of the data directory, compressed with zstd) as the template of its major.
+    /// Takes what a host's `initdb` made (a tar of the data directory, compressed with zstd) as the template of its
+    /// major.
     fn import_template(&self, pg_version: u32, archive: Bytes) -> impl Future<Output = PortResult<Template>> + Send;
 
     /// Keeps which blocks a start of a tenant's Postgres read, for the tenant's template.
@@ -186,6 +205,15 @@ pub trait Pageserver: Send + Sync + 'static {
 
     /// Address of the page service, `host:port`, for computes of a tenant that this pageserver owns.
     fn page_service(&self) -> String;
+
+    /// WAL in its WAL log of which no log in the store knows.
+    fn orphans(&self) -> Vec<OrphanedWal>;
+
+    /// Lets go of such WAL, at an operator's word: of a tenant, or of one timeline. How many timelines' there was.
+    fn forget_orphans(&self, tenant: TenantId, timeline: Option<TimelineId>) -> impl Future<Output = usize> + Send;
+
+    /// A tenant that was lost may be taken again, at an operator's word.
+    fn forgive(&self, tenant: TenantId);
 
     /// The tenants that it lost to others since it was started.
     fn lost(&self) -> Vec<Lost>;

@@ -1,8 +1,11 @@
-//! What compute processes ask: to begin, to attach, for orders; and what they tell: that they ended, files, blocks of their start.
+//! What compute processes ask: to begin, to attach, for orders; and what they tell: that they ended, files, blocks of
+//! their start.
 //!
-//! The timeline of a compute is that of its branch in the tenant's log, looked up each time. A process that runs on another one is refused.
+//! The timeline of a compute is that of its branch in the tenant's log, looked up each time. A process that runs on
+//! another one is refused.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
@@ -16,11 +19,15 @@ use crate::error::Error;
 use crate::hosts::ORDERS_WAIT;
 use crate::logs::facts;
 use crate::ports::{AttachWriter, EpochStart, Moment, Pageserver};
-use crate::registry::{Entry, Phase, Status, host_of};
+use crate::registry::{Entry, Phase, Process, Status, host_of};
 use crate::{Control, arguments, moment};
 
 /// How often a begin follows a branch that is restored or renamed meanwhile.
 const BEGIN_TRIES: u32 = 10;
+/// How long a compute that is told to begin anew may take to do so by itself.
+const BEGIN_ANEW_MAX: Duration = Duration::from_secs(3);
+/// How long its host may take to end it.
+const START_AGAIN_MAX: Duration = Duration::from_secs(30);
 /// Most blocks that a start tells.
 const STARTUP_BLOCKS_MAX: usize = 100_000;
 
@@ -46,8 +53,32 @@ fn timeline_of(state: &TenantState, row: &EndpointRow) -> Result<TimelineId, Err
 }
 
 impl<P: Pageserver> Control<P> {
-    /// The compute that a process says it is. One that nobody has told of yet is asked to try again: its host says hello first, and ends it
-    /// if it is not wanted.
+    /// Tells a compute to begin anew. One that does not hear it in time, frozen perhaps, is ended by its host and started again.
+    pub(crate) fn begin_anew(&self, entry: &Arc<Entry>) {
+        entry.update(|status| {
+            status.incarnation += 1;
+            status.phase = Phase::Starting;
+        });
+        let told = entry.status().incarnation;
+        let (me, entry) = (self.me.clone(), entry.clone());
+        self.environment.spawn(async move {
+            let Some(control) = me.upgrade() else { return };
+            let has_begun = |status: &Status| status.incarnation != told || status.desired != Desired::Run;
+            if entry.wait(&control.environment, BEGIN_ANEW_MAX, has_begun).await.is_some() {
+                return;
+            }
+            tracing::warn!(compute = %entry.id, branch = entry.branch(), "it does not begin anew by itself: its host ends it and starts it again");
+            control.order(&entry, HostAction::End);
+            let is_gone = |status: &Status| status.process == Process::Gone || status.desired != Desired::Run;
+            entry.wait(&control.environment, START_AGAIN_MAX, is_gone).await;
+            if entry.status().desired == Desired::Run {
+                control.order(&entry, HostAction::Run);
+            }
+        });
+    }
+
+    /// The compute that a process says it is. One that nobody has told of yet is asked to try again: its host says
+    /// hello first, and ends it if it is not wanted.
     fn process(&self, id: &str) -> Result<Arc<Entry>, Error> {
         let id = arguments::endpoint_id(id)?;
         self.computes.get(id).ok_or_else(|| Error::NotYetKnown(id.to_string()))
@@ -116,8 +147,8 @@ impl<P: Pageserver> Control<P> {
         })
     }
 
-    /// Where a compute begins: at its moment, or at the head of its branch, in a writer epoch of its own. A branch that is restored or renamed
-    /// at this very time is looked up again.
+    /// Where a compute begins: at its moment, or at the head of its branch, in a writer epoch of its own. A branch that
+    /// is restored or renamed at this very time is looked up again.
     async fn beginning(&self, log: &TenantLog, entry: &Arc<Entry>) -> Result<(Arc<EndpointRow>, Beginning), Error> {
         for _ in 0..BEGIN_TRIES {
             let state = log.state();
@@ -183,7 +214,8 @@ impl<P: Pageserver> Control<P> {
         Ok(Attached { standby_name })
     }
 
-    /// A compute's process ends. Where it ended cleanly its epoch is closed first, so that an answer means that nothing of it is missing.
+    /// A compute's process ends. Where it ended cleanly its epoch is closed first, so that an answer means that nothing
+    /// of it is missing.
     ///
     /// # Errors
     /// What keeps the epoch from being closed; the process tries again, or says that it is not clean.
@@ -208,6 +240,7 @@ impl<P: Pageserver> Control<P> {
         tracing::info!(compute = %entry.id, clean, reason = ended.reason, "a compute ended");
         entry.update(|status| {
             status.phase = match status.desired {
+                _ if matches!(status.phase, Phase::Failed(_)) => return, // that is why it was told to end
                 Desired::Run if !clean => Phase::Failed(ended.reason.clone()),
                 // Told to end on its host: it is still wanted, and starts again with the host.
                 Desired::Run => Phase::Starting,

@@ -1,5 +1,6 @@
-//! The computes that are known right now: where each runs, what it does and what it is told. Only in memory: what should run stands in the
-//! tenants' logs, and what does is told by hosts and by the computes themselves, again after each restart of the control plane.
+//! The computes that are known right now: where each runs, what it does and what it is told. Only in memory: what
+//! should run stands in the tenants' logs, and what does is told by hosts and by the computes themselves, again after
+//! each restart of the control plane.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -193,6 +194,10 @@ impl Registry {
             entry.update(|status| {
                 status.incarnation = before.incarnation;
                 status.attach_again = before.attach_again + 1;
+                // Where the same order stands, its answer does, too.
+                if before.desired == Desired::Run && before.process == Process::Started {
+                    status.process = Process::Started;
+                }
             });
         }
         entries.insert(entry.id, entry.clone());

@@ -1,8 +1,9 @@
-//! *Ensure running*: a branch's compute is started unless it runs; and what is thrown away afterwards is started at a moment.
+//! *Ensure running*: a branch's compute is started unless it runs; and what is thrown away afterwards is started at a
+//! moment.
 //!
-//! **Order.** Every argument is read first. Then a host looks whether the addresses and the port can be used, and starts the process (or, where
-//! one runs, only looks). Then the endpoint's row is committed. Only then may the compute begin, and so fence whoever wrote before. A
-//! refusal at any step leaves nothing behind: no row, nobody fenced.
+//! **Order.** Every argument is read first. Then a host looks whether the addresses and the port can be used, and
+//! starts the process (or, where one runs, only looks). Then the endpoint's row is committed. Only then may the compute
+//! begin, and so fence whoever wrote before. A refusal at any step leaves nothing behind: no row, nobody fenced.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -78,8 +79,9 @@ struct Place {
 }
 
 impl<P: Pageserver> Control<P> {
-    /// Sees to it that a compute runs on a branch, and answers when it takes connections. One that runs already is the answer; with other
-    /// arguments it is an error, unless `replace` says that it is to begin anew with them. At a moment each call starts another one.
+    /// Sees to it that a compute runs on a branch, and answers when it takes connections. One that runs already is the
+    /// answer; with other arguments it is an error, unless `replace` says that it is to begin anew with them. At a
+    /// moment each call starts another one.
     ///
     /// # Errors
     /// [`Error`]; [`Error::AlreadyRunning`].
@@ -260,10 +262,7 @@ impl<P: Pageserver> Control<P> {
             self.order(entry, HostAction::Run);
             return Err(error);
         }
-        entry.update(|status| {
-            status.incarnation += 1;
-            status.phase = Phase::Starting;
-        });
+        self.begin_anew(entry);
         drop(turn);
         Ok(entry.clone())
     }
@@ -271,9 +270,8 @@ impl<P: Pageserver> Control<P> {
     /// Waits until a compute runs. One that this call started and that does not is not wanted any more.
     async fn wait_running(&self, place: &Place, entry: &Arc<Entry>, fresh: bool) -> Result<(), Error> {
         let begun = self.environment.now();
-        let is_over = |status: &crate::registry::Status| {
-            matches!(status.phase, Phase::Running | Phase::Failed(_)) || status.desired != Desired::Run
-        };
+        let is_over =
+            |status: &crate::registry::Status| matches!(status.phase, Phase::Running | Phase::Failed(_)) || status.desired != Desired::Run;
         let status = entry.wait(&self.environment, START_MAX, is_over).await;
         if status.is_some_and(|status| status.phase == Phase::Running && status.desired == Desired::Run) {
             let elapsed_ms = (self.environment.now().unix_micros() - begun.unix_micros()) / 1000;
@@ -294,11 +292,8 @@ impl<P: Pageserver> Control<P> {
         let mut gone = Vec::new();
         let unwanted = self.commit_edits(&place.log, |state| {
             let row = EndpointRow::clone(state.endpoint(id)?);
-            let edits = if row.moment.is_some() {
-                state.remove_endpoint(id)?
-            } else {
-                state.put_endpoint(EndpointRow { wanted: false, ..row })?
-            };
+            let edits =
+                if row.moment.is_some() { state.remove_endpoint(id)? } else { state.put_endpoint(EndpointRow { wanted: false, ..row })? };
             gone = removed_timelines(&edits).collect();
             Ok(edits)
         });

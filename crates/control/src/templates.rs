@@ -1,4 +1,5 @@
-//! Templates: what tenants of a Postgres major begin with. A host runs `initdb` once for each, and the pageserver keeps what it made.
+//! Templates: what tenants of a Postgres major begin with. A host runs `initdb` once for each, and the pageserver keeps
+//! what it made.
 
 use std::sync::Arc;
 use std::time::Duration;

@@ -5,9 +5,7 @@ use varve_api::admin::{Deleted, NewTenant, Tenant};
 use varve_postgres::Timestamp;
 use varve_storage::edit_log::{EditLogError, read_state};
 use varve_storage::ids::{BranchName, TenantId, TenantName, TimelineId};
-use varve_storage::tenant_log::{
-    TenantEdit, TenantFacts, TenantState, TimelineFacts, create_tenant, delete_objects, names, tenant_folder,
-};
+use varve_storage::tenant_log::{TenantEdit, TenantFacts, TenantState, TimelineFacts, create_tenant, delete_objects, names, tenant_folder};
 
 use crate::arguments::{Listed, Page};
 use crate::call::Call;
@@ -115,7 +113,8 @@ impl<P: Pageserver> Control<P> {
         Ok(answer)
     }
 
-    /// The answer to the call that made a tenant with this id. A first try that wrote the log and not the name is completed.
+    /// The answer to the call that made a tenant with this id. A first try that wrote the log and not the name is
+    /// completed.
     async fn created_before(&self, call: &Call, id: TenantId) -> Result<Option<Tenant>, Error> {
         let Some((state, _)) = read_state::<TenantState>(&self.store, &tenant_folder(id)?).await? else { return Ok(None) };
         let answer: Option<Tenant> = call.prior(&state)?;
@@ -123,7 +122,9 @@ impl<P: Pageserver> Control<P> {
             return Err(Error::Damaged { tenant: id, problem: "its log does not say which request made it" });
         };
         if state.is_removed() {
-            return Err(varve_api::Refusal::unavailable("the tenant that this key made is being deleted: try again, or take a new key").into());
+            return Err(
+                varve_api::Refusal::unavailable("the tenant that this key made is being deleted: try again, or take a new key").into()
+            );
         }
         names::reserve(&self.store, &facts.name, id).await?;
         Ok(Some(answer))
@@ -180,8 +181,8 @@ impl<P: Pageserver> Control<P> {
         Ok(answer)
     }
 
-    /// What a deletion under this key answered. No log is left that could keep it over a restart: after one the tenant is unknown, which
-    /// says as much.
+    /// What a deletion under this key answered. No log is left that could keep it over a restart: after one the tenant
+    /// is unknown, which says as much.
     fn deleted_before(&self, call: &Call) -> Result<Option<Deleted>, Error> {
         let Some(key) = &call.key else { return Ok(None) };
         let deletions = self.deletions.lock();
@@ -193,8 +194,8 @@ impl<P: Pageserver> Control<P> {
     }
 }
 
-/// A system identifier as `initdb` makes one, seconds in the high half, with chance in the low one: unique however many tenants a second
-/// brings.
+/// A system identifier as `initdb` makes one, seconds in the high half, with chance in the low one: unique however many
+/// tenants a second brings.
 fn system_identifier(chance: [u8; 4], now: Timestamp) -> u64 {
     let unix_seconds = (now.unix_micros() / 1_000_000).max(0) as u64;
     unix_seconds << 32 | u64::from(u32::from_be_bytes(chance))

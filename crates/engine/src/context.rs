@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 use tokio::sync::Notify;
-use varve_storage::ids::{TenantId, WalLogId};
+use varve_storage::ids::{TenantId, TimelineId, WalLogId};
 use varve_storage::store::Store;
 use varve_storage::threads::Threads;
 use varve_storage::timeline::Resources;
@@ -30,6 +30,23 @@ pub struct Context {
     pub queue: Arc<WorkQueue>,
     /// Tenants that turned out to be another server's; whoever owns the tenants looks there.
     pub lost: LostTenants,
+}
+
+impl Context {
+    /// Lets go of all WAL of timelines that are deleted.
+    pub async fn forget_wal(&self, tenant: TenantId, timelines: Vec<TimelineId>) {
+        let wal = self.wal.clone();
+        let forget = move || {
+            for timeline in timelines {
+                if let Err(error) = wal.forget(tenant, timeline) {
+                    tracing::warn!(%tenant, %timeline, %error, "that a timeline is deleted could not be written into the WAL log");
+                }
+            }
+        };
+        if let Err(error) = self.threads.call(forget).await {
+            tracing::error!(%tenant, %error, "WAL of deleted timelines was not let go of");
+        }
+    }
 }
 
 /// Tenants that turned out to be another server's, until they are dealt with. At most one entry a tenant.

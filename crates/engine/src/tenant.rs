@@ -11,12 +11,12 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use tokio::sync::OnceCell;
-use varve_postgres::Major;
+use varve_postgres::{Lsn, Major};
 use varve_storage::envelope::{self, Format};
 use varve_storage::ids::{TenantId, TenantName, TimelineId, random_bytes};
 use varve_storage::manifest::timeline_folder;
 use varve_storage::store::ObjectName;
-use varve_storage::tenant_log::{FileContents, TenantEdit, TenantFacts, TenantLog, TenantState};
+use varve_storage::tenant_log::{Ancestor, FileContents, TenantEdit, TenantFacts, TenantLog, TenantState, TimelineState};
 
 use crate::catalog;
 use crate::context::Context;
@@ -30,9 +30,19 @@ const FILE_FORMAT: Format = Format { magic: *b"VFIL", version: 1, what: "a file 
 /// Largest file that stands in the tenant log itself.
 const INLINE_FILE_MAX: usize = 64 * 1024;
 
+/// Branches that nobody has written and whose size is not noted, with where they left their ancestors.
+fn unmeasured_branches(state: &TenantState) -> Vec<(TimelineId, Ancestor)> {
+    let is_unmeasured = |timeline: &&TimelineState| timeline.epochs.is_empty() && timeline.figures.is_none();
+    let of_ancestor = |timeline: &TimelineState| Some((timeline.facts.id, timeline.facts.ancestor?));
+    state.timelines().filter(is_unmeasured).filter_map(of_ancestor).take(MEASURED_AT_ONCE).collect()
+}
+
 fn is_of_known(state: &TenantState, edit: &TenantEdit) -> bool {
     matches!(edit, TenantEdit::Figures { timeline, .. } if state.timeline(*timeline).is_ok())
 }
+
+/// Branches without a size that one round looks at.
+const MEASURED_AT_ONCE: usize = 256;
 
 type Cell = Arc<OnceCell<Arc<LiveTimeline>>>;
 
@@ -161,30 +171,55 @@ impl Tenant {
         self.timelines.lock().values().filter_map(|cell| cell.get().cloned()).collect()
     }
 
-    /// Tells the log how far its open timelines are in the store and how large they are, for lists: of each that has news, and not more often than every
-    /// `pause`. Failing costs nothing but a list that is behind.
+    /// Tells the log how far its open timelines are and how large they are, for lists: of each that has news, and not more often than every `pause`; also
+    /// of branches that nobody has written yet and whose ancestor is open. Failing costs nothing but a list that is behind.
     pub async fn note_figures(&self, pause: Duration) {
-        let mut edits = Vec::new();
+        let mut found = Vec::new();
         for live in self.all_opened() {
-            let Some(head) = live.to_note(pause) else { continue };
-            let measured = {
-                let live = live.clone();
-                self.context.threads.call(move || catalog::total_size(&**live.history(), head)).await
-            };
-            match measured {
-                Ok(Ok(size_bytes)) => {
-                    live.note(head, size_bytes);
-                    edits.push(TenantEdit::Figures { timeline: live.id(), head, size_bytes });
-                }
-                Ok(Err(error)) => tracing::warn!(timeline = live.name(), %error, "its size is not known"),
-                Err(error) => tracing::error!(timeline = live.name(), %error, "its size is not known"),
+            if let Some(head) = live.to_note(pause)
+                && let Some(size_bytes) = self.size_at(&live, head).await
+            {
+                live.note(head, size_bytes);
+                found.push(TenantEdit::Figures { timeline: live.id(), head, size_bytes });
             }
         }
-        if !edits.is_empty() {
-            // A timeline that was deleted meanwhile has no figures.
-            let known = |state: &TenantState| edits.into_iter().filter(|edit| is_of_known(state, edit)).collect::<Vec<_>>();
-            if let Err(error) = self.log.commit(|state| Ok::<_, EngineError>((known(state), ()))).await.map_err(EngineError::from) {
-                tracing::warn!(tenant = %self.name(), %error, "sizes of branches were not noted");
+        // Branches are often made at one moment: each is measured once.
+        let mut sizes = BTreeMap::new();
+        for (timeline, at) in unmeasured_branches(&self.log.state()) {
+            let Some(ancestor) = self.opened(at.timeline).filter(|ancestor| ancestor.positions().applied() >= at.lsn) else { continue };
+            let size = match sizes.get(&(at.timeline, at.lsn)) {
+                Some(size) => *size,
+                None => *sizes.entry((at.timeline, at.lsn)).or_insert(self.size_at(&ancestor, at.lsn).await),
+            };
+            if let Some(size_bytes) = size {
+                found.push(TenantEdit::Figures { timeline, head: at.lsn, size_bytes });
+            }
+        }
+        if found.is_empty() {
+            return;
+        }
+        // A timeline that was deleted meanwhile has no figures.
+        let known = |state: &TenantState| found.into_iter().filter(|edit| is_of_known(state, edit)).collect::<Vec<_>>();
+        if let Err(error) = self.log.commit(|state| Ok::<_, EngineError>((known(state), ()))).await.map_err(EngineError::from) {
+            tracing::warn!(tenant = %self.name(), %error, "sizes of branches were not noted");
+        }
+    }
+
+    /// Bytes of all relations of a timeline; `None` if that cannot be told now.
+    async fn size_at(&self, live: &Arc<LiveTimeline>, lsn: Lsn) -> Option<u64> {
+        let measured = {
+            let live = live.clone();
+            self.context.threads.call(move || catalog::total_size(&**live.history(), lsn)).await
+        };
+        match measured {
+            Ok(Ok(size_bytes)) => Some(size_bytes),
+            Ok(Err(error)) => {
+                tracing::warn!(timeline = live.name(), %error, "its size is not known");
+                None
+            }
+            Err(error) => {
+                tracing::error!(timeline = live.name(), %error, "its size is not known");
+                None
             }
         }
     }
@@ -248,7 +283,7 @@ impl Tenant {
         if let Some(live) = cell.as_ref().and_then(|cell| cell.get()) {
             live.close().await;
         }
-        self.context.wal.forget(self.id(), id);
+        self.context.forget_wal(self.id(), vec![id]).await;
         if let Err(error) = self.remove_objects(id).await {
             tracing::warn!(tenant = %self.facts.name, timeline = %id, %error, "objects of a deleted branch stay behind");
         }

@@ -38,6 +38,8 @@ const RETRY_WAIT: Duration = Duration::from_millis(100);
 const BACKOFF_MAX: Duration = Duration::from_secs(10);
 /// Incarnations that may fail in a row before they ever ran; then the compute gives up and says why.
 const FAILED_STARTS_MAX: u32 = 5;
+/// How long the server may take until it takes the end of a compute.
+const END_MAX: Duration = Duration::from_secs(60);
 /// How long a start waits for the tenant's password to be set. Whoever connects should find it set; whoever commits already waits for us to attach.
 const PASSWORD_WAIT: Duration = Duration::from_secs(2);
 /// How long setting it may take behind locks of the tenant's, once the compute is attached.
@@ -52,6 +54,8 @@ pub struct ProcessConfig {
     pub server_url: String,
     /// The compute's id.
     pub id: String,
+    /// Id of the host that started it.
+    pub host: String,
     /// The compute's folder.
     pub home: PathBuf,
     /// Folder of sockets.
@@ -124,7 +128,7 @@ enum Begun {
 /// # Errors
 /// When it cannot be started, after some tries, or the server refuses it.
 pub async fn run(config: ProcessConfig) -> Result<(), ProcessError> {
-    let server = Server::new(&config.server_url, &config.id, config.token, config.token_file)?;
+    let server = Server::new(&config.server_url, &config.id, &config.host, config.token, config.token_file)?;
     let user = User::for_postgres()?;
     let dirs = Dirs::existing(&config.home, &config.run_dir, &config.id, user);
     let mut terminate = signal(SignalKind::terminate())?;
@@ -195,15 +199,27 @@ fn is_worth_another_try(error: &ProcessError) -> bool {
     }
 }
 
-/// Tells how it ended. A server that does not want to know has made up its mind already.
+/// Tells how it ended. A clean end counts once all of its WAL is durable, which may take several tries; when that takes too long, the end is not
+/// clean, and the host keeps `pg_wal`. A server that does not want to know has made up its mind already.
 async fn tell_end(server: &Server, begin: &Begin, clean: bool, reason: &str) -> Result<(), ClientError> {
-    let ended = Ended { incarnation: begin.incarnation, clean, reason: reason.to_owned() };
-    match server.ended(&ended).await {
-        Err(error) if is_unwanted(&error) => {
-            tracing::info!(%error, "the server does not want to know of the end");
-            Ok(())
+    let mut ended = Ended { incarnation: begin.incarnation, clean, reason: reason.to_owned() };
+    let deadline = tokio::time::Instant::now() + END_MAX;
+    loop {
+        match server.ended(&ended).await {
+            Err(error) if is_unwanted(&error) => {
+                tracing::info!(%error, "the server does not want to know of the end");
+                return Ok(());
+            }
+            Err(error) if is_transient(&error) && tokio::time::Instant::now() < deadline => {
+                tracing::info!(%error, "the end is told again");
+                tokio::time::sleep(RETRY_WAIT).await;
+            }
+            Err(error) if ended.clean => {
+                tracing::error!(%error, "whether all of its WAL is durable is not known");
+                ended = Ended { clean: false, reason: error.to_string(), ..ended };
+            }
+            told => return told,
         }
-        told => told,
     }
 }
 

@@ -8,7 +8,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use varve_api::Code;
 use varve_api::client::{Call, Client, ClientError, segment};
-use varve_api::host::{Attach, Attached, Begin, Ended, FileVersion, Orders, StartupBlocks};
+use varve_api::host::{Attach, Attached, Begin, BeginRequest, Ended, FileVersion, Orders, StartupBlocks};
 use varve_api::token::Token;
 
 /// Limit of calls that move a file.
@@ -31,16 +31,18 @@ pub struct Server {
     /// Where the host puts its token when it gets another one.
     token_file: Arc<PathBuf>,
     base: Arc<str>,
+    /// The host that started us.
+    host: Arc<str>,
 }
 
 impl Server {
-    /// A client of the server at `url` for compute `id`.
+    /// A client of the server at `url` for compute `id` on `host`.
     ///
     /// # Errors
     /// When the HTTP client cannot be made.
-    pub fn new(url: &str, id: &str, token: Token, token_file: PathBuf) -> Result<Server, ClientError> {
+    pub fn new(url: &str, id: &str, host: &str, token: Token, token_file: PathBuf) -> Result<Server, ClientError> {
         let base = format!("computes/{}", segment(id)).into();
-        Ok(Server { client: Client::new(url, Some(token))?, token_file: Arc::new(token_file), base })
+        Ok(Server { client: Client::new(url, Some(token))?, token_file: Arc::new(token_file), base, host: host.into() })
     }
 
     fn path(&self, call: &str) -> String {
@@ -74,7 +76,7 @@ impl Server {
     /// # Errors
     /// [`ClientError`].
     pub async fn begin(&self) -> Result<Begin, ClientError> {
-        self.post("begin", &()).await
+        self.post("begin", &BeginRequest { host: Some(self.host.to_string()) }).await
     }
 
     /// Says that Postgres runs.

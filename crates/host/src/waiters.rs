@@ -53,13 +53,9 @@ fn look(postmaster: u32, login: Option<(u32, Instant)>) -> Option<(u32, Instant)
     let mut commits: Vec<(u32, Commit)> = children.iter().filter_map(|pid| Some((*pid, Commit::of(&identity::title(*pid)?)?))).collect();
     commits.sort_by_key(|(pid, commit)| (commit.rank(), *pid));
     for (pid, commit) in commits {
-        let waits = || dirs::title(pid).is_some_and(|title| Commit::of(&title).as_ref() == Some(&commit));
+        let waits = || identity::title(pid).is_some_and(|title| Commit::of(&title).as_ref() == Some(&commit));
         // Meanwhile it may have been acknowledged: what it does now is not to be cancelled.
-<<<<<<< ours
-        if !identity::title(pid).is_some_and(|title| Commit::of(&title).as_ref() == Some(&commit)) {
-=======
         if !waits() {
->>>>>>> theirs
             continue;
         }
         tracing::warn!(

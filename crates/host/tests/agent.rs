@@ -151,7 +151,7 @@ impl Machine {
     async fn new() -> Machine {
         let folder = tempfile::tempdir().unwrap();
         let program = folder.path().join("varve");
-        let script = "#!/bin/sh\nread line || exit 7\n[ -d \"$7\" ] || mkdir \"$7\"\necho \"$$ $line\" >> \"$7.starts\"\nexec sleep 600\n";
+        let script = "#!/bin/sh\nread line || exit 7\n[ -d \"$9\" ] || mkdir \"$9\"\necho \"$$ $line\" >> \"$9.starts\"\nexec sleep 600\n";
         std::fs::write(&program, script).unwrap();
         std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755)).unwrap();
         Machine { control: Control::start().await, folder }

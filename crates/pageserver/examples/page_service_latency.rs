@@ -14,7 +14,7 @@ use bytes::BytesMut;
 use futures::FutureExt;
 use futures::future::BoxFuture;
 use tokio_util::sync::CancellationToken;
-use varve_pageserver::page_service::{BackupOptions, PageService, PageServiceConfig, PageSource, SourceError, TimelinePages};
+use varve_pageserver::page_service::{Arrival, BackupOptions, PageService, PageServiceConfig, PageSource, SourceError, TimelinePages};
 use varve_postgres::slru::SlruKind;
 use varve_postgres::{BLCKSZ, BlockNumber, Fork, Lsn, Oid, Page, RelFork, RelNode};
 use varve_protocol::client::BlockingOptions;
@@ -47,7 +47,7 @@ impl TimelinePages for OnePage {
     fn tenant(&self) -> TenantId {
         TenantId([1; 16])
     }
-    fn arrival(&self, _at: ReadLsn) -> Option<BoxFuture<'static, ()>> {
+    fn arrival(&self, _at: ReadLsn) -> Option<Arrival> {
         None
     }
     fn try_get_page_cached(&self, _rel: RelFork, _blkno: BlockNumber, _at: ReadLsn, take: &mut dyn FnMut(&Page)) -> bool {

@@ -79,4 +79,3 @@ impl ServerError {
         move |error| ServerError::File { path, error }
     }
 }
-

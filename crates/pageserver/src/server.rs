@@ -118,7 +118,8 @@ impl Pageserver {
         let resources = histories::resources(&config.store, &threads, cache_dir, config.cache_bytes, config.memtable_bytes);
         let queue = WorkQueue::new(Places::default(), threads.clone());
         let store = config.store.clone();
-        let context = Context { wal: Arc::new(wal), wal_log, store, resources: Arc::new(resources), threads, queue, lost: Default::default() };
+        let context =
+            Context { wal: Arc::new(wal), wal_log, store, resources: Arc::new(resources), threads, queue, lost: Default::default() };
         let context = Arc::new(context);
         let templates = Arc::new(Templates::new(config.store.clone()));
         let identity = Identity { server: wal_log.to_string(), url: config.url.clone() };
@@ -187,7 +188,7 @@ impl Pageserver {
                      lets go of its WAL; if not, the newest objects below tenants/{tenant}/log are lost: restore them from the bucket's versions"
                 )),
                 _ => {
-                    self.context.wal.forget(tenant, timeline);
+                    self.context.forget_wal(tenant, vec![timeline]).await;
                     Ok(())
                 }
             };
@@ -197,16 +198,18 @@ impl Pageserver {
     }
 
     /// Lets go of WAL of which no log in the store knows, at an operator's word.
-    pub fn forget_orphans(&self, tenant: TenantId, timeline: Option<TimelineId>) -> usize {
-        let mut orphans = self.orphans.lock();
-        let is_meant = |orphan: &OrphanedWal| orphan.tenant == tenant && timeline.is_none_or(|timeline| timeline == orphan.timeline);
-        let forgotten: Vec<OrphanedWal> = orphans.iter().filter(|orphan| is_meant(orphan)).cloned().collect();
-        orphans.retain(|orphan| !is_meant(orphan));
-        drop(orphans);
-        for orphan in &forgotten {
-            self.context.wal.forget(orphan.tenant, orphan.timeline);
-        }
-        forgotten.len()
+    pub async fn forget_orphans(&self, tenant: TenantId, timeline: Option<TimelineId>) -> usize {
+        let forgotten: Vec<TimelineId> = {
+            let mut orphans = self.orphans.lock();
+            let is_meant = |orphan: &OrphanedWal| orphan.tenant == tenant && timeline.is_none_or(|timeline| timeline == orphan.timeline);
+            let forgotten = orphans.iter().filter(|orphan| is_meant(orphan)).map(|orphan| orphan.timeline).collect();
+            orphans.retain(|orphan| !is_meant(orphan));
+            forgotten
+        };
+        let count = forgotten.len();
+        self.context.forget_wal(tenant, forgotten).await;
+        tracing::warn!(%tenant, timelines = count, "WAL of which no log in the store knows was given up, as an operator said");
+        count
     }
 
     /// WAL in the WAL log of which no log in the store knows.
@@ -228,6 +231,7 @@ impl Pageserver {
                     tracing::warn!(timeline = live.name(), %error, "not all is in the store; the WAL log keeps the rest");
                 }
             }
+            tenant.note_figures(Duration::ZERO).await;
         }
         self.stopping.cancel();
         self.tenants.close().await;
@@ -290,9 +294,7 @@ impl Pageserver {
     /// Stops a tenant's timelines and forgets it and its WAL: it was deleted. `timelines` are all that its log had.
     pub async fn forget(&self, tenant: TenantId, timelines: Vec<TimelineId>) {
         self.tenants.forget(tenant).await;
-        for timeline in timelines {
-            self.context.wal.forget(tenant, timeline);
-        }
+        self.context.forget_wal(tenant, timelines).await;
     }
 
     /// The boundary that a moment of a timeline is.
@@ -300,7 +302,14 @@ impl Pageserver {
     /// # Errors
     /// [`ServerError`].
     pub async fn resolve(&self, tenant: TenantId, timeline: TimelineId, moment: Moment) -> Result<Resolved, ServerError> {
-        let live = self.live_to_read(tenant, timeline, "a moment of it is asked for").await?;
+        let tenant = self.tenants.own_if_ours(tenant, "a moment of it is asked for").await?;
+        // A time before the tenant was there is before history, even where no transaction says so.
+        if let Moment::Time(at) = moment
+            && at.0 < tenant.facts().created
+        {
+            return Err(EngineError::from(varve_engine::moments::MomentError::BeforeTime { at }).into());
+        }
+        let live = tenant.timeline(timeline).await?;
         Ok(resolve(&live, moment).await?)
     }
 
@@ -354,7 +363,9 @@ impl Pageserver {
     /// [`ServerError`].
     pub async fn close_epoch(&self, tenant: TenantId, timeline: TimelineId, epoch: WriterEpoch) -> Result<(), ServerError> {
         let (tenant, live) = self.live(tenant, timeline, "a compute ended").await?;
-        Ok(live.close_epoch(tenant.log(), epoch).await?)
+        live.close_epoch(tenant.log(), epoch).await?;
+        tenant.note_figures(Duration::ZERO).await;
+        Ok(())
     }
 
     /// What a mount of a timeline at `lsn` must know.

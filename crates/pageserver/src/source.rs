@@ -53,7 +53,9 @@ impl PageSource for Source {
                     ServerError::Engine(EngineError::Tenant(TenantError::UnknownBranch(_) | TenantError::UnknownTimeline(_))) => {
                         SourceError::NotFound(words)
                     }
-                    ServerError::NotOwner { .. } | ServerError::Engine(EngineError::Store(_) | EngineError::Log(_)) => SourceError::NotReady(words),
+                    ServerError::NotOwner { .. } | ServerError::Engine(EngineError::Store(_) | EngineError::Log(_)) => {
+                        SourceError::NotReady(words)
+                    }
                     _ => SourceError::Failed(words),
                 }
             })

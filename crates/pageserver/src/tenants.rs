@@ -182,7 +182,9 @@ impl Tenants {
     /// When the log cannot be written, or says nothing of a tenant.
     pub async fn adopt(&self, log: TenantLog) -> Result<Arc<Tenant>, ServerError> {
         let state = log.state();
-        let Some(facts) = state.facts().cloned() else { return Err(varve_engine::EngineError::EmptyLog { tenant: TenantId([0; 16]) }.into()) };
+        let Some(facts) = state.facts().cloned() else {
+            return Err(varve_engine::EngineError::EmptyLog { tenant: TenantId([0; 16]) }.into());
+        };
         let template = self.templates.by_name(&facts.template).await?;
         let tenant = Arc::new(Tenant::new(facts.id, log, template, self.context.clone())?);
         let awake = Arc::new(Awake { ownership: None, tenant: OnceCell::new_with(Some(tenant.clone())) });

@@ -5,7 +5,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures::FutureExt as _;
-use futures::future::BoxFuture;
 use varve_engine::backup::{self, BackupOptions};
 use varve_engine::{EngineError, LiveTimeline, Tenant, catalog};
 use varve_postgres::slru::{PAGES_PER_SEGMENT, SlruKind};
@@ -16,7 +15,7 @@ use varve_storage::ids::TenantId;
 use varve_storage::relation::{self, RelationError};
 use varve_storage::timeline::Timeline;
 
-use crate::page_service::{SourceError, TimelinePages};
+use crate::page_service::{Arrival, SourceError, TimelinePages};
 
 /// How long a read waits for an LSN that has not arrived.
 const ARRIVAL_WAIT_MAX: Duration = Duration::from_secs(60);
@@ -71,19 +70,25 @@ impl Pages {
         if self.live.is_applied(wanted) {
             return Ok(if newest { positions.applied() } else { wanted });
         }
-        let (head, applied) = (positions.head(), positions.applied());
-        let what = format!("timeline {} has no WAL up to {wanted}: it ends at {head}, of which {applied} is applied", self.live.id());
-        // What has arrived and is not applied yet is worth another try. Waiting again does not help where ingest has stopped, or for what nobody wrote.
-        Err(match self.live.stopped() {
-            Some(stopped) => SourceError::Failed(format!("{what}; ingest stopped at {}: {}", stopped.at, stopped.reason)),
-            None if positions.is_closing() => SourceError::NotReady(format!("timeline {} is being closed by this server", self.live.id())),
-            None if wanted > head => SourceError::NotFound(what),
-            None => SourceError::NotReady(what),
-        })
+        Err(not_there(&self.live, wanted))
     }
 
     fn history(&self) -> &Arc<Timeline> {
         self.live.history()
+    }
+}
+
+/// Why `wanted` cannot be read now.
+fn not_there(live: &LiveTimeline, wanted: Lsn) -> SourceError {
+    let positions = live.positions();
+    let (head, applied) = (positions.head(), positions.applied());
+    let what = format!("timeline {} has no WAL up to {wanted}: it ends at {head}, of which {applied} is applied", live.id());
+    // What has arrived and is not applied yet is worth another try. Waiting again does not help where ingest has stopped, or for what nobody wrote.
+    match live.stopped() {
+        Some(stopped) => SourceError::Failed(format!("{what}; ingest stopped at {}: {}", stopped.at, stopped.reason)),
+        None if positions.is_closing() => SourceError::NotReady(format!("timeline {} is being closed by this server", live.id())),
+        None if wanted > head => SourceError::NotFound(what),
+        None => SourceError::NotReady(what),
     }
 }
 
@@ -92,14 +97,13 @@ impl TimelinePages for Pages {
         self.tenant.id()
     }
 
-    fn arrival(&self, at: ReadLsn) -> Option<BoxFuture<'static, ()>> {
+    fn arrival(&self, at: ReadLsn) -> Option<Arrival> {
         let wanted = self.wanted(at);
         if self.live.is_applied(wanted) {
             return None;
         }
         let live = self.live.clone();
-        // Whatever comes of it: the answer says so.
-        Some(async move { drop(live.wait_applied(wanted, ARRIVAL_WAIT_MAX).await) }.boxed())
+        Some(async move { live.wait_applied(wanted, ARRIVAL_WAIT_MAX).await.map_err(|_| not_there(&live, wanted)) }.boxed())
     }
 
     fn try_get_page_cached(&self, rel: RelFork, blkno: BlockNumber, at: ReadLsn, take: &mut dyn FnMut(&Page)) -> bool {
@@ -230,4 +234,3 @@ fn segment_pages(intervals: &[std::ops::Range<u32>], segno: u32) -> Option<u32> 
     let last = intervals.iter().filter(|i| i.start < end && i.end > base).map(|i| i.end.min(end)).max()?;
     Some(last - base)
 }
-

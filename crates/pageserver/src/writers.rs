@@ -165,4 +165,3 @@ impl WalSink for Sink {
         self.0.store_durable()
     }
 }
-

@@ -2,8 +2,8 @@
 
 use bytes::Bytes;
 use tokio::runtime::Handle;
-use varve_postgres::Lsn;
 use varve_api::admin::Wal;
+use varve_postgres::Lsn;
 use varve_verify::VerifyError;
 use varve_verify::branch_wal::{Kept, WalKeeper};
 

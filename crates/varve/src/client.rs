@@ -31,6 +31,23 @@ impl Client {
         self.call(Method::POST, path, Some(body)).await
     }
 
+    /// A list, page after page, until it ends or has `limit` items.
+    pub(crate) async fn list<T: DeserializeOwned>(&self, path: &str, list: &ListArgs) -> anyhow::Result<Vec<T>> {
+        let limit = list.limit.map_or(usize::MAX, |limit| limit as usize);
+        let page = limit.min(PAGE_ITEMS);
+        let prefix = list.prefix.as_deref().map(|prefix| format!("&prefix={}", segment(prefix))).unwrap_or_default();
+        let mut next = Some(format!("{path}?limit={page}{prefix}"));
+        let mut items = Vec::new();
+        while let Some(path) = next.filter(|_| items.len() < limit) {
+            let call = self.prepare(Method::GET, &path, None::<&()>);
+            let (more, following) = call.send_for_page::<T>().await.map_err(|error| self.words(error))?;
+            items.extend(more);
+            next = following;
+        }
+        items.truncate(limit);
+        Ok(items)
+    }
+
     /// An answer that is no JSON.
     pub(crate) async fn get_bytes(&self, path: &str) -> anyhow::Result<Bytes> {
         self.prepare(Method::GET, path, None::<&()>).send_for_bytes().await.map_err(|error| self.words(error))
@@ -64,5 +81,18 @@ impl Client {
     }
 }
 
+/// Which part of a list.
+#[derive(Debug, Default, clap::Args)]
+pub(crate) struct ListArgs {
+    /// At most so many; all by default.
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) limit: Option<u32>,
+    /// Only names that begin so.
+    #[arg(long)]
+    pub(crate) prefix: Option<String>,
+}
+
+/// Items of a page: as many as the API gives at once.
+const PAGE_ITEMS: usize = 1000;
 /// Longer than anything that a server does while a client waits: a clean stop has 300 s.
 const CALL_MAX: std::time::Duration = std::time::Duration::from_secs(600);

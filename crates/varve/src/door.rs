@@ -5,7 +5,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use varve_api::host::BlockName;
 use varve_api::{Code, Refusal};
-use varve_control::ports::{self, AttachWriter, EpochStart, Live, Lost, Moment, Places, PortResult, Resolved, Template, WalRange};
+use varve_control::ports::{self, AttachWriter, EpochStart, Live, Lost, Moment, OrphanedWal, Places, PortResult, Resolved, Template, WalRange};
 use varve_engine::moments::MomentError;
 use varve_engine::{EngineError, resolve};
 use varve_pageserver::writers::{Walsender, Writer};
@@ -48,9 +48,8 @@ fn engine_code(error: &EngineError) -> Code {
         EngineError::Tenant(TenantError::UnknownBranch(_) | TenantError::UnknownTimeline(_)) => Code::UnknownBranch,
         EngineError::Tenant(TenantError::Removed) => Code::UnknownTenant,
         EngineError::Log(EditLogError::Fenced { .. }) | EngineError::NotOwner { .. } => Code::NotOwner,
-        EngineError::Log(EditLogError::Unconfirmed { .. } | EditLogError::Stopped { .. } | EditLogError::Store(_)) | EngineError::Store(_) => {
-            Code::Unavailable
-        }
+        EngineError::Log(EditLogError::Unconfirmed { .. } | EditLogError::Stopped { .. } | EditLogError::Store(_))
+        | EngineError::Store(_) => Code::Unavailable,
         EngineError::Wait(WaitError::Deadline { .. } | WaitError::Closing { .. }) | EngineError::TailUnknown { .. } => Code::Unavailable,
         EngineError::EpochOver { .. } | EngineError::BranchMoved { .. } => Code::Fenced,
         EngineError::Moment(MomentError::Future { .. }) => Code::InTheFuture,
@@ -71,9 +70,20 @@ fn refusal(error: ServerError) -> Refusal {
         ServerError::Engine(EngineError::Moment(MomentError::BeforeHistory { lsn, start })) => {
             format!("{lsn} is before what this branch keeps: its history begins at {start}")
         }
+        ServerError::Engine(EngineError::Moment(MomentError::BeforeTime { at })) => {
+            format!("{} is before the history of this branch", rfc3339(*at))
+        }
         error => error.to_string(),
     };
     Refusal::new(code(&error), detail)
+}
+
+/// A time of Postgres's in RFC 3339, UTC.
+fn rfc3339(at: Timestamp) -> String {
+    /// Microseconds from 1970-01-01 to 2000-01-01 UTC, where Postgres's clock begins.
+    const POSTGRES_EPOCH_MICROS: i64 = 946_684_800_000_000;
+    let time = jiff::Timestamp::from_microsecond(at.0.saturating_add(POSTGRES_EPOCH_MICROS));
+    time.map_or_else(|_| "that time".to_owned(), |time| time.to_string())
 }
 
 fn template(found: &varve_engine::template::Template) -> Template {
@@ -193,6 +203,22 @@ impl ports::Pageserver for Door {
 
     fn page_service(&self) -> String {
         self.page_service.clone()
+    }
+
+    fn orphans(&self) -> Vec<OrphanedWal> {
+        let orphan = |orphan: varve_pageserver::server::OrphanedWal| {
+            let varve_pageserver::server::OrphanedWal { tenant, timeline, problem } = orphan;
+            OrphanedWal { tenant, timeline, problem }
+        };
+        self.pageserver.orphans().into_iter().map(orphan).collect()
+    }
+
+    async fn forget_orphans(&self, tenant: TenantId, timeline: Option<TimelineId>) -> usize {
+        self.pageserver.forget_orphans(tenant, timeline).await
+    }
+
+    fn forgive(&self, tenant: TenantId) {
+        self.pageserver.tenants().forgive(tenant);
     }
 
     fn lost(&self) -> Vec<Lost> {

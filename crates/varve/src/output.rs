@@ -1,7 +1,8 @@
 //! How results are printed: one JSON value with `--json`, else a table or a sentence.
 
-use std::io::Write as _;
+use std::io::{IsTerminal as _, Write as _};
 
+use anyhow::bail;
 use serde::Serialize;
 
 /// Prints `value` as JSON when asked to, else `text`.
@@ -57,4 +58,19 @@ pub(crate) fn age(time: &str) -> String {
         7200..172_800 => format!("{} h", seconds / 3600),
         _ => format!("{} d", seconds / 86_400),
     }
+}
+
+/// Asks before something is destroyed. Where nobody can be asked, it is not.
+pub(crate) fn confirm(question: &str) -> anyhow::Result<()> {
+    if !std::io::stdin().is_terminal() {
+        bail!("nobody can be asked here: give --yes to go on without a question");
+    }
+    eprint!("{question} Type yes to go on: ");
+    std::io::stderr().flush()?;
+    let mut answer = String::new();
+    std::io::stdin().read_line(&mut answer)?;
+    if answer.trim() != "yes" {
+        bail!("nothing was deleted");
+    }
+    Ok(())
 }

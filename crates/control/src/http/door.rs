@@ -51,7 +51,8 @@ pub(super) async fn forbids_sniffing(request: Request, next: Next) -> Response {
     response
 }
 
-/// Refuses what a browser sends on behalf of a web page: with an `Origin`, or with a `Host` that only looks like this server.
+/// Refuses what a browser sends on behalf of a web page: with an `Origin`, or with a `Host` that only looks like this
+/// server.
 pub(super) async fn is_no_web_page<P: Pageserver>(State(server): State<Server<P>>, request: Request, next: Next) -> Response {
     match looks_right(request.headers(), request.uri().host(), &server.config.hosts, &server.config.origins) {
         Ok(()) => next.run(request).await,

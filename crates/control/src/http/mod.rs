@@ -1,8 +1,10 @@
-//! The admin HTTP API `/v1`: each route takes its request apart, calls [`Control`] and puts the answer together. No decisions here.
+//! The admin HTTP API `/v1`: each route takes its request apart, calls [`Control`] and puts the answer together. No
+//! decisions here.
 //!
-//! **The door.** Every request passes the same checks before anybody looks at what it asks for: its `Host` is one of ours, no web page sent it,
-//! its size and the time it takes are bounded by its route, a body is JSON and says so. Routes of hosts and computes need the host's token. Every
-//! error is an `application/problem+json` with a stable code, those of unknown addresses and methods included.
+//! **The door.** Every request passes the same checks before anybody looks at what it asks for: its `Host` is one of
+//! ours, no web page sent it, its size and the time it takes are bounded by its route, a body is JSON and says so.
+//! Routes of hosts and computes need the host's token. Every error is an `application/problem+json` with a stable code,
+//! those of unknown addresses and methods included.
 
 mod door;
 mod extract;
@@ -109,7 +111,9 @@ pub fn router<P: Pageserver>(control: Arc<Control<P>>, config: Arc<HttpConfig>) 
         .route(&format!("{branch}/computes"), get(routes::list_branch_computes::<P>).post(routes::start_compute::<P>))
         .route("/v1/computes", get(routes::list_computes::<P>))
         .route("/v1/computes/{id}", get(routes::show_compute::<P>).delete(routes::stop_compute::<P>))
+        .route("/v1/tenants/{tenant}/take", post(routes::take_tenant::<P>))
         .route("/v1/server", get(routes::show_server::<P>))
+        .route("/v1/server/orphaned-wal/{tenant_id}", axum::routing::delete(routes::forget_wal::<P>))
         .route("/v1/openapi.json", get(openapi::show))
         .route("/livez", get(|| async { "ok\n" }))
         .route("/readyz", get(routes::ready::<P>))

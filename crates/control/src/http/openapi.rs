@@ -1,4 +1,5 @@
-//! The OpenAPI 3.1 document: generated from the routes' own annotations, and completed with what the door says to any of them.
+//! The OpenAPI 3.1 document: generated from the routes' own annotations, and completed with what the door says to any
+//! of them.
 
 use axum::http::header;
 use axum::response::IntoResponse;
@@ -38,6 +39,8 @@ use super::routes;
         routes::list_computes,
         routes::show_compute,
         routes::stop_compute,
+        routes::take_tenant,
+        routes::forget_wal,
         routes::show_server,
         routes::ready
     )

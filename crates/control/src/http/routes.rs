@@ -6,7 +6,7 @@ use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
 use varve_api::admin::{
-    Branch, BranchChange, Compute, Deleted, Moment, NewBranch, NewCompute, NewTenant, Ready, Restore, Restored, Server as ServerFacts,
+    Branch, BranchChange, Compute, Deleted, ForgottenWal, Moment, NewBranch, NewCompute, NewTenant, Ready, Restore, Restored, Server as ServerFacts,
     Stopped, Tenant, Wal,
 };
 
@@ -42,7 +42,8 @@ impl PageQuery {
         Page::parse(self.prefix.as_deref(), self.cursor.as_deref(), self.limit)
     }
 
-    /// The items, with the address of the next page in `Link`. Everything in it is made of letters that an address takes as they are.
+    /// The items, with the address of the next page in `Link`. Everything in it is made of letters that an address
+    /// takes as they are.
     fn answer<T: Serialize>(&self, path: &str, page: &Page, listed: Listed<T>) -> Response {
         let mut response = Json(listed.items).into_response();
         if let Some(cursor) = listed.next {
@@ -62,13 +63,46 @@ pub(super) async fn show_server<P: Pageserver>(State(server): State<Server<P>>) 
     Json(server.control.server())
 }
 
-/// Says whether the server can work: it can while the store answers. Tenants that others took over are named; they do not make it unready.
+/// Gives up WAL that the server keeps though no log in the store knows of it: what only it holds is lost for good.
+#[utoipa::path(delete, path = "/v1/server/orphaned-wal/{tenant_id}",
+    params(("tenant_id", description = "id"), ("timeline_id" = Option<String>, Query, description = "of one timeline only")),
+    responses((status = 200, body = ForgottenWal)))]
+pub(super) async fn forget_wal<P: Pageserver>(
+    State(server): State<Server<P>>,
+    Names(tenant): Names<String>,
+    Parameters(query): Parameters<ForgetQuery>,
+) -> Answer<ForgottenWal> {
+    server.control.forget_wal(&tenant, query.timeline_id.as_deref()).await.map(Json)
+}
+
+/// Which WAL to give up.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct ForgetQuery {
+    #[serde(default)]
+    timeline_id: Option<String>,
+}
+
+/// Takes a tenant over, whoever has it: that server acknowledges and serves nothing more of it.
+#[utoipa::path(post, path = "/v1/tenants/{tenant}/take", params(("tenant", description = "name or id")),
+    responses((status = 200, body = Tenant)))]
+pub(super) async fn take_tenant<P: Pageserver>(
+    State(server): State<Server<P>>,
+    Names(tenant): Names<String>,
+    Mutation { call: _, body: Nothing {} }: Mutation<Nothing>,
+) -> Answer<Tenant> {
+    to_its_end!(server, |control| control.take_tenant(&tenant)).map(Json)
+}
+
+/// Says whether the server can work: it can while the store answers. Tenants that others took over are named; they do
+/// not make it unready.
 #[utoipa::path(get, path = "/readyz", responses((status = 200, body = Ready)))]
 pub(super) async fn ready<P: Pageserver>(State(server): State<Server<P>>) -> Answer<Ready> {
     server.control.ready().await.map(Json)
 }
 
-/// Lists tenants by name. The header `Link` has the address of the next page, if there is one. No tenant is taken over for it.
+/// Lists tenants by name. The header `Link` has the address of the next page, if there is one. No tenant is taken over
+/// for it.
 #[utoipa::path(get, path = "/v1/tenants",
     params(("limit" = Option<u32>, Query, minimum = 1, maximum = 1000, description = "items of a page; 100 by default"),
         ("cursor" = Option<String>, Query, description = "from the last page's Link"),
@@ -110,8 +144,8 @@ pub(super) async fn delete_tenant<P: Pageserver>(
     to_its_end!(server, |control| control.delete_tenant(&call, &tenant)).map(Json)
 }
 
-/// Lists a tenant's branches by name. The header `Link` has the address of the next page, if there is one. Heads and sizes are what is
-/// known without opening anything.
+/// Lists a tenant's branches by name. The header `Link` has the address of the next page, if there is one. Heads and
+/// sizes are what is known without opening anything.
 #[utoipa::path(get, path = "/v1/tenants/{tenant}/branches",
     params(("tenant", description = "name or id"),
         ("limit" = Option<u32>, Query, minimum = 1, maximum = 1000, description = "items of a page; 100 by default"),
@@ -244,8 +278,9 @@ pub(super) async fn list_branch_computes<P: Pageserver>(
     server.control.list_branch_computes(&tenant, &branch).await.map(Json)
 }
 
-/// Sees to it that a compute runs on a branch, and answers when it takes connections: 201 when it was started for this call, 200 when it ran
-/// already. One that runs with other arguments is left alone unless `replace` is set. At a moment of the past each call starts another one.
+/// Sees to it that a compute runs on a branch, and answers when it takes connections: 201 when it was started for this
+/// call, 200 when it ran already. One that runs with other arguments is left alone unless `replace` is set. At a moment
+/// of the past each call starts another one.
 #[utoipa::path(post, path = "/v1/tenants/{tenant}/branches/{branch}/computes",
     params(("tenant", description = "name or id"), ("branch", description = "name, or id of its timeline")),
     request_body = NewCompute, responses((status = 201, body = Compute), (status = 200, body = Compute)))]
@@ -270,7 +305,8 @@ pub(super) async fn show_compute<P: Pageserver>(State(server): State<Server<P>>,
     server.control.show_compute(&id).await.map(Json)
 }
 
-/// Stops a compute cleanly; answers when it has ended. One that did not end cleanly is stopped, too, and the answer is an error that says so.
+/// Stops a compute cleanly; answers when it has ended. One that did not end cleanly is stopped, too, and the answer is
+/// an error that says so.
 #[utoipa::path(delete, path = "/v1/computes/{id}", params(("id", description = "id")), responses((status = 200, body = Stopped)))]
 pub(super) async fn stop_compute<P: Pageserver>(
     State(server): State<Server<P>>,

@@ -199,14 +199,17 @@ impl LiveTimeline {
         self.noted.lock().map(|noted| noted.size_bytes)
     }
 
-    /// What its tenant's log should be told: when there is news in the store, not more often than every `pause`; `None` if there is nothing to tell.
+    /// Up to where it is to be measured for its tenant's log: the first time as soon as there is something, afterwards when there is news in the store, and
+    /// not more often than every `pause`; `None` if there is nothing to tell.
     pub(crate) fn to_note(&self, pause: Duration) -> Option<Lsn> {
-        let layered = self.positions().layered();
         let now = (self.context.resources.clock)();
-        let noted = *self.noted.lock();
-        let is_news = noted.map_or(layered > self.facts.start, |noted| noted.head < layered);
-        let is_due = noted.is_none_or(|noted| now.duration_since(noted.at) >= pause);
-        (is_news && is_due).then_some(layered)
+        match *self.noted.lock() {
+            None => Some(self.positions().applied()).filter(|applied| *applied > self.facts.start),
+            Some(noted) => {
+                let layered = self.positions().layered();
+                (noted.head < layered && now.duration_since(noted.at) >= pause).then_some(layered)
+            }
+        }
     }
 
     /// Remembers what the tenant's log was told.

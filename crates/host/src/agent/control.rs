@@ -80,6 +80,11 @@ impl Control {
         Control { client, tokens, host: host.to_owned() }
     }
 
+    /// Our id.
+    pub(super) fn host(&self) -> &str {
+        &self.host
+    }
+
     fn path(&self, call: &str) -> String {
         format!("hosts/{}/{call}", segment(&self.host))
     }

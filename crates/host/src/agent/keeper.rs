@@ -152,7 +152,10 @@ impl Keeper {
         let order = told.order.as_ref()?;
         let runs = !matches!(self.process, Process::None);
         match order.action {
-            HostAction::Run if runs => None,
+            HostAction::Run if runs => {
+                self.say_that_it_runs(told, order).await;
+                None
+            }
             HostAction::Run => {
                 if told.round <= self.stale_round {
                     return None; // newer ones are on their way
@@ -181,6 +184,31 @@ impl Keeper {
                 }
                 Some(self.back_off())
             }
+        }
+    }
+
+    /// Says that the process runs already. Where the order has other addresses or another port than it was started with, these are looked at:
+    /// the process takes them when it begins its next incarnation.
+    async fn say_that_it_runs(&mut self, told: &Told, order: &ComputeOrder) {
+        let Some(record) = self.record.clone() else { return };
+        let same_port = order.port == 0 || order.port == record.port;
+        if record.listen == order.listen && same_port {
+            return self.report(told, order, ComputeReport::Started { port: record.port }).await;
+        }
+        // Its own Postgres holds its port until it begins anew: then only the addresses can be looked at, with another port.
+        let chosen = if same_port {
+            let any_port = ComputeOrder { port: 0, ..order.clone() };
+            self.choose_port(&any_port).await.map(|_| record.port)
+        } else {
+            self.choose_port(order).await
+        };
+        let kept = match chosen {
+            Ok(port) => self.keep(ComputeRecord { listen: order.listen.clone(), port, ..record }).map(|()| port).map_err(StartError::from),
+            Err(error) => Err(StartError::from(error)),
+        };
+        match kept {
+            Ok(port) => self.report(told, order, ComputeReport::Started { port }).await,
+            Err(error) => self.report(told, order, error.report()).await,
         }
     }
 
@@ -262,7 +290,7 @@ impl Keeper {
         let mut command = Command::new(&self.shared.config.program);
         command
             .arg("compute-process")
-            .args(["--server", &self.shared.config.control_url, "--id", &self.id])
+            .args(["--server", &self.shared.config.control_url, "--id", &self.id, "--host", self.shared.control.host()])
             .arg("--home")
             .arg(self.shared.home(&self.id))
             .arg("--run-dir")

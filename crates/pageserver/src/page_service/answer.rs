@@ -120,7 +120,8 @@ fn gather(read: impl FnOnce(&mut Vec<u8>) -> Result<(), SourceError>) -> Result<
     Ok(pages.into())
 }
 
-fn put_error(request: &Request, error: &SourceError, out: &mut BytesMut) {
+/// Appends an error as the answer to `request`.
+pub(super) fn put_error(request: &Request, error: &SourceError, out: &mut BytesMut) {
     let response = Response::error(request.header, &error.to_string());
     backend::copy_data(out, |out| response.encode(out));
 }

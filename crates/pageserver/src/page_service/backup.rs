@@ -48,7 +48,9 @@ enum MakeError {
 /// The outer one ends the connection; the inner one is told to the client, and the connection goes on.
 pub(super) async fn send(connection: &mut Connection, order: Order, shared: &Shared) -> Result<Result<(), ServerMessage>, End> {
     if let Some(arrival) = order.timeline.arrival(order.lsn.map_or(ReadLsn::newest(), ReadLsn::at)) {
-        connection.wait_unread(arrival).await?;
+        if let Err(error) = connection.wait_unread(arrival).await? {
+            return Ok(Err(ServerMessage::error(error.sqlstate(), error.to_string())));
+        }
     }
     let result =
         if order.options.full { send_while_made(connection, order, shared).await? } else { send_made(connection, order, shared).await? };

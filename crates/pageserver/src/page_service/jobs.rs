@@ -9,16 +9,15 @@ use std::task::{Context, Poll, ready};
 
 use bytes::BytesMut;
 use futures::FutureExt;
-use futures::future::BoxFuture;
 use tokio::sync::oneshot;
 use varve_postgres::{BLCKSZ, slru::PAGES_PER_SEGMENT};
 use varve_protocol::wire::{ServerMessage, backend::sqlstate};
 use varve_protocol::{Query, Request};
 
-use super::answer::answer_all;
+use super::answer::{answer_all, put_error};
 use super::connection::End;
 use super::pool::FairPool;
-use super::{SourceError, TimelinePages};
+use super::{Arrival, SourceError, TimelinePages};
 
 /// What a list is taken to be while it is being made.
 const LIST_SIZE_ESTIMATE: usize = 256 * 1024;
@@ -29,7 +28,7 @@ const ANSWER_OVERHEAD: usize = 64;
 pub(super) type JobResult = (BytesMut, Result<(), SourceError>);
 
 enum State {
-    Waits { arrival: BoxFuture<'static, ()>, requests: Vec<Request> },
+    Waits { arrival: Arrival, requests: Vec<Request> },
     Runs(oneshot::Receiver<JobResult>),
 }
 
@@ -67,7 +66,7 @@ impl Jobs {
     }
 
     /// Adds a job for `requests`, which have to wait for `arrival` if there is one.
-    pub(super) fn push(&mut self, requests: Vec<Request>, arrival: Option<BoxFuture<'static, ()>>) {
+    pub(super) fn push(&mut self, requests: Vec<Request>, arrival: Option<Arrival>) {
         let estimate = requests.iter().map(answer_size).sum();
         let state = match arrival {
             Some(arrival) => State::Waits { arrival, requests },
@@ -93,9 +92,13 @@ impl Jobs {
     pub(super) fn poll_first(&mut self, cx: &mut Context<'_>) -> Poll<Result<JobResult, End>> {
         for Job { state, estimate } in &mut self.list {
             if let State::Waits { arrival, requests } = state
-                && arrival.poll_unpin(cx).is_ready()
+                && let Poll::Ready(arrived) = arrival.poll_unpin(cx)
             {
-                *state = State::Runs(start(&self.timeline, &self.pool, std::mem::take(requests), *estimate));
+                let requests = std::mem::take(requests);
+                *state = State::Runs(match arrived {
+                    Ok(()) => start(&self.timeline, &self.pool, requests, *estimate),
+                    Err(error) => refused(&requests, &error),
+                });
             }
         }
         let Some(Job { state: State::Runs(result), .. }) = self.list.front_mut() else { return Poll::Pending };
@@ -119,6 +122,23 @@ fn start(timeline: &Arc<dyn TimelinePages>, pool: &FairPool, requests: Vec<Reque
         let result = answer_all(&*timeline, &requests, &mut out);
         (out, result)
     })
+}
+
+/// The answers to requests whose moment did not arrive.
+fn refused(requests: &[Request], error: &SourceError) -> oneshot::Receiver<JobResult> {
+    let (sender, receiver) = oneshot::channel();
+    let mut out = BytesMut::new();
+    let result = match error {
+        // The connection is to end, so that its client looks for the timeline again.
+        SourceError::NotReady(_) => Err(error.clone()),
+        SourceError::NotFound(_) | SourceError::Failed(_) => {
+            requests.iter().for_each(|request| put_error(request, error, &mut out));
+            Ok(())
+        }
+    };
+    // The receiver is here.
+    let _sent = sender.send((out, result));
+    receiver
 }
 
 /// Bytes of the answer to `request`, about.

@@ -35,7 +35,7 @@ mod source;
 
 pub use command::Command;
 pub use listener::PageService;
-pub use source::{BackupOptions, PageSource, SourceError, TimelinePages};
+pub use source::{Arrival, BackupOptions, PageSource, SourceError, TimelinePages};
 
 use std::time::Duration;
 

@@ -4,16 +4,15 @@ use std::future::poll_fn;
 use std::sync::Arc;
 
 use bytes::{Buf, BytesMut};
-use futures::future::BoxFuture;
 use varve_protocol::message::REQUEST_SIZE_MAX;
 use varve_protocol::wire::{FRAME_HEADER_SIZE, ServerMessage, backend, backend::sqlstate, peek_frame};
 use varve_protocol::{Query, ReadLsn, Request};
 
-use super::TimelinePages;
 use super::answer::{moment, put_page};
 use super::connection::{Connection, End, Waited};
 use super::jobs::{JobResult, Jobs};
 use super::pool::FairPool;
+use super::{Arrival, TimelinePages};
 
 /// Most requests in one job.
 const BATCH_REQUESTS_MAX: usize = 32;
@@ -31,7 +30,7 @@ struct Batch {
     /// The moment of the last.
     moment: Option<ReadLsn>,
     /// What they wait for.
-    arrival: Option<BoxFuture<'static, ()>>,
+    arrival: Option<Arrival>,
 }
 
 /// How a client ended its page stream.

@@ -108,7 +108,7 @@ mod tests {
             .collect();
         let (two, panics) = (pool.run(other, || 2), pool.run(other, || panic!("as the test wants it")));
         assert_eq!(tokio::time::timeout(LONG, two).await.expect("a place for another tenant"), Ok(2));
-        assert!(tokio::time::timeout(LONG, panics).await.expect("a place, still").map(|()| ()).is_err(), "a panic is a lost answer");
+        assert!(tokio::time::timeout(LONG, panics).await.expect("a place, still").is_err(), "a panic is a lost answer");
         assert!(!pool.drained(Duration::from_millis(10)).await, "jobs still hang");
         // Of ten, eight wait for their turn: their clients leave.
         hanging.truncate(2);

@@ -36,6 +36,9 @@ impl SourceError {
     }
 }
 
+/// The wait for a moment.
+pub type Arrival = BoxFuture<'static, Result<(), SourceError>>;
+
 /// Finds timelines.
 pub trait PageSource: Send + Sync + 'static {
     /// The timeline that two words of a command name: ids of 32 hexadecimal digits, or a tenant's and a branch's name.
@@ -61,9 +64,9 @@ pub trait TimelinePages: Send + Sync + 'static {
 
     /// `None` if everything that `at` asks for is applied; told from a few atomics, in much less than a microsecond.
     ///
-    /// Else a future that ends when it has arrived, when it is clear that it never will, or when a deadline of the source is over. It holds no
-    /// thread, and is dropped with its client.
-    fn arrival(&self, at: ReadLsn) -> Option<BoxFuture<'static, ()>>;
+    /// Else a future that ends when it has arrived, or with an error when it is clear that it never will, or a deadline of the source is over: then
+    /// nothing is read, not even what is older. It holds no thread, and is dropped with its client.
+    fn arrival(&self, at: ReadLsn) -> Option<Arrival>;
 
     /// Hands the page to `take` if it is at hand, and says whether it was. Takes a microsecond. A page that has not arrived is not at hand.
     fn try_get_page_cached(&self, rel: RelFork, blkno: BlockNumber, at: ReadLsn, take: &mut dyn FnMut(&Page)) -> bool;

@@ -19,6 +19,8 @@
 //! | 80 | 4 | writer epoch |
 //! | 84 | 4 | CRC-32C of the 84 bytes before and the payload |
 //!
+//! A chunk without payload says that its timeline was deleted: what older chunks have of it counts for nothing.
+//!
 //! What a timeline that lags behind still needs of an old segment is copied to the log's head. A copy counts in the place of its origin: bytes
 //! that were appended later than the origin, but earlier than the copy, replace those of the copy.
 

@@ -141,6 +141,13 @@ impl WalLog {
         let mut timelines: HashMap<Owner, TimelineIndex> = HashMap::new();
         let mut live = LiveRuns::new(options.segment_bytes);
         let (segments, end) = Segments::open(&disk, options, |header| {
+            if header.payload_len == 0 {
+                // It was forgotten: what came before counts for nothing.
+                if let Some(mut index) = timelines.remove(&(header.tenant, header.timeline)) {
+                    index.forget(&mut live);
+                }
+                return;
+            }
             let run = Run {
                 start: header.start,
                 end: header.start + u64::from(header.payload_len),
@@ -407,14 +414,26 @@ impl WalLog {
         }
     }
 
-    /// The timeline is gone: nothing of it is needed.
-    pub fn forget(&self, tenant: TenantId, timeline: TimelineId) {
-        let mut guard = self.state.lock();
-        let state = &mut *guard;
-        if let Some(mut index) = state.timelines.remove(&(tenant, timeline)) {
-            index.forget(&mut state.live);
-        }
-        self.free_segments(state);
+    /// The timeline is gone: nothing of it is needed. A chunk without bytes says so to whoever opens the log next, so that what is left of the
+    /// timeline in older segments is not taken for WAL whose tenant log was lost. Blocks until that is durable.
+    ///
+    /// # Errors
+    /// When that chunk cannot be written: then only this process knows.
+    pub fn forget(&self, tenant: TenantId, timeline: TimelineId) -> Result<(), WalLogError> {
+        let position = {
+            let mut guard = self.state.lock();
+            let state = &mut *guard;
+            if let Some(mut index) = state.timelines.remove(&(tenant, timeline)) {
+                index.forget(&mut state.live);
+            }
+            self.free_segments(state);
+            if let Some(error) = &state.failed {
+                return Err(error.clone());
+            }
+            self.write_chunk(state, (tenant, timeline), WriterEpoch(0), Lsn::INVALID, None, &[])?;
+            LogPosition(state.written)
+        };
+        self.sync(position)
     }
 
     fn free_segments(&self, state: &mut State) {

@@ -5,6 +5,8 @@ mod kept_wal;
 mod layer_fixture;
 mod manifest;
 mod store;
+mod tenant_branches;
+mod tenant_lists;
 mod tenant_log;
 mod timeline_layers;
 mod timeline_model;

@@ -274,7 +274,7 @@ impl World {
             93..96 => self.check_reads(i),
             96 => {
                 let gone = self.timelines.swap_remove(i);
-                self.log.forget(TENANT, gone.id);
+                self.log.forget(TENANT, gone.id).ok();
                 self.timelines.push(Timeline::new(&mut self.random));
                 self.attach_all(1000);
             }

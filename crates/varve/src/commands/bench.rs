@@ -7,8 +7,8 @@ use clap::Subcommand;
 use futures::StreamExt as _;
 use futures::stream::FuturesUnordered;
 use serde_json::json;
-use varve_postgres::{Fork, Lsn, RelNode};
 use varve_api::admin::{Branch, Server};
+use varve_postgres::{Fork, Lsn, RelNode};
 use varve_protocol::client::{PageClient, ReadLsn};
 use varve_protocol::connect::{ConnectConfig, Endpoint};
 

@@ -1,13 +1,13 @@
 //! `varve branch`.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use clap::{Args, Subcommand};
 use reqwest::Method;
 use varve_api::admin::{Branch, BranchChange, Moment, NewBranch, Restore, Restored};
 
 use super::BranchPath;
-use crate::client::{Client, segment};
+use crate::client::{Client, ListArgs, segment};
 use crate::output;
 use crate::progress::spinner;
 
@@ -39,6 +39,8 @@ pub(crate) enum BranchCommand {
     List {
         /// The tenant.
         tenant: String,
+        #[command(flatten)]
+        list: ListArgs,
     },
     /// Show a branch.
     Show {
@@ -52,10 +54,13 @@ pub(crate) enum BranchCommand {
         /// Its new name.
         name: String,
     },
-    /// Delete a branch that has no children.
+    /// Delete a branch: its compute ends, and what no other branch needs of its history goes for good.
     Delete {
         /// The branch, as tenant/branch.
         branch: BranchPath,
+        /// Do not ask.
+        #[arg(long)]
+        yes: bool,
     },
     /// Take a branch back to a moment; the old history stays as another branch, a running compute comes back by itself.
     Restore {
@@ -102,9 +107,10 @@ fn describe(b: &Branch) -> String {
 
 /// Rows of the branches, children indented below their parents.
 fn tree(branches: &[Branch]) -> Vec<Vec<String>> {
+    let names: BTreeSet<&str> = branches.iter().map(|branch| branch.name.as_str()).collect();
     let mut children: BTreeMap<Option<&str>, Vec<&Branch>> = BTreeMap::new();
     for branch in branches {
-        let parent = branch.parent.as_deref().filter(|parent| branches.iter().any(|other| other.name == **parent));
+        let parent = branch.parent.as_deref().filter(|parent| names.contains(parent));
         children.entry(parent).or_default().push(branch);
     }
     let mut rows = Vec::new();
@@ -132,8 +138,8 @@ pub(crate) async fn run(command: BranchCommand, client: &Client, json: bool) -> 
             let created: Branch = client.post(&format!("tenants/{}/branches", segment(&branch.tenant)), &body).await?;
             output::print(json, &created, || format!("branch {branch} from {}", came_from(&created)))
         }
-        BranchCommand::List { tenant } => {
-            let branches: Vec<Branch> = client.get(&format!("tenants/{}/branches", segment(&tenant))).await?;
+        BranchCommand::List { tenant, list } => {
+            let branches: Vec<Branch> = client.list(&format!("tenants/{}/branches", segment(&tenant)), &list).await?;
             output::print(json, &branches, || {
                 output::table(&["BRANCH", "PARENT", "AT", "HEAD", "SIZE", "AGE", "COMPUTE"], &tree(&branches))
             })
@@ -146,7 +152,15 @@ pub(crate) async fn run(command: BranchCommand, client: &Client, json: bool) -> 
             let renamed: Branch = client.call(Method::PATCH, &branch.api(), Some(&BranchChange { name })).await?;
             output::print(json, &renamed, || format!("branch {branch} is now {}/{}", renamed.tenant, renamed.name))
         }
-        BranchCommand::Delete { branch } => {
+        BranchCommand::Delete { branch, yes } => {
+            if !yes {
+                let found: Branch = client.get(&branch.api()).await?;
+                let runs = if found.compute.is_some() { ", end its compute," } else { "" };
+                output::confirm(&format!(
+                    "Delete branch {branch}{runs} and give up what only it has of its history (to {})?",
+                    found.last_lsn
+                ))?;
+            }
             let answer: serde_json::Value = client.call(Method::DELETE, &branch.api(), None::<&()>).await?;
             output::print(json, &answer, || format!("branch {branch} is deleted"))
         }

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use anyhow::{Context as _, bail};
 use clap::Subcommand;
 use reqwest::Method;
-use varve_api::admin::{Compute, NewCompute};
+use varve_api::admin::{Compute, NewCompute, Stopped};
 
 use super::BranchPath;
 use super::branch::MomentArgs;
@@ -15,16 +15,20 @@ use crate::progress::spinner;
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum ComputeCommand {
-    /// Start a Postgres on a branch; one that writes it already is fenced. With --at or --lsn: on that moment, to look at, thrown away afterwards.
+    /// See to it that a Postgres runs on a branch; one that runs already is left alone. With --at or --lsn: on that moment, to look at, thrown
+    /// away afterwards.
     Start {
         /// The branch, as tenant/branch.
         branch: BranchPath,
-        /// Port to listen on; a free one by default.
-        #[arg(long)]
+        /// Port to listen on; by default the one that it had before, at first a free one.
+        #[arg(long, value_parser = clap::value_parser!(u16).range(1..))]
         port: Option<u16>,
-        /// Addresses to listen on, as Postgres's listen_addresses.
-        #[arg(long, default_value = "127.0.0.1")]
-        listen: String,
+        /// Addresses to listen on, as Postgres's listen_addresses; by default those that it had before, at first 127.0.0.1.
+        #[arg(long)]
+        listen: Option<String>,
+        /// Where one runs already: end its sessions, and begin anew with these arguments.
+        #[arg(long, conflicts_with_all = ["lsn", "at"])]
+        replace: bool,
         #[command(flatten)]
         moment: MomentArgs,
     },
@@ -39,8 +43,8 @@ pub(crate) enum ComputeCommand {
 
 pub(crate) async fn run(command: ComputeCommand, client: &Client, json: bool) -> anyhow::Result<()> {
     match command {
-        ComputeCommand::Start { branch, port, listen, moment } => {
-            let body = NewCompute { port, listen: Some(listen), lsn: moment.lsn, at: moment.at };
+        ComputeCommand::Start { branch, port, listen, replace, moment } => {
+            let body = NewCompute { port, listen, lsn: moment.lsn, at: moment.at, replace };
             let path = format!("{}/computes", branch.api());
             let compute: Compute = spinner("starting Postgres", client.post(&path, &body)).await?;
             output::print(json, &compute, || compute.conninfo.clone())
@@ -56,16 +60,27 @@ pub(crate) async fn run(command: ComputeCommand, client: &Client, json: bool) ->
             if ids.is_empty() {
                 bail!("no compute runs on {what}");
             }
-            let mut stopped = Vec::new();
+            let (mut stopped, mut failed): (Vec<Stopped>, Vec<anyhow::Error>) = (Vec::new(), Vec::new());
             for id in ids {
                 let path = format!("computes/{}", segment(&id));
-                let answer: serde_json::Value = spinner("stopping", client.call(Method::DELETE, &path, None::<&()>)).await?;
-                stopped.push(answer);
+                match spinner("stopping", client.call(Method::DELETE, &path, None::<&()>)).await {
+                    Ok(answer) => stopped.push(answer),
+                    Err(error) => failed.push(error),
+                }
             }
-            output::print(json, &stopped, || format!("stopped {what}"))
+            // All are tried before any of them makes this a failure.
+            match failed.into_iter().next() {
+                Some(error) => Err(error),
+                None => output::print(json, &stopped, || format!("stopped {what}")),
+            }
         }
         ComputeCommand::List => {
-            let computes: Vec<Compute> = client.get("computes").await?;
+            let mut computes: Vec<Compute> = client.get("computes").await?;
+            if json {
+                // The API's list has no passwords; whoever reads JSON wants to connect.
+                let shown = computes.into_iter().map(|compute| with_password(compute, client));
+                computes = futures::future::try_join_all(shown).await?;
+            }
             output::print(json, &computes, || {
                 let rows: Vec<Vec<String>> = computes
                     .iter()
@@ -87,15 +102,17 @@ pub(crate) async fn run(command: ComputeCommand, client: &Client, json: bool) ->
     }
 }
 
+/// The compute as an answer about it alone shows it: with its password. One that has just ended stays as it was listed.
+async fn with_password(compute: Compute, client: &Client) -> anyhow::Result<Compute> {
+    let shown = client.get::<Option<Compute>>(&format!("computes/{}", segment(&compute.id))).await;
+    Ok(shown.ok().flatten().unwrap_or(compute))
+}
+
 /// Runs psql on the branch's compute, starting one if none runs.
 pub(crate) async fn psql(branch: &BranchPath, args: &[String], client: &Client) -> anyhow::Result<ExitCode> {
     let path = format!("{}/computes", branch.api());
-    let computes: Vec<Compute> = client.get(&path).await?;
-    let running = computes.into_iter().find(|compute| compute.state == "running" && compute.lsn.is_none());
-    let compute = match running {
-        Some(compute) => compute,
-        None => spinner("starting Postgres", client.post(&path, &NewCompute::default())).await?,
-    };
+    // One that runs already is the answer.
+    let compute: Compute = spinner("starting Postgres", client.post(&path, &NewCompute::default())).await?;
     let status = tokio::process::Command::new("psql")
         .arg(&compute.conninfo)
         .args(args)

@@ -75,6 +75,8 @@ pub(crate) struct ComputeProcessArgs {
     #[arg(long)]
     id: String,
     #[arg(long)]
+    host: String,
+    #[arg(long)]
     home: PathBuf,
     #[arg(long)]
     run_dir: PathBuf,
@@ -93,6 +95,7 @@ pub(crate) async fn compute_process(args: ComputeProcessArgs) -> anyhow::Result<
     let config = ProcessConfig {
         server_url: args.server,
         id: args.id,
+        host: args.host,
         home: args.home,
         run_dir: args.run_dir,
         token,

@@ -9,8 +9,8 @@ use anyhow::{Context as _, bail};
 use clap::Args;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::json;
-use varve_host::dirs::User;
 use varve_api::admin::{Branch, Moment, Server};
+use varve_host::dirs::User;
 use varve_protocol::client::{BaseBackup, BaseBackupOptions};
 use varve_protocol::connect::{ConnectConfig, Endpoint};
 

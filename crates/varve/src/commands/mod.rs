@@ -9,6 +9,7 @@ mod host;
 mod materialize;
 mod tenant;
 mod verify;
+mod wal;
 
 use std::process::ExitCode;
 
@@ -50,6 +51,9 @@ pub(crate) enum Command {
     /// Computes: stock Postgres servers on a branch.
     #[command(subcommand)]
     Compute(compute::ComputeCommand),
+    /// WAL that the server keeps though no log in the store knows of it.
+    #[command(subcommand)]
+    Wal(wal::WalCommand),
     /// Run psql on a branch's compute, which is started if need be.
     Psql {
         /// The branch, as tenant/branch.
@@ -112,6 +116,7 @@ pub(crate) async fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Tenant(command) => tenant::run(command, &Client::new(&url)?, json).await?,
         Command::Branch(command) => branch::run(command, &Client::new(&url)?, json).await?,
         Command::Compute(command) => compute::run(command, &Client::new(&url)?, json).await?,
+        Command::Wal(command) => wal::run(command, &Client::new(&url)?, json).await?,
         Command::Psql { branch, args } => return compute::psql(&branch, &args, &Client::new(&url)?).await,
         Command::Materialize(args) => materialize::run(args, &Client::new(&url)?, json).await?,
         Command::Bench(command) => bench::run(command, &Client::new(&url)?, json).await?,

@@ -1,14 +1,12 @@
 //! `varve tenant`.
 
-use std::io::{IsTerminal as _, Write as _};
-
-use anyhow::bail;
 use clap::Subcommand;
 use reqwest::Method;
 use varve_api::admin::{NewTenant, Tenant};
 
-use crate::client::{Client, segment};
+use crate::client::{Client, ListArgs, segment};
 use crate::output;
+use crate::output::confirm;
 use crate::progress::spinner;
 
 #[derive(Debug, Subcommand)]
@@ -22,9 +20,14 @@ pub(crate) enum TenantCommand {
         pg_version: Option<u32>,
     },
     /// List the tenants.
-    List,
+    List(ListArgs),
     /// Show a tenant.
     Show {
+        /// Its name.
+        name: String,
+    },
+    /// Take a tenant over from the server that has it: that one acknowledges and serves nothing more of it.
+    Take {
         /// Its name.
         name: String,
     },
@@ -48,21 +51,36 @@ pub(crate) async fn run(command: TenantCommand, client: &Client, json: bool) -> 
                 format!("tenant {} (PostgreSQL {}) with branch {}/main", tenant.name, tenant.pg_version, tenant.name)
             })
         }
-        TenantCommand::List => {
-            let tenants: Vec<Tenant> = client.get("tenants").await?;
+        TenantCommand::Take { name } => {
+            let path = format!("tenants/{}/take", segment(&name));
+            let tenant: Tenant = client.post(&path, &serde_json::json!({})).await?;
+            output::print(json, &tenant, || format!("tenant {} is this server's", tenant.name))
+        }
+        TenantCommand::List(list) => {
+            let tenants: Vec<Tenant> = client.list("tenants", &list).await?;
             output::print(json, &tenants, || {
                 let rows: Vec<Vec<String>> = tenants
                     .iter()
-                    .map(|t| vec![t.name.clone(), t.pg_version.to_string(), t.branches.to_string(), output::age(&t.created_at)])
+                    .map(|t| match &t.problem {
+                        None => vec![t.name.clone(), t.pg_version.to_string(), t.branches.to_string(), output::age(&t.created_at)],
+                        Some(problem) => vec![t.name.clone(), String::new(), String::new(), String::new(), problem.clone()],
+                    })
                     .collect();
-                output::table(&["TENANT", "POSTGRES", "BRANCHES", "AGE"], &rows)
+                let problems = tenants.iter().any(|t| t.problem.is_some());
+                let header = ["TENANT", "POSTGRES", "BRANCHES", "AGE", "PROBLEM"];
+                output::table(if problems { &header } else { &header[..4] }, &rows)
             })
         }
         TenantCommand::Show { name } => {
             let t: Tenant = client.get(&format!("tenants/{}", segment(&name))).await?;
             output::print(json, &t, || {
+                let owner = t.owner.as_ref().map_or_else(
+                    || "not known".to_owned(),
+                    |owner| format!("{} at {}{}", owner.server, owner.url, if owner.here { " (this server)" } else { "" }),
+                );
                 format!(
-                    "tenant             {}\nid                 {}\nPostgreSQL         {}\nsystem identifier  {}\nbranches           {}\ncreated            {}",
+                    "tenant             {}\nid                 {}\nPostgreSQL         {}\nsystem identifier  {}\nbranches           {}\n\
+                     created            {}\nowner              {owner}",
                     t.name, t.id, t.pg_version, t.system_identifier, t.branches, t.created_at
                 )
             })
@@ -78,18 +96,4 @@ pub(crate) async fn run(command: TenantCommand, client: &Client, json: bool) -> 
             output::print(json, &answer, || format!("tenant {name} is deleted"))
         }
     }
-}
-
-fn confirm(question: &str) -> anyhow::Result<()> {
-    if !std::io::stdin().is_terminal() {
-        bail!("nobody can be asked here: give --yes to go on without a question");
-    }
-    eprint!("{question} Type yes to go on: ");
-    std::io::stderr().flush()?;
-    let mut answer = String::new();
-    std::io::stdin().read_line(&mut answer)?;
-    if answer.trim() != "yes" {
-        bail!("nothing was deleted");
-    }
-    Ok(())
 }

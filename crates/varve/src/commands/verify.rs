@@ -11,8 +11,8 @@ use anyhow::{Context as _, ensure};
 use clap::{Args, Subcommand};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use tokio::runtime::Handle;
-use varve_postgres::{BLCKSZ, Lsn, Major};
 use varve_api::admin::{Compute, Moment, Server, Tenant};
+use varve_postgres::{BLCKSZ, Lsn, Major};
 use varve_protocol::connect::blocking::Connection;
 use varve_protocol::{ConnectConfig, Endpoint};
 use varve_redo::verify::{Difference, PageDiff, Verifier};
@@ -137,7 +137,10 @@ async fn wal_source(text: &str, client: &Client) -> anyhow::Result<Source> {
 async fn writer_of(branch: &BranchPath, client: &Client) -> anyhow::Result<Option<String>> {
     let computes: Vec<Compute> = client.get(&format!("{}/computes", branch.api())).await?;
     let writer = computes.into_iter().find(|compute| compute.state == "running" && compute.lsn.is_none());
-    Ok(writer.map(|compute| compute.conninfo))
+    let Some(writer) = writer else { return Ok(None) };
+    // A list has no passwords.
+    let shown: Compute = client.get(&format!("computes/{}", segment(&writer.id))).await?;
+    Ok(Some(shown.conninfo))
 }
 
 /// A progress bar on standard error, hidden where that is no terminal.

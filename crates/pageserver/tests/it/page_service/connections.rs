@@ -49,18 +49,16 @@ async fn silent_clients_are_sent_away() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn connections_are_bounded_and_the_next_is_told_so() {
     let served = Served::start(PageServiceConfig { connections_max: 3, ..PageServiceConfig::default() }).await;
-    let mut held = Vec::new();
-    for _ in 0..3 {
-        let mut raw = served.raw().await;
-        raw.stream().await;
-        held.push(raw);
-    }
+    let (mut beta, mut nobody, mut acme) = (served.raw().await, served.raw().await, served.raw().await);
+    beta.stream_of("beta").await;
+    nobody.log_in().await;
+    acme.stream().await;
     let refused = PageClient::connect(&served.config()).await.err().expect("no place");
     assert!(refused.is_transient() && refused.to_string().contains("all 3 connections"), "{refused}");
     let client = BlockingPageClient::new(served.config(), "acme", "main", BlockingOptions::default());
     let waits = tokio::task::spawn_blocking(move || client.nblocks(REL, AT));
     tokio::time::sleep(Duration::from_millis(200)).await;
-    held.pop();
+    drop(acme);
     assert_eq!(waits.await.expect("joined").expect("a place became free"), BLOCKS);
 }
 
@@ -209,7 +207,8 @@ impl Write for Lines {
 async fn an_ordinary_end_is_no_news() {
     let lines = Lines::default();
     let writer = lines.clone();
-    let subscriber = tracing_subscriber::fmt().with_max_level(tracing::Level::INFO).with_writer(move || writer.clone()).finish();
+    let subscriber =
+        tracing_subscriber::fmt().with_ansi(false).with_max_level(tracing::Level::INFO).with_writer(move || writer.clone()).finish();
     let _guard = tracing::subscriber::set_default(subscriber);
     let served = Served::start(PageServiceConfig::default()).await;
     let terminate = |out: &mut BytesMut| put_frame(b'X', out, |_| {});

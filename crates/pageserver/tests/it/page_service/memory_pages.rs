@@ -8,7 +8,7 @@ use std::time::Duration;
 use futures::FutureExt;
 use futures::future::BoxFuture;
 use tokio::sync::watch;
-use varve_pageserver::page_service::{BackupOptions, PageSource, SourceError, TimelinePages};
+use varve_pageserver::page_service::{Arrival, BackupOptions, PageSource, SourceError, TimelinePages};
 use varve_postgres::slru::SlruKind;
 use varve_postgres::{BLCKSZ, BlockNumber, Fork, Lsn, Oid, Page, RelFork};
 use varve_protocol::{ReadLsn, RelationSize, SlruSegmentSize};
@@ -141,7 +141,7 @@ impl TimelinePages for MemoryPages {
         self.tenant
     }
 
-    fn arrival(&self, at: ReadLsn) -> Option<BoxFuture<'static, ()>> {
+    fn arrival(&self, at: ReadLsn) -> Option<Arrival> {
         if self.has_arrived(at) {
             return None;
         }
@@ -149,6 +149,7 @@ impl TimelinePages for MemoryPages {
         let arrival = async move {
             let _counted = counted;
             let _ = applied.wait_for(|applied| at.lsn <= *applied).await;
+            Ok(())
         };
         Some(arrival.boxed())
     }

@@ -1,0 +1,102 @@
+//! A store, a server of it, and a host.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use varve_api::Code;
+use varve_api::admin::{Branch, Compute, NewBranch, NewCompute, NewTenant};
+use varve_control::{Call, Config, Control, Environment, Error, Key};
+use varve_storage::ids::{TenantId, TimelineId};
+use varve_storage::store::Store;
+use varve_testing::sim_store::SimStore;
+
+use crate::host::FakeHost;
+use crate::pageserver::FakePageserver;
+
+/// See the module's doc.
+pub(crate) struct World {
+    pub(crate) objects: SimStore,
+    pub(crate) store: Store,
+    pub(crate) pageserver: Arc<FakePageserver>,
+    pub(crate) plane: Arc<Control<FakePageserver>>,
+    pub(crate) host: FakeHost,
+}
+
+/// A server over a store.
+pub(crate) fn server(store: &Store, name: &str) -> (Arc<FakePageserver>, Arc<Control<FakePageserver>>) {
+    let pageserver = FakePageserver::new(store.clone(), name);
+    let config = Config { server: name.to_owned(), url: format!("http://{name}:9898"), version: "0".to_owned() };
+    let plane = Control::new(pageserver.clone(), store.clone(), config, Environment::system()).unwrap();
+    (pageserver, plane)
+}
+
+impl World {
+    pub(crate) async fn new() -> World {
+        let objects = SimStore::new();
+        let store = objects.reliable();
+        let (pageserver, plane) = server(&store, "a");
+        let host = FakeHost::new(0xa1);
+        host.connect(&plane).await;
+        World { objects, store, pageserver, plane, host }
+    }
+
+    /// The same with a tenant `acme`.
+    pub(crate) async fn with_tenant() -> World {
+        let world = World::new().await;
+        world.create("acme").await;
+        world
+    }
+
+    pub(crate) async fn create(&self, name: &str) -> String {
+        let new = NewTenant { name: name.to_owned(), pg_version: Some(15) };
+        self.plane.create_tenant(&Call::default(), &new).await.unwrap().id
+    }
+
+    /// The server is killed and started again: what was only in its memory is lost, computes live on.
+    pub(crate) async fn restart(&mut self) {
+        self.host.disconnect();
+        let (pageserver, plane) = server(&self.store, "a");
+        *pageserver.written.lock() = self.pageserver.written.lock().clone();
+        (self.pageserver, self.plane) = (pageserver, plane);
+        self.host.connect(&self.plane).await;
+    }
+
+    pub(crate) async fn start(&self, branch: &str, new: NewCompute) -> Result<(Compute, bool), Error> {
+        let started = self.plane.ensure_running(&Call::default(), "acme", branch, &new).await?;
+        Ok((started.compute, started.fresh))
+    }
+
+    pub(crate) async fn branch(&self, name: &str) -> Result<Branch, Error> {
+        let new = NewBranch { name: name.to_owned(), ..NewBranch::default() };
+        self.plane.create_branch(&Call::default(), "acme", &new).await
+    }
+
+    pub(crate) async fn timeline(&self, branch: &str) -> TimelineId {
+        self.plane.show_branch("acme", branch).await.unwrap().timeline_id.parse().unwrap()
+    }
+
+    pub(crate) async fn tenant_id(&self) -> TenantId {
+        self.plane.show_tenant("acme").await.unwrap().id.parse().unwrap()
+    }
+
+    /// Waits until something holds; the tests' clock runs as fast as it can.
+    pub(crate) async fn until(&self, what: &str, holds: impl Fn(&World) -> bool) {
+        for _ in 0..2000 {
+            if holds(self) {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        panic!("this never came to be: {what}");
+    }
+}
+
+/// A call with a key.
+pub(crate) fn keyed(key: &str, request: &str) -> Call {
+    Call { key: Some(Key::parse(key, &[request.as_bytes()]).unwrap()), ..Call::default() }
+}
+
+/// The code of a refusal.
+pub(crate) fn code<T: std::fmt::Debug>(result: Result<T, Error>) -> Code {
+    result.unwrap_err().code()
+}
