@@ -200,7 +200,7 @@ pub async fn misfortune(world: &Arc<World>) {
                     world.counts.add(Kind::StoreHung);
                     let link = if world.chance(500) { Link::Frozen } else { Link::Failing(Failure::Other) };
                     node.client().set_link(link);
-                    world.pause(Duration::from_secs(40)).await;
+                    world.pause(Duration::from_secs(if world.chance(300) { 150 } else { 20 })).await;
                     if !node.life().is_over() {
                         node.client().set_link(Link::Up);
                     }
