@@ -43,6 +43,10 @@ pub use control::{TokenSource, TokenSourceError};
 const RETRY_WAIT: Duration = Duration::from_millis(200);
 /// Wait after a token was refused.
 const TOKEN_WAIT: Duration = Duration::from_secs(1);
+/// How long the lock of a host that has just ended may stay: a process that it was starting has it until it becomes another program.
+const LOCK_MAX: Duration = Duration::from_secs(2);
+/// How often the lock is tried.
+const LOCK_WAIT: Duration = Duration::from_millis(20);
 /// Where sockets are when we are root.
 const RUN_OF_ROOT: &str = "/run/varve";
 
@@ -220,10 +224,14 @@ impl Agent {
         config.data = config.data.canonicalize().map_err(at(&config.data))?;
         let lock_path = config.data.join("lock");
         let lock = File::options().create(true).write(true).truncate(false).open(&lock_path).map_err(at(&lock_path))?;
-        match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => {}
-            Err(rustix::io::Errno::WOULDBLOCK) => return Err(HostError::InUse(config.data)),
-            Err(error) => return Err(at(&lock_path)(error.into())),
+        let deadline = Instant::now() + LOCK_MAX;
+        loop {
+            match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
+                Ok(()) => break,
+                Err(rustix::io::Errno::WOULDBLOCK) if Instant::now() < deadline => std::thread::sleep(LOCK_WAIT),
+                Err(rustix::io::Errno::WOULDBLOCK) => return Err(HostError::InUse(config.data)),
+                Err(error) => return Err(at(&lock_path)(error.into())),
+            }
         }
         let identity = config.data.join("host");
         let id = match HostRecord::read(&identity)? {
