@@ -343,6 +343,7 @@ impl Drop for Step {
 }
 
 #[cfg(test)]
+#[allow(clippy::disallowed_methods, reason = "a test of real threads")]
 mod tests {
     use std::sync::atomic::{AtomicUsize, Ordering};
 

@@ -63,6 +63,7 @@ fn engine_code(error: &EngineError) -> Code {
     }
 }
 
+#[allow(clippy::needless_pass_by_value, reason = "so that it fits map_err")]
 fn refusal(error: ServerError) -> Refusal {
     // What was asked for and what there is, in the words of branches.
     let detail = match &error {

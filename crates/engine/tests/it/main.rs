@@ -1,5 +1,7 @@
 //! The engine beside stock Postgres: what it takes in, what it gives out.
 
+#![allow(clippy::disallowed_methods, reason = "real servers take real time")]
+
 mod base_backup_starts_postgres;
 mod counters_wrap_around;
 mod free_space_maps_are_kept;
