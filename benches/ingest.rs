@@ -4,7 +4,6 @@
 //! `INGEST_BENCH_SCALE` and `INGEST_BENCH_TRANSACTIONS` set how much WAL there is.
 
 #![allow(clippy::disallowed_methods, reason = "real servers take real time")]
-
 #![allow(missing_docs, reason = "a bench")]
 
 use std::process::Command;

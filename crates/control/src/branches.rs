@@ -102,7 +102,7 @@ impl<P: Pageserver> Control<P> {
         }
         log.state().check_free(&name)?;
         let (_, parent) = branch(&log.state(), new.from.as_deref().unwrap_or("main"))?;
-        let at = self.pageserver.resolve(id, parent, at).await?;
+        let at = self.resolve(id, parent, at).await?;
         let facts = self.new_timeline(at)?;
         let timeline = facts.id;
         let action = format!("created branch {name} from timeline {} at {}", at.timeline, at.lsn);
@@ -190,7 +190,7 @@ impl<P: Pageserver> Control<P> {
             return Ok(prior);
         }
         let (name, old) = branch(&log.state(), branch_text)?;
-        let at = self.pageserver.resolve(id, old, at).await?;
+        let at = self.resolve(id, old, at).await?;
         let writer = self.computes.of_branch(id, &name).into_iter().find(|entry| entry.writes());
         let restored = match &writer {
             Some(entry) => {
@@ -271,7 +271,7 @@ impl<P: Pageserver> Control<P> {
         let asked = moment::parse(lsn, at)?;
         let (id, log) = self.to_read(tenant).await?;
         let (name, timeline) = branch(&log.state(), branch_text)?;
-        let at = self.pageserver.resolve(id, timeline, asked).await?;
+        let at = self.resolve(id, timeline, asked).await?;
         let time = self.pageserver.time_at(id, at).await?;
         let tenant_name = facts(&log.state(), id)?.name.clone();
         Ok(MomentAnswer { branch: format!("{tenant_name}/{name}"), lsn: at.lsn.to_string(), time: time.map(moment::rfc3339) })

@@ -114,6 +114,9 @@ pub enum Error {
     /// An idempotency key that was used for another request.
     #[error("the Idempotency-Key '{0}' was used for another request before: take a new one")]
     KeyReused(String),
+    /// A time that is yet to come.
+    #[error("{0} is in the future")]
+    InTheFuture(String),
     /// All names for what a restored branch was are taken.
     #[error("no free name is left for what was {0}")]
     NoNameLeft(String),
@@ -242,6 +245,7 @@ impl Error {
             Error::NotOwner(_) => Code::NotOwner,
             Error::NotYetKnown(_) | Error::Moved(_) | Error::HostSilent { .. } | Error::Stopping | Error::Store(_) => Code::Unavailable,
             Error::KeyReused(_) => Code::KeyReused,
+            Error::InTheFuture(_) => Code::InTheFuture,
             Error::NoNameLeft(_) => Code::NameTaken,
             Error::Tenant(error) => tenant_code(error),
             Error::Log(error) => log_code(error),

@@ -17,7 +17,8 @@ use varve_storage::tenant_log::{AuditRow, TenantEdit, TenantFacts, TenantLog, Te
 use crate::Control;
 use crate::call::Call;
 use crate::error::{Error, quoted};
-use crate::ports::{Lost, Pageserver};
+use crate::moment;
+use crate::ports::{Lost, Moment, Pageserver, Resolved};
 
 /// Names of which it is remembered whose they are.
 const NAMES_MAX: usize = 10_000;
@@ -123,6 +124,16 @@ impl<P: Pageserver> Control<P> {
             read.pop_front();
         }
         Ok(state)
+    }
+
+    /// The boundary that a moment of a timeline is. No time of the future is one, whatever was written before it.
+    pub(crate) async fn resolve(&self, tenant: TenantId, timeline: TimelineId, moment: Moment) -> Result<Resolved, Error> {
+        if let Moment::Time(at) = moment
+            && at > self.environment.now()
+        {
+            return Err(Error::InTheFuture(moment::rfc3339(at)));
+        }
+        Ok(self.pageserver.resolve(tenant, timeline, moment).await?)
     }
 
     /// A tenant's log to write: `why` is work that needs ownership.

@@ -101,7 +101,7 @@ impl<P: Pageserver> Control<P> {
         let (entry, fresh) = if wanted.moment == Moment::Head {
             self.ensure_writer(call, &place, &state, &name, &wanted).await?
         } else {
-            let at = self.pageserver.resolve(tenant, timeline, wanted.moment).await?;
+            let at = self.resolve(tenant, timeline, wanted.moment).await?;
             let row = self.new_row(&name, &wanted, Some(EndpointMoment { timeline: at.timeline, lsn: at.lsn }))?;
             (self.launch(call, &place, row).await?, true)
         };

@@ -241,10 +241,20 @@ impl LiveTimeline {
         on_close: impl FnOnce(StreamEnd) + Send + 'static,
     ) -> Result<(WalStream, String), EngineError> {
         let mut writer = self.writer.lock().await;
-        if epoch != writer.epoch {
-            return Err(EngineError::EpochOver { timeline: self.id(), epoch: epoch.0, current: writer.epoch.0 });
+        // An epoch or a restore that is on its way to the store counts, too, though whoever asked for it may have given up waiting: what were
+        // acknowledged beyond its start would be void. With no edits of its own this waits until what it saw is durable.
+        let timeline = self.id();
+        let newest = log
+            .commit(|state| {
+                check_branch(state, branch, self)?;
+                let newest = state.timeline(timeline)?.epochs.last().map_or(WriterEpoch(0), |last| last.epoch);
+                Ok::<_, EngineError>((Vec::new(), newest))
+            })
+            .await?;
+        let current = newest.max(writer.epoch);
+        if epoch != current {
+            return Err(EngineError::EpochOver { timeline, epoch: epoch.0, current: current.0 });
         }
-        check_branch(&log.state(), branch, self)?;
         let name = match writer.standby_name.clone() {
             Some(name) => name,
             None => standby_name()?,
