@@ -168,6 +168,9 @@ pub struct Hello {
     pub postgres: Vec<(u32, String)>,
     /// What it lacks to run computes (no `/dev/fuse`, no user for Postgres), in words; empty when it is fit.
     pub lacks: Vec<String>,
+    /// What is wrong with its Postgres binaries, in words: a folder that holds another major than it should.
+    #[serde(default)]
+    pub problems: Vec<String>,
     /// The computes of which it has a record.
     pub computes: Vec<HostedCompute>,
 }

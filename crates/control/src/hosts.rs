@@ -162,7 +162,7 @@ fn unfit(hosts: &[Arc<Host>], pg_version: u32) -> String {
         let hello = host.hello();
         let has: Vec<String> = hello.postgres.iter().map(|(major, full)| format!("{major} ({full})")).collect();
         let binaries = if has.is_empty() { "no Postgres binaries".to_owned() } else { format!("PostgreSQL {}", has.join(", ")) };
-        let lacks: String = hello.lacks.iter().map(|what| format!("; {what}")).collect();
+        let lacks: String = hello.lacks.iter().chain(&hello.problems).map(|what| format!("; {what}")).collect();
         format!("{} has {binaries}{lacks}", hello.name)
     };
     let hosts: Vec<String> = hosts.iter().map(of_host).collect();

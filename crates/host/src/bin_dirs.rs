@@ -26,7 +26,7 @@ pub enum BinDirError {
         source: std::io::Error,
     },
     /// The server is another major.
-    #[error("{path} is '{version}', expected PostgreSQL {expected}; name the right folder with --pg-bin-dir", path = .path.display())]
+    #[error("{path} is {version}, expected PostgreSQL {expected}; name the right folder with --pg-bin-dir", path = .path.display())]
     Other {
         /// The program.
         path: PathBuf,
@@ -87,8 +87,18 @@ impl BinDirs {
         let said = String::from_utf8_lossy(&output.stdout).trim().to_owned();
         match version(&said) {
             Some((number, version)) if number == major => Ok(Installed { major: known, version: version.to_owned(), bin_dir }),
-            _ => Err(BinDirError::Other { path, expected: major, version: said.chars().take(100).collect() }),
+            Some((_, version)) => Err(BinDirError::Other { path, expected: major, version: format!("PostgreSQL {version}") }),
+            None => Err(BinDirError::Other { path, expected: major, version: format!("'{}'", said.chars().take(100).collect::<String>()) }),
         }
+    }
+
+    /// What is wrong with what is there, for people: a folder that holds another major, a program that does not run.
+    pub fn problems(&self) -> Vec<String> {
+        let problem = |major: &Major| match self.find(major.number()) {
+            Ok(_) | Err(BinDirError::Missing(_)) => None,
+            Err(error) => Some(error.to_string()),
+        };
+        Major::ALL.iter().filter_map(problem).collect()
     }
 
     /// All that are there, the oldest first.

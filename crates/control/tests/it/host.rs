@@ -113,6 +113,7 @@ impl FakeHost {
             run: "1".to_owned(),
             postgres: vec![(15, "15.20".to_owned()), (14, "14.23".to_owned())],
             lacks: vec![],
+            problems: vec![],
             computes: computes.collect(),
         }
     }

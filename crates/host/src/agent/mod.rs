@@ -347,8 +347,8 @@ impl Agent {
     /// Says hello until it is heard.
     async fn hello(&self) -> Result<String, HostError> {
         let shared = self.shared.clone();
-        let facts = tokio::task::spawn_blocking(move || (shared.lacks(), shared.bin_dirs.installed())).await;
-        let (lacks, installed) = facts.unwrap_or_default();
+        let facts = tokio::task::spawn_blocking(move || (shared.lacks(), shared.bin_dirs.installed(), shared.bin_dirs.problems())).await;
+        let (lacks, installed, problems) = facts.unwrap_or_default();
         loop {
             let known = self.shared.known.lock().clone();
             let computes = known.into_iter().map(|(id, known)| HostedCompute { id, tenant_id: known.tenant, runs: known.runs });
@@ -358,6 +358,7 @@ impl Agent {
                 run: self.run.clone(),
                 postgres: installed.iter().map(|found| (found.major.number(), found.version.clone())).collect(),
                 lacks: lacks.clone(),
+                problems: problems.clone(),
                 computes: computes.collect(),
             };
             match self.shared.control.hello(&hello).await {

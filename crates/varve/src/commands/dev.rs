@@ -58,10 +58,10 @@ pub(crate) struct DevArgs {
     #[arg(long, default_value_t = 4096, value_parser = clap::value_parser!(u64).range(64..=1 << 24))]
     wal_log_limit_mb: u64,
     /// Megabytes for caches of pages and blocks.
-    #[arg(long, default_value_t = 512, value_parser = clap::value_parser!(u64).range(8..=1 << 24))]
+    #[arg(long, default_value_t = 512, value_parser = clap::value_parser!(u64).range(1..=1 << 24))]
     cache_mb: u64,
     /// Megabytes for what is not in layers yet.
-    #[arg(long, default_value_t = 512, value_parser = clap::value_parser!(u64).range(8..=1 << 24))]
+    #[arg(long, default_value_t = 512, value_parser = clap::value_parser!(u64).range(1..=1 << 24))]
     memtable_mb: u64,
     /// Seconds after which a timeline that nobody had use for is closed, and its tenant put to sleep.
     #[arg(long, default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..=1 << 24))]
