@@ -83,11 +83,11 @@ fn a_compute_of_another_major_is_refused() -> anyhow::Result<()> {
 
     dev.set_pg_bin_dir(major, &bin_dir(other)?);
     dev.run()?;
-    for command in [&["compute", "start", "acme/main"][..], &["tenant", "create", "more", "--pg-version", &major.to_string()]] {
-        let refused = dev.refused(command)?;
-        let names = [format!("PostgreSQL {major}"), format!("PostgreSQL {other}"), "--pg-bin-dir".to_owned()];
-        ensure!(names.iter().all(|name| refused.contains(name)), "the refusal names {names:?}, got {refused}");
-    }
+    let refused = dev.refused(&["compute", "start", "acme/main"])?;
+    let names = [format!("PostgreSQL {major}"), format!("PostgreSQL {other}"), "--pg-bin-dir".to_owned()];
+    ensure!(names.iter().all(|name| refused.contains(name)), "the refusal names {names:?}, got {refused}");
+    // A template is there already: a tenant needs no host.
+    dev.json(&["tenant", "create", "more", "--pg-version", &major.to_string()])?;
     dev.stop()?;
 
     dev.set_pg_bin_dir(major, &bin_dir(major)?);
