@@ -209,7 +209,7 @@ impl<S: WalSink> Worker<S> {
     fn one_connection(&mut self) -> SessionEnd {
         // What came behind the last whole record counts for nothing, and the server may have other bytes there by now.
         let (start, last_record) = (self.framer.framed(), self.framer.last_record());
-        self.framer = Framer::new(self.config.major, Some(self.config.system_identifier), start, last_record);
+        self.framer = self.framer.anew(start, last_record);
         let connection = match session::start(&self.config, start, &self.shared) {
             Ok(connection) => connection,
             Err(end) => return end,

@@ -188,6 +188,7 @@ impl<'a, S: WalSink> Stream<'a, S> {
             let endpoint = self.connection.endpoint().to_owned();
             return Err(ReceiverError::Gap { endpoint, expected, found: start }.into());
         }
+        let (framed, last_record) = (self.framer.framed(), self.framer.last_record());
         self.records.clear();
         let mut rest = data.clone();
         loop {
@@ -200,7 +201,11 @@ impl<'a, S: WalSink> Stream<'a, S> {
                 }
             }
         }
-        self.sink.append(start, data)?;
+        if let Err(error) = self.sink.append(start, data) {
+            // What is not kept must come again: the next connection goes on behind the last whole record that is.
+            *self.framer = self.framer.anew(framed, last_record);
+            return Err(error.into());
+        }
         if !self.records.is_empty() {
             self.sink.records(&mut self.records)?;
         }

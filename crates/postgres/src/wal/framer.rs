@@ -134,6 +134,11 @@ impl Framer {
         }
     }
 
+    /// A framer for the same WAL that goes on at `start`, with `prev` as in [`Framer::new`]: what this one has seen beyond is to be seen anew.
+    pub fn anew(&self, start: Lsn, prev: Option<Lsn>) -> Framer {
+        Framer::new(self.major, self.system_identifier, start, prev)
+    }
+
     /// A framer for WAL from the start of the page at `start`, whatever is there: a record that began earlier is skipped.
     pub fn from_page(major: Major, system_identifier: Option<u64>, start: Lsn) -> Framer {
         let mut framer = Framer::new(major, system_identifier, start.page_start(), None);

@@ -21,6 +21,9 @@ struct Log {
     last_record: Option<Lsn>,
     records: u64,
     disk_stuck: bool,
+    /// Appends until one fails for want of space, having kept a part of its bytes; none fails if this is 0.
+    appends_between_failures: u64,
+    appends: u64,
 }
 
 /// See the module.
@@ -45,6 +48,11 @@ impl MemoryWal {
     pub(crate) fn set_disk_stuck(&self, stuck: bool) {
         self.log.lock().disk_stuck = stuck;
         self.disk.notify_all();
+    }
+
+    /// Every so many appends there is no space, for once.
+    pub(crate) fn fail_every(&self, appends: u64) {
+        self.log.lock().appends_between_failures = appends;
     }
 
     pub(crate) fn set_store_durable(&self, lsn: Lsn) {
@@ -94,6 +102,11 @@ impl WalSink for MemorySink {
         );
         let keep = (start.0 - log.start.0) as usize;
         log.bytes.truncate(keep);
+        log.appends += 1;
+        if log.appends_between_failures > 0 && log.appends.is_multiple_of(log.appends_between_failures) {
+            log.bytes.extend_from_slice(&bytes[..bytes.len() / 2]);
+            return Err(SinkError::NotNow(Arc::new(std::io::Error::from(std::io::ErrorKind::StorageFull))));
+        }
         log.bytes.extend_from_slice(&bytes);
         Ok(())
     }

@@ -157,6 +157,22 @@ fn a_receiver_that_is_killed_again_and_again_leaves_no_gap() {
 }
 
 #[test]
+fn what_a_full_disk_did_not_take_comes_again() {
+    let postgres = primary("varve", &[]);
+    let start = redo_point(&postgres);
+    let wal = MemoryWal::new(start);
+    wal.fail_every(7);
+    let receiver = receive(config(&postgres, "varve", start), &wal);
+    await_streaming(&receiver);
+    postgres.psql("postgres", "CREATE TABLE t AS SELECT i, repeat('x', 200) AS a FROM generate_series(1, 20000) i").unwrap();
+    let end = insert_position(&postgres);
+    await_framed(&receiver, end);
+    wal.fail_every(0);
+    assert!(receiver.join().expect("it ends").error.is_none());
+    wal.assert_same_as(&postgres);
+}
+
+#[test]
 fn switches_and_records_longer_than_a_segment_come_whole() {
     let postgres = primary(NAME, &[]);
     let start = redo_point(&postgres);
