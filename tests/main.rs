@@ -12,6 +12,7 @@ mod minio;
 mod nothing_is_lost;
 mod postgres_suites;
 mod random_lsns;
+mod restores_under_kills;
 mod tidy;
 mod two_machines;
 mod verify;

@@ -7,6 +7,7 @@ use rustix::process::Signal;
 use serde_json::Value;
 use varve_testbed::acknowledged::Writers;
 use varve_testbed::dev::{Dev, amcheck, free_port, program, psql, signal};
+use varve_testbed::limit::Process;
 
 const VARVE: &str = env!("CARGO_BIN_EXE_varve");
 const BACK_MAX: Duration = Duration::from_secs(60);
@@ -51,6 +52,24 @@ fn the_postmaster_is_killed() -> anyhow::Result<()> {
         signal(pid(&compute(dev)?, "pid")?, Signal::KILL);
         Ok(())
     })
+}
+
+/// No start of it is the last one for that: what was killed says nothing about its next start.
+#[test]
+fn the_postmaster_is_killed_as_it_starts() -> anyhow::Result<()> {
+    let (dev, db) = tenant_with_compute()?;
+    psql(&db, "CREATE TABLE kept AS SELECT generate_series(1, 100) AS i")?;
+    let mount = pid(&compute(&dev)?, "mount_pid")?;
+    let postmaster = || Process::children_of(mount).into_iter().find(|process| process.name == "postgres").map(|process| process.pid);
+    let mut killed = postmaster().context("a postmaster")?;
+    signal(killed, Signal::KILL);
+    for _ in 0..2 {
+        killed = dev.until("the next postmaster", BACK_MAX, || Ok(postmaster().filter(|pid| *pid != killed)))?;
+        signal(killed, Signal::KILL);
+    }
+    let found = dev.until("the compute to be back", BACK_MAX, || Ok(psql(&db, "SELECT count(*) FROM kept").ok()))?;
+    ensure!(found == "100", "{found} rows of 100 are there");
+    Ok(())
 }
 
 #[test]

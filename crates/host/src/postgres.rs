@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io;
+use std::os::unix::process::ExitStatusExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 use std::time::{Duration, Instant};
@@ -58,6 +59,18 @@ pub enum PostgresError {
     /// It could not be noted which process it is.
     #[error(transparent)]
     Record(#[from] RecordError),
+}
+
+impl PostgresError {
+    /// Whether it may go well another time: somebody or something killed it (an operator, want of memory), or it waited for
+    /// a pageserver that was away. What Postgres itself says no to (a port that is taken) stays.
+    pub fn is_transient(&self) -> bool {
+        match self {
+            PostgresError::Ended { status, .. } => status.signal().is_some(),
+            PostgresError::Silent { .. } => true,
+            PostgresError::Missing { .. } | PostgresError::Io(_) | PostgresError::Record(_) => false,
+        }
+    }
 }
 
 /// A running Postgres.
@@ -190,4 +203,16 @@ fn log_tail(path: &Path) -> String {
     let text = std::fs::read(path).unwrap_or_default();
     let tail = &text[text.len().saturating_sub(LOG_TAIL)..];
     format!("the end of {}:\n{}", path.display(), String::from_utf8_lossy(tail))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_that_was_killed_as_it_started_is_started_again() {
+        let ended = |status| PostgresError::Ended { status: ExitStatus::from_raw(status), log: String::new() };
+        assert!(ended(9).is_transient(), "kill -9 says nothing about its next start");
+        assert!(!ended(1 << 8).is_transient(), "it says itself that it cannot start");
+    }
 }

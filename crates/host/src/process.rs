@@ -195,7 +195,8 @@ fn is_worth_another_try(error: &ProcessError) -> bool {
     match error {
         ProcessError::Server(error) => is_transient(error),
         ProcessError::Mount(error) => error.is_transient(),
-        ProcessError::NoPostgres(_) | ProcessError::Postgres(_) | ProcessError::Handover(_) | ProcessError::Io(_) => false,
+        ProcessError::Postgres(error) => error.is_transient(),
+        ProcessError::NoPostgres(_) | ProcessError::Handover(_) | ProcessError::Io(_) => false,
     }
 }
 

@@ -37,10 +37,10 @@ pub enum MountError {
         /// What it is.
         text: String,
     },
-    /// The base backup did not come.
+    /// The base backup did not come, or broke off.
     #[error("the base backup did not come: {0}")]
     Backup(#[from] ClientError),
-    /// The base backup holds something that does not belong there, or broke off, or could not be stored.
+    /// The base backup holds something that does not belong there, or could not be stored.
     #[error("the base backup cannot be taken apart: {0}")]
     Unpack(io::Error),
     /// The mount.
@@ -84,7 +84,7 @@ fn mount_blocking(begin: &Begin, dirs: &Dirs, uploader: &Uploader) -> Result<Mou
     let connection = page_service(begin)?;
     let options = BaseBackupOptions { no_slru: true, ..BaseBackupOptions::default() };
     let backup = BaseBackup::start(&connection, &begin.tenant_id, &begin.timeline_id, Some(lsn), options, BACKUP_SILENCE_MAX)?;
-    let files = unpack(backup, dirs).map_err(MountError::Unpack)?;
+    let files = fetch(backup, dirs)?;
     let fetched = started.elapsed();
     let users_hba = files.iter().find_map(|file| match &file.content {
         InitialContent::File(bytes) if file.path == "pg_hba.conf" => Some(String::from_utf8_lossy(bytes).into_owned()),
@@ -151,6 +151,34 @@ pub(crate) async fn unmount(mount: Mount, dirs: &Dirs) {
     }
 }
 
+/// What arrives, and why it stopped to.
+struct Arriving<R> {
+    from: R,
+    broke: Option<ClientError>,
+}
+
+impl<R: Read> Read for Arriving<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.from.read(buffer).map_err(|error| match error.downcast::<ClientError>() {
+            Ok(broke) => {
+                self.broke = Some(broke);
+                io::ErrorKind::UnexpectedEof.into()
+            }
+            Err(error) => error,
+        })
+    }
+}
+
+/// Takes the archive apart while it arrives. One that breaks off is one that did not come: its server may have died.
+fn fetch(backup: impl Read, dirs: &Dirs) -> Result<Vec<InitialFile>, MountError> {
+    let mut arriving = Arriving { from: backup, broke: None };
+    let unpacked = unpack(&mut arriving, dirs);
+    match arriving.broke {
+        Some(broke) => Err(MountError::Backup(broke)),
+        None => unpacked.map_err(MountError::Unpack),
+    }
+}
+
 /// Takes the archive apart: WAL goes to plain disk, all else becomes the mount's initial files.
 fn unpack(backup: impl Read, dirs: &Dirs) -> io::Result<Vec<InitialFile>> {
     let mut files = vec![InitialFile { path: "pg_wal".to_owned(), mode: 0o777, content: InitialContent::Symlink(dirs.pg_wal()) }];
@@ -208,4 +236,46 @@ fn write_wal(entry: &mut impl Read, name: &str, directory: bool, dirs: &Dirs) ->
     file.set_len(if is_segment { WAL_SEGMENT_SIZE } else { bytes.len() as u64 })?;
     std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600))?;
     chown(&path, Some(user.uid), Some(user.gid))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::dirs::User;
+
+    /// What comes before the end, which is an error.
+    struct Breaks(&'static [u8], Option<io::Error>);
+
+    impl Read for Breaks {
+        fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+            let read = self.0.read(buffer)?;
+            match self.1.take() {
+                Some(error) if read == 0 => Err(error),
+                kept => {
+                    self.1 = kept;
+                    Ok(read)
+                }
+            }
+        }
+    }
+
+    fn fetched(before: &'static [u8], error: io::Error) -> MountError {
+        let home = tempfile::tempdir().unwrap();
+        let user = User { uid: rustix::process::geteuid().as_raw(), gid: rustix::process::getegid().as_raw() };
+        let dirs = Dirs::existing(home.path(), home.path(), "0123", user);
+        match fetch(Breaks(before, Some(error)), &dirs) {
+            Err(error) => error,
+            Ok(files) => panic!("{} files of an archive without an end", files.len()),
+        }
+    }
+
+    #[test]
+    fn a_base_backup_that_breaks_off_is_fetched_again() {
+        let closed = || io::Error::other(ClientError::Closed { endpoint: "the page service".to_owned() });
+        for before in [&b""[..], &[0; 512], &[b'x'; 100]] {
+            let error = fetched(before, closed());
+            assert!(error.is_transient(), "{} bytes came: {error}", before.len());
+        }
+        assert!(!fetched(b"", io::Error::other("a full disk")).is_transient());
+    }
 }

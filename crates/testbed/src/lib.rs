@@ -1,6 +1,7 @@
 //! What end-to-end tests start and look at: stock Postgres servers of all majors, `varve dev`, MinIO, dumps, comparisons, suites.
 
 pub mod acknowledged;
+pub mod appended;
 pub mod application;
 pub mod beside;
 pub mod comparison;
