@@ -16,7 +16,7 @@ use serde_json::Value;
 use varve_testbed::appended::{Appenders, Around, Counts, Rows, rows};
 use varve_testbed::dev::{Dev, amcheck, free_port, psql, signal};
 use varve_testbed::limit::{self, COMMAND_MAX, Process};
-use varve_testing::SeededRng;
+use varve_testing::random::SeededRng;
 
 const VARVE: &str = env!("CARGO_BIN_EXE_varve");
 /// Rounds, unless `VARVE_TEST_RESTORE_KILLS` says how many.

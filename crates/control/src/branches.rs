@@ -269,18 +269,18 @@ impl<P: Pageserver> Control<P> {
     /// [`Error`].
     pub async fn moment(&self, tenant: &str, branch_text: &str, lsn: Option<&str>, at: Option<&str>) -> Result<MomentAnswer, Error> {
         let asked = moment::parse(lsn, at)?;
-        let (id, log) = self.to_read(tenant).await?;
-        let (name, timeline) = branch(&log.state(), branch_text)?;
+        let (id, state) = self.to_read(tenant).await?;
+        let (name, timeline) = branch(&state, branch_text)?;
         let at = self.resolve(id, timeline, asked).await?;
         let time = self.pageserver.time_at(id, at).await?;
-        let tenant_name = facts(&log.state(), id)?.name.clone();
+        let tenant_name = facts(&state, id)?.name.clone();
         Ok(MomentAnswer { branch: format!("{tenant_name}/{name}"), lsn: at.lsn.to_string(), time: time.map(moment::rfc3339) })
     }
 
-    /// A tenant whose history is read: that needs ownership.
-    async fn to_read(&self, tenant: &str) -> Result<(TenantId, TenantLog), Error> {
+    /// A tenant whose history is read, by its log: it is not taken for that. Whose history cannot be read here is told by the pageserver.
+    async fn to_read(&self, tenant: &str) -> Result<(TenantId, Arc<TenantState>), Error> {
         let id = self.find(tenant).await?;
-        Ok((id, self.own(id, "its history is read").await?))
+        Ok((id, self.read(id).await?))
     }
 
     /// Says which WAL of a branch can be had.
@@ -288,8 +288,8 @@ impl<P: Pageserver> Control<P> {
     /// # Errors
     /// [`Error`].
     pub async fn branch_wal(&self, tenant: &str, branch_text: &str) -> Result<Wal, Error> {
-        let (id, log) = self.to_read(tenant).await?;
-        let (name, timeline) = branch(&log.state(), branch_text)?;
+        let (id, state) = self.to_read(tenant).await?;
+        let (name, timeline) = branch(&state, branch_text)?;
         let (head, ranges) = self.pageserver.kept_wal(id, timeline).await?;
         let written = self.computes.of_branch(id, &name).iter().any(|entry| entry.writes() && entry.status().desired == Desired::Run);
         let ranges = ranges.into_iter().map(|range| WalRangeAnswer {
@@ -307,8 +307,8 @@ impl<P: Pageserver> Control<P> {
     /// [`Error`].
     pub async fn branch_wal_bytes(&self, tenant: &str, branch_text: &str, from: &str) -> Result<Bytes, Error> {
         let from: Lsn = moment::lsn("from", from)?;
-        let (id, log) = self.to_read(tenant).await?;
-        let (_, timeline) = branch(&log.state(), branch_text)?;
+        let (id, state) = self.to_read(tenant).await?;
+        let (_, timeline) = branch(&state, branch_text)?;
         Ok(self.pageserver.kept_wal_bytes(id, timeline, from).await?)
     }
 }

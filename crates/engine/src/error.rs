@@ -103,8 +103,9 @@ pub enum EngineError {
     },
     /// What was acknowledged last is only in a compute's `pg_wal`.
     #[error(
-        "timeline {timeline}: what the compute of epoch {epoch} wrote after {head} was on a disk that is lost, and only that compute has it: \
-         let it run and reach this server, then try again; if it is lost for good, give that up with \
+        "timeline {timeline}: what the compute of epoch {epoch} wrote after {head} is not here: it is in the WAL log of server {wal_log}, and in the \
+         pg_wal of that compute. If that server is there, run 'varve tenant take TENANT' on it, stop the compute there cleanly, and try again here. If its \
+         disk is lost, let the compute run and reach this server. Only if both are lost for good, give it up with \
          'varve branch restore TENANT/BRANCH --lsn {head}'"
     )]
     TailUnknown {
@@ -114,6 +115,8 @@ pub enum EngineError {
         epoch: u32,
         /// What is known.
         head: Lsn,
+        /// The WAL log that has the rest, which is its server's name.
+        wal_log: String,
     },
     /// Another server has taken the tenant over.
     #[error("tenant {tenant} was taken over by another server: nothing of it is served or acknowledged here")]

@@ -113,6 +113,11 @@ impl Tenant {
         now.duration_since(*self.used_at.lock()) >= unused && self.log.is_idle() && self.timelines.lock().is_empty()
     }
 
+    /// Whether a compute writes one of its timelines here.
+    pub fn is_written(&self) -> bool {
+        self.all_opened().iter().any(|live| live.has_stream())
+    }
+
     fn check_owned(&self) -> Result<(), EngineError> {
         if self.lost.load(Ordering::SeqCst) { Err(EngineError::NotOwner { tenant: self.id() }) } else { Ok(()) }
     }

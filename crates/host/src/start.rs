@@ -54,12 +54,35 @@ pub enum MountError {
 impl MountError {
     /// Whether it may go well another time.
     pub fn is_transient(&self) -> bool {
-        matches!(self, MountError::Backup(error) if error.is_transient())
+        match self {
+            MountError::Backup(error) => error.is_transient(),
+            // The server may go away in the middle of it.
+            MountError::Unpack(error) | MountError::Mount(error) => broke_off(error),
+            _ => false,
+        }
     }
 
     fn begin(what: &'static str, text: &(impl ToString + ?Sized)) -> MountError {
         MountError::Begin { what, text: text.to_string() }
     }
+}
+
+/// Whether an error says that a connection broke, here or further down.
+fn broke_off(error: &io::Error) -> bool {
+    use io::ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionRefused, ConnectionReset, TimedOut, UnexpectedEof};
+    if matches!(error.kind(), BrokenPipe | ConnectionAborted | ConnectionRefused | ConnectionReset | TimedOut | UnexpectedEof) {
+        return true;
+    }
+    let mut source: Option<&(dyn std::error::Error + 'static)> = error.get_ref().map(|inner| inner as _);
+    while let Some(inner) = source {
+        if inner.downcast_ref::<ClientError>().is_some_and(ClientError::is_transient)
+            || inner.downcast_ref::<io::Error>().is_some_and(broke_off)
+        {
+            return true;
+        }
+        source = inner.source();
+    }
+    false
 }
 
 /// Where the page service listens, as a client of it.

@@ -29,8 +29,8 @@ use crate::error::ServerError;
 use crate::tenants::{Identity, LostTo, Tenants};
 use crate::writers::{Writer, Writers};
 
-/// How often it is looked for timelines and tenants that nobody has use for.
-const SWEEP_INTERVAL: Duration = Duration::from_secs(5);
+/// How often it is looked for tenants that others took over, and for timelines and tenants that nobody has use for.
+const SWEEP_INTERVAL: Duration = Duration::from_secs(2);
 /// Tenants that are opened at once when the server starts.
 const OPENED_AT_ONCE: usize = 8;
 /// How long a compute's first read waits for ingest.
@@ -147,7 +147,10 @@ impl Pageserver {
                     }
                 }
                 () = &mut timer => {}
-                _ = sweep.tick() => self.tenants.sweep(self.config.idle).await,
+                _ = sweep.tick() => {
+                    self.tenants.find_lost().await;
+                    self.tenants.sweep(self.config.idle).await;
+                }
             }
         }
         // Flushes still need the timer until all is in the store.

@@ -288,6 +288,21 @@ impl Tenants {
         }
     }
 
+    /// Finds tenants that others took over: those whose logs have said so already, and, with a look into the store, those that a compute writes here. The
+    /// latter must not wait until the next flush collides.
+    pub async fn find_lost(&self) {
+        for tenant in self.all_awake() {
+            if tenant.is_written()
+                && let Err(error) = tenant.log().check_ownership().await
+            {
+                tracing::debug!(tenant = %tenant.id(), %error, "whose the tenant is was looked for");
+            }
+            if tenant.log().lost().is_some() {
+                self.lose(tenant.id()).await;
+            }
+        }
+    }
+
     /// Closes timelines that nobody had use for since `unused`, and puts tenants to sleep that have none left and that nobody holds.
     pub async fn sweep(&self, unused: Duration) {
         for tenant in self.all_awake() {

@@ -283,7 +283,7 @@ impl LiveTimeline {
                 return Ok(());
             }
             if writer.tail.get() == Tail::Unknown {
-                return Err(EngineError::TailUnknown { timeline: self.id(), epoch: epoch.0, head: self.positions().head() });
+                return Err(self.tail_unknown(epoch));
             }
             writer.end_stream(StreamEnd::Ended, &self.context.threads).await?;
         }
@@ -319,6 +319,10 @@ impl LiveTimeline {
         }
     }
 
+    fn tail_unknown(&self, epoch: WriterEpoch) -> EngineError {
+        EngineError::TailUnknown { timeline: self.id(), epoch: epoch.0, head: self.positions().head(), wal_log: self.tail_in.clone() }
+    }
+
     /// Waits until all that was acknowledged is known here.
     ///
     /// # Errors
@@ -331,7 +335,7 @@ impl LiveTimeline {
         let known = tokio::time::timeout(TAIL_WAIT_MAX, tail.wait_until_known()).await;
         match known {
             Ok(()) => Ok(()),
-            Err(_) => Err(EngineError::TailUnknown { timeline: self.id(), epoch: epoch.0, head: self.positions().head() }),
+            Err(_) => Err(self.tail_unknown(epoch)),
         }
     }
 }

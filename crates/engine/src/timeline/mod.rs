@@ -56,6 +56,8 @@ pub struct LiveTimeline {
     context: Arc<Context>,
     manifest: Manifest,
     writer: tokio::sync::Mutex<epochs::Writer>,
+    /// The WAL log that had the newest epoch's bytes when this was opened, in words.
+    tail_in: String,
     ingest: Mutex<ingest::IngestState>,
     /// Whether ingest is scheduled for what is at head, so that a commit need not look at the queue.
     ingest_scheduled: AtomicBool,
@@ -216,6 +218,11 @@ impl LiveTimeline {
     pub(crate) fn note(&self, head: Lsn, size_bytes: u64) {
         let at = (self.context.resources.clock)();
         *self.noted.lock() = Some(Noted { head, size_bytes, at });
+    }
+
+    /// Whether a compute writes it here; also while it is just being decided.
+    pub fn has_stream(&self) -> bool {
+        self.writer.try_lock().map_or(true, |writer| writer.has_stream())
     }
 
     /// Says that somebody has use for it: it is not closed for a while.

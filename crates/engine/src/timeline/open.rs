@@ -85,6 +85,7 @@ impl LiveTimeline {
             context: open.context,
             manifest,
             writer: tokio::sync::Mutex::new(Writer::new(epoch, tail)),
+            tail_in: open.state.epochs.last().map_or_else(String::new, |last| last.wal_log.to_string()),
             ingest: Mutex::new(IngestState::new(open.major, open.system_identifier, layered)),
             ingest_scheduled: AtomicBool::new(false),
             ingest_hurried: AtomicBool::new(false),
