@@ -24,6 +24,8 @@ const RETRY_MAX: Duration = Duration::from_millis(300);
 struct State {
     writer: WalWriter,
     acknowledged: Lsn,
+    /// The machine whose server acknowledged last.
+    acknowledged_by: usize,
     /// Whose acknowledgements count.
     standby_name: Option<String>,
     /// Tuples on each block.
@@ -79,6 +81,7 @@ impl Compute {
             state: Mutex::new(State {
                 writer: WalWriter::new(begin.base, prev, begin.tli),
                 acknowledged: begin.base,
+                acknowledged_by: 0,
                 standby_name: Some(begin.standby_name),
                 tuples,
                 writes: true,
@@ -180,7 +183,8 @@ impl Compute {
             end = self.transaction(world);
         }
         self.wait_acknowledged(end).await;
-        world.check_serves(&self.branch, self.timeline, submitted);
+        let machine = self.state.lock().acknowledged_by;
+        world.check_serves(machine, &self.branch, self.timeline, submitted);
     }
 
     async fn wait_acknowledged(&self, end: Lsn) {
@@ -210,13 +214,14 @@ impl Compute {
         }
     }
 
-    /// The standby `name` has everything up to `lsn`.
-    pub fn acknowledge(&self, world: &World, name: &str, lsn: Lsn) {
+    /// The standby `name`, a machine's server, has everything up to `lsn`.
+    pub fn acknowledge(&self, world: &World, machine: usize, name: &str, lsn: Lsn) {
         let from = {
             let mut state = self.state.lock();
             if self.is_over() || state.standby_name.as_deref() != Some(name) || lsn <= state.acknowledged {
                 return;
             }
+            state.acknowledged_by = machine;
             std::mem::replace(&mut state.acknowledged, lsn)
         };
         world.say(format_args!("{} has {lsn} acknowledged", self.name()));

@@ -287,9 +287,7 @@ impl Node {
                 self.context.lost.note(world.tenant);
                 continue;
             }
-            if world.plant == Plant::Nothing {
-                self.end_moved(&world, &tenant).await;
-            }
+            self.end_moved(&world, &tenant).await;
             self.open_what_the_wal_log_holds(&world, &tenant).await;
             if tenant.close_idle(UNUSED_MAX).await {
                 world.counts.add(Kind::IdleClosed);
@@ -314,7 +312,15 @@ impl Node {
     async fn end_moved(&self, world: &World, tenant: &Arc<Tenant>) {
         let state = tenant.log().state();
         let points = |open: &Open| state.branch(open.branch.as_str()).is_ok_and(|timeline| timeline.facts.id == open.timeline);
-        let moved: Vec<TimelineId> = self.streams.lock().iter().filter(|open| !points(open)).map(|open| open.timeline).collect();
+        let mut moved = Vec::new();
+        for open in self.streams.lock().iter().filter(|open| !points(open)) {
+            world.note_moved(self.machine, &open.branch, open.timeline);
+            moved.push(open.timeline);
+        }
+        if world.plant == Plant::HostRecordAfterCommit {
+            // In the old order nobody looked.
+            return;
+        }
         for timeline in moved {
             if let Some(live) = tenant.opened(timeline) {
                 world.say(format_args!("server {} ends a stream whose branch has moved", self.machine));
@@ -419,7 +425,7 @@ impl Node {
             if world.chance(300) {
                 world.pause(Duration::from_millis(4)).await;
             }
-            compute.acknowledge(world, name, framed);
+            compute.acknowledge(world, self.machine, name, framed);
         }
     }
 

@@ -27,7 +27,7 @@ use crate::wal::{FIRST_XID, MAJOR, START, SYSTEM_IDENTIFIER};
 
 /// Machines with a pageserver.
 pub const MACHINES: usize = 2;
-/// A compute may be told so much later than its branch moved.
+/// A server may go on so long with a stream after it knows that its branch moved.
 const MOVE_NOTICED_MAX: Duration = Duration::from_secs(8);
 
 /// A fault that is planted in the model, to show that it is found.
@@ -78,8 +78,8 @@ pub struct World {
     pub folder: std::path::PathBuf,
     /// The newest compute of each branch.
     computes: Mutex<BTreeMap<BranchName, Arc<Compute>>>,
-    /// When a branch was seen to have left a timeline.
-    moved: Mutex<BTreeMap<(BranchName, TimelineId), tokio::time::Instant>>,
+    /// When a server's log showed it that a branch had left a timeline.
+    moved: Mutex<BTreeMap<(usize, BranchName, TimelineId), tokio::time::Instant>>,
     /// The WAL log that had a timeline's newest epoch when the tenant's log was last read.
     wal_logs: Mutex<BTreeMap<(TimelineId, u32), varve_storage::ids::WalLogId>>,
     under_way: Mutex<Vec<UnderWay>>,
@@ -260,7 +260,7 @@ impl World {
                 Ok(Some(state)) => {
                     let learnt = self.ledger.lock().learn(&state);
                     self.check(learnt);
-                    self.learn_moves(&state);
+                    self.learn_tails(&state);
                     return Arc::new(state);
                 }
                 Ok(None) => self.violate("the tenant's log is gone".to_owned()),
@@ -270,7 +270,7 @@ impl World {
         }
     }
 
-    fn learn_moves(&self, state: &TenantState) {
+    fn learn_tails(&self, state: &TenantState) {
         let newest = state.timelines().filter_map(|timeline| timeline.epochs.last().map(|epoch| (timeline.facts.id, epoch)));
         for (timeline, epoch) in newest {
             let before = self.wal_logs.lock().insert((timeline, epoch.epoch.0), epoch.wal_log);
@@ -278,19 +278,17 @@ impl World {
                 self.counts.add(Kind::TailSentAgain);
             }
         }
-        let now = tokio::time::Instant::now();
-        for (branch, compute) in self.computes.lock().iter() {
-            let is_there = state.branch(branch.as_str()).is_ok_and(|timeline| timeline.facts.id == compute.timeline);
-            if !is_there {
-                self.moved.lock().entry((branch.clone(), compute.timeline)).or_insert(now);
-            }
-        }
     }
 
-    /// A commit of `branch`'s compute on `timeline`, which began at `submitted`, was acknowledged: it must not be long
-    /// since the branch left that timeline.
-    pub fn check_serves(&self, branch: &BranchName, timeline: TimelineId, submitted: tokio::time::Instant) {
-        let moved = self.moved.lock().get(&(branch.clone(), timeline)).copied();
+    /// A server's own log says that `branch` has left `timeline`, whose stream it still has.
+    pub fn note_moved(&self, machine: usize, branch: &BranchName, timeline: TimelineId) {
+        self.moved.lock().entry((machine, branch.clone(), timeline)).or_insert_with(tokio::time::Instant::now);
+    }
+
+    /// A commit of `branch`'s compute on `timeline`, which began at `submitted`, was acknowledged by a server: it must not
+    /// be long since that server knew that the branch had left the timeline.
+    pub fn check_serves(&self, machine: usize, branch: &BranchName, timeline: TimelineId, submitted: tokio::time::Instant) {
+        let moved = self.moved.lock().get(&(machine, branch.clone(), timeline)).copied();
         if let Some(moved) = moved.filter(|moved| submitted > *moved + MOVE_NOTICED_MAX) {
             let since = submitted - moved;
             self.violate(format!("a commit is acknowledged to {branch}'s compute on {timeline}, which the branch left {since:?} before"));
