@@ -113,7 +113,7 @@ impl Surroundings for System {
     }
 
     fn fill(&self, bytes: &mut [u8]) -> Result<(), NoRandom> {
-        getrandom::fill(bytes).map_err(|error| NoRandom(error.to_string()))
+        varve_storage::chance::fill(bytes).map_err(|error| NoRandom(error.to_string()))
     }
 
     fn sleep(&self, duration: Duration) -> BoxFuture<'static, ()> {

@@ -231,8 +231,9 @@ impl Dev {
         let output = self.cli(&[args, &["--json"]].concat())?;
         ensure!(
             output.status.success(),
-            "varve {} failed: {}\nserver log: {}",
+            "varve {} failed ({}): {}\nserver log: {}",
             args.join(" "),
+            output.status,
             String::from_utf8_lossy(&output.stderr),
             self.log().display()
         );

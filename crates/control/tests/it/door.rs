@@ -1,6 +1,8 @@
 //! The admin API's door, over real connections: what comes in, what does not, and that each no is a problem with a
 //! code.
 
+#![expect(clippy::disallowed_methods, reason = "a test measures how long a real connection takes")]
+
 use std::net::SocketAddr;
 use std::time::Duration;
 

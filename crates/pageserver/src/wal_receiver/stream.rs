@@ -92,15 +92,17 @@ impl<'a, S: WalSink> Stream<'a, S> {
     fn stream(&mut self) -> Result<std::convert::Infallible, SessionEnd> {
         self.update_positions();
         self.send_status(false)?;
+        // What came in one piece with the server's answer is here already. Commits may wait for it, and nothing else may come for long.
+        self.take_group(false)?;
         loop {
+            self.update_positions();
+            self.reply()?;
             self.connection.set_read_timeout(Some(self.pause()))?;
             match self.connection.receive()? {
                 Received::Bytes { more } => self.take_group(more)?,
                 Received::Nothing => {}
                 Received::Closed => return Err(self.closed().into()),
             }
-            self.update_positions();
-            self.reply()?;
         }
     }
 

@@ -20,6 +20,8 @@ use varve_testbed::postgres::Postgres;
 
 const NAME: &str = "varve_standby";
 const LONG: Duration = Duration::from_secs(30);
+/// How long a primary may take between its answer and its first WAL.
+const JOINED: Duration = Duration::from_millis(500);
 
 fn receive(config: ReceiverConfig, wal: &Arc<MemoryWal>) -> Receiver<MemorySink> {
     Receiver::spawn(config, MemorySink(wal.clone())).expect("a thread")
@@ -87,6 +89,58 @@ fn a_commit_waits_for_our_acknowledgement_and_no_longer() {
     wal.assert_same_as(&postgres);
     let outcome = receiver.join().expect("an outcome");
     assert!(outcome.error.is_none(), "{:?}", outcome.error);
+}
+
+/// Stands between a receiver and its primary: hands over the answer to `START_REPLICATION` in one piece with the WAL
+/// that follows it, and nothing after that. Gives the folder of its socket.
+fn join_answer_and_wal(postgres: &Postgres) -> tempfile::TempDir {
+    let dir = tempfile::tempdir().expect("a directory");
+    let listener = UnixListener::bind(dir.path().join(".s.PGSQL.5432")).expect("a socket");
+    let target = postgres.dir().join(".s.PGSQL.5432");
+    thread::spawn(move || {
+        let (mut client, _) = listener.accept().expect("the receiver");
+        let mut server = UnixStream::connect(&target).expect("the primary");
+        let (mut client_reads, mut server_writes) = (client.try_clone().expect("a clone"), server.try_clone().expect("a clone"));
+        let starts = Arc::new(AtomicBool::new(false));
+        let seen = starts.clone();
+        thread::spawn(move || {
+            let mut buffer = [0; 4096];
+            while let Ok(n @ 1..) = client_reads.read(&mut buffer) {
+                seen.fetch_or(buffer[..n].windows(17).any(|word| word == b"START_REPLICATION"), Ordering::SeqCst);
+                if server_writes.write_all(&buffer[..n]).is_err() {
+                    return;
+                }
+            }
+        });
+        let mut buffer = vec![0; 1 << 16];
+        while let Ok(n @ 1..) = server.read(&mut buffer) {
+            let mut end = n;
+            let is_last = starts.load(Ordering::SeqCst);
+            server.set_read_timeout(is_last.then_some(JOINED)).expect("a timeout");
+            while is_last && let Ok(n @ 1..) = server.read(&mut buffer[end..]) {
+                end += n;
+            }
+            client.write_all(&buffer[..end]).expect("the receiver takes it");
+            if is_last {
+                thread::sleep(LONG * 2); // nothing else comes
+            }
+        }
+    });
+    dir
+}
+
+#[test]
+fn wal_that_comes_along_with_the_answer_waits_for_nothing_else() {
+    let postgres = primary(NAME, &[]);
+    let start = redo_point(&postgres);
+    let wal = MemoryWal::new(start);
+    let end = flushed(&postgres);
+    assert!(start < end, "there is WAL to send");
+    let between = join_answer_and_wal(&postgres);
+    let mut joined = config(&postgres, NAME, start);
+    joined.connect.endpoint = Endpoint::unix(between.path(), 5432);
+    joined.slot = None;
+    await_framed(&receive(joined, &wal), end);
 }
 
 #[test]
