@@ -106,7 +106,8 @@ thread_local! {
 pub struct Pool {
     handle: Handle,
     chance: Arc<dyn chance::Source>,
-    random: Mutex<SeededRng>,
+    /// Decides when a thread gets to run; none where each runs at once.
+    random: Option<Mutex<SeededRng>>,
     idle: Mutex<Vec<Worker>>,
     jobs: Mutex<Vec<(u64, String)>>,
     next_job: AtomicU64,
@@ -117,10 +118,19 @@ pub struct Pool {
 impl Pool {
     /// Threads beside the runtime behind `handle`, which draw from `source`.
     pub fn new(handle: Handle, seed: u64, source: Arc<dyn chance::Source>, watchdog: Arc<Watchdog>) -> Arc<Pool> {
+        Pool::with(handle, Some(Mutex::new(SeededRng::new(seed))), source, watchdog)
+    }
+
+    /// Threads that run as soon as they are asked to: for scripts, in which time passes only where they say so.
+    pub fn prompt(handle: Handle, source: Arc<dyn chance::Source>, watchdog: Arc<Watchdog>) -> Arc<Pool> {
+        Pool::with(handle, None, source, watchdog)
+    }
+
+    fn with(handle: Handle, random: Option<Mutex<SeededRng>>, source: Arc<dyn chance::Source>, watchdog: Arc<Watchdog>) -> Arc<Pool> {
         Arc::new(Pool {
             handle,
             chance: source,
-            random: Mutex::new(SeededRng::new(seed)),
+            random,
             idle: Mutex::default(),
             jobs: Mutex::default(),
             next_job: AtomicU64::new(0),
@@ -157,7 +167,8 @@ impl Pool {
 
     /// When a thread gets to run: mostly soon, sometimes late.
     fn delay(&self) -> Duration {
-        let mut random = self.random.lock();
+        let Some(random) = &self.random else { return Duration::ZERO };
+        let mut random = random.lock();
         match random.below(100) {
             0..70 => Duration::ZERO,
             70..98 => Duration::from_micros(random.below(5_000)),

@@ -5,6 +5,7 @@
 mod base_backup_starts_postgres;
 mod counters_wrap_around;
 mod free_space_maps_are_kept;
+mod golden;
 mod ingest_equals_postgres;
 mod oracle;
 mod template;
