@@ -361,6 +361,9 @@ fn kept_wal(mut dev: Dev) -> anyhow::Result<()> {
     dev.stop()?;
     dev.wipe()?;
     dev.run()?;
+    let told = dev.refused(&["verify", "wal", "acme/main"])?;
+    ensure!(told.contains("belongs to server ") && told.contains("varve tenant take"), "a read takes no tenant of a lost server: {told}");
+    dev.json(&["tenant", "take", "acme"])?;
     let whole = matched(&dev, &["wal", "acme/main"])?;
     expect(&whole, "gaps", 0);
     let types = whole["types"].as_array().context("a list of types")?;

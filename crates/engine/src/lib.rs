@@ -19,6 +19,7 @@ pub mod cluster;
 pub mod context;
 pub mod error;
 pub mod fair_queue;
+pub mod held;
 pub mod histories;
 pub mod ingest;
 pub mod moments;

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use varve_postgres::{Lsn, Timestamp};
 use varve_storage::ids::TimelineId;
+use varve_storage::timeline::{Position, WaitError};
 
 use crate::error::EngineError;
 use crate::moments::{self, Found, MomentError};
@@ -12,6 +13,9 @@ use crate::timeline::LiveTimeline;
 
 /// How long a question about the past waits for ingest.
 const INGEST_WAIT_MAX: Duration = Duration::from_secs(60);
+
+/// How long an LSN may be on its way from the compute that wrote it.
+const ARRIVAL_WAIT_MAX: Duration = Duration::from_secs(3);
 
 /// A moment of a timeline's history.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,6 +46,15 @@ pub async fn resolve(live: &Arc<LiveTimeline>, moment: Moment) -> Result<Resolve
     // What is known already stays as it is, whatever the newest writer may have besides.
     if !matches!(moment, Moment::Lsn(lsn) if lsn <= live.positions().head()) {
         live.wait_tail().await?;
+    }
+    // What a compute has just written, and somebody else has heard of, is on its way.
+    if let Moment::Lsn(lsn) = moment
+        && live.has_stream()
+    {
+        match live.positions().wait(Position::Head, lsn, ARRIVAL_WAIT_MAX).await {
+            Ok(()) | Err(WaitError::Deadline { .. } | WaitError::Stopped { .. }) => {}
+            Err(closing) => return Err(closing.into()),
+        }
     }
     let head = live.positions().head();
     match moment {

@@ -232,7 +232,6 @@ impl Tenant {
     /// Closes timelines that nobody had use for since `unused`, children before their ancestors. What they have in memory is put into the store before,
     /// by background work that this only asks for. Whether none is left open.
     pub async fn close_idle(&self, unused: Duration) -> bool {
-        let mut closed = Vec::new();
         let left = {
             let mut timelines = self.timelines.lock();
             timelines.retain(|_, cell| Arc::strong_count(cell) > 1 || cell.get().is_some());
@@ -248,13 +247,10 @@ impl Tenant {
                     break;
                 }
                 // Dropping a child gives its ancestor free, which the next round then finds.
-                closed.extend(idle.iter().filter_map(|id| timelines.remove(id)).filter_map(|cell| cell.get().map(|live| live.id())));
+                idle.iter().for_each(|id| drop(timelines.remove(id)));
             }
             timelines.len()
         };
-        for id in closed {
-            self.context.wal.detach(self.id(), id);
-        }
         if left > 0 {
             for live in self.all_opened() {
                 live.flush_if_unused(unused);

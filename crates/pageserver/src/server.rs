@@ -1,7 +1,8 @@
 //! The pageserver put together: what the control plane can ask of it.
 //!
 //! [`Pageserver`] holds what all tenants share (store, WAL log, caches, work queue, templates), the tenants that it owns ([`crate::tenants`]), and the
-//! receivers of their computes' WAL ([`crate::writers`]). At start it opens what its WAL log holds WAL of, so that this gets into the store. WAL of a tenant or
+//! receivers of their computes' WAL ([`crate::writers`]). At start and from then on it opens
+//! what its WAL log holds WAL of, so that this gets into the store, and lets go of what the tenants' logs say is not needed. WAL of a tenant or
 //! timeline that no log in the store knows is kept, and told of: it is evidence that the store lost something.
 
 use std::io::Read;
@@ -13,6 +14,7 @@ use bytes::Bytes;
 use futures::{StreamExt as _, stream};
 use parking_lot::Mutex;
 use tokio_util::sync::CancellationToken;
+use varve_engine::held::{Claim, claim};
 use varve_engine::resolve::{Moment, Resolved, resolve, time_at};
 use varve_engine::template::{StartupBlock, Template, Templates};
 use varve_engine::timeline::WalRange;
@@ -23,7 +25,7 @@ use varve_storage::ids::{BranchName, TenantId, TimelineId, WalLogId, WriterEpoch
 use varve_storage::store::Store;
 use varve_storage::tenant_log;
 use varve_storage::threads::{RuntimeThreads, Threads};
-use varve_storage::wal_log::WalLog;
+use varve_storage::wal_log::{Unattached, WalLog};
 
 use crate::error::ServerError;
 use crate::tenants::{Identity, LostTo, Tenants};
@@ -31,6 +33,8 @@ use crate::writers::{Writer, Writers};
 
 /// How often it is looked for tenants that others took over, and for timelines and tenants that nobody has use for.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(2);
+/// How often it is looked for WAL in the WAL log that no open timeline has.
+const SETTLE_INTERVAL: Duration = Duration::from_secs(30);
 /// Tenants that are opened at once when the server starts.
 const OPENED_AT_ONCE: usize = 8;
 /// How long a compute's first read waits for ingest.
@@ -127,7 +131,7 @@ impl Pageserver {
         let stopping = CancellationToken::new();
         let (writers, orphans) = (Writers::default(), Mutex::default());
         let pageserver = Arc::new(Pageserver { config, context, templates, tenants, writers, orphans, stopping });
-        pageserver.open_what_the_log_holds().await;
+        pageserver.settle_held().await;
         Ok(pageserver)
     }
 
@@ -137,6 +141,8 @@ impl Pageserver {
         tokio::pin!(timer);
         let mut sweep = tokio::time::interval(SWEEP_INTERVAL);
         sweep.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let settling = self.keep_settled();
+        tokio::pin!(settling);
         loop {
             tokio::select! {
                 biased;
@@ -147,6 +153,7 @@ impl Pageserver {
                     }
                 }
                 () = &mut timer => {}
+                () = &mut settling => {}
                 _ = sweep.tick() => {
                     self.tenants.find_lost().await;
                     self.tenants.sweep(self.config.idle).await;
@@ -157,44 +164,85 @@ impl Pageserver {
         timer.await;
     }
 
-    /// Opens the timelines of which the WAL log holds bytes, so that these get into the store and the log can let go of them.
-    async fn open_what_the_log_holds(&self) {
+    /// Looks after what the WAL log holds of timelines that are not open: what the store may lack is opened, so that it gets there; what is not needed any
+    /// more is let go of; what nobody knows is kept and told.
+    async fn settle_held(&self) {
         let held = self.context.wal.unattached();
-        stream::iter(held)
-            .for_each_concurrent(OPENED_AT_ONCE, |(tenant, timeline)| async move {
-                if let Err(problem) = self.open_held(tenant, timeline).await {
-                    tracing::error!(%tenant, %timeline, problem, "the WAL log holds WAL that cannot be put into the store; it is kept");
-                    self.orphans.lock().push(OrphanedWal { tenant, timeline, problem });
-                }
+        let orphans: Vec<OrphanedWal> = stream::iter(held)
+            .map(|held| async move {
+                let problem = self.settle(held).await.err()?;
+                Some(OrphanedWal { tenant: held.tenant, timeline: held.timeline, problem })
             })
+            .buffer_unordered(OPENED_AT_ONCE)
+            .filter_map(std::future::ready)
+            .collect()
             .await;
+        let mut known = self.orphans.lock();
+        for orphan in orphans.iter().filter(|orphan| !known.contains(orphan)) {
+            let OrphanedWal { tenant, timeline, problem } = orphan;
+            tracing::error!(%tenant, %timeline, problem, "the WAL log holds WAL that cannot be put into the store; it is kept");
+        }
+        *known = orphans;
     }
 
-    async fn open_held(&self, tenant: TenantId, timeline: TimelineId) -> Result<(), String> {
-        let read = tenant_log::read(&self.context.store, tenant).await.map_err(|error| error.to_string())?;
-        let Some(state) = read else {
-            return Err(format!(
-                "the store has no log of tenant {tenant}: if the tenant was deleted, 'varve wal forget {tenant}' lets go of its WAL; if not, the \
-                 store has lost it: restore the objects below tenants/{tenant} from the bucket's versions, then start this server again"
-            ));
-        };
-        let me = self.context.wal_log.to_string();
-        if let Some(owner) = state.owner().filter(|owner| owner.server != me) {
-            self.tenants.note_lost(tenant, LostTo::from(owner));
-            return Err("another server has taken the tenant over; its computes send there what that one lacks".to_owned());
+    /// Looks after the WAL log from time to time, and at once while everybody waits for space in it.
+    async fn keep_settled(&self) {
+        let mut settled = tokio::time::Instant::now();
+        loop {
+            tokio::time::sleep(SWEEP_INTERVAL).await;
+            let is_full = self.context.wal.is_over_limit();
+            if is_full || settled.elapsed() >= SETTLE_INTERVAL {
+                self.settle_held().await;
+                settled = tokio::time::Instant::now();
+            }
+            if is_full {
+                self.free_wal_log().await;
+            }
         }
-        if state.is_removed() || state.timeline(timeline).is_err() {
-            // The log is there, and says that this timeline is not.
-            return match state.facts() {
-                Some(_) if !state.is_removed() => Err(format!(
+    }
+
+    /// What who hardly needs it holds of the oldest segments is moved out of the way.
+    async fn free_wal_log(&self) {
+        let context = self.context.clone();
+        if let Err(error) = self.context.threads.call(move || context.free_wal_log()).await {
+            tracing::error!(%error, "the WAL log was not freed");
+        }
+    }
+
+    async fn settle(&self, held: Unattached) -> Result<(), String> {
+        let Unattached { tenant, timeline, .. } = held;
+        let state = match self.tenants.awake(tenant) {
+            Some(tenant) => tenant.log().state(),
+            None => match tenant_log::read(&self.context.store, tenant).await.map_err(|error| error.to_string())? {
+                Some(state) => Arc::new(state),
+                None => {
+                    return Err(format!(
+                        "the store has no log of tenant {tenant}: if the tenant was deleted, 'varve wal forget {tenant}' lets go of its WAL; if \
+                         not, the store has lost it: restore the objects below tenants/{tenant} from the bucket's versions, then start this \
+                         server again"
+                    ));
+                }
+            },
+        };
+        match claim(&state, &held, self.context.wal_log) {
+            Claim::Void => {
+                self.context.forget_void(held).await;
+                return Ok(());
+            }
+            Claim::Unknown => {
+                return Err(format!(
                     "the log of tenant {tenant} knows no timeline {timeline}: if its branch was deleted, 'varve wal forget {tenant} {timeline}' \
                      lets go of its WAL; if not, the newest objects below tenants/{tenant}/log are lost: restore them from the bucket's versions"
-                )),
-                _ => {
-                    self.context.forget_wal(tenant, vec![timeline]).await;
-                    Ok(())
-                }
-            };
+                ));
+            }
+            Claim::Needed => {}
+        }
+        let me = self.context.wal_log.to_string();
+        if let Some(owner) = state.owner().filter(|owner| owner.server != me) {
+            if !self.tenants.is_known(tenant) {
+                self.tenants.note_lost(tenant, LostTo::from(owner));
+            }
+            return Err("another server has taken the tenant over; its computes send there what that one lacks".to_owned());
         }
         let owned = self.tenants.own(tenant, "the WAL log holds WAL of it").await.map_err(|error| error.to_string())?;
         owned.timeline(timeline).await.map(drop).map_err(|error| error.to_string())

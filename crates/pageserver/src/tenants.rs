@@ -133,7 +133,10 @@ impl Tenants {
             match find_owner(&self.context.store, id).await? {
                 None => return Err(ServerError::UnknownTenant(id)),
                 Some(FoundOwner { owner: Some(owner), .. }) if owner.server != self.identity.server => {
-                    return Err(ServerError::NotOwner { tenant: id, owner: LostTo::from(&owner) });
+                    let mut owner = LostTo::from(&owner);
+                    // It had this server's address, before its disk was lost or on another machine: nobody can be sent there.
+                    owner.url.take_if(|url| *url == self.identity.url);
+                    return Err(ServerError::NotOwner { tenant: id, owner });
                 }
                 Some(_) => {}
             }
@@ -213,6 +216,11 @@ impl Tenants {
     /// Whether the tenant is this server's, as far as it knows.
     pub fn owns(&self, id: TenantId) -> bool {
         matches!(self.slots.lock().get(&id), Some(Slot::Awake(_) | Slot::Asleep(_)))
+    }
+
+    /// Whether anything was found out about the tenant: it is this server's, or was lost.
+    pub(crate) fn is_known(&self, id: TenantId) -> bool {
+        self.slots.lock().contains_key(&id)
     }
 
     /// The tenants that were lost, and to whom.

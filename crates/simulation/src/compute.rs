@@ -273,6 +273,12 @@ impl Compute {
         self.state.lock().writes = true;
     }
 
+    /// How far it has written and is acknowledged, and for whom it waits.
+    pub fn progress(&self) -> String {
+        let state = self.state.lock();
+        format!("written {}, acknowledged {}, waits for {:?}", state.writer.end(), state.acknowledged, state.standby_name)
+    }
+
     /// Where its data directory began.
     pub fn base(&self) -> Lsn {
         self.base

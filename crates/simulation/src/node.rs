@@ -7,6 +7,7 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 use varve_engine::context::LostTenants;
+use varve_engine::held::{Claim, claim};
 use varve_engine::template::Templates;
 use varve_engine::timeline::{StreamEnd, StreamError, WalStream};
 use varve_engine::work_queue::Places;
@@ -297,14 +298,21 @@ impl Node {
 
     /// What a former process left in the WAL log is put into the store, or the log would be full of it one day.
     async fn open_what_the_wal_log_holds(&self, world: &World, tenant: &Arc<Tenant>) {
-        for (_, timeline) in self.context.wal.unattached() {
-            match tenant.log().state().timeline(timeline) {
-                Ok(_) => {
-                    if let Err(error) = tenant.timeline(timeline).await {
-                        world.say(format_args!("server {} cannot open {timeline}: {error}", self.machine));
+        for held in self.context.wal.unattached() {
+            match claim(&tenant.log().state(), &held, self.context.wal_log) {
+                Claim::Needed => {
+                    if let Err(error) = tenant.timeline(held.timeline).await {
+                        world.say(format_args!("server {} cannot open {}: {error}", self.machine, held.timeline));
                     }
                 }
-                Err(_) => self.context.forget_wal(world.tenant, vec![timeline]).await,
+                Claim::Void => self.context.forget_void(held).await,
+                Claim::Unknown => world.violate(format!("the log has forgotten timeline {}", held.timeline)),
+            }
+        }
+        if self.context.wal.is_over_limit() {
+            let context = self.context.clone();
+            if let Err(error) = self.context.threads.call(move || context.free_wal_log()).await {
+                world.say(format_args!("server {}: {error}", self.machine));
             }
         }
     }

@@ -110,7 +110,10 @@ async fn is_served(world: &Arc<World>, state: &TenantState, branch: &BranchName,
     }
     match tokio::time::timeout(COMMIT_MAX, compute.commit(world)).await {
         Ok(()) => Ok(()),
-        Err(_) => Err(Refused::NotDurable),
+        Err(_) => {
+            world.say(format_args!("{} waits: {}", compute.name(), compute.progress()));
+            Err(Refused::NotDurable)
+        }
     }
 }
 

@@ -113,22 +113,9 @@ impl LiveTimeline {
         let edits = kept.into_iter().chain(change.edits()).collect();
         self.context.threads.wait(self.manifest.publish(edits)).map_err(PublishError::from)?;
         self.context.wal.release(self.tenant, self.facts.id, change.layered);
-        self.free_wal_log();
+        // Who fills the WAL log also frees it.
+        self.context.free_wal_log();
         Ok(())
-    }
-
-    /// Who fills the WAL log also moves out of its way what timelines that lag behind hold of its oldest segments.
-    fn free_wal_log(&self) {
-        loop {
-            match self.context.wal.copy_laggards() {
-                Ok(0) => return,
-                Ok(_) => {}
-                Err(error) => {
-                    tracing::warn!(timeline = self.name, %error, "what holds old segments of the WAL log could not be copied");
-                    return;
-                }
-            }
-        }
     }
 
     /// Puts everything up to `lsn`, which is durable, into the store.

@@ -71,6 +71,7 @@ pub struct LiveTimeline {
     used_at: Mutex<Instant>,
     /// What its tenant's log was told of it last.
     noted: Mutex<Option<Noted>>,
+    _attached: open::Attached,
 }
 
 /// What a tenant's log was told of a timeline, for lists.
@@ -260,7 +261,6 @@ impl LiveTimeline {
             tracing::error!(timeline = self.name, %error, "the stream was not ended in good order");
         }
         self.context.queue.cancel(self.tenant, self.facts.id).await;
-        self.context.wal.detach(self.tenant, self.facts.id);
     }
 
     fn is_closing(&self) -> bool {

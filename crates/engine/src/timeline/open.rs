@@ -7,9 +7,10 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use varve_postgres::wal::Framer;
 use varve_postgres::{Lsn, Major};
-use varve_storage::ids::{TenantId, WriterEpoch};
+use varve_storage::ids::{TenantId, TimelineId, WriterEpoch};
 use varve_storage::tenant_log::TimelineState;
 use varve_storage::timeline::Position;
+use varve_storage::wal_log::WalLog;
 
 use super::epochs::{Tail, Writer};
 use super::flush::FlushState;
@@ -41,6 +42,20 @@ pub(crate) struct OpenTimeline {
     pub(crate) context: Arc<Context>,
 }
 
+/// The timeline's place in the WAL log, as long as it is open.
+#[derive(Debug)]
+pub(super) struct Attached {
+    wal: Arc<WalLog>,
+    tenant: TenantId,
+    timeline: TimelineId,
+}
+
+impl Drop for Attached {
+    fn drop(&mut self) {
+        self.wal.detach(self.tenant, self.timeline);
+    }
+}
+
 impl LiveTimeline {
     /// Opens a timeline; ingest goes on where layers end. Blocks: it frames what the WAL log holds of it.
     ///
@@ -53,6 +68,7 @@ impl LiveTimeline {
         let epochs: Vec<(WriterEpoch, Lsn)> = open.state.epochs.iter().map(|epoch| (epoch.epoch, epoch.lsn)).collect();
         let wal = &open.context.wal;
         wal.attach(tenant, timeline, &epochs, layered)?;
+        let attached = Attached { wal: wal.clone(), tenant, timeline };
         let mut framer = Framer::new(open.major, Some(open.system_identifier), layered, None);
         loop {
             let mut bytes = wal.read(tenant, timeline, framer.position(), READ_SIZE)?;
@@ -94,6 +110,7 @@ impl LiveTimeline {
             flush: Mutex::new(FlushState::default()),
             used_at: Mutex::new(used_at),
             noted: Mutex::new(noted),
+            _attached: attached,
         });
         live.positions().raise(Position::Head, head);
         if head > layered {

@@ -212,11 +212,17 @@ pub enum TenantEdit {
         /// Where it is reached.
         url: String,
     },
+    /// A timeline that had writers was removed earlier: what a WAL log holds of it is not needed. Stands in snapshots, where
+    /// [`TenantEdit::TimelineRemoved`] does not.
+    TimelineGone {
+        /// Its id.
+        timeline: TimelineId,
+    },
 }
 
 impl TenantEdit {
     /// How many kinds there are. A row of a kind at or above this was written by a newer release.
-    pub const KINDS: u32 = 17;
+    pub const KINDS: u32 = 18;
 }
 
 /// Who did what, when.
@@ -235,7 +241,7 @@ mod tests {
     #[test]
     fn the_last_kind_is_counted() {
         // Postcard writes a variant's number first. Whoever adds a kind after this one must count it, and name it here.
-        let last = TenantEdit::Owner { generation: Generation(1), server: String::new(), url: String::new() };
+        let last = TenantEdit::TimelineGone { timeline: TimelineId([1; 16]) };
         let row = postcard::to_stdvec(&last).unwrap();
         assert_eq!(u32::from(row[0]) + 1, TenantEdit::KINDS);
     }

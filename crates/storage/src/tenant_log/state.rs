@@ -16,6 +16,8 @@ use crate::ids::{BranchName, EndpointId, Generation, TimelineId, WalLogId, Write
 const AUDIT_ROWS_MAX: usize = 1000;
 /// Idempotency keys that are kept.
 const IDEMPOTENCY_KEYS_MAX: usize = 1000;
+/// Removed timelines that are remembered, for WAL logs that hold something of them.
+const GONE_MAX: usize = 1000;
 /// Greatest Postgres timeline.
 const TLI_MAX: u32 = i32::MAX as u32;
 
@@ -89,6 +91,8 @@ pub struct TenantState {
     /// The same, by branch.
     endpoints_by_branch: OrdSet<(BranchName, EndpointId)>,
     timelines: HashMap<TimelineId, Arc<TimelineState>>,
+    /// Removed timelines that had writers, oldest first.
+    gone: Vector<TimelineId>,
     tli_max: u32,
     removed: bool,
     audit: Vector<AuditRow>,
@@ -143,6 +147,11 @@ impl TenantState {
     /// All timelines.
     pub fn timelines(&self) -> impl Iterator<Item = &TimelineState> {
         self.timelines.values().map(|state| &**state)
+    }
+
+    /// Whether a timeline that had writers was removed: one of the last thousand.
+    pub fn was_removed(&self, id: TimelineId) -> bool {
+        self.gone.contains(&id)
     }
 
     /// The branch that points to a timeline.
@@ -292,11 +301,16 @@ impl TenantState {
                 if !state.is_dead() {
                     return contradiction(format!("timeline {timeline} is removed while others refer to it"));
                 }
+                let had_writers = !state.epochs.is_empty();
                 if let Some(ancestor) = state.facts.ancestor {
                     self.change(ancestor.timeline)?.children.remove(timeline);
                 }
                 self.timelines.remove(timeline);
+                if had_writers {
+                    self.remember_gone(*timeline);
+                }
             }
+            TenantEdit::TimelineGone { timeline } => self.remember_gone(*timeline),
             TenantEdit::Epoch { timeline, epoch, lsn, wal_log } => {
                 let state = self.change(*timeline)?;
                 if let Some(last) = state.epochs.last().filter(|last| last.epoch >= *epoch || last.lsn > *lsn) {
@@ -395,6 +409,13 @@ impl TenantState {
         }
     }
 
+    fn remember_gone(&mut self, timeline: TimelineId) {
+        self.gone.push_back(timeline);
+        if self.gone.len() > GONE_MAX {
+            self.gone.pop_front();
+        }
+    }
+
     /// The edits that make this state from nothing: a snapshot.
     pub fn edits(&self) -> Vec<TenantEdit> {
         let mut edits = Vec::new();
@@ -428,6 +449,7 @@ impl TenantState {
         edits.extend(self.branches.iter().map(|(name, timeline)| TenantEdit::Branch { name: name.clone(), timeline: *timeline }));
         // After the branches that they belong to.
         edits.extend(self.endpoints.values().map(|endpoint| TenantEdit::Endpoint(EndpointRow::clone(endpoint))));
+        edits.extend(self.gone.iter().map(|timeline| TenantEdit::TimelineGone { timeline: *timeline }));
         edits.extend(self.audit.iter().cloned().map(TenantEdit::Audit));
         let answers = self.idempotency.iter();
         edits.extend(answers.map(|(key, answer)| TenantEdit::Idempotency { key: key.clone(), answer: answer.clone() }));
@@ -545,5 +567,31 @@ mod tests {
         };
         let state = state(&[owner(2, "a"), owner(3, "b"), owner(2, "a")]);
         assert_eq!(state.owner().map(|owner| owner.server.as_str()), Some("b"));
+    }
+
+    #[test]
+    fn removed_timelines_that_had_writers_are_remembered_in_snapshots() {
+        let id = |n: u32| TimelineId(u128::from(n).to_le_bytes());
+        let timeline = |n: u32, ancestor| TimelineFacts { id: id(n), ancestor, tli: n, start: Lsn(0x100), created: 0 };
+        let main = name("main");
+        let mut state = TenantState::default();
+        let mut apply = |edit: TenantEdit| state.apply(&edit).unwrap();
+        apply(TenantEdit::Timeline(timeline(1, None)));
+        apply(TenantEdit::Branch { name: main, timeline: id(1) });
+        let child = Some(Ancestor { timeline: id(1), lsn: Lsn(0x100) });
+        for n in 2..(GONE_MAX as u32 + 10) {
+            apply(TenantEdit::Timeline(timeline(n, child)));
+            if n > 2 {
+                apply(TenantEdit::Epoch { timeline: id(n), epoch: WriterEpoch(1), lsn: Lsn(0x100), wal_log: WalLogId([9; 16]) });
+            }
+            apply(TenantEdit::TimelineRemoved { timeline: id(n) });
+        }
+        let mut again = TenantState::default();
+        state.edits().iter().for_each(|edit| again.apply(edit).unwrap());
+        for state in [&state, &again] {
+            assert!(!state.was_removed(id(1)) && !state.was_removed(id(2)), "one lives, one never wrote");
+            assert!(state.was_removed(id(GONE_MAX as u32 + 9)) && state.was_removed(id(10)), "the last thousand are remembered");
+            assert!(!state.was_removed(id(9)), "and no more");
+        }
     }
 }

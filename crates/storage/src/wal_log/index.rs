@@ -70,6 +70,8 @@ pub(super) struct TimelineIndex {
     pub(super) end: Lsn,
     /// Whether the epochs are known, so that runs are what counts and not merely what was found.
     pub(super) settled: bool,
+    /// How often it was attached, and not detached since.
+    pub(super) attached: u32,
 }
 
 impl TimelineIndex {
@@ -81,7 +83,7 @@ impl TimelineIndex {
 
     /// The newest epoch of which there are bytes.
     pub(super) fn newest_epoch(&self) -> Option<WriterEpoch> {
-        self.runs.iter().map(|run| run.epoch).max()
+        self.live().iter().map(|run| run.epoch).max()
     }
 
     /// Now that the epochs (ascending, each with the LSN at which it began) are known: keeps of each run what its

@@ -105,6 +105,17 @@ pub struct WalLog {
     _lock: Option<std::fs::File>,
 }
 
+/// A timeline of which the log holds bytes though it is not open.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Unattached {
+    /// Its tenant.
+    pub tenant: TenantId,
+    /// Its id.
+    pub timeline: TimelineId,
+    /// The newest epoch of which there are bytes.
+    pub newest: WriterEpoch,
+}
+
 /// A run that is to be copied to the head.
 struct Laggard {
     owner: Owner,
@@ -171,13 +182,17 @@ impl WalLog {
         Ok(WalLog { disk, state: Mutex::new(state), synced: Condvar::new(), options, _lock: None })
     }
 
-    /// Timelines of which the log holds bytes and that were not attached yet.
-    pub fn unattached(&self) -> Vec<(TenantId, TimelineId)> {
+    /// Timelines of which the log holds bytes and that are not attached, each with the newest epoch of which it holds some.
+    pub fn unattached(&self) -> Vec<Unattached> {
         let state = self.state.lock();
-        let mut unattached: Vec<_> = state.timelines.iter().filter(|(_, index)| !index.settled).map(|(owner, _)| *owner).collect();
+        let unattached = |(owner, index): (&Owner, &TimelineIndex)| {
+            let newest = index.newest_epoch().filter(|_| index.attached == 0)?;
+            Some(Unattached { tenant: owner.0, timeline: owner.1, newest })
+        };
+        let mut found: Vec<_> = state.timelines.iter().filter_map(unattached).collect();
         // Always the same order, so that a simulation can be repeated.
-        unattached.sort_unstable();
-        unattached
+        found.sort_unstable_by_key(|held| (held.tenant, held.timeline));
+        found
     }
 
     /// Attaches a timeline: `epochs` are all its writer epochs, ascending, each with the LSN at which it began; below
@@ -204,6 +219,7 @@ impl WalLog {
         } else if let Some(lsn) = index.settle(epochs, layered, &mut state.live) {
             return Err(WalLogError::NotHeld { timeline, lsn });
         }
+        index.attached += 1;
         let end = index.end;
         self.free_segments(state);
         Ok(end)
@@ -406,12 +422,23 @@ impl WalLog {
         self.free_segments(state);
     }
 
-    /// The timeline is closed: what is held of it stays, and counts; a timeline of which nothing is held is not remembered.
+    /// A timeline that was attached is closed: what is held of it stays, and counts; a timeline of which nothing is held is not remembered.
     pub fn detach(&self, tenant: TenantId, timeline: TimelineId) {
         let mut state = self.state.lock();
-        if state.timelines.get(&(tenant, timeline)).is_some_and(|index| index.settled && index.live().is_empty()) {
-            state.timelines.remove(&(tenant, timeline));
+        if let Some(index) = state.timelines.get_mut(&(tenant, timeline)) {
+            index.attached = index.attached.saturating_sub(1);
+            if index.attached == 0 && index.settled && index.live().is_empty() {
+                state.timelines.remove(&(tenant, timeline));
+            }
         }
+    }
+
+    /// As [`WalLog::forget`], unless the timeline is attached; whether it was not.
+    ///
+    /// # Errors
+    /// As [`WalLog::forget`].
+    pub fn forget_unattached(&self, tenant: TenantId, timeline: TimelineId) -> Result<bool, WalLogError> {
+        self.forget_if(tenant, timeline, |index| index.attached == 0)
     }
 
     /// The timeline is gone: nothing of it is needed. A chunk without bytes says so to whoever opens the log next, so that what is left of the
@@ -420,9 +447,16 @@ impl WalLog {
     /// # Errors
     /// When that chunk cannot be written: then only this process knows.
     pub fn forget(&self, tenant: TenantId, timeline: TimelineId) -> Result<(), WalLogError> {
+        self.forget_if(tenant, timeline, |_| true).map(drop)
+    }
+
+    fn forget_if(&self, tenant: TenantId, timeline: TimelineId, may: impl FnOnce(&TimelineIndex) -> bool) -> Result<bool, WalLogError> {
         let position = {
             let mut guard = self.state.lock();
             let state = &mut *guard;
+            if state.timelines.get(&(tenant, timeline)).is_some_and(|index| !may(index)) {
+                return Ok(false);
+            }
             if let Some(mut index) = state.timelines.remove(&(tenant, timeline)) {
                 index.forget(&mut state.live);
             }
@@ -433,7 +467,8 @@ impl WalLog {
             self.write_chunk(state, (tenant, timeline), WriterEpoch(0), Lsn::INVALID, None, &[])?;
             LogPosition(state.written)
         };
-        self.sync(position)
+        self.sync(position)?;
+        Ok(true)
     }
 
     fn free_segments(&self, state: &mut State) {

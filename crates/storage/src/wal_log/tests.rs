@@ -41,7 +41,7 @@ fn what_was_synced_is_read_back_after_a_restart_and_segments_are_recycled() {
     assert!(matches!(WalLog::open(folder.path(), 0), Err(WalLogError::InUse { .. })), "a second process is refused");
     drop(log);
     let log = WalLog::open(folder.path(), u64::MAX).unwrap();
-    assert_eq!(log.unattached(), vec![(TENANT, TIMELINE)]);
+    assert_eq!(log.unattached(), vec![Unattached { tenant: TENANT, timeline: TIMELINE, newest: WriterEpoch(1) }]);
     assert_eq!(log.attach(TENANT, TIMELINE, &epochs, BASE).unwrap(), end);
     assert!(read_all(&log, BASE) == bytes(BASE, (end.0 - BASE.0) as usize), "the bytes are there after a restart");
     let before = log.bytes();
