@@ -2,7 +2,7 @@
 //!
 //! `cargo run --release -p varve-compute --example mount_bench -- [--scale 50] [--seconds 10] [--rounds 3] [--clients 4]`, as root.
 
-#[path = "../tests/support/mod.rs"]
+#[path = "../tests/it/support/mod.rs"]
 mod support;
 
 use std::{

@@ -1,8 +1,6 @@
 //! The mount behaves as a plain directory that was copied: the same random calls on both give the same results, while blocks of the base are
 //! fetched ahead all the time, and pages are dropped from the kernel's cache so that the mount has to answer.
 
-mod support;
-
 use std::{
     collections::BTreeMap,
     ffi::OsStr,
@@ -13,13 +11,13 @@ use std::{
     sync::atomic::{AtomicBool, Ordering},
 };
 
-use rustix::fs::{Advice, FallocateFlags, fadvise, fallocate};
-use support::{
+use crate::support::{
     Mounted,
     cluster::copy_directory,
     scratch,
     synthetic::{relation, synthetic_cluster},
 };
+use rustix::fs::{Advice, FallocateFlags, fadvise, fallocate};
 use varve_testing::random::SeededRng;
 
 const RELATIONS: [(&str, u32); 5] = [("16384", 40), ("16384_vm", 1), ("16385", 0), ("16386", 300), ("16387", 3)];

@@ -1,7 +1,5 @@
 //! Stock Postgres on the mount does what it does on a plain directory.
 
-mod support;
-
 use std::{
     collections::BTreeMap,
     fs,
@@ -11,8 +9,8 @@ use std::{
     time::Duration,
 };
 
+use crate::support::{Mounted, Server, StoppedCluster, cluster::copy_directory, scratch};
 use parking_lot::Mutex;
-use support::{Mounted, Server, StoppedCluster, cluster::copy_directory, scratch};
 use varve_host::mount::FileObserver;
 use varve_postgres::Major;
 use varve_testbed::postgres::Postgres;

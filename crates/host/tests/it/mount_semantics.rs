@@ -1,7 +1,5 @@
 //! What Postgres relies on beyond reading and writing, one promise each.
 
-mod support;
-
 use std::{
     fs::{self, File, OpenOptions},
     io::Write,
@@ -11,11 +9,11 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use rustix::fs::{Advice, AtFlags, FlockOperation, OFlags, RenameFlags, Timespec, Timestamps, UTIME_OMIT};
-use support::{
+use crate::support::{
     Mounted, scratch,
     synthetic::{BLOCK, block_contents, relation, synthetic_cluster},
 };
+use rustix::fs::{Advice, AtFlags, FlockOperation, OFlags, RenameFlags, Timespec, Timestamps, UTIME_OMIT};
 
 const RELATIONS: [(&str, u32); 2] = [("16384", 64), ("16386", 1024)];
 

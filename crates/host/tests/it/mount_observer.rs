@@ -1,7 +1,5 @@
 //! Files that have no WAL reach the observer, whichever way they were written.
 
-mod support;
-
 use std::{
     collections::BTreeMap,
     fs::{self, OpenOptions},
@@ -10,8 +8,8 @@ use std::{
     time::Duration,
 };
 
+use crate::support::{Mounted, scratch, synthetic::synthetic_cluster};
 use parking_lot::Mutex;
-use support::{Mounted, scratch, synthetic::synthetic_cluster};
 use varve_host::mount::FileObserver;
 
 /// What would be kept by now, and how often it was told.

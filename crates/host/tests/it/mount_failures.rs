@@ -1,7 +1,5 @@
 //! What happens when something around the mount fails.
 
-mod support;
-
 use std::{
     fs::{self, File, OpenOptions},
     io::{BufRead, BufReader},
@@ -12,12 +10,12 @@ use std::{
     time::{Duration, Instant},
 };
 
-use parking_lot::Mutex;
-use rustix::fs::Advice;
-use support::{
+use crate::support::{
     Mounted, scratch,
     synthetic::{BLOCK, block_contents, synthetic_cluster},
 };
+use parking_lot::Mutex;
+use rustix::fs::Advice;
 use varve_host::mount::{Mount, MountError, remove_stale_mount};
 
 fn read_block(file: &File, block: u32) -> std::io::Result<Vec<u8>> {
@@ -157,7 +155,7 @@ fn what_a_killed_process_left_is_removed_and_what_lives_is_not() {
     let dir = scratch("killed");
     let mountpoint = dir.path().join("data");
     let mut child = Command::new(std::env::current_exe().expect("this program"))
-        .args(["--ignored", "--exact", "child_that_mounts", "--nocapture"])
+        .args(["--ignored", "--exact", "mount_failures::child_that_mounts", "--nocapture"])
         .env(CHILD, dir.path())
         .stdout(Stdio::piped())
         .spawn()
