@@ -1,5 +1,5 @@
 //! What the house rules say of every file and a machine can see: durable names stand in `docs/storage.md`, a file says what it is and stays
-//! short, and no test file is left out of its binary.
+//! short, prose is wrapped, and no test file is left out of its binary.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -9,6 +9,8 @@ use anyhow::{Context as _, ensure};
 
 /// Lines of a file in `crates/*/src`: a longer one holds more than one thing.
 const SOURCE_LINES_MAX: usize = 700;
+/// Columns of a line of prose, with its indentation and its comment marker.
+const PROSE_COLUMNS_MAX: usize = 120;
 /// Where Rust is, ours alone.
 const RUST_FOLDERS: [&str; 4] = ["benches", "crates", "fuzz/fuzz_targets", "tests"];
 
@@ -139,6 +141,49 @@ fn no_source_file_is_too_long() -> anyhow::Result<()> {
     let lengths = rust_files()?.into_iter().filter(|(path, _)| is_source(path)).map(|(path, text)| (path, text.lines().count()));
     let long = lengths.filter(|(_, lines)| *lines > SOURCE_LINES_MAX).map(|(path, lines)| format!("{path}: {lines} lines"));
     none_of(&format!("files of more than {SOURCE_LINES_MAX} lines, which ask for a second room"), &long.collect::<Vec<_>>())
+}
+
+/// The prose of a line of Rust: a comment's text, or, behind code, whether there is one.
+fn comment(line: &str) -> Option<&str> {
+    let code_ends = [";", ",", "{", "}", "(", ")"].map(|end| format!("{end} // "));
+    let alone = line.trim_start().strip_prefix("//").map(|text| text.trim_start_matches(['/', '!']).trim_start());
+    alone.or_else(|| code_ends.iter().any(|end| line.contains(end)).then_some(line))
+}
+
+/// Lines of prose that are too long. Code blocks and tables are no prose.
+fn too_long(path: &str, text: &str) -> Vec<String> {
+    let mut is_code = false;
+    let mut found = Vec::new();
+    for (number, line) in text.lines().enumerate() {
+        let Some(prose) = (if path.ends_with(".md") { Some(line.trim_start()) } else { comment(line) }) else {
+            is_code = false;
+            continue;
+        };
+        if prose.starts_with("```") {
+            is_code = !is_code;
+        } else if !is_code && !prose.starts_with('|') && line.chars().count() > PROSE_COLUMNS_MAX {
+            found.push(format!("{path}:{}", number + 1));
+        }
+    }
+    found
+}
+
+#[test]
+fn prose_is_wrapped() -> anyhow::Result<()> {
+    let root = root();
+    let mut pages = Vec::new();
+    find(&root.join("docs"), "md", &mut pages)?;
+    for entry in fs::read_dir(&root)? {
+        let path = entry?.path();
+        if path.extension().is_some_and(|it| it == "md") {
+            pages.push(path);
+        }
+    }
+    ensure!(pages.len() > 5, "only {pages:?} were found, this test looks in the wrong place");
+    let pages = pages.iter().map(|path| Ok((path.strip_prefix(&root)?.display().to_string(), fs::read_to_string(path)?)));
+    let files = pages.collect::<anyhow::Result<Vec<_>>>()?.into_iter().chain(rust_files()?);
+    let long: Vec<_> = files.flat_map(|(path, text)| too_long(&path, &text)).collect();
+    none_of(&format!("prose of more than {PROSE_COLUMNS_MAX} columns, which scripts/rewrap wraps"), &long)
 }
 
 #[test]
