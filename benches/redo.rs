@@ -56,7 +56,8 @@ fn plain_wal() -> Result<(Lsn, Bytes)> {
     pgbench(&postgres, &["-c", "4", "-t", "20000"])?;
     let current = postgres.psql("postgres", "SELECT pg_walfile_name(pg_current_wal_lsn())")?;
     postgres.stop("fast")?;
-    // The one before the current is whole, and of the load's end; behind it lie those that are made ready or used again.
+    // The one before the current is whole, and of the load's end; behind it lie those that are made ready or used
+    // again.
     let segments = postgres.wal_segments()?;
     let at = segments.iter().position(|path| path.ends_with(current.trim())).context("the current segment")?;
     let path = &segments[at.checked_sub(1).context("a segment before the current one")?];

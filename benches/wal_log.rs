@@ -1,4 +1,5 @@
-//! The WAL log on the disk that holds the temporary folder: what a commit waits for, alone and among others; what appending, reading and opening cost.
+//! The WAL log on the disk that holds the temporary folder: what a commit waits for, alone and among others; what
+//! appending, reading and opening cost.
 
 #![allow(missing_docs, clippy::unwrap_used, reason = "a bench that cannot go on must panic; criterion's macros write undocumented items")]
 

@@ -148,7 +148,8 @@ fn a_user_who_takes_the_standby_name_away() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// An extension that writes a record of a resource manager of its own, in what every C compiler understands without Postgres's headers.
+/// An extension that writes a record of a resource manager of its own, in what every C compiler understands without
+/// Postgres's headers.
 const EXTENSION: &str = r#"
 typedef struct { int len, version, funcmaxargs, indexmaxkeys, namedatalen, float8byval; char abi_extra[32]; } Magic;
 const Magic *Pg_magic_func(void) { static const Magic magic = {sizeof(Magic), 1500, 100, 32, 64, 1, "PostgreSQL"}; return &magic; }

@@ -1,5 +1,6 @@
-//! After a load of everything that an application does, all is the same: on the compute, in the page service, on a branch, in a full backup, on a
-//! plain standby that followed, and on the next compute. The oracle is Postgres: its dumps, its files, its redo.
+//! After a load of everything that an application does, all is the same: on the compute, in the page service, on a
+//! branch, in a full backup, on a plain standby that followed, and on the next compute. The oracle is Postgres: its
+//! dumps, its files, its redo.
 
 use std::collections::BTreeSet;
 use std::path::Path;

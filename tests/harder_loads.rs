@@ -1,6 +1,6 @@
-//! Loads that tear at everything at once: every index method rebuilt and vacuumed under writes, databases that come and go, Postgres and the
-//! pageserver killed in the middle, on a branch of a branch. Afterwards every block that the compute wrote is what the page service has, and the next compute
-//! holds the same rows.
+//! Loads that tear at everything at once: every index method rebuilt and vacuumed under writes, databases that come and
+//! go, Postgres and the pageserver killed in the middle, on a branch of a branch. Afterwards every block that the
+//! compute wrote is what the page service has, and the next compute holds the same rows.
 
 use std::collections::BTreeSet;
 use std::process::Command;
@@ -30,7 +30,8 @@ fn text(value: &Value, key: &str) -> anyhow::Result<String> {
     Ok(value[key].as_str().with_context(|| format!("{value} has a {key}"))?.to_owned())
 }
 
-/// Writers beside whom tables are rewritten, indexes rebuilt and databases made, until the time is over or the server is gone.
+/// Writers beside whom tables are rewritten, indexes rebuilt and databases made, until the time is over or the server
+/// is gone.
 fn storm(db: &str) -> anyhow::Result<()> {
     let seconds = STORM_SECONDS.to_string();
     let writers = [
@@ -48,7 +49,8 @@ fn storm(db: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Lets the server be, and compares all that it has on disk with the page service, and its rows with those of the next compute.
+/// Lets the server be, and compares all that it has on disk with the page service, and its rows with those of the next
+/// compute.
 fn compare(dev: &Dev, branch: &str, compute: &Value) -> anyhow::Result<()> {
     let db = text(compute, "conninfo")?;
     let lsn = settle(&db)?;
@@ -121,7 +123,8 @@ fn blocks_and_rows_are_the_same(major: Major) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Memtables share a budget of a few megabytes, which none of them reaches alone: ingest must not wait until they are old.
+/// Memtables share a budget of a few megabytes, which none of them reaches alone: ingest must not wait until they are
+/// old.
 #[test]
 fn ingest_keeps_up_with_little_memory() -> anyhow::Result<()> {
     let dev = Dev::start_for(VARVE, Major::V15, &["--memtable-mb", "4"])?;

@@ -1,4 +1,5 @@
-//! From a running Postgres to a branch that you can query: what the README promises, through the CLI, on the local folder.
+//! From a running Postgres to a branch that you can query: what the README promises, through the CLI, on the local
+//! folder.
 
 use std::time::Duration;
 

@@ -1,4 +1,5 @@
-//! The main job on MinIO, which stands for S3: a disk that is lost, and another pageserver that goes on from the bucket.
+//! The main job on MinIO, which stands for S3: a disk that is lost, and another pageserver that goes on from the
+//! bucket.
 
 use std::time::Duration;
 

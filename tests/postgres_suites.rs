@@ -1,5 +1,6 @@
-//! Postgres's own suites on a compute, with `wal_consistency_checking = all`: they pass as on plain Postgres, ingest keeps up, redo makes every
-//! page that Postgres made, the page service has every page that the compute has, and the next compute dumps what this one did.
+//! Postgres's own suites on a compute, with `wal_consistency_checking = all`: they pass as on plain Postgres, ingest
+//! keeps up, redo makes every page that Postgres made, the page service has every page that the compute has, and the
+//! next compute dumps what this one did.
 //!
 //! They take minutes and gigabytes, so they are run on demand: `scripts/regress [--pg-version 15|18] [SUITE...]`.
 
@@ -108,7 +109,8 @@ fn run(major: Major) -> anyhow::Result<()> {
         }
     }
     if major >= Major::V16 && chosen.contains(&Suite::Extension("bloom")) {
-        // Since 16 Postgres does not log the init fork of an unlogged bloom index, so no standby has it and we have not.
+        // Since 16 Postgres does not log the init fork of an unlogged bloom index, so no standby has it and we have
+        // not.
         psql(&format!("{conninfo} dbname={}", Suite::Extension("bloom").database()), "DROP INDEX bloomidxu")?;
     }
     let lsn = settle(&db)?;

@@ -1,7 +1,7 @@
 //! A branch at any LSN, or at any time, is what stock Postgres recovers to there.
 //!
-//! The oracle has nothing of ours: a base backup of the compute, its WAL as `pg_receivewal` gets it, record boundaries as `pg_waldump` prints
-//! them, and `recovery_target_lsn` and `recovery_target_time`.
+//! The oracle has nothing of ours: a base backup of the compute, its WAL as `pg_receivewal` gets it, record boundaries
+//! as `pg_waldump` prints them, and `recovery_target_lsn` and `recovery_target_time`.
 
 use std::collections::BTreeMap;
 
@@ -127,7 +127,8 @@ impl Loaded {
     }
 }
 
-/// Microseconds since the first hour of the day, of a time as Postgres prints it; the load does not pass midnight unnoticed.
+/// Microseconds since the first hour of the day, of a time as Postgres prints it; the load does not pass midnight
+/// unnoticed.
 fn microseconds(time: &str) -> anyhow::Result<i64> {
     let (_, clock) = time.split_once(' ').context("a date and a time")?;
     let parse = || {
@@ -150,7 +151,8 @@ fn between(before: &str, after: &str) -> anyhow::Result<Option<String>> {
     Ok(Some(format!("{date} {:02}:{:02}:{:02}.{micros:06}", seconds / 3600, seconds / 60 % 60, seconds % 60)))
 }
 
-/// A third of them anywhere; the others before and behind a record of a random type, so that rare ones are met as often as those of rows.
+/// A third of them anywhere; the others before and behind a record of a random type, so that rare ones are met as often
+/// as those of rows.
 fn random_lsns(loaded: &Loaded, random: &mut SeededRng, count: usize) -> Vec<Moment> {
     let records = &loaded.records;
     let (first, last) = (records[0].start, records[records.len() - 1].start);

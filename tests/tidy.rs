@@ -1,5 +1,5 @@
-//! What the house rules say of every file and a machine can see: durable names stand in `docs/storage.md`, a file says what it is and stays
-//! short, prose is wrapped, and no test file is left out of its binary.
+//! What the house rules say of every file and a machine can see: durable names stand in `docs/storage.md`, a file says
+//! what it is and stays short, prose is wrapped, and no test file is left out of its binary.
 
 use std::collections::BTreeSet;
 use std::fs;

@@ -1,4 +1,5 @@
-//! Server and host are two processes of different users with different data folders, and have no file in common but sockets.
+//! Server and host are two processes of different users with different data folders, and have no file in common but
+//! sockets.
 
 use std::fs::File;
 use std::os::unix::fs::{PermissionsExt as _, chown};

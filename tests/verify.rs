@@ -226,8 +226,8 @@ fn the_wal_of_a_running_server_is_followed() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Vacuum of a GiST index, and insertion that removes what an index scan found dead: minors differ in a flag that this sets, a standby from its
-/// primary.
+/// Vacuum of a GiST index, and insertion that removes what an index scan found dead: minors differ in a flag that this
+/// sets, a standby from its primary.
 const GIST: &str = "
 CREATE TABLE points (id int, at point);
 CREATE INDEX ON points USING gist (at);

@@ -1,5 +1,5 @@
-//! Commits that wait for a server that is away hold every place that sessions have, and locks of the catalogues through which one logs in. When the
-//! server is back, all of them end soon.
+//! Commits that wait for a server that is away hold every place that sessions have, and locks of the catalogues through
+//! which one logs in. When the server is back, all of them end soon.
 
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
@@ -121,8 +121,8 @@ fn await_waiting(dev: &Dev, postmaster: u32, count: usize) -> anyhow::Result<()>
     })
 }
 
-/// With the server away, a session each begins `lockers`, which keep locks while their commits wait, all others insert; then the server comes back.
-/// Gives what the lockers were told.
+/// With the server away, a session each begins `lockers`, which keep locks while their commits wait, all others insert;
+/// then the server comes back. Gives what the lockers were told.
 fn heals(major: Major, lockers: &[&str]) -> anyhow::Result<Vec<Vec<String>>> {
     let mut dev = Dev::start_for(VARVE, major, &[])?;
     let (db, postmaster, mut sessions) = full_compute(&dev, major)?;

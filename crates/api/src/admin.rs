@@ -173,7 +173,8 @@ pub struct Compute {
     pub id: String,
     /// The branch, `tenant/branch`.
     pub branch: String,
-    /// `starting`, `running`, `stopping`, `failed`, or `unknown`: it should run, and no host has said yet that it has it.
+    /// `starting`, `running`, `stopping`, `failed`, or `unknown`: it should run, and no host has said yet that it has
+    /// it.
     pub state: String,
     /// A libpq URI; with the password where the answer is about one compute, without it in lists.
     pub conninfo: String,
@@ -189,7 +190,8 @@ pub struct Compute {
     pub error: Option<String>,
 }
 
-/// The WAL of a branch and its ancestors that can be had: that written with `wal_consistency_checking`, of which redo can be checked.
+/// The WAL of a branch and its ancestors that can be had: that written with `wal_consistency_checking`, of which redo
+/// can be checked.
 #[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
 pub struct Wal {
     /// Head: end of the last whole, durable record.

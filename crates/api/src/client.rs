@@ -1,7 +1,7 @@
 //! The one HTTP client of Varve's servers, for hosts, computes and the CLI.
 //!
-//! A call ends in its answer, in the server's [`Refusal`], or in an error that says why there was none. Each call has a time limit.
-//! The client follows no redirect and uses no proxy, so that its token goes to the named server only.
+//! A call ends in its answer, in the server's [`Refusal`], or in an error that says why there was none. Each call has a
+//! time limit. The client follows no redirect and uses no proxy, so that its token goes to the named server only.
 
 use std::sync::{Arc, RwLock};
 use std::time::Duration;
@@ -27,7 +27,8 @@ pub enum ClientError {
     /// The HTTP client could not be made.
     #[error("no HTTP client: {0}")]
     Setup(#[source] reqwest::Error),
-    /// The server could not be reached, did not answer in time, or the answer broke off: what was asked may have been done or not.
+    /// The server could not be reached, did not answer in time, or the answer broke off: what was asked may have been
+    /// done or not.
     #[error("the server at {url} does not answer: {source}")]
     Unreachable {
         /// Its address.
@@ -165,7 +166,8 @@ impl Call {
         serde_json::from_slice(json).map_err(|source| ClientError::Answer { source, answer: quote(json) })
     }
 
-    /// Sends it and reads a page of a list: its items, and the path of the next page as [`Client::get`] takes it, if there is one.
+    /// Sends it and reads a page of a list: its items, and the path of the next page as [`Client::get`] takes it, if
+    /// there is one.
     ///
     /// # Errors
     /// [`ClientError`].
@@ -192,7 +194,8 @@ impl Call {
     }
 }
 
-/// What an answer that is no success says. A code that this version does not know, and an answer without one, count by their status.
+/// What an answer that is no success says. A code that this version does not know, and an answer without one, count by
+/// their status.
 fn refusal(status: StatusCode, answer: &[u8]) -> Refusal {
     let by_status = match status.as_u16() {
         401 => Code::Unauthorized,
@@ -225,7 +228,8 @@ fn quote(answer: &[u8]) -> String {
     String::from_utf8_lossy(answer).chars().take(QUOTE_MAX).collect()
 }
 
-/// A segment of a path that may hold anything a person typed. `.` and `..` alone are escaped, too: in a path they mean another.
+/// A segment of a path that may hold anything a person typed. `.` and `..` alone are escaped, too: in a path they mean
+/// another.
 pub fn segment(text: &str) -> String {
     if matches!(text, "." | "..") {
         return text.replace('.', "%2E");

@@ -1,12 +1,14 @@
-//! What hosts, and the compute processes on them, say to the control plane: JSON bodies of `/v1/hosts/...` and `/v1/computes/{id}/...`.
-//! All of these routes need the host's token.
+//! What hosts, and the compute processes on them, say to the control plane: JSON bodies of `/v1/hosts/...` and
+//! `/v1/computes/{id}/...`. All of these routes need the host's token.
 //!
-//! A host registers ([`Hello`]), then asks by long poll what should run on it ([`HostOrders`]), starts and ends compute processes
-//! accordingly, and reports ([`ComputeReport`]). Orders name everything that should run, so that a message that is lost is healed by the next.
+//! A host registers ([`Hello`]), then asks by long poll what should run on it ([`HostOrders`]), starts and ends compute
+//! processes accordingly, and reports ([`ComputeReport`]). Orders name everything that should run, so that a message
+//! that is lost is healed by the next.
 //!
-//! The life of a compute, seen from here: [`Begin`] (the server fences whoever wrote the branch before and says where to start),
-//! Postgres starts, [`Attach`] (the server connects its WAL receiver), then [`Orders`] by long poll until told otherwise. After the
-//! server restarted, the compute attaches again. Each fresh start of Postgres is an *incarnation* and begins again.
+//! The life of a compute, seen from here: [`Begin`] (the server fences whoever wrote the branch before and says where
+//! to start), Postgres starts, [`Attach`] (the server connects its WAL receiver), then [`Orders`] by long poll until
+//! told otherwise. After the server restarted, the compute attaches again. Each fresh start of Postgres is an
+//! *incarnation* and begins again.
 
 use serde::{Deserialize, Serialize};
 
@@ -76,8 +78,9 @@ pub struct Attach {
     pub flushed: String,
 }
 
-/// Where a host hands out connections to a compute's walsender: a Unix socket of the host's. Whoever connects sends `credential` and a
-/// newline, and gets a descriptor that is connected to Postgres (`SCM_RIGHTS`), or a line that says why not.
+/// Where a host hands out connections to a compute's walsender: a Unix socket of the host's. Whoever connects sends
+/// `credential` and a newline, and gets a descriptor that is connected to Postgres (`SCM_RIGHTS`), or a line that says
+/// why not.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Walsender {
     /// Path of the socket, at most 107 bytes.
@@ -155,7 +158,8 @@ pub struct FileVersion {
     pub contents: Option<String>,
 }
 
-/// Body of `POST /v1/hosts/{id}/hello`: a host is there, or there again. `id` is 32 hexadecimal digits, made once and kept by the host.
+/// Body of `POST /v1/hosts/{id}/hello`: a host is there, or there again. `id` is 32 hexadecimal digits, made once and
+/// kept by the host.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Hello {
     /// The machine's name, for people.
@@ -200,8 +204,8 @@ pub struct HostOrders {
     pub revision: u64,
     /// As in [`Welcome`].
     pub server_run: String,
-    /// Everything that should run on this host, or is to be ended. What the host runs besides is not known to the control plane: its process
-    /// is left alone until an order names it.
+    /// Everything that should run on this host, or is to be ended. What the host runs besides is not known to the
+    /// control plane: its process is left alone until an order names it.
     pub computes: Vec<ComputeOrder>,
     /// A template to make: run `initdb` of this major and send what it made.
     pub template: Option<TemplateOrder>,
@@ -228,8 +232,9 @@ pub struct ComputeOrder {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum HostAction {
-    /// See to it that its process runs. Where it runs with other addresses or another port, the host only looks whether the new ones can be
-    /// used, and reports; the process takes them when it begins its next incarnation, which the control plane tells it afterwards.
+    /// See to it that its process runs. Where it runs with other addresses or another port, the host only looks whether
+    /// the new ones can be used, and reports; the process takes them when it begins its next incarnation, which the
+    /// control plane tells it afterwards.
     Run,
     /// It was told to end and should have ended by now: end its process, keep its folder with `pg_wal`.
     End,
@@ -259,8 +264,8 @@ pub enum ComputeReport {
     Removed,
 }
 
-/// See [`HostOrders::template`]. The answer is `POST /v1/hosts/{id}/templates/{order}` with the data directory as a tar archive,
-/// compressed with zstd (`application/zstd`), or with a [`crate::Problem`] when `initdb` failed.
+/// See [`HostOrders::template`]. The answer is `POST /v1/hosts/{id}/templates/{order}` with the data directory as a tar
+/// archive, compressed with zstd (`application/zstd`), or with a [`crate::Problem`] when `initdb` failed.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TemplateOrder {
     /// Names the order.

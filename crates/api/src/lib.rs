@@ -1,4 +1,5 @@
-//! What the parts of Varve say to each other over HTTP, and to operators: JSON types, errors with stable codes, one client.
+//! What the parts of Varve say to each other over HTTP, and to operators: JSON types, errors with stable codes, one
+//! client.
 //!
 //! - [`admin`]: bodies of the admin API `/v1`, as operators and the CLI use it.
 //! - [`host`]: bodies of the routes that hosts and the computes on them use.

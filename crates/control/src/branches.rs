@@ -277,7 +277,8 @@ impl<P: Pageserver> Control<P> {
         Ok(MomentAnswer { branch: format!("{tenant_name}/{name}"), lsn: at.lsn.to_string(), time: time.map(moment::rfc3339) })
     }
 
-    /// A tenant whose history is read, by its log: it is not taken for that. Whose history cannot be read here is told by the pageserver.
+    /// A tenant whose history is read, by its log: it is not taken for that. Whose history cannot be read here is told
+    /// by the pageserver.
     async fn to_read(&self, tenant: &str) -> Result<(TenantId, Arc<TenantState>), Error> {
         let id = self.find(tenant).await?;
         Ok((id, self.read(id).await?))

@@ -53,7 +53,8 @@ fn timeline_of(state: &TenantState, row: &EndpointRow) -> Result<TimelineId, Err
 }
 
 impl<P: Pageserver> Control<P> {
-    /// Tells a compute to begin anew. One that does not hear it in time, frozen perhaps, is ended by its host and started again.
+    /// Tells a compute to begin anew. One that does not hear it in time, frozen perhaps, is ended by its host and
+    /// started again.
     pub(crate) fn begin_anew(&self, entry: &Arc<Entry>) {
         entry.update(|status| {
             status.incarnation += 1;

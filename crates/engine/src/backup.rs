@@ -1,4 +1,5 @@
-//! The base backup of a timeline at a moment: what [`crate::base_backup`] needs to know, gathered from the tenant's log and the history.
+//! The base backup of a timeline at a moment: what [`crate::base_backup`] needs to know, gathered from the tenant's log
+//! and the history.
 
 use std::io::Write;
 use std::sync::Arc;
@@ -24,7 +25,8 @@ pub struct BackupOptions {
     pub no_slru: bool,
 }
 
-/// Writes the base backup of `live` at `lsn`, which is applied, into `sink`. `time_unix` is what its files say when they were changed. Blocks.
+/// Writes the base backup of `live` at `lsn`, which is applied, into `sink`. `time_unix` is what its files say when
+/// they were changed. Blocks.
 ///
 /// # Errors
 /// When the history cannot be read, or the sink fails.

@@ -4,7 +4,8 @@ use serde::{Deserialize, Serialize};
 use varve_postgres::Major;
 use varve_postgres::control::{CompiledSizes, ControlFile};
 
-/// See the module's doc. Clusters have the sizes of Postgres's default build options; others are refused when they are taken in.
+/// See the module's doc. Clusters have the sizes of Postgres's default build options; others are refused when they are
+/// taken in.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct ClusterFacts {
     /// Major of the server.

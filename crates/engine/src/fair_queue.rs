@@ -1,7 +1,8 @@
 //! A queue in which tenants take turns.
 //!
-//! What waits stands in a line of its tenant; a place that becomes free goes to the tenant whose turn it is, however long the others' lines are. No tenant
-//! has more than half of the places (but at least one), so that one whose work hangs leaves room for the others. The queue does not run anything.
+//! What waits stands in a line of its tenant; a place that becomes free goes to the tenant whose turn it is, however
+//! long the others' lines are. No tenant has more than half of the places (but at least one), so that one whose work
+//! hangs leaves room for the others. The queue does not run anything.
 
 use std::collections::{HashMap, VecDeque};
 

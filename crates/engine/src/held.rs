@@ -1,7 +1,8 @@
-//! What the WAL log holds of timelines that are not open: what of it is needed still, by the word of their tenants' logs, and what is let go of.
+//! What the WAL log holds of timelines that are not open: what of it is needed still, by the word of their tenants'
+//! logs, and what is let go of.
 //!
-//! A deletion may become durable without whoever asked for it hearing of it, and a tenant may go on at another server. Nobody comes back for the WAL
-//! then, and a log that is full of it would stop every tenant.
+//! A deletion may become durable without whoever asked for it hearing of it, and a tenant may go on at another server.
+//! Nobody comes back for the WAL then, and a log that is full of it would stop every tenant.
 
 use varve_storage::ids::WalLogId;
 use varve_storage::tenant_log::TenantState;
@@ -27,7 +28,8 @@ pub fn claim(state: &TenantState, held: &Unattached, mine: WalLogId) -> Claim {
     }
     let Ok(timeline) = state.timeline(held.timeline) else { return Claim::Unknown };
     match timeline.epochs.last() {
-        // Of an epoch that is newer than all that the tenant's log knows, that log has lost something: whoever opens the timeline will say so.
+        // Of an epoch that is newer than all that the tenant's log knows, that log has lost something: whoever opens
+        // the timeline will say so.
         Some(newest) if newest.wal_log != mine && held.newest <= newest.epoch => Claim::Void,
         _ => Claim::Needed,
     }

@@ -28,7 +28,8 @@ const OPEN_FILES_MAX: usize = 512;
 /// Part of the cache that holds blocks of layers; the rest holds pages.
 const BLOCK_CACHE_SHARE: u64 = 4;
 
-/// The engine's shared parts on `threads`, with caches of `cache_bytes` and memtables of at most `memtable_bytes` together.
+/// The engine's shared parts on `threads`, with caches of `cache_bytes` and memtables of at most `memtable_bytes`
+/// together.
 ///
 /// The folder for copies of layers, `cache_dir`, must exist.
 pub fn resources(

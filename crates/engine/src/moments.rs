@@ -1,10 +1,11 @@
 //! Positions and moments: which record boundary a position is rounded down to, and where in WAL a moment is.
 //!
-//! All of it looks at one history and at the part `from..to` of WAL that is its own; a caller walks the ancestry. `from` is where the timeline begins
-//! (its branch point, or the end of the template), `to` is what is applied. Reads are made at `to`, since the WAL index says the same wherever it is read
-//! and only the newest version is complete.
+//! All of it looks at one history and at the part `from..to` of WAL that is its own; a caller walks the ancestry.
+//! `from` is where the timeline begins (its branch point, or the end of the template), `to` is what is applied. Reads
+//! are made at `to`, since the WAL index says the same wherever it is read and only the newest version is complete.
 //!
-//! A moment T means what `recovery_target_time` means: everything before the first commit or abort that is later than T.
+//! A moment T means what `recovery_target_time` means: everything before the first commit or abort that is later than
+//! T.
 
 use varve_postgres::{Lsn, Timestamp};
 use varve_storage::history::{History, HistoryError};
@@ -44,7 +45,8 @@ pub enum MomentError {
 /// Where a moment is, as far as one history knows.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Found {
-    /// A transaction that ended later than the moment is already in the WAL before this history: the answer is in an ancestor, or before all history.
+    /// A transaction that ended later than the moment is already in the WAL before this history: the answer is in an
+    /// ancestor, or before all history.
     Before,
     /// The boundary right before the first transaction that ended later.
     At(Boundary),

@@ -37,8 +37,8 @@ pub struct Resolved {
     pub lsn: Lsn,
 }
 
-/// Finds the boundary that `moment` means on a timeline, or on the ancestor in whose history it lies. For what may be newer than what is known here it waits
-/// for the compute that has the tail.
+/// Finds the boundary that `moment` means on a timeline, or on the ancestor in whose history it lies. For what may be
+/// newer than what is known here it waits for the compute that has the tail.
 ///
 /// # Errors
 /// [`MomentError`] for what is in the future or before the history; when it cannot be read.

@@ -1,8 +1,9 @@
 //! A tenant that this pageserver owns: its log, and those of its timelines that are open.
 //!
-//! Nothing of a tenant is in memory until somebody asks for it; a timeline is opened at its first use, its ancestors before it. Each has a cell of its
-//! own in which it is opened once, so a slow opening delays nobody who wants another one, and the map is locked for look-ups only. Timelines that nobody has
-//! use for are closed by [`Tenant::close_idle`].
+//! Nothing of a tenant is in memory until somebody asks for it; a timeline is opened at its first use, its ancestors
+//! before it. Each has a cell of its own in which it is opened once, so a slow opening delays nobody who wants another
+//! one, and the map is locked for look-ups only. Timelines that nobody has use for are closed by
+//! [`Tenant::close_idle`].
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -107,7 +108,8 @@ impl Tenant {
         *self.used_at.lock() = (self.context.resources.clock)();
     }
 
-    /// Whether nobody had use for it for `unused`, and nobody else holds its log: then it can be dropped, and opened again by the same right.
+    /// Whether nobody had use for it for `unused`, and nobody else holds its log: then it can be dropped, and opened
+    /// again by the same right.
     pub fn may_sleep(&self, unused: Duration) -> bool {
         let now = (self.context.resources.clock)();
         now.duration_since(*self.used_at.lock()) >= unused && self.log.is_idle() && self.timelines.lock().is_empty()
@@ -176,8 +178,9 @@ impl Tenant {
         self.timelines.lock().values().filter_map(|cell| cell.get().cloned()).collect()
     }
 
-    /// Tells the log how far its open timelines are and how large they are, for lists: of each that has news, and not more often than every `pause`; also
-    /// of branches that nobody has written yet and whose ancestor is open. Failing costs nothing but a list that is behind.
+    /// Tells the log how far its open timelines are and how large they are, for lists: of each that has news, and not
+    /// more often than every `pause`; also of branches that nobody has written yet and whose ancestor is open. Failing
+    /// costs nothing but a list that is behind.
     pub async fn note_figures(&self, pause: Duration) {
         let mut found = Vec::new();
         for live in self.all_opened() {
@@ -229,8 +232,8 @@ impl Tenant {
         }
     }
 
-    /// Closes timelines that nobody had use for since `unused`, children before their ancestors. What they have in memory is put into the store before,
-    /// by background work that this only asks for. Whether none is left open.
+    /// Closes timelines that nobody had use for since `unused`, children before their ancestors. What they have in
+    /// memory is put into the store before, by background work that this only asks for. Whether none is left open.
     pub async fn close_idle(&self, unused: Duration) -> bool {
         let left = {
             let mut timelines = self.timelines.lock();
@@ -267,7 +270,8 @@ impl Tenant {
         }
     }
 
-    /// Another server has the tenant: nothing is acknowledged, opened or served any more. What the WAL log holds stays there.
+    /// Another server has the tenant: nothing is acknowledged, opened or served any more. What the WAL log holds stays
+    /// there.
     pub async fn lose(&self) {
         self.lost.store(true, Ordering::SeqCst);
         for live in self.all_opened() {

@@ -1,13 +1,14 @@
 //! One queue for all background work of a pageserver: ingest, flush, merge, of all timelines of all tenants.
 //!
-//! Work is named by its kind, tenant and timeline ([`WorkId`]), and is there at most once: to schedule what waits already only makes it come
-//! sooner, and to schedule what runs makes it run once more afterwards. A piece of work does a bounded step and says what is left ([`Next`]).
+//! Work is named by its kind, tenant and timeline ([`WorkId`]), and is there at most once: to schedule what waits
+//! already only makes it come sooner, and to schedule what runs makes it run once more afterwards. A piece of work does
+//! a bounded step and says what is left ([`Next`]).
 //!
-//! **Shares.** Each kind has a lane with a fixed number of places, so a long merge never keeps ingest waiting. A lane is a [`FairQueue`]: tenants take
-//! turns, whatever each has scheduled.
+//! **Shares.** Each kind has a lane with a fixed number of places, so a long merge never keeps ingest waiting. A lane
+//! is a [`FairQueue`]: tenants take turns, whatever each has scheduled.
 //!
-//! **Cost.** Nothing runs and nobody is woken for a timeline without work. Threads are taken for a step and given back; there are never more than the
-//! sum of all places. One task sleeps until the next piece of delayed work is due.
+//! **Cost.** Nothing runs and nobody is woken for a timeline without work. Threads are taken for a step and given back;
+//! there are never more than the sum of all places. One task sleeps until the next piece of delayed work is due.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
@@ -226,8 +227,8 @@ impl WorkQueue {
         }
     }
 
-    /// Starts what there are places for. Threads that take nothing more, because the process ends, drop a step at once, and a step that is dropped comes
-    /// back here: so they are asked without the lock.
+    /// Starts what there are places for. Threads that take nothing more, because the process ends, drop a step at once,
+    /// and a step that is dropped comes back here: so they are asked without the lock.
     fn start_what_may(&self, mut inner: MutexGuard<'_, Inner>) {
         let mut steps = Vec::new();
         for kind in Kind::ALL {
@@ -280,7 +281,8 @@ impl WorkQueue {
         Kind::ALL.iter().all(|&kind| !inner.entries.contains_key(&WorkId { kind, tenant, timeline }))
     }
 
-    /// Takes away what is scheduled on a timeline, and waits for steps that run. The caller sees to it that nothing is scheduled any more.
+    /// Takes away what is scheduled on a timeline, and waits for steps that run. The caller sees to it that nothing is
+    /// scheduled any more.
     pub async fn cancel(&self, tenant: TenantId, timeline: TimelineId) {
         loop {
             let ended = self.ended.notified();

@@ -1,6 +1,8 @@
-//! Mutates the inputs of `fuzz/corpus/` and runs the targets on them, with the stable compiler and without looking at coverage: the short run of CI.
+//! Mutates the inputs of `fuzz/corpus/` and runs the targets on them, with the stable compiler and without looking at
+//! coverage: the short run of CI.
 //!
-//! What fails is written to `fuzz/artifacts/<target>/`. A run with the same seed does the same as long as the corpora are the same.
+//! What fails is written to `fuzz/artifacts/<target>/`. A run with the same seed does the same as long as the corpora
+//! are the same.
 //!
 //! Usage: mutate [--seed NUMBER] SECONDS [TARGET...]
 

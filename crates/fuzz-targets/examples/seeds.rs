@@ -1,5 +1,6 @@
-//! Makes the corpora of `fuzz/corpus/` anew: for each target a few small inputs, from the WAL that real servers write while they run the SQL corpus
-//! `tests/sql/redo/`. Of each record type and block it keeps the smallest. Arguments are majors, by default those that are installed.
+//! Makes the corpora of `fuzz/corpus/` anew: for each target a few small inputs, from the WAL that real servers write
+//! while they run the SQL corpus `tests/sql/redo/`. Of each record type and block it keeps the smallest. Arguments are
+//! majors, by default those that are installed.
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};

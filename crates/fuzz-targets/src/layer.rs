@@ -22,7 +22,8 @@ const CACHE_BYTES: usize = 1 << 20;
 
 /// A layer of any versions reads as it was written; when it is damaged, reading gives what was written or an error.
 ///
-/// Input: codec, number of damages and the damages (offset and a mask); then the versions (block, LSN step, kind, bytes).
+/// Input: codec, number of damages and the damages (offset and a mask); then the versions (block, LSN step, kind,
+/// bytes).
 pub(crate) fn layer(data: &[u8]) {
     let mut input = Input::new(data);
     let codec = Codec::from_number(input.u8() % 3).unwrap_or(Codec::None);

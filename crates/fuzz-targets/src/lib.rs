@@ -1,8 +1,9 @@
 //! What is fuzzed: each target is a function that takes any bytes, and panics when something is not as it must be.
 //!
-//! The functions are apart from `fuzz/fuzz_targets` (which only hands libFuzzer's bytes to them, and needs a nightly compiler) so that an ordinary
-//! test replays the corpora, `fuzz/corpus/<target>/`, on every run. `scripts/fuzz` runs the fuzzer itself; `cargo run -p varve-fuzz-targets
-//! --example seeds` makes the corpora anew from the WAL of real servers.
+//! The functions are apart from `fuzz/fuzz_targets` (which only hands libFuzzer's bytes to them, and needs a nightly
+//! compiler) so that an ordinary test replays the corpora, `fuzz/corpus/<target>/`, on every run. `scripts/fuzz` runs
+//! the fuzzer itself; `cargo run -p varve-fuzz-targets --example seeds` makes the corpora anew from the WAL of real
+//! servers.
 
 #![allow(clippy::panic, reason = "a target panics when something is wrong")]
 

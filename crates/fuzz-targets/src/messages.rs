@@ -9,7 +9,8 @@ use varve_protocol::{Request, Response};
 /// Longest frame that is taken.
 const FRAME_SIZE_MAX: usize = 1 << 20;
 
-/// Requests, responses and commands of any bytes are understood or refused; what is understood has the same bytes again.
+/// Requests, responses and commands of any bytes are understood or refused; what is understood has the same bytes
+/// again.
 pub(crate) fn page_service(data: &[u8]) {
     let mut out = BytesMut::new();
     if let Ok(request) = Request::decode(data) {

@@ -15,8 +15,8 @@ const LSN: Lsn = Lsn(0x1234_5678);
 
 /// A change and the page that it is made to.
 ///
-/// Layout: major `u8`, block number `u32`, length of the stored change `u16` and the change, length of the page's head `u16` and the head, the page's
-/// tail; what lies between head and tail is zeros. Little-endian.
+/// Layout: major `u8`, block number `u32`, length of the stored change `u16` and the change, length of the page's head
+/// `u16` and the head, the page's tail; what lies between head and tail is zeros. Little-endian.
 #[derive(Debug, Clone)]
 pub struct Seed {
     /// The major that wrote the record.
@@ -59,8 +59,8 @@ impl Seed {
 
 /// Changes that are made one after the other to a heap page.
 ///
-/// Layout: major `u8`, block number `u32`, length of the page's head `u16` and the head, length of its tail `u16` and the tail, then each change in its
-/// stored form behind its length `u16`. Little-endian.
+/// Layout: major `u8`, block number `u32`, length of the page's head `u16` and the head, length of its tail `u16` and
+/// the tail, then each change in its stored form behind its length `u16`. Little-endian.
 #[derive(Debug, Clone)]
 pub struct Series {
     /// The major that wrote the records.

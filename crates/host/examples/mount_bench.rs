@@ -1,6 +1,8 @@
-//! What the mount costs: Postgres on it against Postgres on a plain directory, run in turn (A B A B) because placement noise is large.
+//! What the mount costs: Postgres on it against Postgres on a plain directory, run in turn (A B A B) because placement
+//! noise is large.
 //!
-//! `cargo run --release -p varve-compute --example mount_bench -- [--scale 50] [--seconds 10] [--rounds 3] [--clients 4]`, as root.
+//! `cargo run --release -p varve-compute --example mount_bench -- [--scale 50] [--seconds 10] [--rounds 3] [--clients
+//! 4]`, as root.
 
 #[path = "../tests/it/support/mod.rs"]
 mod support;
@@ -204,8 +206,8 @@ fn pgbench(server: &Server, args: &[&str], options: &Options) -> Run {
     Run { tps: number("tps = "), cpu_us: used.as_secs_f64() * 1e6 / number("number of transactions actually processed: ") }
 }
 
-/// CPU time that this process (with the mount), its children, and the server have used so far. Shows what tps hides on a machine that others
-/// use as well.
+/// CPU time that this process (with the mount), its children, and the server have used so far. Shows what tps hides on
+/// a machine that others use as well.
 fn cpu_time(server: &Server) -> Duration {
     const TICKS_PER_SECOND: u64 = 100;
     // utime, stime, and those of children that have ended, counted from behind the command's name.

@@ -1,8 +1,8 @@
 //! Configuration of the Postgres that a compute runs.
 //!
-//! Three layers: the user's own files in the data directory; our `postgresql.conf` around them, which holds a default that suits a compute
-//! and the one safety setting that changes while the server runs (`synchronous_standby_names`); and the command line, which beats `ALTER SYSTEM`,
-//! for all other settings that safety rests on.
+//! Three layers: the user's own files in the data directory; our `postgresql.conf` around them, which holds a default
+//! that suits a compute and the one safety setting that changes while the server runs (`synchronous_standby_names`);
+//! and the command line, which beats `ALTER SYSTEM`, for all other settings that safety rests on.
 
 use varve_api::host::Begin;
 

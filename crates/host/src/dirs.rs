@@ -1,8 +1,9 @@
 //! Where a compute keeps things on its host, and what a predecessor that was killed left there.
 //!
-//! The compute's folder holds `cache/` (fetched and written blocks), `pg_wal/`, `socket/`, the mountpoint `pgdata/`, the server
-//! configuration and the log. When we are root, Postgres runs as another user, which may not be able to reach the folder (think of
-//! `/root` or a private temporary directory) and whose socket paths must be short; so the folder is bound to `<run folder>/<id>`.
+//! The compute's folder holds `cache/` (fetched and written blocks), `pg_wal/`, `socket/`, the mountpoint `pgdata/`,
+//! the server configuration and the log. When we are root, Postgres runs as another user, which may not be able to
+//! reach the folder (think of `/root` or a private temporary directory) and whose socket paths must be short; so the
+//! folder is bound to `<run folder>/<id>`.
 //!
 //! The postmaster's record stands beside the folder, where Postgres's user cannot write: whom it names is killed.
 
@@ -85,7 +86,8 @@ impl Dirs {
         std::fs::set_permissions(run, std::fs::Permissions::from_mode(0o711))
     }
 
-    /// Ends what a process of the compute that is gone left running, and its mounts; keeps its files, `pg_wal` among them. Blocks.
+    /// Ends what a process of the compute that is gone left running, and its mounts; keeps its files, `pg_wal` among
+    /// them. Blocks.
     pub fn end_leftovers(&self) {
         self.end_predecessor();
         self.unmount();

@@ -1,4 +1,5 @@
-//! Files that have no WAL and must outlive the compute: the mount tells what was written, and they go to the pageserver.
+//! Files that have no WAL and must outlive the compute: the mount tells what was written, and they go to the
+//! pageserver.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -81,7 +82,8 @@ impl Uploader {
         *self.shared.postmaster.lock() = Some(postmaster);
     }
 
-    /// Waits until `ALTER SYSTEM` has set `synchronous_standby_names`, which is ours: commits would wait for nobody, or for somebody else.
+    /// Waits until `ALTER SYSTEM` has set `synchronous_standby_names`, which is ours: commits would wait for nobody, or
+    /// for somebody else.
     pub async fn standby_names_taken(&self) {
         self.shared.standby_names_taken.notified().await;
     }

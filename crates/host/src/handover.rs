@@ -1,8 +1,9 @@
 //! Connections to a compute's walsender, handed out on a Unix socket.
 //!
-//! Anybody on the machine may connect; the credential protects. Who sends it within the time limit, as one line, gets a descriptor that is
-//! connected to Postgres's private socket. All others get a line that says why not. The connections that wait for their line are few:
-//! when one too many comes, the one that has waited longest is closed, so that silent ones keep nobody out.
+//! Anybody on the machine may connect; the credential protects. Who sends it within the time limit, as one line, gets a
+//! descriptor that is connected to Postgres's private socket. All others get a line that says why not. The connections
+//! that wait for their line are few: when one too many comes, the one that has waited longest is closed, so that silent
+//! ones keep nobody out.
 
 use std::collections::VecDeque;
 use std::io::{self, IoSlice};

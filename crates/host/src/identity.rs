@@ -1,6 +1,7 @@
 //! Processes, named so that none is ever taken for another, and how to learn that one is gone.
 //!
-//! A process counts as gone when the kernel says so, never because it could not be looked at: out of descriptors is not "gone".
+//! A process counts as gone when the kernel says so, never because it could not be looked at: out of descriptors is not
+//! "gone".
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -55,8 +56,8 @@ impl ProcessId {
             Err(Errno::SRCH) => return Ok(None),
             Err(error) => return Err(error.into()),
         };
-        // Only now is it sure that the descriptor is of the process that we mean.
-        // Deprecated for types that may close or change their descriptor meanwhile. `OwnedFd` cannot; the other way is unsafe code.
+        // Only now is it sure that the descriptor is of the process that we mean. Deprecated for types that may close
+        // or change their descriptor meanwhile. `OwnedFd` cannot; the other way is unsafe code.
         #[expect(deprecated)]
         let descriptor = AsyncFd::with_interest(descriptor, Interest::READABLE)?;
         Ok(self.runs()?.then_some(Held { descriptor }))

@@ -57,8 +57,8 @@ impl InitdbError {
     }
 }
 
-/// Runs `initdb` in a temporary folder, makes the roles that every tenant has, and gives the stopped data directory as a tar archive,
-/// compressed with zstd. Blocks. `user` is whom it runs as when we are root.
+/// Runs `initdb` in a temporary folder, makes the roles that every tenant has, and gives the stopped data directory as
+/// a tar archive, compressed with zstd. Blocks. `user` is whom it runs as when we are root.
 ///
 /// # Errors
 /// [`InitdbError`].
@@ -85,7 +85,8 @@ fn make(postgres: &Installed, data_dir: &Path, user: User) -> Result<(), InitdbE
 
     let mut initdb = command(&postgres.bin_dir.join("initdb"), data_dir, run_as);
     initdb.arg("-D").arg(data_dir).args(["-U", SUPERUSER, "-E", "UTF8", "--locale", LOCALE, "--auth=scram-sha-256", "--no-sync"]);
-    // There is no password yet; without this initdb refuses an authentication method that needs one. The files it writes are not used.
+    // There is no password yet; without this initdb refuses an authentication method that needs one. The files it
+    // writes are not used.
     initdb.args(["--auth-local=trust", "--auth-host=reject", "--no-instructions"]);
     if postgres.major >= Major::V15 {
         initdb.arg("--locale-provider=libc");

@@ -62,8 +62,8 @@ pub enum PostgresError {
 }
 
 impl PostgresError {
-    /// Whether it may go well another time: somebody or something killed it (an operator, want of memory), or it waited for
-    /// a pageserver that was away. What Postgres itself says no to (a port that is taken) stays.
+    /// Whether it may go well another time: somebody or something killed it (an operator, want of memory), or it waited
+    /// for a pageserver that was away. What Postgres itself says no to (a port that is taken) stays.
     pub fn is_transient(&self) -> bool {
         match self {
             PostgresError::Ended { status, .. } => status.signal().is_some(),
@@ -186,8 +186,9 @@ impl Postgres {
     }
 }
 
-/// The program, to be ended at once (`SIGQUIT`, which a postmaster passes on to its backends) when we die, however that comes. What has no
-/// `setpriv` has the record of the postmaster only, by which a successor ends it. The process stays the same: `setpriv` becomes the program.
+/// The program, to be ended at once (`SIGQUIT`, which a postmaster passes on to its backends) when we die, however that
+/// comes. What has no `setpriv` has the record of the postmaster only, by which a successor ends it. The process stays
+/// the same: `setpriv` becomes the program.
 fn bound_to_us(binary: &Path) -> Command {
     if !Path::new(SETPRIV).exists() {
         tracing::warn!("there is no {SETPRIV}: if this process is killed, Postgres goes on until the host notices");

@@ -1,14 +1,17 @@
 //! The life of one compute process.
 //!
-//! An incarnation is one fresh start: *begin* (the server fences whoever wrote the branch before and names timeline and base LSN), mount,
-//! start Postgres, *attach* (the server connects its WAL receiver), then follow orders. A clean stop ends the process. Anything else that
-//! ends Postgres discards the cache and begins anew; nothing that was acknowledged is in it alone.
+//! An incarnation is one fresh start: *begin* (the server fences whoever wrote the branch before and names timeline and
+//! base LSN), mount, start Postgres, *attach* (the server connects its WAL receiver), then follow orders. A clean stop
+//! ends the process. Anything else that ends Postgres discards the cache and begins anew; nothing that was acknowledged
+//! is in it alone.
 //!
-//! A restore is one commit in the tenant's log and knows nothing of us. We learn of it from a newer incarnation in the orders, or from an
-//! attach that is refused as *fenced*, as after a restart of the server. Then we begin anew, and get the branch's timeline of then.
+//! A restore is one commit in the tenant's log and knows nothing of us. We learn of it from a newer incarnation in the
+//! orders, or from an attach that is refused as *fenced*, as after a restart of the server. Then we begin anew, and get
+//! the branch's timeline of then.
 //!
-//! The server may die and come back under us: orders then fail for a while, and the answer to the first that succeeds names
-//! another server run, to which we attach again. Our folder stays when we end; the host removes it when it is told to.
+//! The server may die and come back under us: orders then fail for a while, and the answer to the first that succeeds
+//! names another server run, to which we attach again. Our folder stays when we end; the host removes it when it is
+//! told to.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -40,7 +43,8 @@ const BACKOFF_MAX: Duration = Duration::from_secs(10);
 const FAILED_STARTS_MAX: u32 = 5;
 /// How long the server may take until it takes the end of a compute.
 const END_MAX: Duration = Duration::from_secs(60);
-/// How long a start waits for the tenant's password to be set. Whoever connects should find it set; whoever commits already waits for us to attach.
+/// How long a start waits for the tenant's password to be set. Whoever connects should find it set; whoever commits
+/// already waits for us to attach.
 const PASSWORD_WAIT: Duration = Duration::from_secs(2);
 /// How long setting it may take behind locks of the tenant's, once the compute is attached.
 const PASSWORD_MAX: Duration = Duration::from_secs(600);
@@ -190,7 +194,8 @@ pub async fn run(config: ProcessConfig) -> Result<(), ProcessError> {
     }
 }
 
-/// A first failure of the host or of Postgres itself (no binary, port taken, no /dev/fuse) is told at once; all else may pass.
+/// A first failure of the host or of Postgres itself (no binary, port taken, no /dev/fuse) is told at once; all else
+/// may pass.
 fn is_worth_another_try(error: &ProcessError) -> bool {
     match error {
         ProcessError::Server(error) => is_transient(error),
@@ -200,8 +205,9 @@ fn is_worth_another_try(error: &ProcessError) -> bool {
     }
 }
 
-/// Tells how it ended. A clean end counts once all of its WAL is durable, which may take several tries; when that takes too long, the end is not
-/// clean, and the host keeps `pg_wal`. A server that does not want to know has made up its mind already.
+/// Tells how it ended. A clean end counts once all of its WAL is durable, which may take several tries; when that takes
+/// too long, the end is not clean, and the host keeps `pg_wal`. A server that does not want to know has made up its
+/// mind already.
 async fn tell_end(server: &Server, begin: &Begin, clean: bool, reason: &str) -> Result<(), ClientError> {
     let mut ended = Ended { incarnation: begin.incarnation, clean, reason: reason.to_owned() };
     let deadline = tokio::time::Instant::now() + END_MAX;
@@ -311,7 +317,8 @@ impl Drop for AbortOnDrop {
     }
 }
 
-/// Gives the superuser the tenant's password: now, or where locks or faults of the tenant's are in the way, later, by the task that this gives.
+/// Gives the superuser the tenant's password: now, or where locks or faults of the tenant's are in the way, later, by
+/// the task that this gives.
 async fn set_password(sessions: &Sessions, verifier: &str) -> Option<AbortOnDrop> {
     let error = sessions.set_password(verifier, PASSWORD_WAIT).await.err()?;
     tracing::warn!(%error, "the tenant's password could not be set yet");

@@ -1,9 +1,10 @@
 //! What a host keeps in its folder: small files, each in an envelope with magic, version, length and checksum.
 //!
-//! A file is written beside its name, fsynced, renamed, and its folder is fsynced: a crash leaves the old one or the new one. A file that
-//! is damaged or of a newer version is an error that names it; nobody writes over it.
+//! A file is written beside its name, fsynced, renamed, and its folder is fsynced: a crash leaves the old one or the
+//! new one. A file that is damaged or of a newer version is an error that names it; nobody writes over it.
 //!
-//! Nothing stands here that the tenant log has: a record says which process runs here for which endpoint, not what should run.
+//! Nothing stands here that the tenant log has: a record says which process runs here for which endpoint, not what
+//! should run.
 
 use std::fs::File;
 use std::io::{self, Write as _};

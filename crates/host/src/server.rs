@@ -19,7 +19,8 @@ pub fn is_transient(error: &ClientError) -> bool {
     error.is_transient() || error.code() == Some(Code::Unauthorized)
 }
 
-/// Whether the server says that our incarnation is over: another compute writes, or the branch moved to another history.
+/// Whether the server says that our incarnation is over: another compute writes, or the branch moved to another
+/// history.
 pub fn is_fenced(error: &ClientError) -> bool {
     error.code() == Some(Code::Fenced)
 }
@@ -111,7 +112,8 @@ impl Server {
         self.send(|| self.client.post(&self.path("files"), file).within(FILE_MAX)).await
     }
 
-    /// Waits until the orders differ from "run incarnation `incarnation`, server run `server_run`", or a while has passed.
+    /// Waits until the orders differ from "run incarnation `incarnation`, server run `server_run`", or a while has
+    /// passed.
     ///
     /// # Errors
     /// [`ClientError`].

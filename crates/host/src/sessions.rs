@@ -1,9 +1,10 @@
 //! The supervisor's own sessions in the Postgres that it runs.
 //!
-//! Tenants can fill every place that ordinary sessions have, with commits that wait for the pageserver, and hold locks of catalogues meanwhile. So
-//! all of ours are walsenders, which have places of their own. What the pageserver's acknowledgements depend on ([`Sessions::flushed`]) is asked
-//! without a database, which needs no lock but one on `pg_authid` ([`crate::waiters`] sees to that one). A session with a database may wait for
-//! the locks of commits; whoever uses it says for how long.
+//! Tenants can fill every place that ordinary sessions have, with commits that wait for the pageserver, and hold locks
+//! of catalogues meanwhile. So all of ours are walsenders, which have places of their own. What the pageserver's
+//! acknowledgements depend on ([`Sessions::flushed`]) is asked without a database, which needs no lock but one on
+//! `pg_authid` ([`crate::waiters`] sees to that one). A session with a database may wait for the locks of commits;
+//! whoever uses it says for how long.
 
 use std::path::PathBuf;
 use std::time::Duration;

@@ -1,4 +1,5 @@
-//! From the pageserver's answer to a mounted data directory: the base backup's files, the mount, the blocks that every start reads.
+//! From the pageserver's answer to a mounted data directory: the base backup's files, the mount, the blocks that every
+//! start reads.
 
 use std::fs::File;
 use std::io::{self, Read, Write as _};

@@ -1,13 +1,16 @@
 //! Commits that stand in the way of their own acknowledgement.
 //!
-//! A commit that waits for the pageserver keeps its locks. Our walsenders need one lock to log in, on `pg_authid`: a `VACUUM FULL pg_authid`, or
-//! whatever else locks that catalogue, waits for the pageserver, whose WAL receiver waits for it. Neither ends by itself.
+//! A commit that waits for the pageserver keeps its locks. Our walsenders need one lock to log in, on `pg_authid`: a
+//! `VACUUM FULL pg_authid`, or whatever else locks that catalogue, waits for the pageserver, whose WAL receiver waits
+//! for it. Neither ends by itself.
 //!
-//! So [`watch`] looks at the postmaster's children as the system lists them. While a login of ours has been waiting for [`PATIENCE`], it cancels
-//! waits for synchronous replication, one after the other, until the login goes on. Commands that could lock a catalogue come first. A commit
-//! whose wait is cancelled stays, and its client gets a warning: it counts as not acknowledged, and each one is logged.
+//! So [`watch`] looks at the postmaster's children as the system lists them. While a login of ours has been waiting for
+//! [`PATIENCE`], it cancels waits for synchronous replication, one after the other, until the login goes on. Commands
+//! that could lock a catalogue come first. A commit whose wait is cancelled stays, and its client gets a warning: it
+//! counts as not acknowledged, and each one is logged.
 //!
-//! Postgres says what a process does in its title, for as long as `update_process_title` is on, which a compute's command line sees to.
+//! Postgres says what a process does in its title, for as long as `update_process_title` is on, which a compute's
+//! command line sees to.
 
 use std::time::{Duration, Instant};
 
@@ -18,7 +21,8 @@ use crate::identity;
 
 /// How often the titles are read.
 const POLL: Duration = Duration::from_millis(500);
-/// How long a login may wait before waits are cancelled. With [`POLL`] and the login itself, commits go on within some 3 s.
+/// How long a login may wait before waits are cancelled. With [`POLL`] and the login itself, commits go on within some
+/// 3 s.
 const PATIENCE: Duration = Duration::from_millis(1500);
 /// How long a commit whose wait was cancelled has to notice: it may have to wait for a processor.
 const NOTICE_MAX: Duration = Duration::from_secs(2);
@@ -94,8 +98,8 @@ fn is_waiting_login(pid: u32) -> bool {
     identity::title(pid).is_some_and(|title| is_login_title(&title))
 }
 
-/// Whether a title is that of a walsender of ours without a database which waits for a lock before it is logged in. The role is looked up for
-/// `pg_hba.conf`, and then to become it.
+/// Whether a title is that of a walsender of ours without a database which waits for a lock before it is logged in. The
+/// role is looked up for `pg_hba.conf`, and then to become it.
 fn is_login_title(title: &str) -> bool {
     let ours = format!(": walsender {INTERNAL_ROLE} [local] ");
     title.split_once(&ours).is_some_and(|(_, does)| matches!(does, "authentication waiting" | "startup waiting"))
@@ -117,7 +121,8 @@ impl Commit {
         Some(Commit { command: command.to_owned(), lsn: lsn.to_owned() })
     }
 
-    /// The order in which waits are cancelled: a transaction's end may be that of anything, a command that writes rows locks no catalogue.
+    /// The order in which waits are cancelled: a transaction's end may be that of anything, a command that writes rows
+    /// locks no catalogue.
     fn rank(&self) -> u8 {
         match &*self.command {
             "COMMIT" => 1,

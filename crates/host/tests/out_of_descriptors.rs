@@ -1,4 +1,5 @@
-//! A process is not taken for gone because we are out of descriptors. Alone in its binary: it takes all descriptors away for a while.
+//! A process is not taken for gone because we are out of descriptors. Alone in its binary: it takes all descriptors
+//! away for a while.
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use varve_host::identity::ProcessId;

@@ -1,9 +1,12 @@
-//! What a commit costs: stock Postgres with its own fsync, beside Postgres without any whose synchronous standby is our WAL receiver on the WAL
-//! log, beside the same with stock `pg_receivewal --synchronous`. Interleaved in one run, on one disk.
+//! What a commit costs: stock Postgres with its own fsync, beside Postgres without any whose synchronous standby is our
+//! WAL receiver on the WAL log, beside the same with stock `pg_receivewal --synchronous`. Interleaved in one run, on
+//! one disk.
 //!
-//! `cargo run --release -p varve-pageserver --example commit_latency [-- SECONDS [ROUNDS]]` (as root, with Postgres 15 installed)
+//! `cargo run --release -p varve-pageserver --example commit_latency [-- SECONDS [ROUNDS]]` (as root, with Postgres 15
+//! installed)
 //!
-//! Placement noise is large on small machines: quote ratios of one run, and pin with `taskset -c 1` for figures at one client.
+//! Placement noise is large on small machines: quote ratios of one run, and pin with `taskset -c 1` for figures at one
+//! client.
 
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;

@@ -1,9 +1,11 @@
-//! GetPage through the page service with a source in memory, beside a bare TCP echo of the same sizes, interleaved in one run.
+//! GetPage through the page service with a source in memory, beside a bare TCP echo of the same sizes, interleaved in
+//! one run.
 //!
 //! `cargo run --release -p varve-pageserver --example page_service_latency [-- SECONDS]`
 //!
-//! The echo server reads as many bytes as a request has and writes as many as an answer has: what is left between the two is the page
-//! service's own time. Placement noise is large on small machines: compare within a run, and pin with `taskset` for figures at depth 1.
+//! The echo server reads as many bytes as a request has and writes as many as an answer has: what is left between the
+//! two is the page service's own time. Placement noise is large on small machines: compare within a run, and pin with
+//! `taskset` for figures at depth 1.
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -113,7 +115,8 @@ impl Figures {
     }
 }
 
-/// `depth` requests in flight for `time`; `send` sends n requests, `receive` waits for at least one answer and says how many came.
+/// `depth` requests in flight for `time`; `send` sends n requests, `receive` waits for at least one answer and says how
+/// many came.
 fn measure<C>(depth: usize, time: Duration, client: &mut C, send: impl Fn(&mut C, usize), receive: impl Fn(&mut C) -> usize) -> Figures {
     let mut sent_at = std::collections::VecDeque::new();
     let mut took = Vec::new();

@@ -1,9 +1,10 @@
 //! The pageserver put together: what the control plane can ask of it.
 //!
-//! [`Pageserver`] holds what all tenants share (store, WAL log, caches, work queue, templates), the tenants that it owns ([`crate::tenants`]), and the
-//! receivers of their computes' WAL ([`crate::writers`]). At start and from then on it opens
-//! what its WAL log holds WAL of, so that this gets into the store, and lets go of what the tenants' logs say is not needed. WAL of a tenant or
-//! timeline that no log in the store knows is kept, and told of: it is evidence that the store lost something.
+//! [`Pageserver`] holds what all tenants share (store, WAL log, caches, work queue, templates), the tenants that it
+//! owns ([`crate::tenants`]), and the receivers of their computes' WAL ([`crate::writers`]). At start and from then on
+//! it opens what its WAL log holds WAL of, so that this gets into the store, and lets go of what the tenants' logs say
+//! is not needed. WAL of a tenant or timeline that no log in the store knows is kept, and told of: it is evidence that
+//! the store lost something.
 
 use std::io::Read;
 use std::path::{Path, PathBuf};
@@ -164,8 +165,8 @@ impl Pageserver {
         timer.await;
     }
 
-    /// Looks after what the WAL log holds of timelines that are not open: what the store may lack is opened, so that it gets there; what is not needed any
-    /// more is let go of; what nobody knows is kept and told.
+    /// Looks after what the WAL log holds of timelines that are not open: what the store may lack is opened, so that it
+    /// gets there; what is not needed any more is let go of; what nobody knows is kept and told.
     async fn settle_held(&self) {
         let held = self.context.wal.unattached();
         let orphans: Vec<OrphanedWal> = stream::iter(held)
@@ -439,7 +440,8 @@ impl Pageserver {
         Ok(DirectoryFacts { databases, tablespaces, catalog_version, startup_blocks: template.startup_blocks() })
     }
 
-    /// Where there is WAL of a timeline and its ancestors of which redo can be checked, ascending, each with its timeline; and its head.
+    /// Where there is WAL of a timeline and its ancestors of which redo can be checked, ascending, each with its
+    /// timeline; and its head.
     ///
     /// # Errors
     /// [`ServerError`].
@@ -457,7 +459,8 @@ impl Pageserver {
     /// That WAL from `from` on: at least a byte.
     ///
     /// # Errors
-    /// [`EngineError::WalNotKept`] where it is not kept, [`varve_engine::moments::MomentError::Future`] where there is none yet.
+    /// [`EngineError::WalNotKept`] where it is not kept, [`varve_engine::moments::MomentError::Future`] where there is
+    /// none yet.
     pub async fn kept_wal_bytes(&self, tenant: TenantId, timeline: TimelineId, from: Lsn) -> Result<Bytes, ServerError> {
         let live = self.live_to_read(tenant, timeline, "its WAL is asked for").await?;
         let head = live.positions().head();
@@ -473,7 +476,8 @@ impl Pageserver {
         Err(EngineError::WalNotKept { lsn: from, what_there_is: named(&ranges(&live, head)) }.into())
     }
 
-    /// Takes what a host's `initdb` made, a tar of the data directory compressed with zstd, as the template of its major.
+    /// Takes what a host's `initdb` made, a tar of the data directory compressed with zstd, as the template of its
+    /// major.
     ///
     /// # Errors
     /// When it is not what it should be, or the store does not take it.

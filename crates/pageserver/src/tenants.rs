@@ -1,11 +1,12 @@
 //! Which tenants this pageserver owns.
 //!
-//! A tenant is owned by the server that has the newest generation of its log. It is taken ([`Tenants::own`]) only for work: a compute begins, a branch is
-//! made, WAL of it lies in this server's WAL log. Everything else reads.
+//! A tenant is owned by the server that has the newest generation of its log. It is taken ([`Tenants::own`]) only for
+//! work: a compute begins, a branch is made, WAL of it lies in this server's WAL log. Everything else reads.
 //!
-//! A tenant's slot is *awake* (its log is open, and perhaps timelines), *asleep* (nobody had use for it for a while: all that is kept is by what right it is
-//! ours, some hundred bytes; it wakes without a write to the store), or *lost* (another server took it: nothing of it is acknowledged, opened or served here,
-//! what the WAL log holds of it is kept, and whoever asks is told who has it). The map of slots is locked for look-ups only; each slot is opened by whoever
+//! A tenant's slot is *awake* (its log is open, and perhaps timelines), *asleep* (nobody had use for it for a while:
+//! all that is kept is by what right it is ours, some hundred bytes; it wakes without a write to the store), or *lost*
+//! (another server took it: nothing of it is acknowledged, opened or served here, what the WAL log holds of it is kept,
+//! and whoever asks is told who has it). The map of slots is locked for look-ups only; each slot is opened by whoever
 //! comes first, while others wait for that slot alone.
 
 use std::collections::BTreeMap;
@@ -92,7 +93,8 @@ impl Tenants {
     /// A tenant that this server owns from now on, if it did not before. `why` it is taken stands in the log.
     ///
     /// # Errors
-    /// [`ServerError::UnknownTenant`]; [`ServerError::NotOwner`] when it was lost to another server; what cannot be read.
+    /// [`ServerError::UnknownTenant`]; [`ServerError::NotOwner`] when it was lost to another server; what cannot be
+    /// read.
     pub async fn own(&self, id: TenantId, why: &str) -> Result<Arc<Tenant>, ServerError> {
         let awake = {
             let mut slots = self.slots.lock();
@@ -123,8 +125,8 @@ impl Tenants {
         }
     }
 
-    /// A tenant to be read here: one that this server owns, by its own words or by those of the tenant's log (it owned it before it was started again), or
-    /// that nobody ever owned by name. Another server's is not taken.
+    /// A tenant to be read here: one that this server owns, by its own words or by those of the tenant's log (it owned
+    /// it before it was started again), or that nobody ever owned by name. Another server's is not taken.
     ///
     /// # Errors
     /// As [`Tenants::own`]; [`ServerError::NotOwner`] for another server's.
@@ -134,7 +136,8 @@ impl Tenants {
                 None => return Err(ServerError::UnknownTenant(id)),
                 Some(FoundOwner { owner: Some(owner), .. }) if owner.server != self.identity.server => {
                     let mut owner = LostTo::from(&owner);
-                    // It had this server's address, before its disk was lost or on another machine: nobody can be sent there.
+                    // It had this server's address, before its disk was lost or on another machine: nobody can be sent
+                    // there.
                     owner.url.take_if(|url| *url == self.identity.url);
                     return Err(ServerError::NotOwner { tenant: id, owner });
                 }
@@ -296,8 +299,8 @@ impl Tenants {
         }
     }
 
-    /// Finds tenants that others took over: those whose logs have said so already, and, with a look into the store, those that a compute writes here. The
-    /// latter must not wait until the next flush collides.
+    /// Finds tenants that others took over: those whose logs have said so already, and, with a look into the store,
+    /// those that a compute writes here. The latter must not wait until the next flush collides.
     pub async fn find_lost(&self) {
         for tenant in self.all_awake() {
             if tenant.is_written()
@@ -311,7 +314,8 @@ impl Tenants {
         }
     }
 
-    /// Closes timelines that nobody had use for since `unused`, and puts tenants to sleep that have none left and that nobody holds.
+    /// Closes timelines that nobody had use for since `unused`, and puts tenants to sleep that have none left and that
+    /// nobody holds.
     pub async fn sweep(&self, unused: Duration) {
         for tenant in self.all_awake() {
             let id = tenant.id();

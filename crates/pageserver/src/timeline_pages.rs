@@ -1,4 +1,5 @@
-//! The page service's view of a timeline: waits as futures until what is asked for has arrived, and says clearly when it never will.
+//! The page service's view of a timeline: waits as futures until what is asked for has arrived, and says clearly when
+//! it never will.
 
 use std::io::Write;
 use std::sync::Arc;
@@ -83,7 +84,8 @@ fn not_there(live: &LiveTimeline, wanted: Lsn) -> SourceError {
     let positions = live.positions();
     let (head, applied) = (positions.head(), positions.applied());
     let what = format!("timeline {} has no WAL up to {wanted}: it ends at {head}, of which {applied} is applied", live.id());
-    // What has arrived and is not applied yet is worth another try. Waiting again does not help where ingest has stopped, or for what nobody wrote.
+    // What has arrived and is not applied yet is worth another try. Waiting again does not help where ingest has
+    // stopped, or for what nobody wrote.
     match live.stopped() {
         Some(stopped) => SourceError::Failed(format!("{what}; ingest stopped at {}: {}", stopped.at, stopped.reason)),
         None if positions.is_closing() => SourceError::NotReady(format!("timeline {} is being closed by this server", live.id())),

@@ -1,7 +1,7 @@
 //! The computes whose WAL is received: one receiver for each, between its walsender and its timeline's [`WalStream`].
 //!
-//! The engine decides when a stream ends; the receiver is told and ends by itself. Nothing here knows what a compute is beyond the connection that its
-//! host hands out.
+//! The engine decides when a stream ends; the receiver is told and ends by itself. Nothing here knows what a compute is
+//! beyond the connection that its host hands out.
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -25,7 +25,8 @@ const INTERNAL_ROLE: &str = "varve";
 /// How often a compute is told what WAL it need not keep.
 const SLOT_INTERVAL: Duration = Duration::from_secs(5);
 
-/// Where a compute's walsender is reached: a socket on which its host hands out connections to whoever knows the credential.
+/// Where a compute's walsender is reached: a socket on which its host hands out connections to whoever knows the
+/// credential.
 #[derive(Clone, Debug)]
 pub struct Walsender {
     /// Path of the host's socket.

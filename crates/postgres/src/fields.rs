@@ -1,6 +1,7 @@
 //! Reading the fields of a C structure out of bytes that may be anything.
 
-/// A position in little-endian bytes; each read moves it and fails at the end. No alignment: what the compiler pads is skipped by hand.
+/// A position in little-endian bytes; each read moves it and fails at the end. No alignment: what the compiler pads is
+/// skipped by hand.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Fields<'a> {
     bytes: &'a [u8],

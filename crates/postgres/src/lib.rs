@@ -1,10 +1,12 @@
-//! Postgres's own facts, in pure Rust: positions in WAL, the names of relations and forks, the page layout and its checksum, `pg_control`, and
-//! WAL pages and records, for the majors that Varve supports.
+//! Postgres's own facts, in pure Rust: positions in WAL, the names of relations and forks, the page layout and its
+//! checksum, `pg_control`, and WAL pages and records, for the majors that Varve supports.
 //!
-//! This crate does no I/O, knows nothing of Varve (no tenants, no storage), and never panics on bytes from outside: what cannot be
-//! decoded is an error that says where and what was expected. Where a layout follows a Postgres header, the item's doc names it.
+//! This crate does no I/O, knows nothing of Varve (no tenants, no storage), and never panics on bytes from outside:
+//! what cannot be decoded is an error that says where and what was expected. Where a layout follows a Postgres header,
+//! the item's doc names it.
 //!
-//! What differs between majors stands in [`major`], what differs between minors of one in [`minor`]; everything else asks there.
+//! What differs between majors stands in [`major`], what differs between minors of one in [`minor`]; everything else
+//! asks there.
 
 pub mod control;
 mod fields;

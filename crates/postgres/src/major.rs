@@ -49,8 +49,8 @@ impl Major {
         Self::ALL.into_iter().find(|major| major.wal_page_magic() == magic)
     }
 
-    /// The letters and numbers under which a server of this major keeps its directories in a tablespace: with the catalog version,
-    /// `PG_15_202209061` (`TABLESPACE_VERSION_DIRECTORY`).
+    /// The letters and numbers under which a server of this major keeps its directories in a tablespace: with the
+    /// catalog version, `PG_15_202209061` (`TABLESPACE_VERSION_DIRECTORY`).
     pub fn tablespace_directory(self, catalog_version: u32) -> String {
         format!("PG_{self}_{catalog_version}")
     }
@@ -84,7 +84,8 @@ impl Major {
         }
     }
 
-    /// Whether a database may be created block by block in WAL (`XLOG_DBASE_CREATE_WAL_LOG`), which also moved the number of the drop record.
+    /// Whether a database may be created block by block in WAL (`XLOG_DBASE_CREATE_WAL_LOG`), which also moved the
+    /// number of the drop record.
     pub fn has_wal_log_database_strategy(self) -> bool {
         self >= Major::V15
     }

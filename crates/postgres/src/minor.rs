@@ -1,7 +1,9 @@
-//! What differs between the minors of one major. Like what differs between majors ([`crate::major`]) it stands in one place; the rest asks here.
+//! What differs between the minors of one major. Like what differs between majors ([`crate::major`]) it stands in one
+//! place; the rest asks here.
 //!
-//! WAL and data directories do not say which minor wrote them, and a cluster's minor changes under it. So a rule for minors is never chosen by a
-//! version: either what is read tells by its shape, or one way is right for all minors. Only a running server can be asked.
+//! WAL and data directories do not say which minor wrote them, and a cluster's minor changes under it. So a rule for
+//! minors is never chosen by a version: either what is read tells by its shape, or one way is right for all minors.
+//! Only a running server can be asked.
 //!
 //! | what | minors | how we tell |
 //! |---|---|---|
@@ -12,8 +14,8 @@
 
 use crate::Major;
 
-/// The first minor of each major in which a cancelled or interrupted wait for a synchronous standby cannot show a commit as acknowledged that
-/// was not (and with it, the first that Varve relies on).
+/// The first minor of each major in which a cancelled or interrupted wait for a synchronous standby cannot show a
+/// commit as acknowledged that was not (and with it, the first that Varve relies on).
 pub fn synchronous_commit_min(major: Major) -> u32 {
     match major {
         Major::V14 => 18,
@@ -26,6 +28,7 @@ pub fn synchronous_commit_min(major: Major) -> u32 {
 
 /// GiST's page flag `F_TUPLES_DELETED`, which no minor reads.
 ///
-/// 14.23, 15.18, 16.14, 17.10 and 18.4 set it when vacuum deletes tuples of a leaf, and so does their redo. For a `DELETE` record their redo
-/// sets it where their primary does not. 15.20 never sets it. So it says nothing about a page, and two servers may differ in it.
+/// 14.23, 15.18, 16.14, 17.10 and 18.4 set it when vacuum deletes tuples of a leaf, and so does their redo. For a
+/// `DELETE` record their redo sets it where their primary does not. 15.20 never sets it. So it says nothing about a
+/// page, and two servers may differ in it.
 pub const GIST_TUPLES_DELETED: u16 = 1 << 2;

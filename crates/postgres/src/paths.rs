@@ -39,7 +39,8 @@ pub struct RelationFileName {
 }
 
 impl RelationFileName {
-    /// Takes a file name such as `16384_vm.1` apart (`parse_filename_for_nontemp_relation`); `None` if it is not a permanent relation's.
+    /// Takes a file name such as `16384_vm.1` apart (`parse_filename_for_nontemp_relation`); `None` if it is not a
+    /// permanent relation's.
     pub fn parse(name: &str) -> Option<RelationFileName> {
         let (stem, file_number) = match name.split_once('.') {
             Some((stem, number)) => (stem, decimal(number)?),

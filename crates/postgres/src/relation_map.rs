@@ -1,7 +1,8 @@
-//! `pg_filenode.map`: the file numbers of the catalogs that every start reads before it can read catalogs (`utils/cache/relmapper.c`).
+//! `pg_filenode.map`: the file numbers of the catalogs that every start reads before it can read catalogs
+//! (`utils/cache/relmapper.c`).
 //!
-//! Layout: magic `i32`, number of mappings `i32`, 62 (from 16 on 64) pairs of object id and file number, CRC-32C of all before it; up to 15 four
-//! bytes of padding.
+//! Layout: magic `i32`, number of mappings `i32`, 62 (from 16 on 64) pairs of object id and file number, CRC-32C of all
+//! before it; up to 15 four bytes of padding.
 
 use crate::fields::Fields;
 use crate::{Major, Oid};

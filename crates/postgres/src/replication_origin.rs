@@ -1,6 +1,8 @@
-//! `pg_logical/replorigin_checkpoint`: how far each replication origin had been replayed (`replication/logical/origin.c`).
+//! `pg_logical/replorigin_checkpoint`: how far each replication origin had been replayed
+//! (`replication/logical/origin.c`).
 //!
-//! Layout: magic `u32`; for each origin its id `u16`, six bytes of padding and the remote position `u64`; CRC-32C of all before it.
+//! Layout: magic `u32`; for each origin its id `u16`, six bytes of padding and the remote position `u64`; CRC-32C of
+//! all before it.
 
 use crate::Lsn;
 use crate::fields::Fields;

@@ -1,7 +1,8 @@
 //! `pg_replslot/<name>/state` of a physical slot (`replication/slot.c`).
 //!
-//! 200 bytes: magic, CRC-32C of what follows it, version, length; then name (64 bytes), database, persistency, two transaction horizons, and at 96
-//! the position from which WAL is kept. The rest (invalidation, logical decoding, output plugin, failover) is zero for a physical slot.
+//! 200 bytes: magic, CRC-32C of what follows it, version, length; then name (64 bytes), database, persistency, two
+//! transaction horizons, and at 96 the position from which WAL is kept. The rest (invalidation, logical decoding,
+//! output plugin, failover) is zero for a physical slot.
 
 use crate::{Lsn, Major};
 
@@ -20,7 +21,8 @@ pub fn state_path(slot_name: &str) -> String {
     format!("pg_replslot/{slot_name}/state")
 }
 
-/// State of a persistent physical slot that keeps WAL from `restart` on. Names of 64 and more bytes are cut, as Postgres cuts names.
+/// State of a persistent physical slot that keeps WAL from `restart` on. Names of 64 and more bytes are cut, as
+/// Postgres cuts names.
 pub fn physical_slot_state(slot_name: &str, restart: Lsn, major: Major) -> Vec<u8> {
     let mut out = vec![0; STATE_SIZE];
     out[..4].copy_from_slice(&MAGIC.to_le_bytes());

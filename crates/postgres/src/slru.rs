@@ -1,4 +1,5 @@
-//! The "simple least recently used" areas: transaction status and its relatives, which Postgres keeps outside relations in files of 32 pages.
+//! The "simple least recently used" areas: transaction status and its relatives, which Postgres keeps outside relations
+//! in files of 32 pages.
 
 use std::fmt;
 
@@ -8,7 +9,8 @@ pub const PAGES_PER_SEGMENT: u32 = 32;
 pub const CLOG_XACTS_PER_PAGE: u32 = 8192 * 4;
 /// Multixacts on one page of `pg_multixact/offsets` (`MULTIXACT_OFFSETS_PER_PAGE`).
 pub const MULTIXACT_OFFSETS_PER_PAGE: u32 = 8192 / 4;
-/// Members on one page of `pg_multixact/members` (`MULTIXACT_MEMBERS_PER_PAGE`): 409 groups of 4 flag bytes and 4 transaction ids.
+/// Members on one page of `pg_multixact/members` (`MULTIXACT_MEMBERS_PER_PAGE`): 409 groups of 4 flag bytes and 4
+/// transaction ids.
 pub const MULTIXACT_MEMBERS_PER_PAGE: u32 = 409 * 4;
 /// Transactions on one page of `pg_commit_ts` (`COMMIT_TS_XACTS_PER_PAGE`): 10 bytes each.
 pub const COMMIT_TS_XACTS_PER_PAGE: u32 = 8192 / 10;

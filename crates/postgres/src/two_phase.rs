@@ -1,5 +1,5 @@
-//! Prepared transactions: the file of each in `pg_twophase`, which is the main data of its `XLOG_XACT_PREPARE` record with a CRC behind it
-//! (`access/transam/twophase.c`).
+//! Prepared transactions: the file of each in `pg_twophase`, which is the main data of its `XLOG_XACT_PREPARE` record
+//! with a CRC behind it (`access/transam/twophase.c`).
 
 use crate::fields::{Fields, u32s};
 use crate::{Major, Oid, Timestamp};

@@ -2,11 +2,13 @@
 //!
 //! - [`message`]: requests and responses of the page stream, as bytes and back.
 //! - [`wire`]: the Postgres wire protocol's messages, both sides, without I/O.
-//! - [`connect`]: making a connection, authentication, a blocking connection (to the page service or to Postgres itself).
-//! - [`client`]: [`client::PageClient`] for async code, [`client::BlockingPageClient`] for plain threads, [`client::BaseBackup`].
+//! - [`connect`]: making a connection, authentication, a blocking connection (to the page service or to Postgres
+//!   itself).
+//! - [`client`]: [`client::PageClient`] for async code, [`client::BlockingPageClient`] for plain threads,
+//!   [`client::BaseBackup`].
 //!
-//! Whatever bytes come in, nothing here panics, and no buffer grows beyond a named limit. The crate knows nothing of storage or tenants: a
-//! tenant or a timeline is a word in a command.
+//! Whatever bytes come in, nothing here panics, and no buffer grows beyond a named limit. The crate knows nothing of
+//! storage or tenants: a tenant or a timeline is a word in a command.
 
 pub mod client;
 pub mod connect;

@@ -1,7 +1,8 @@
-//! BRIN: metapage, reverse range map, and regular pages with one summary tuple a range (`access/brin_xlog.h`, `access/brin_page.h`).
+//! BRIN: metapage, reverse range map, and regular pages with one summary tuple a range (`access/brin_xlog.h`,
+//! `access/brin_page.h`).
 //!
-//! Special space, 8 bytes: two unused `u16`, flags `u16`, page type `u16`. A page of the range map holds, behind the page header, an item
-//! pointer for each of its ranges; its `pd_lower` does not say so.
+//! Special space, 8 bytes: two unused `u16`, flags `u16`, page type `u16`. A page of the range map holds, behind the
+//! page header, an item pointer for each of its ranges; its `pd_lower` does not say so.
 
 use varve_postgres::page::{self, BLCKSZ, PAGE_HEADER_SIZE};
 use varve_postgres::{BlockNumber, Page};

@@ -1,8 +1,9 @@
 //! What one WAL record does to one page, and its bytes as a stored value.
 //!
 //! Layout of a stored change, little-endian: tag `u8`, then
-//! - 0 [`BlockRecord`]: rmid `u8`, info `u8`, flags `u8` (1 initialises, 2 has data), xid `u32`, block id `u8`, fork `u8`, block `u32`, number of other
-//!   blocks `u8`, each id `u8`, fork `u8`, block `u32`; length of the main data `u32`, the main data, the block's data.
+//! - 0 [`BlockRecord`]: rmid `u8`, info `u8`, flags `u8` (1 initialises, 2 has data), xid `u32`, block id `u8`, fork
+//!   `u8`, block `u32`, number of other blocks `u8`, each id `u8`, fork `u8`, block `u32`; length of the main data
+//!   `u32`, the main data, the block's data.
 //! - 1 [`Change::ClearVisibility`]: flags `u8`, heap blocks `u32` each.
 //! - 2 [`Change::ClogStatus`]: status `u8`, xids `u32` each.
 //! - 3 [`Change::MultiXactOffset`]: multi `u32`, offset `u32`.

@@ -1,8 +1,9 @@
-//! Pages of the free-space map (`storage/freespace/`): a binary tree of categories, one byte each, in which a parent has the greater of
-//! its children. Leaves of the map's bottom pages stand for heap blocks, leaves of upper pages for pages below.
+//! Pages of the free-space map (`storage/freespace/`): a binary tree of categories, one byte each, in which a parent
+//! has the greater of its children. Leaves of the map's bottom pages stand for heap blocks, leaves of upper pages for
+//! pages below.
 //!
-//! Layout behind the page header: `fp_next_slot` `i32`, then [`NODES`] bytes of nodes, the root first. The map is not logged; pages that
-//! were never written count as all zeros, so no free space.
+//! Layout behind the page header: `fp_next_slot` `i32`, then [`NODES`] bytes of nodes, the root first. The map is not
+//! logged; pages that were never written count as all zeros, so no free space.
 
 use varve_postgres::page::{self, PAGE_HEADER_SIZE};
 use varve_postgres::{BLCKSZ, BlockNumber, Page};
@@ -27,7 +28,8 @@ pub fn category(bytes: usize) -> u8 {
     if bytes >= REQUEST_SIZE_MAX { u8::MAX } else { (bytes / CATEGORY_STEP).min(254) as u8 }
 }
 
-/// The map's block, and the slot there, that stand for heap block `heap_block` (`fsm_get_location`, `fsm_logical_to_physical`).
+/// The map's block, and the slot there, that stand for heap block `heap_block` (`fsm_get_location`,
+/// `fsm_logical_to_physical`).
 pub fn location(heap_block: BlockNumber) -> (BlockNumber, u32) {
     let mut page = heap_block / SLOTS_PER_PAGE;
     let mut block = 0;
@@ -38,8 +40,9 @@ pub fn location(heap_block: BlockNumber) -> (BlockNumber, u32) {
     (block - 1, heap_block % SLOTS_PER_PAGE)
 }
 
-/// The map's length in blocks after its heap was cut to `heap_blocks`, and the slot of the last map page from which on there is no free
-/// space any more; no such slot if the page before is the last one and stays as it is (`FreeSpaceMapPrepareTruncateRel`).
+/// The map's length in blocks after its heap was cut to `heap_blocks`, and the slot of the last map page from which on
+/// there is no free space any more; no such slot if the page before is the last one and stays as it is
+/// (`FreeSpaceMapPrepareTruncateRel`).
 pub fn length_after_truncation(heap_blocks: BlockNumber) -> (BlockNumber, Option<u32>) {
     let (block, slot) = location(heap_blocks);
     if slot > 0 { (block + 1, Some(slot)) } else { (block, None) }
@@ -64,8 +67,8 @@ pub fn greatest(page: &Page) -> u8 {
     node(page, 0)
 }
 
-/// `fsm_set_avail`: sets the category in `slot` and what follows from it above. Gives whether the page changed; a slot that does not
-/// exist changes nothing.
+/// `fsm_set_avail`: sets the category in `slot` and what follows from it above. Gives whether the page changed; a slot
+/// that does not exist changes nothing.
 pub fn set(page: &mut Page, slot: u32, category: u8) -> bool {
     if slot >= SLOTS_PER_PAGE {
         return false;
@@ -110,8 +113,8 @@ fn rebuild(page: &mut Page) {
     }
 }
 
-/// `FreeSpaceMapVacuumRange` to the map's end: tells upper pages what pages below have, for heap blocks from `heap_block` on. `read` gives a
-/// page of the map, nothing beyond its end; `write` is given those that changed.
+/// `FreeSpaceMapVacuumRange` to the map's end: tells upper pages what pages below have, for heap blocks from
+/// `heap_block` on. `read` gives a page of the map, nothing beyond its end; `write` is given those that changed.
 pub fn update_upper_pages(
     heap_block: BlockNumber,
     mut read: impl FnMut(BlockNumber) -> Option<Page>,

@@ -5,7 +5,8 @@ use varve_postgres::{Page, page};
 use crate::cursor::Cursor;
 use crate::{Fault, Redo, item};
 
-/// `generic_redo`: the block's data is a list of offset `u16`, length `u16`, bytes. What lies between line pointers and tuples becomes zeros.
+/// `generic_redo`: the block's data is a list of offset `u16`, length `u16`, bytes. What lies between line pointers and
+/// tuples becomes zeros.
 pub(crate) fn redo(redo: &Redo<'_>, page: &mut Page) -> Result<(), Fault> {
     let mut data = Cursor::new(redo.record.data);
     while !data.is_empty() {

@@ -1,12 +1,14 @@
 //! GiST (`access/gistxlog.h`, `access/gist.h`).
 //!
-//! A page split does not change the parent: its left pages say "follow right" until the downlinks are inserted, and that insertion clears
-//! the flag on the left one and gives it the record's LSN as its node sequence number. Postgres does this to the page after it took the
-//! page's full image, so an image alone lacks it: see [`after_image`].
+//! A page split does not change the parent: its left pages say "follow right" until the downlinks are inserted, and
+//! that insertion clears the flag on the left one and gives it the record's LSN as its node sequence number. Postgres
+//! does this to the page after it took the page's full image, so an image alone lacks it: see [`after_image`].
 //!
-//! The page flag "tuples deleted" is left as it is: minors differ in when they set it ([`varve_postgres::minor::GIST_TUPLES_DELETED`]).
+//! The page flag "tuples deleted" is left as it is: minors differ in when they set it
+//! ([`varve_postgres::minor::GIST_TUPLES_DELETED`]).
 //!
-//! Special space, 16 bytes: node sequence number as two `u32`, high one first; right link `u32`; flags `u16`; page id `u16`.
+//! Special space, 16 bytes: node sequence number as two `u32`, high one first; right link `u32`; flags `u16`; page id
+//! `u16`.
 
 use varve_postgres::page::{self, PAGE_HEADER_SIZE};
 use varve_postgres::{BlockNumber, Lsn, Major, Page};
@@ -108,8 +110,8 @@ fn add_tuples(page: &mut Page, tuples: &mut Cursor<'_>) -> Result<usize, Fault> 
     Ok(added)
 }
 
-/// `gistRedoPageUpdateRecord`. Main data (`gistxlogPageUpdate`): number of tuples to delete `u16`, to insert `u16`. Block data: offsets to
-/// delete, tuples to insert.
+/// `gistRedoPageUpdateRecord`. Main data (`gistxlogPageUpdate`): number of tuples to delete `u16`, to insert `u16`.
+/// Block data: offsets to delete, tuples to insert.
 fn update(record: &BlockRecord<'_>, page: &mut Page) -> Result<(), Fault> {
     let mut main = Cursor::new(record.main_data);
     let (to_delete, to_insert) = (main.u16()?, main.u16()?);
@@ -133,8 +135,8 @@ fn update(record: &BlockRecord<'_>, page: &mut Page) -> Result<(), Fault> {
 
 /// `gistRedoDeleteRecord`.
 ///
-/// Main data (`gistxlogDelete`): newest transaction among the deleted `u32`, number of offsets `u16`, from 16 on whether it is a catalog `u8`
-/// and padding; the offsets.
+/// Main data (`gistxlogDelete`): newest transaction among the deleted `u32`, number of offsets `u16`, from 16 on
+/// whether it is a catalog `u8` and padding; the offsets.
 fn delete(major: Major, record: &BlockRecord<'_>, page: &mut Page) -> Result<(), Fault> {
     let mut main = Cursor::new(record.main_data);
     let _conflict_horizon = main.u32()?;
@@ -148,10 +150,10 @@ fn delete(major: Major, record: &BlockRecord<'_>, page: &mut Page) -> Result<(),
     opaque.write(page)
 }
 
-/// `gistRedoPageSplitRecord`. Main data (`gistxlogPageSplit`): right link before the split `u32`, padding, node sequence number before it
-/// `u64`, whether the page was a leaf `u8`, padding, number of pages `u16`, whether to set follow-right `u8`. Blocks 1 to that number are
-/// the pages from left to right, each with the number of its tuples `u32` and the tuples; when the root splits, it is the first of them and
-/// holds the downlinks.
+/// `gistRedoPageSplitRecord`. Main data (`gistxlogPageSplit`): right link before the split `u32`, padding, node
+/// sequence number before it `u64`, whether the page was a leaf `u8`, padding, number of pages `u16`, whether to set
+/// follow-right `u8`. Blocks 1 to that number are the pages from left to right, each with the number of its tuples
+/// `u32` and the tuples; when the root splits, it is the first of them and holds the downlinks.
 fn split(record: &BlockRecord<'_>, page: &mut Page) -> Result<(), Fault> {
     let mut main = Cursor::new(record.main_data);
     let right_link_before = main.u32()?;
@@ -193,8 +195,8 @@ fn split(record: &BlockRecord<'_>, page: &mut Page) -> Result<(), Fault> {
     Ok(())
 }
 
-/// `gistRedoPageDelete`. Main data (`gistxlogPageDelete`): last transaction that may still see the page, with its epoch, `u64`, offset of
-/// the downlink `u16`. Block 0 is deleted, block 1 its parent.
+/// `gistRedoPageDelete`. Main data (`gistxlogPageDelete`): last transaction that may still see the page, with its
+/// epoch, `u64`, offset of the downlink `u16`. Block 0 is deleted, block 1 its parent.
 fn delete_page(record: &BlockRecord<'_>, page: &mut Page) -> Result<(), Fault> {
     let mut main = Cursor::new(record.main_data);
     let delete_xid = main.u64()?;

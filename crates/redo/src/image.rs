@@ -4,11 +4,13 @@ use varve_postgres::{Page, page, wal, wal::rmgr};
 
 use crate::{Fault, RedoError, gist};
 
-/// Makes `page` what `record` leaves of `block`, which comes with an image that is to be applied; what it was before does not matter.
+/// Makes `page` what `record` leaves of `block`, which comes with an image that is to be applied; what it was before
+/// does not matter.
 ///
-/// Postgres takes images before it writes the record, and a few changes are made to the page only afterwards: redo makes them to a
-/// restored page too (what `XLogReadBufferForRedo` calls `BLK_RESTORED`). So a restored image alone may not be the page.
-/// (`hash_xlog_split_allocate_page` and `hash_xlog_split_complete` do so as well, but what they write is already in their images.)
+/// Postgres takes images before it writes the record, and a few changes are made to the page only afterwards: redo
+/// makes them to a restored page too (what `XLogReadBufferForRedo` calls `BLK_RESTORED`). So a restored image alone may
+/// not be the page. (`hash_xlog_split_allocate_page` and `hash_xlog_split_complete` do so as well, but what they write
+/// is already in their images.)
 ///
 /// # Errors
 /// [`RedoError::Inconsistent`] when there is no image, or it cannot be decompressed or is not of such a page.

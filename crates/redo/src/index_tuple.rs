@@ -1,7 +1,8 @@
 //! Item pointers and the header of index tuples, which all access methods share (`storage/itemptr.h`, `access/itup.h`).
 //!
-//! Layout of an index tuple: item pointer, 6 bytes (block number as two `u16`, high one first, then offset number); `t_info` `u16`,
-//! whose low 13 bits are the tuple's size in bytes, bit 13 the access method's; then the access method's data.
+//! Layout of an index tuple: item pointer, 6 bytes (block number as two `u16`, high one first, then offset number);
+//! `t_info` `u16`, whose low 13 bits are the tuple's size in bytes, bit 13 the access method's; then the access
+//! method's data.
 
 use varve_postgres::BlockNumber;
 
@@ -109,7 +110,8 @@ pub(crate) fn take<'a>(cursor: &mut Cursor<'a>) -> Result<&'a [u8], Fault> {
     cursor.take(whole_size(ahead.rest())?)
 }
 
-/// Reads a whole index tuple of those that stand one behind the other, each padded to a multiple of 8 bytes. The padding comes with it.
+/// Reads a whole index tuple of those that stand one behind the other, each padded to a multiple of 8 bytes. The
+/// padding comes with it.
 pub(crate) fn take_aligned<'a>(cursor: &mut Cursor<'a>) -> Result<&'a [u8], Fault> {
     let mut ahead = *cursor;
     cursor.take(max_align(whole_size(ahead.rest())?))

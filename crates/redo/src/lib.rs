@@ -1,12 +1,13 @@
 //! Redo: pure functions `(page, change) -> page`, one module a resource manager.
 //!
-//! [`change::Change`] is what ingest cut out of a WAL record for one page: for a relation block a [`change::BlockRecord`], the record trimmed to that
-//! block; for pages that Postgres changes without naming them in the record (visibility maps, transaction status) a change of our own.
-//! [`apply`] makes the page what Postgres's own redo would have made of it, byte for byte, apart from what Postgres masks in its consistency check
-//! ([`mask`]).
+//! [`change::Change`] is what ingest cut out of a WAL record for one page: for a relation block a
+//! [`change::BlockRecord`], the record trimmed to that block; for pages that Postgres changes without naming them in
+//! the record (visibility maps, transaction status) a change of our own. [`apply`] makes the page what Postgres's own
+//! redo would have made of it, byte for byte, apart from what Postgres masks in its consistency check ([`mask`]).
 //!
-//! No I/O, no `unsafe`, no panic and no unbounded allocation on any input: a record that contradicts its page is a [`RedoError`]. Full-page
-//! images never come to [`apply`]: ingest stores them as images, which [`restore_image`] gives.
+//! No I/O, no `unsafe`, no panic and no unbounded allocation on any input: a record that contradicts its page is a
+//! [`RedoError`]. Full-page images never come to [`apply`]: ingest stores them as images, which [`restore_image`]
+//! gives.
 //!
 //! How a page function is written: `docs/redo.md`.
 
@@ -124,8 +125,8 @@ impl From<&str> for Fault {
     }
 }
 
-/// Makes `change`, from a record that ends at `lsn`, to `page`, which is block `blkno` of its fork (or page `blkno` of its SLRU).
-/// The base of a change with [`Change::will_init`] may be anything.
+/// Makes `change`, from a record that ends at `lsn`, to `page`, which is block `blkno` of its fork (or page `blkno` of
+/// its SLRU). The base of a change with [`Change::will_init`] may be anything.
 ///
 /// # Errors
 /// [`RedoError`]; the page is then not to be used.

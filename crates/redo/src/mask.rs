@@ -1,9 +1,10 @@
-//! What Postgres masks before it compares a redone page with the primary's (`access/bufmask.c` and each resource manager's `rm_mask`).
+//! What Postgres masks before it compares a redone page with the primary's (`access/bufmask.c` and each resource
+//! manager's `rm_mask`).
 //!
-//! Some bytes of a page change on the primary without a record (hint bits, flags that are hints, what lies between `pd_lower` and
-//! `pd_upper`), so redo cannot and need not know them. After masking, two pages that are equal in all that counts are equal in all bytes.
-//! The rules are the same in all supported majors. One is not Postgres's: GiST's "tuples deleted", in which minors differ
-//! ([`varve_postgres::minor`]), is masked, too.
+//! Some bytes of a page change on the primary without a record (hint bits, flags that are hints, what lies between
+//! `pd_lower` and `pd_upper`), so redo cannot and need not know them. After masking, two pages that are equal in all
+//! that counts are equal in all bytes. The rules are the same in all supported majors. One is not Postgres's: GiST's
+//! "tuples deleted", in which minors differ ([`varve_postgres::minor`]), is masked, too.
 
 use varve_postgres::minor::GIST_TUPLES_DELETED;
 use varve_postgres::page::{self, PAGE_HEADER_SIZE, PD_ALL_VISIBLE, PD_HAS_FREE_LINES, PD_PAGE_FULL};
@@ -14,7 +15,8 @@ use crate::Fault;
 use crate::heap::tuple;
 use crate::item::{self, ItemState};
 
-/// Masks `page`, which is block `blkno`, as resource manager `rmid` of `major` does. A resource manager without a masking function masks nothing.
+/// Masks `page`, which is block `blkno`, as resource manager `rmid` of `major` does. A resource manager without a
+/// masking function masks nothing.
 ///
 /// # Errors
 /// What is wrong, in words, when the page's structure contradicts itself, so that there is no telling what to mask.
@@ -40,7 +42,8 @@ pub fn mask_page(_major: Major, rmid: u8, page: &mut Page, blkno: BlockNumber) -
 }
 
 /// The resource manager to which a page of a main fork belongs by its looks, for pages of which only an image is known.
-/// Access methods tell their pages apart by the size of the special space and its last two bytes. `None` for a page never initialised.
+/// Access methods tell their pages apart by the size of the special space and its last two bytes. `None` for a page
+/// never initialised.
 pub fn rmgr_of_page(page: &Page) -> Option<u8> {
     /// `SEQ_MAGIC`, at the start of a sequence's special space.
     const SEQUENCE: u32 = 0x1717;
@@ -221,7 +224,8 @@ fn mask_gist(page: &mut Page) -> Result<(), Fault> {
     Ok(())
 }
 
-/// Offsets at which two GiST pages differ in what a page split leaves and [`mask_page`] masks: node sequence number and "follow right".
+/// Offsets at which two GiST pages differ in what a page split leaves and [`mask_page`] masks: node sequence number and
+/// "follow right".
 pub(crate) fn gist_split_state_differences(a: &Page, b: &Page) -> Vec<u16> {
     const SEQUENCE_NUMBER_AT: usize = BLCKSZ - 16;
     const FLAGS_AT: usize = BLCKSZ - 4;

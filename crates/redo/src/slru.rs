@@ -1,4 +1,5 @@
-//! Pages of the SLRU areas: transaction status, multixacts, commit times (`access/clog.h`, `access/multixact.h`, `access/commit_ts.h`).
+//! Pages of the SLRU areas: transaction status, multixacts, commit times (`access/clog.h`, `access/multixact.h`,
+//! `access/commit_ts.h`).
 
 use varve_postgres::slru::{CLOG_XACTS_PER_PAGE, COMMIT_TS_XACTS_PER_PAGE, MULTIXACT_MEMBERS_PER_PAGE, MULTIXACT_OFFSETS_PER_PAGE};
 use varve_postgres::{BlockNumber, Page};

@@ -1,4 +1,5 @@
-//! Which record types that change relation blocks there are, so that ingest can refuse one that nobody could redo later.
+//! Which record types that change relation blocks there are, so that ingest can refuse one that nobody could redo
+//! later.
 
 use varve_postgres::{Major, wal::rmgr};
 
@@ -18,8 +19,8 @@ const fn with_init_flag(kinds: Kinds) -> Kinds {
     kinds | kinds << 8
 }
 
-/// Whether [`crate::apply`] knows how to redo the blocks of records of this type, as `major` writes them. `info` without the flags of the WAL
-/// machinery. Types that change no block are supported too.
+/// Whether [`crate::apply`] knows how to redo the blocks of records of this type, as `major` writes them. `info`
+/// without the flags of the WAL machinery. Types that change no block are supported too.
 pub fn is_supported(major: Major, rmid: u8, info: u8) -> bool {
     let kinds: Kinds = match rmid {
         // XLOG_FPI_FOR_HINT, XLOG_FPI; the other types have no blocks and concern ingest alone.

@@ -1,9 +1,9 @@
 //! The visibility map: two bits a heap block (`access/visibilitymap.h`).
 //!
-//! Heap records clear bits. Up to the minors of summer 2026 they did not name the map pages ([`visibility_map_clears`] says which they are), and
-//! those got no LSN; since then they name each page on which bits were set ([`clear_named`]), and no others are touched. Which of the two a
-//! record is, only its blocks say, whatever its major. Setting bits has a record of its own, which names the map page ([`set`]). Truncations
-//! get no LSN.
+//! Heap records clear bits. Up to the minors of summer 2026 they did not name the map pages ([`visibility_map_clears`]
+//! says which they are), and those got no LSN; since then they name each page on which bits were set ([`clear_named`]),
+//! and no others are touched. Which of the two a record is, only its blocks say, whatever its major. Setting bits has a
+//! record of its own, which names the map page ([`set`]). Truncations get no LSN.
 
 use smallvec::{SmallVec, smallvec};
 use varve_postgres::page::{self, PAGE_HEADER_SIZE};
@@ -106,8 +106,8 @@ fn unnamed_clears(record: &Record<'_>, cleared: &Cleared) -> Vec<(RelFork, Block
     clears.into_iter().map(|(map, page, heap_blocks)| (map, page, Change::ClearVisibility { heap_blocks, flags })).collect()
 }
 
-/// Redo of a map page that a heap record names (`heap_xlog_vm_clear`, and its like in `heap_xlog_update`): clears what the record clears of the
-/// heap blocks that the page covers.
+/// Redo of a map page that a heap record names (`heap_xlog_vm_clear`, and its like in `heap_xlog_update`): clears what
+/// the record clears of the heap blocks that the page covers.
 pub(crate) fn clear_named(record: &BlockRecord<'_>, page: &mut Page) -> Result<(), Fault> {
     let has_old_block = record.others.iter().any(|other| other.id == OLD_BLOCK && other.fork == Fork::Main);
     let cleared = Cleared::of(record.rmid, record.info, record.main_data, has_old_block)?;

@@ -1,5 +1,5 @@
-//! Page functions of the resource manager XLOG (`catalog/pg_control.h`). Its records with blocks are full-page images, which ingest takes
-//! as such, so hardly anything is left.
+//! Page functions of the resource manager XLOG (`catalog/pg_control.h`). Its records with blocks are full-page images,
+//! which ingest takes as such, so hardly anything is left.
 
 use varve_postgres::Page;
 

@@ -1,9 +1,9 @@
-//! After all faults have ended: everything comes to rest, every branch is served by one compute, every history is what it
-//! must be.
+//! After all faults have ended: everything comes to rest, every branch is served by one compute, every history is what
+//! it must be.
 //!
-//! What only one machine's disk has, only that machine can serve: WAL below the base of a compute's epoch that is not in
-//! layers yet, or the tail of a compute that is gone. So the tenant is given to one machine and then to the other, and
-//! each branch and timeline must be served by one of them.
+//! What only one machine's disk has, only that machine can serve: WAL below the base of a compute's epoch that is not
+//! in layers yet, or the tail of a compute that is gone. So the tenant is given to one machine and then to the other,
+//! and each branch and timeline must be served by one of them.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -67,7 +67,8 @@ pub async fn come_to_rest(world: &Arc<World>) {
     world.violate(format!("it does not come to rest: {last}"));
 }
 
-/// Looks at all branches and timelines that were not yet seen to be as they must; what is wrong with the last that are not.
+/// Looks at all branches and timelines that were not yet seen to be as they must; what is wrong with the last that are
+/// not.
 async fn look(world: &Arc<World>, seen: &mut Seen) -> Option<String> {
     let mut wrong = None;
     let state = world.learn().await;

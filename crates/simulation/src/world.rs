@@ -285,8 +285,8 @@ impl World {
         self.moved.lock().entry((machine, branch.clone(), timeline)).or_insert_with(tokio::time::Instant::now);
     }
 
-    /// A commit of `branch`'s compute on `timeline`, which began at `submitted`, was acknowledged by a server: it must not
-    /// be long since that server knew that the branch had left the timeline.
+    /// A commit of `branch`'s compute on `timeline`, which began at `submitted`, was acknowledged by a server: it must
+    /// not be long since that server knew that the branch had left the timeline.
     pub fn check_serves(&self, machine: usize, branch: &BranchName, timeline: TimelineId, submitted: tokio::time::Instant) {
         let moved = self.moved.lock().get(&(machine, branch.clone(), timeline)).copied();
         if let Some(moved) = moved.filter(|moved| submitted > *moved + MOVE_NOTICED_MAX) {

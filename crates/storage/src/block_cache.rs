@@ -1,7 +1,8 @@
-//! The block cache: contents of layer blocks, decompressed, and partitions of layer indexes, shared by all tenants, bounded in bytes.
+//! The block cache: contents of layer blocks, decompressed, and partitions of layer indexes, shared by all tenants,
+//! bounded in bytes.
 //!
-//! A block is known by its layer and its offset. Layers never change, so nothing in the cache is ever wrong; what belongs to a layer that is gone ages
-//! out.
+//! A block is known by its layer and its offset. Layers never change, so nothing in the cache is ever wrong; what
+//! belongs to a layer that is gone ages out.
 
 use std::sync::Arc;
 

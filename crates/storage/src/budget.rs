@@ -1,9 +1,11 @@
-//! A budget of memory that many share: who allocates adds, who frees takes away, and whoever feeds them looks whether it is used up.
+//! A budget of memory that many share: who allocates adds, who frees takes away, and whoever feeds them looks whether
+//! it is used up.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// Bytes in use, and how many should be at most. Going over is possible; it is for the users of the budget to slow down.
+/// Bytes in use, and how many should be at most. Going over is possible; it is for the users of the budget to slow
+/// down.
 #[derive(Debug)]
 pub struct MemoryBudget {
     used_bytes: AtomicUsize,

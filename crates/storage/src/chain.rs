@@ -1,4 +1,5 @@
-//! What a read gathers on its way down: the versions of one key, newest first, until one needs nothing older; and what redo makes of them.
+//! What a read gathers on its way down: the versions of one key, newest first, until one needs nothing older; and what
+//! redo makes of them.
 
 use std::fmt;
 
@@ -11,7 +12,8 @@ use varve_redo::{HeapLayout, RedoError};
 use crate::key::{Key, KeyKind};
 use crate::value::Value;
 
-/// Changes after which a page's chain gets an image, so that a read redoes no more of them than this in one memtable or layer.
+/// Changes after which a page's chain gets an image, so that a read redoes no more of them than this in one memtable or
+/// layer.
 pub const CHAIN_CHANGES_MAX: usize = 128;
 /// Bytes of changes after which a page's chain gets an image: the image then costs at most half as much again.
 pub const CHAIN_BYTES_MAX: usize = 16 << 10;
@@ -105,7 +107,8 @@ impl Lookup {
         self.versions.first()
     }
 
-    /// Makes the page of the versions found, on top of `base`, which is what the key was just before them (zeros if it was nothing).
+    /// Makes the page of the versions found, on top of `base`, which is what the key was just before them (zeros if it
+    /// was nothing).
     ///
     /// # Errors
     /// When a version is malformed or cannot be redone.
@@ -159,7 +162,8 @@ fn apply_loosely(major: Major, key: Key, version: &Version, page: &mut Page, lay
     Ok(())
 }
 
-/// Counts the changes of one page since the last version that needs nothing older, to tell when it is time for an image.
+/// Counts the changes of one page since the last version that needs nothing older, to tell when it is time for an
+/// image.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct ChainLength {
     changes: usize,

@@ -1,7 +1,9 @@
-//! The value of the checkpoint key: the counters and settings that a server finds in its last checkpoint when it starts.
+//! The value of the checkpoint key: the counters and settings that a server finds in its last checkpoint when it
+//! starts.
 //!
-//! They are kept as Postgres's own redo keeps them, from every record that moves them. The next transaction id moves with nearly every transaction, so
-//! it is exact only in the WAL index ([`crate::wal_index`]); here it is what it was when another field changed.
+//! They are kept as Postgres's own redo keeps them, from every record that moves them. The next transaction id moves
+//! with nearly every transaction, so it is exact only in the WAL index ([`crate::wal_index`]); here it is what it was
+//! when another field changed.
 //!
 //! Layout, little-endian: version `u8`, then the fields in the order of [`CheckpointFields`].
 

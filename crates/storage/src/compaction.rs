@@ -1,11 +1,13 @@
 //! Which runs of layers to merge, so that a read has few to search, whatever was written.
 //!
-//! Runs are merged with their neighbours in LSN when there are enough of about the same size: the newest [`WIDTH_MIN`] or more, each at most half as
-//! large again as all newer ones in the merge together. Four flushes become one run, four of those the next: what a version costs to be moved, and how
-//! many runs there are, both grow with the logarithm of the history, as sizes grow geometrically where nothing is merged.
+//! Runs are merged with their neighbours in LSN when there are enough of about the same size: the newest [`WIDTH_MIN`]
+//! or more, each at most half as large again as all newer ones in the merge together. Four flushes become one run, four
+//! of those the next: what a version costs to be moved, and how many runs there are, both grow with the logarithm of
+//! the history, as sizes grow geometrically where nothing is merged.
 //!
-//! A merge publishes its layers one after the other, in order of keys, and takes an input away when all its keys are passed. So a merge that was
-//! interrupted shows in the layer map: a run whose LSN range holds those of others. It is gone on with, behind its last key.
+//! A merge publishes its layers one after the other, in order of keys, and takes an input away when all its keys are
+//! passed. So a merge that was interrupted shows in the layer map: a run whose LSN range holds those of others. It is
+//! gone on with, behind its last key.
 //!
 //! Nothing is dropped here.
 
@@ -40,7 +42,8 @@ struct Candidate {
     is_own: bool,
 }
 
-/// The merge that is due among `runs`, which are all block runs or all metadata runs of a timeline; `is_own` tells which may be merged.
+/// The merge that is due among `runs`, which are all block runs or all metadata runs of a timeline; `is_own` tells
+/// which may be merged.
 pub fn plan(runs: &[Run], is_own: impl Fn(&Run) -> bool) -> Option<MergePlan> {
     let candidate = |run: &Run| Candidate {
         start: run.lsn_start,

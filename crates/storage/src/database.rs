@@ -1,7 +1,9 @@
-//! The value of a database key: whether the database has a directory in the tablespace, and below which LSN everything in it is dead.
+//! The value of a database key: whether the database has a directory in the tablespace, and below which LSN everything
+//! in it is dead.
 //!
-//! DROP DATABASE names no relation, so it does not touch their sizes. It raises the database's floor instead: a relation size at or below the floor
-//! counts as absent, and so does a block. An object id that is used again for a new database thus begins empty.
+//! DROP DATABASE names no relation, so it does not touch their sizes. It raises the database's floor instead: a
+//! relation size at or below the floor counts as absent, and so does a block. An object id that is used again for a new
+//! database thus begins empty.
 //!
 //! Layout, little-endian: exists `u8`, floor `u64`.
 

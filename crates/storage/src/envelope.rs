@@ -1,4 +1,5 @@
-//! The envelope around everything durable in the object store: what it is, in which version, how it is compressed and encrypted, and a checksum.
+//! The envelope around everything durable in the object store: what it is, in which version, how it is compressed and
+//! encrypted, and a checksum.
 //!
 //! Layout, integers big-endian:
 //!
@@ -14,8 +15,9 @@
 //! | 28..28+s | stored bytes: the content, compressed, then encrypted |
 //! | last 4 | CRC-32C u32 of everything before it |
 //!
-//! The order when writing is: compress, encrypt, checksum; so a damaged object is noticed before a byte of it is interpreted. A reader refuses
-//! a newer version, an unknown codec and a key that it lacks, each with an error that names the object.
+//! The order when writing is: compress, encrypt, checksum; so a damaged object is noticed before a byte of it is
+//! interpreted. A reader refuses a newer version, an unknown codec and a key that it lacks, each with an error that
+//! names the object.
 
 use std::cell::RefCell;
 use std::io;

@@ -16,14 +16,16 @@ pub struct HistoryError(pub String);
 /// What a scan calls for each key and its value.
 pub type Visit<'a> = dyn FnMut(Key, Bytes) -> Result<(), HistoryError> + 'a;
 
-/// Reading a timeline at an LSN. Calls may block on disk and object store, so they do not belong on a runtime's workers.
+/// Reading a timeline at an LSN. Calls may block on disk and object store, so they do not belong on a runtime's
+/// workers.
 ///
 /// All LSNs are at most what is applied.
 pub trait History: Send + Sync {
     /// The major whose WAL this is.
     fn major(&self) -> Major;
 
-    /// LSN and newest value of a key that is no page (not for blocks and SLRU pages); versions at or below `floor` do not count. `None` if it has none.
+    /// LSN and newest value of a key that is no page (not for blocks and SLRU pages); versions at or below `floor` do
+    /// not count. `None` if it has none.
     ///
     /// # Errors
     /// When a layer cannot be read.
@@ -37,13 +39,15 @@ pub trait History: Send + Sync {
         Ok(self.get_above(key, Lsn::INVALID, lsn)?.map(|(_, value)| value))
     }
 
-    /// The page that a block or SLRU-page key names, redone up to `lsn`; versions at or below `floor` do not count. `None` if it has no version.
+    /// The page that a block or SLRU-page key names, redone up to `lsn`; versions at or below `floor` do not count.
+    /// `None` if it has no version.
     ///
     /// # Errors
     /// When a layer cannot be read, or redo fails.
     fn page(&self, key: Key, floor: Lsn, lsn: Lsn) -> Result<Option<Box<Page>>, HistoryError>;
 
-    /// Calls `visit` for each key in `from..to` that has a value (not a page), in order, with that value; versions at or below `floor` do not count.
+    /// Calls `visit` for each key in `from..to` that has a value (not a page), in order, with that value; versions at
+    /// or below `floor` do not count.
     ///
     /// # Errors
     /// When a layer cannot be read, or what `visit` returns.
@@ -60,8 +64,9 @@ pub trait History: Send + Sync {
 
 /// Writing a timeline at its end. One writer a timeline.
 pub trait HistoryWriter: History {
-    /// Adds a version of `key` at `lsn`, which is above what is applied. At most one value for each (key, LSN): a second one at the same LSN replaces
-    /// an image by an image and is otherwise kept in order (a record may change a page twice).
+    /// Adds a version of `key` at `lsn`, which is above what is applied. At most one value for each (key, LSN): a
+    /// second one at the same LSN replaces an image by an image and is otherwise kept in order (a record may change a
+    /// page twice).
     ///
     /// # Errors
     /// When the timeline stopped.

@@ -1,7 +1,8 @@
-//! Identities that appear in durable formats: tenants, timelines, layers, generations, writer epochs; and the two kinds of names that people
-//! give, for tenants and for branches.
+//! Identities that appear in durable formats: tenants, timelines, layers, generations, writer epochs; and the two kinds
+//! of names that people give, for tenants and for branches.
 //!
-//! Ids are 128 random bits, printed as 32 hexadecimal digits. In a binary format they are their 16 bytes, in JSON their text.
+//! Ids are 128 random bits, printed as 32 hexadecimal digits. In a binary format they are their 16 bytes, in JSON their
+//! text.
 
 use std::fmt;
 use std::str::FromStr;

@@ -1,12 +1,15 @@
 //! WAL that stays in the store: that of which redo can be checked.
 //!
-//! Layers have what WAL did to pages, not WAL. Records written with `wal_consistency_checking` carry each page as it must be after them, and that is
-//! worth nothing once it is in a layer; so WAL with such records is kept as it came, in pieces of at most [`PIECE_BYTES_MAX`] bytes, each an object:
-//! `tenants/<tenant>/timelines/<timeline>/wal/<generation>-<start>-<end>`, LSNs as 16 hexadecimal digits, the bytes in an envelope `VWAL`.
+//! Layers have what WAL did to pages, not WAL. Records written with `wal_consistency_checking` carry each page as it
+//! must be after them, and that is worth nothing once it is in a layer; so WAL with such records is kept as it came, in
+//! pieces of at most [`PIECE_BYTES_MAX`] bytes, each an object:
+//! `tenants/<tenant>/timelines/<timeline>/wal/<generation>-<start>-<end>`, LSNs as 16 hexadecimal digits, the bytes in
+//! an envelope `VWAL`.
 //!
-//! A piece is uploaded before the manifest's edit that makes it count, which is the edit that lets the WAL log forget those bytes. Pieces of one flush join
-//! on to each other, and are cut wherever that is: within a record, or a page. Where a flush begins or ends, a record does. Which
-//! flushes are kept is for the timeline's owner to say; a flush is kept whole, so there may be some records without pages before and behind those with.
+//! A piece is uploaded before the manifest's edit that makes it count, which is the edit that lets the WAL log forget
+//! those bytes. Pieces of one flush join on to each other, and are cut wherever that is: within a record, or a page.
+//! Where a flush begins or ends, a record does. Which flushes are kept is for the timeline's owner to say; a flush is
+//! kept whole, so there may be some records without pages before and behind those with.
 
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
@@ -91,8 +94,8 @@ pub struct Keeper<'a> {
 }
 
 impl Keeper<'_> {
-    /// Uploads the bytes of `start..end`, which `read` gives from a position on, up to a number of them. To be repeated after an error: the objects are the
-    /// same then. Blocks.
+    /// Uploads the bytes of `start..end`, which `read` gives from a position on, up to a number of them. To be repeated
+    /// after an error: the objects are the same then. Blocks.
     ///
     /// # Errors
     /// When they cannot be read or uploaded.

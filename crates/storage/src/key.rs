@@ -1,7 +1,7 @@
 //! Keys: what has versions in a timeline.
 //!
-//! 18 bytes, big-endian, so that byte order is the order of ranges and a relation fork's blocks are neighbours. The first byte is the
-//! kind; the rest, padded with zeros:
+//! 18 bytes, big-endian, so that byte order is the order of ranges and a relation fork's blocks are neighbours. The
+//! first byte is the kind; the rest, padded with zeros:
 //!
 //! | kind | what | bytes after the kind |
 //! |---|---|---|

@@ -1,8 +1,9 @@
 //! The hash of a key: in memory for hash tables, on disk in the layers' filters, so it never changes.
 //!
-//! With `a` the key's bytes 0..8 and `b` its bytes 8..16 as little-endian `u64`, `c` its bytes 16..18 as little-endian `u16`, and `fold(x, y)` the upper
-//! half of the 128-bit product of `x` and `y`, XORed with its lower half: `fold(fold(a ^ K0, b ^ K1) ^ c ^ K2, K3)`. `K0` differs from each key's kind in
-//! its lowest byte, so the inner product never loses `b`.
+//! With `a` the key's bytes 0..8 and `b` its bytes 8..16 as little-endian `u64`, `c` its bytes 16..18 as little-endian
+//! `u16`, and `fold(x, y)` the upper half of the 128-bit product of `x` and `y`, XORed with its lower half:
+//! `fold(fold(a ^ K0, b ^ K1) ^ c ^ K2, K3)`. `K0` differs from each key's kind in its lowest byte, so the inner
+//! product never loses `b`.
 
 use std::hash::{BuildHasherDefault, Hasher};
 

@@ -1,11 +1,14 @@
-//! The layer map: which layers to search for a key, newest first. Immutable: a change makes a new one, which is swapped in.
+//! The layer map: which layers to search for a key, newest first. Immutable: a change makes a new one, which is swapped
+//! in.
 //!
-//! Layers of one LSN range whose keys do not overlap form a **run**; a flush makes one, a merge replaces neighbouring ones. Runs stand in the order in
-//! which they are searched: the one that ends later first; of two that end together, the one that begins earlier, which is a merge whose inputs are
-//! still there for the keys that it has not reached yet. A layer has everything in its LSN range for the keys that it spans, so once it was searched,
-//! what other layers have of that range is not looked at: see [`LayerMap::read`].
+//! Layers of one LSN range whose keys do not overlap form a **run**; a flush makes one, a merge replaces neighbouring
+//! ones. Runs stand in the order in which they are searched: the one that ends later first; of two that end together,
+//! the one that begins earlier, which is a merge whose inputs are still there for the keys that it has not reached yet.
+//! A layer has everything in its LSN range for the keys that it spans, so once it was searched, what other layers have
+//! of that range is not looked at: see [`LayerMap::read`].
 //!
-//! Block layers and metadata layers have runs of their own: a base backup, which reads metadata, touches no block layer.
+//! Block layers and metadata layers have runs of their own: a base backup, which reads metadata, touches no block
+//! layer.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -74,8 +77,8 @@ impl LayerMap {
         if blocks { &self.blocks } else { &self.metadata }
     }
 
-    /// Adds to each of `lookups`, whose keys ascend and are all of one kind, what the layers have for it, and lowers what it still looks for to what
-    /// lies below the layers that were searched.
+    /// Adds to each of `lookups`, whose keys ascend and are all of one kind, what the layers have for it, and lowers
+    /// what it still looks for to what lies below the layers that were searched.
     ///
     /// # Errors
     /// When a layer cannot be read.

@@ -1,5 +1,5 @@
-//! The storage engine: the history of each timeline as versions of keys, in immutable layers on an object store, and the WAL log that
-//! makes bytes durable before they get there.
+//! The storage engine: the history of each timeline as versions of keys, in immutable layers on an object store, and
+//! the WAL log that makes bytes durable before they get there.
 //!
 //! It knows keys, values and LSNs; it knows nothing of sockets, HTTP or processes.
 

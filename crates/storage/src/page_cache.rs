@@ -1,11 +1,12 @@
 //! The page cache: materialised pages, shared by all timelines and bounded in bytes.
 //!
-//! An entry belongs to the timeline that owns the version, so all branches below share it. It says which version the page is, and up to which LSN the
-//! owner is known to have no newer one. A read at an LSN between the two needs nothing else; a later read only looks for versions above the known LSN,
-//! and takes the page as the base for redo.
+//! An entry belongs to the timeline that owns the version, so all branches below share it. It says which version the
+//! page is, and up to which LSN the owner is known to have no newer one. A read at an LSN between the two needs nothing
+//! else; a later read only looks for versions above the known LSN, and takes the page as the base for redo.
 //!
-//! There is one entry for a page of a timeline, the newest that was read: a read of the past does not push it out. On a branch, most pages are still the
-//! ancestor's; that the branch has none of its own up to some LSN is worth an entry, too.
+//! There is one entry for a page of a timeline, the newest that was read: a read of the past does not push it out. On a
+//! branch, most pages are still the ancestor's; that the branch has none of its own up to some LSN is worth an entry,
+//! too.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};

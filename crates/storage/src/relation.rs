@@ -1,7 +1,8 @@
 //! Relations and SLRU areas, as Postgres knows them, on top of keys and values: sizes, blocks, lists.
 //!
-//! Here is where the rule that nothing deleted may come back is kept for reads: a relation size at or below its database's floor counts as absent, and
-//! a version of a block at or below the floor of its relation or of its database does not count ([`RelationSize`], [`DatabaseEntry`]).
+//! Here is where the rule that nothing deleted may come back is kept for reads: a relation size at or below its
+//! database's floor counts as absent, and a version of a block at or below the floor of its relation or of its database
+//! does not count ([`RelationSize`], [`DatabaseEntry`]).
 
 use varve_postgres::ids::GLOBAL_TABLESPACE;
 use varve_postgres::page::ZERO_PAGE;
@@ -136,7 +137,8 @@ pub fn block(history: &(impl History + ?Sized), rel: RelFork, block: BlockNumber
     Ok(page.unwrap_or_else(|| Box::new(ZERO_PAGE)))
 }
 
-/// Calls `visit` for each fork that exists in a database and tablespace at `lsn`, in order of keys, with its number of blocks.
+/// Calls `visit` for each fork that exists in a database and tablespace at `lsn`, in order of keys, with its number of
+/// blocks.
 ///
 /// # Errors
 /// When the history cannot be read, or what `visit` returns.

@@ -1,8 +1,10 @@
-//! The value of a relation-size key: how many blocks a fork has, and below which LSN older versions of its blocks are dead.
+//! The value of a relation-size key: how many blocks a fork has, and below which LSN older versions of its blocks are
+//! dead.
 //!
-//! Nothing deleted may come back: after a truncation or a drop, blocks that the fork gets again begin as zeros, whatever versions an
-//! older layer has. So each size carries the **floor**: steps (LSN, blocks) of truncations and drops, ascending in both. A version at
-//! LSN `v` of block `b` is dead if `v <= floor(b)`, where `floor(b)` is the LSN of the last step with `blocks <= b`.
+//! Nothing deleted may come back: after a truncation or a drop, blocks that the fork gets again begin as zeros,
+//! whatever versions an older layer has. So each size carries the **floor**: steps (LSN, blocks) of truncations and
+//! drops, ascending in both. A version at LSN `v` of block `b` is dead if `v <= floor(b)`, where `floor(b)` is the LSN
+//! of the last step with `blocks <= b`.
 //!
 //! Layout, little-endian: exists `u8`, blocks `u32`, number of steps `u16`, each LSN `u64` and blocks `u32`.
 

@@ -1,4 +1,5 @@
-//! The value of a replication-origin key: the position in the origin's WAL up to which it was replayed, `u64` little-endian.
+//! The value of a replication-origin key: the position in the origin's WAL up to which it was replayed, `u64`
+//! little-endian.
 
 use bytes::Bytes;
 use varve_postgres::Lsn;

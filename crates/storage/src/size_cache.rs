@@ -1,8 +1,9 @@
 //! Sizes of relation forks at the newest LSN of a timeline: one hash lookup, where the long way is two walks.
 //!
-//! An entry is the *newest* version of a size, so it answers reads at its version's LSN and later. Whoever puts a new version takes the entry out, whoever
-//! drops a database all of them. A reader who went the long way may have read just before a put: so each shard remembers the newest LSN at which
-//! something was put, and takes only what was read at or after that.
+//! An entry is the *newest* version of a size, so it answers reads at its version's LSN and later. Whoever puts a new
+//! version takes the entry out, whoever drops a database all of them. A reader who went the long way may have read just
+//! before a put: so each shard remembers the newest LSN at which something was put, and takes only what was read at or
+//! after that.
 
 use std::collections::HashMap;
 use std::sync::{Arc, OnceLock};
@@ -73,7 +74,8 @@ impl SizeCache {
         (*since <= lsn).then(|| size.clone())
     }
 
-    /// Keeps what was read at `lsn`, if it is the newest. A size holds from its version on; absence, from where it was read.
+    /// Keeps what was read at `lsn`, if it is the newest. A size holds from its version on; absence, from where it was
+    /// read.
     pub fn put(&self, rel: RelFork, lsn: Lsn, size: Option<Arc<LiveSize>>) {
         let key = Key::relation_size(rel);
         let mut shard = self.shard(&key).lock();

@@ -1,7 +1,7 @@
 //! The value of an SLRU-extent key: which pages of an area exist.
 //!
-//! Page numbers wrap around with transaction ids, so what exists can be two pieces: the newest pages at the bottom and the oldest at the top. Hence a
-//! list of intervals, ascending, with gaps between them.
+//! Page numbers wrap around with transaction ids, so what exists can be two pieces: the newest pages at the bottom and
+//! the oldest at the top. Hence a list of intervals, ascending, with gaps between them.
 //!
 //! Layout, little-endian: for each interval first page `u32` and number of pages `u32`.
 

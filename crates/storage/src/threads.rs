@@ -1,4 +1,5 @@
-//! Threads that may block: given to whatever has blocking work, so that a simulation can give others, one of which runs at a time.
+//! Threads that may block: given to whatever has blocking work, so that a simulation can give others, one of which runs
+//! at a time.
 
 use std::fmt;
 use std::sync::Arc;
@@ -11,7 +12,8 @@ use tokio::sync::oneshot;
 /// Tells the time, for measuring.
 pub type Clock = Arc<dyn Fn() -> Instant + Send + Sync>;
 
-/// Where blocking work runs. Work that was given to [`Threads::run`] may call the other functions; async tasks must not.
+/// Where blocking work runs. Work that was given to [`Threads::run`] may call the other functions; async tasks must
+/// not.
 pub trait Threads: fmt::Debug + Send + Sync + 'static {
     /// Runs `work` on a thread that may block. How many run at a time is for the caller to bound.
     fn run(&self, work: Box<dyn FnOnce() + Send>);
@@ -38,7 +40,8 @@ impl dyn Threads {
         }
     }
 
-    /// Runs `work` on a thread that may block, and waits for it as a future. Work whose caller has gone runs to its end all the same.
+    /// Runs `work` on a thread that may block, and waits for it as a future. Work whose caller has gone runs to its end
+    /// all the same.
     ///
     /// # Errors
     /// [`Panicked`] when the work panicked.

@@ -1,16 +1,19 @@
 //! The value of a WAL-index key: which records end on one 8 KiB page of WAL, and when transactions ended.
 //!
-//! It gives the boundaries of records (to round a position down, and for `xl_prev`), the next transaction id at each of them, and the running maximum of
-//! all commit and abort times from the beginning, so that "the first commit or abort later than T" is a binary search over pages although
-//! times are not monotonic.
+//! It gives the boundaries of records (to round a position down, and for `xl_prev`), the next transaction id at each of
+//! them, and the running maximum of all commit and abort times from the beginning, so that "the first commit or abort
+//! later than T" is a binary search over pages although times are not monotonic.
 //!
-//! A record belongs to the page on which it ends, by the rule that intervals of WAL are open at the left and closed at the right: page `n` has the ends in
-//! `n * 8192 + 1 ..= (n + 1) * 8192`. A page on which no record ends has no value. These are facts about WAL, not about a moment of it: a value read
-//! at LSN X may also name records that end later than X, and readers leave them out.
+//! A record belongs to the page on which it ends, by the rule that intervals of WAL are open at the left and closed at
+//! the right: page `n` has the ends in `n * 8192 + 1 ..= (n + 1) * 8192`. A page on which no record ends has no value.
+//! These are facts about WAL, not about a moment of it: a value read at LSN X may also name records that end later than
+//! X, and readers leave them out.
 //!
-//! Layout, little-endian: version `u8`, then the last boundary before the page: end `u64`, record start `u64`, next transaction `u64`, maximum of times
-//! `i64`. For each record: `u16` with (end - page start) / 8 - 1 in its low 10 bits and flags above; then, as flags say,
-//! - 1: where the record starts, `u64`, if not behind the boundary before (a record that was overwritten stands between);
+//! Layout, little-endian: version `u8`, then the last boundary before the page: end `u64`, record start `u64`, next
+//! transaction `u64`, maximum of times `i64`. For each record: `u16` with (end - page start) / 8 - 1 in its low 10 bits
+//! and flags above; then, as flags say,
+//! - 1: where the record starts, `u64`, if not behind the boundary before (a record that was overwritten stands
+//!   between);
 //! - 2: how far the next transaction id moved, zigzag varint;
 //! - 4: when the record's transaction ended, `i64`.
 

@@ -1,5 +1,5 @@
-//! Runs the redo corpus and prints how often each record type was exercised. Arguments are majors, by default 14 to 18. Fails on a mismatch,
-//! and on a type that was not exercised without a known reason.
+//! Runs the redo corpus and prints how often each record type was exercised. Arguments are majors, by default 14 to 18.
+//! Fails on a mismatch, and on a type that was not exercised without a known reason.
 
 use anyhow::{Context, Result, bail};
 use varve_postgres::Major;

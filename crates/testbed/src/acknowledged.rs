@@ -136,7 +136,8 @@ async fn write(conninfo: &str, writer: i32, stop: &AtomicBool, count: &AtomicU64
             // A row that was committed but not acknowledged may be there already.
             let sql = "INSERT INTO acknowledged (writer, n) VALUES ($1, $2) ON CONFLICT DO NOTHING";
             match tokio::time::timeout(ANSWER_MAX, client.execute(sql, &[&writer, &n])).await {
-                // Nothing was inserted: the row is visible but its commit may never have been acknowledged; write another to be sure.
+                // Nothing was inserted: the row is visible but its commit may never have been acknowledged; write
+                // another to be sure.
                 Ok(Ok(0)) => {
                     let sql = "UPDATE acknowledged SET filler = 'again' WHERE writer = $1 AND n = $2";
                     match tokio::time::timeout(ANSWER_MAX, client.execute(sql, &[&writer, &n])).await {

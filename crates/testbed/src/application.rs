@@ -1,4 +1,5 @@
-//! What an application and its operator do with a database, all at once: the SQL in `tests/sql`, with pgbench beside it.
+//! What an application and its operator do with a database, all at once: the SQL in `tests/sql`, with pgbench beside
+//! it.
 
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
@@ -27,7 +28,8 @@ pub fn sql(name: &str) -> String {
     format!("{}/../../tests/sql/{name}", env!("CARGO_MANIFEST_DIR"))
 }
 
-/// Makes the tenant `acme` of `major`, and gives the compute of its `main`, which was started once more so that settings took effect.
+/// Makes the tenant `acme` of `major`, and gives the compute of its `main`, which was started once more so that
+/// settings took effect.
 ///
 /// # Errors
 /// When something does not start.
@@ -41,7 +43,8 @@ pub fn start(dev: &Dev, major: Major, settings: &[(&str, &str)]) -> anyhow::Resu
     dev.json(&["compute", "start", "acme/main"])
 }
 
-/// Runs the load to its end: pgbench at `scale` for some seconds, row lockers, and the SQL beside them; `limits` are arguments of both pgbenches.
+/// Runs the load to its end: pgbench at `scale` for some seconds, row lockers, and the SQL beside them; `limits` are
+/// arguments of both pgbenches.
 ///
 /// # Errors
 /// When a part of it fails.

@@ -1,4 +1,5 @@
-//! Plain Postgres servers beside a compute: made from a base backup of it, as its standby, or recovered to a moment of its WAL.
+//! Plain Postgres servers beside a compute: made from a base backup of it, as its standby, or recovered to a moment of
+//! its WAL.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
@@ -23,7 +24,8 @@ const POLL: Duration = Duration::from_millis(20);
 /// The role that computes let in through their private socket.
 const INTERNAL_ROLE: &str = "varve";
 
-/// The private side of a running compute, given as the CLI's JSON has it. For tests that run as root, as computes are reached then.
+/// The private side of a running compute, given as the CLI's JSON has it. For tests that run as root, as computes are
+/// reached then.
 #[derive(Clone, Debug)]
 pub struct Private {
     major: Major,
@@ -60,8 +62,8 @@ impl Private {
         format!("host={} port={} user={INTERNAL_ROLE}", self.socket_dir().display(), self.port)
     }
 
-    /// A stopped plain server whose data directory is a base backup of the compute: by `pg_basebackup`, or by hand where a major's package has
-    /// none. Nobody may write meanwhile.
+    /// A stopped plain server whose data directory is a base backup of the compute: by `pg_basebackup`, or by hand
+    /// where a major's package has none. Nobody may write meanwhile.
     ///
     /// # Errors
     /// When there is no base backup.
@@ -147,8 +149,8 @@ impl Archive {
         self.dir.path()
     }
 
-    /// All records of WAL timeline `tli` that begin between two record boundaries: as `pg_waldump` reads them where the major's package has
-    /// one, or as we do.
+    /// All records of WAL timeline `tli` that begin between two record boundaries: as `pg_waldump` reads them where the
+    /// major's package has one, or as we do.
     ///
     /// # Errors
     /// When what is found is no record before the end of WAL.
@@ -230,7 +232,8 @@ pub enum Target {
     Time(String),
 }
 
-/// Starts a plain server on a copy of `base` (a stopped base backup) and lets it recover from the WAL in `archive` to `target`.
+/// Starts a plain server on a copy of `base` (a stopped base backup) and lets it recover from the WAL in `archive` to
+/// `target`.
 ///
 /// # Errors
 /// When it does not get there.

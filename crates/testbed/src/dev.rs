@@ -1,5 +1,5 @@
-//! A `varve dev` to test against: starts the binary on free ports with folders of its own, runs CLI commands on it, kills it, loses its
-//! disk, and takes everything away at the end.
+//! A `varve dev` to test against: starts the binary on free ports with folders of its own, runs CLI commands on it,
+//! kills it, loses its disk, and takes everything away at the end.
 
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
@@ -61,7 +61,8 @@ impl Dev {
         Self::start_with(binary, major, &bin_dir(major)?, arguments)
     }
 
-    /// Starts `binary dev` on the local folder, for tenants of `major` whose programs are in `dir`, with more arguments.
+    /// Starts `binary dev` on the local folder, for tenants of `major` whose programs are in `dir`, with more
+    /// arguments.
     ///
     /// # Errors
     /// When it does not answer in time.
@@ -284,8 +285,8 @@ pub fn psql(conninfo: &str, sql: &str) -> anyhow::Result<String> {
     Ok(String::from_utf8_lossy(&output.stdout).trim_end().to_owned())
 }
 
-/// Lets background work of the server at `conninfo` end, makes a checkpoint, and gives the end of WAL: from then on its files are what they
-/// would be if it was stopped, as long as nobody writes.
+/// Lets background work of the server at `conninfo` end, makes a checkpoint, and gives the end of WAL: from then on its
+/// files are what they would be if it was stopped, as long as nobody writes.
 ///
 /// # Errors
 /// When a statement fails, or the background work does not end.

@@ -26,8 +26,9 @@ pub enum Sequences {
     LoggedAhead,
 }
 
-/// For each table, catalogs included, each materialised view and each TOAST table: its name, the count of its rows and their digest, system columns
-/// and places included. For each sequence lines such as a dump has, which [`ensure_same`] understands. Shared catalogs come with `postgres`.
+/// For each table, catalogs included, each materialised view and each TOAST table: its name, the count of its rows and
+/// their digest, system columns and places included. For each sequence lines such as a dump has, which [`ensure_same`]
+/// understands. Shared catalogs come with `postgres`.
 const ROWS: &str = r"
 SELECT CASE WHEN relkind = 'S' THEN format(
         $$SELECT 'CREATE SEQUENCE ' || %1$L, 'INCREMENT BY ' || (SELECT seqincrement FROM pg_sequence WHERE seqrelid = %2$s),
@@ -41,7 +42,8 @@ ORDER BY oid
 \gexec
 ";
 
-/// All that is in the cluster at `conninfo` (a libpq URI or string): by `pg_dumpall` where we have one for its major, or by its [`rows`].
+/// All that is in the cluster at `conninfo` (a libpq URI or string): by `pg_dumpall` where we have one for its major,
+/// or by its [`rows`].
 ///
 /// # Errors
 /// When it cannot be had: with what the program said.
@@ -49,8 +51,8 @@ pub fn everything(conninfo: &str, major: Major) -> anyhow::Result<String> {
     if major <= Major::V15 { dump(Path::new("/usr/lib/postgresql/15/bin"), conninfo) } else { rows(conninfo) }
 }
 
-/// All that is in the cluster at `conninfo` row by row. That also tells where each row is, who made it, and all that the catalogs say, so nothing
-/// may have changed one copy only, such as autovacuum.
+/// All that is in the cluster at `conninfo` row by row. That also tells where each row is, who made it, and all that
+/// the catalogs say, so nothing may have changed one copy only, such as autovacuum.
 ///
 /// # Errors
 /// When it cannot be had: with what psql said.
@@ -71,9 +73,10 @@ pub fn rows(conninfo: &str) -> anyhow::Result<String> {
     Ok(text)
 }
 
-/// What the `pg_dumpall` in the folder `bin`, whose major must not be below the server's, says of the server at `conninfo` (a libpq URI or string),
-/// without what unlogged tables hold. After a recovery that ended between a tablespace's drop and the end of its transaction, a server does not know
-/// where the tablespace is: then what it says to that, and the rest.
+/// What the `pg_dumpall` in the folder `bin`, whose major must not be below the server's, says of the server at
+/// `conninfo` (a libpq URI or string), without what unlogged tables hold. After a recovery that ended between a
+/// tablespace's drop and the end of its transaction, a server does not know where the tablespace is: then what it says
+/// to that, and the rest.
 ///
 /// # Errors
 /// When it fails: with what it said.
@@ -99,7 +102,8 @@ fn dump_with(options: &[&str], bin: &Path, conninfo: &str) -> anyhow::Result<Str
     Ok(text.lines().filter_map(comparable).fold(String::new(), |all, line| all + line + "\n"))
 }
 
-/// The part of a line that two dumps of the same cluster have in common: each dump has a random key, and each server its tablespaces elsewhere.
+/// The part of a line that two dumps of the same cluster have in common: each dump has a random key, and each server
+/// its tablespaces elsewhere.
 fn comparable(line: &str) -> Option<&str> {
     if line.starts_with("\\restrict") || line.starts_with("\\unrestrict") {
         return None;

@@ -1,4 +1,5 @@
-//! What end-to-end tests start and look at: stock Postgres servers of all majors, `varve dev`, MinIO, dumps, comparisons, suites.
+//! What end-to-end tests start and look at: stock Postgres servers of all majors, `varve dev`, MinIO, dumps,
+//! comparisons, suites.
 
 pub mod acknowledged;
 pub mod appended;

@@ -1,8 +1,10 @@
-//! Limits for what tests wait for: no test waits for ever, and one that waited too long says for what, and what the processes were doing.
+//! Limits for what tests wait for: no test waits for ever, and one that waited too long says for what, and what the
+//! processes were doing.
 //!
-//! All that waits goes through here: a command ([`output`], [`status`]), a child in the background ([`wait`], [`wait_with_output`]), a condition
-//! ([`until`]). Over the limit a command is killed, and the error ([`WaitError`]) lists the processes of Varve and Postgres: those that work in the
-//! test's folder and their descendants where the folder is known, all on the machine otherwise.
+//! All that waits goes through here: a command ([`output`], [`status`]), a child in the background ([`wait`],
+//! [`wait_with_output`]), a condition ([`until`]). Over the limit a command is killed, and the error ([`WaitError`])
+//! lists the processes of Varve and Postgres: those that work in the test's folder and their descendants where the
+//! folder is known, all on the machine otherwise.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -14,7 +16,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 
-/// How long one command may take, on a machine where everything runs at once: longer than each limit that the product has for itself.
+/// How long one command may take, on a machine where everything runs at once: longer than each limit that the product
+/// has for itself.
 pub const COMMAND_MAX: Duration = Duration::from_secs(400);
 /// How long a program for which minutes are normal may take: a test suite, a whole corpus.
 pub const SUITE_MAX: Duration = Duration::from_secs(3600);

@@ -30,7 +30,8 @@ pub struct Minio {
 }
 
 impl Minio {
-    /// Starts MinIO, unless `VARVE_TEST_SKIP_MINIO=1` says to do without. Panics, with what to do, where it cannot be started.
+    /// Starts MinIO, unless `VARVE_TEST_SKIP_MINIO=1` says to do without. Panics, with what to do, where it cannot be
+    /// started.
     pub fn start_unless_skipped() -> Option<Minio> {
         if std::env::var("VARVE_TEST_SKIP_MINIO").is_ok_and(|value| value == "1") {
             eprintln!("VARVE_TEST_SKIP_MINIO=1: what needs MinIO is not tested");

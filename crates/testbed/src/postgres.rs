@@ -28,7 +28,8 @@ pub(crate) fn postgres_user() -> Result<(u32, u32)> {
     }
 }
 
-/// Directory of the programs of `major`: that in the variable `VARVE_TEST_PG_BIN_<major>`, if it is set, to test with another minor.
+/// Directory of the programs of `major`: that in the variable `VARVE_TEST_PG_BIN_<major>`, if it is set, to test with
+/// another minor.
 ///
 /// # Errors
 /// When it is not installed; the message says how to get it.
@@ -43,7 +44,8 @@ pub fn bin_dir(major: Major) -> Result<PathBuf> {
         .with_context(|| format!("{major:?} is not installed: run scripts/postgres-majors, or apt-get install postgresql-{major}"))
 }
 
-/// Whether tests of `major` are to be left out: it is not installed, and `VARVE_TEST_SKIP_MAJORS=1` says that this is no fault.
+/// Whether tests of `major` are to be left out: it is not installed, and `VARVE_TEST_SKIP_MAJORS=1` says that this is
+/// no fault.
 pub fn is_skipped(major: Major) -> bool {
     let skipped =
         major != Major::V15 && std::env::var_os("VARVE_TEST_SKIP_MAJORS").is_some_and(|value| value == "1") && bin_dir(major).is_err();
@@ -62,7 +64,8 @@ pub struct Postgres {
 }
 
 impl Postgres {
-    /// Makes a cluster of `major` with the superuser `postgres`, and these lines at the end of its configuration. `initdb_args` go to initdb.
+    /// Makes a cluster of `major` with the superuser `postgres`, and these lines at the end of its configuration.
+    /// `initdb_args` go to initdb.
     ///
     /// # Errors
     /// When the major is not installed, or initdb fails.
@@ -78,7 +81,8 @@ impl Postgres {
         Ok(postgres)
     }
 
-    /// A directory without a cluster, whose data directory is to be filled; then [`Self::own`] it and [`Self::configure`] it.
+    /// A directory without a cluster, whose data directory is to be filled; then [`Self::own`] it and
+    /// [`Self::configure`] it.
     ///
     /// # Errors
     /// When the user that Postgres runs as is missing.
@@ -195,7 +199,8 @@ impl Postgres {
     }
 
     fn psql_command(&self, db: &str) -> Command {
-        let mut psql = Command::new("/usr/lib/postgresql/15/bin/psql"); // works with every major, and not all packages have one
+        // works with every major, and not all packages have one
+        let mut psql = Command::new("/usr/lib/postgresql/15/bin/psql");
         psql.args(["-X", "-q", "-A", "-t", "-v", "ON_ERROR_STOP=1", "-d"]).arg(self.conninfo(db)).stdin(Stdio::null());
         psql
     }

@@ -1,12 +1,15 @@
-//! Runs SQL on a scratch Postgres with `wal_consistency_checking = all` and checks every page that our redo makes of the WAL.
+//! Runs SQL on a scratch Postgres with `wal_consistency_checking = all` and checks every page that our redo makes of
+//! the WAL.
 //!
-//! A SQL file stands in `tests/sql/redo/`. Lines at its top that begin with `--!` set the server up, `--! wal_log_hints = on`; `--! initdb
-//! --data-checksums` gives arguments to initdb, `--! from 16` and `--! until 16` say for which majors the file is. What stands before a
-//! line `--! restart` is run before the server is stopped and started once more, so that redo begins with what it left.
+//! A SQL file stands in `tests/sql/redo/`. Lines at its top that begin with `--!` set the server up,
+//! `--! wal_log_hints = on`; `--! initdb --data-checksums` gives arguments to initdb, `--! from 16` and `--! until 16`
+//! say for which majors the file is. What stands before a line `--! restart` is run before the server is stopped and
+//! started once more, so that redo begins with what it left.
 //!
-//! Redo begins with the files that initdb, or that first stop, left and the WAL behind its checkpoint, so no page is unknown. Besides the comparison of
-//! each record's pages with their images, the pages that redo arrives at are compared with the stopped server's files, visibility
-//! maps too. After a crash and Postgres's own recovery the free-space maps are compared as well.
+//! Redo begins with the files that initdb, or that first stop, left and the WAL behind its checkpoint, so no page is
+//! unknown. Besides the comparison of each record's pages with their images, the pages that redo arrives at are
+//! compared with the stopped server's files, visibility maps too. After a crash and Postgres's own recovery the
+//! free-space maps are compared as well.
 
 use std::path::{Path, PathBuf};
 
@@ -51,8 +54,8 @@ const SETTINGS: [(&str, &str); 14] = [
 pub enum Ending {
     /// It is shut down: its files are as it wrote them.
     Shutdown,
-    /// It crashes and recovers, then is shut down: its files are as its own redo wrote them, free-space maps included. Only for work
-    /// that makes no checkpoint and leaves buffers enough for all it touches.
+    /// It crashes and recovers, then is shut down: its files are as its own redo wrote them, free-space maps included.
+    /// Only for work that makes no checkpoint and leaves buffers enough for all it touches.
     Recovery,
 }
 
@@ -109,8 +112,8 @@ pub fn sql_path(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/sql/redo").join(format!("{name}.sql"))
 }
 
-/// Runs `tests/sql/redo/<name>.sql` on `major`, redoes its WAL and fails on any mismatch. Gives what was seen; nothing if the file is not
-/// for this major.
+/// Runs `tests/sql/redo/<name>.sql` on `major`, redoes its WAL and fails on any mismatch. Gives what was seen; nothing
+/// if the file is not for this major.
 ///
 /// # Panics
 /// On a mismatch, or when Postgres cannot be run.
@@ -179,11 +182,13 @@ pub fn init(major: Major, initdb_args: &[&str], settings: &[(&str, &str)]) -> Re
     Postgres::init(major, initdb_args, &settings)
 }
 
-/// Starts the server, lets `workload` work on it, stops it, redoes the WAL that it wrote since and compares with its files, if no mismatch
-/// was found before. `one_session` says that nothing wrote beside it, so that visibility maps can be compared at each record.
+/// Starts the server, lets `workload` work on it, stops it, redoes the WAL that it wrote since and compares with its
+/// files, if no mismatch was found before. `one_session` says that nothing wrote beside it, so that visibility maps can
+/// be compared at each record.
 ///
 /// # Errors
-/// When Postgres cannot be run, the workload fails, the WAL cannot be read, or pages differ from the stopped server's files.
+/// When Postgres cannot be run, the workload fails, the WAL cannot be read, or pages differ from the stopped server's
+/// files.
 pub fn redo_workload(
     postgres: &mut Postgres,
     ending: Ending,
@@ -307,7 +312,8 @@ fn compare_with_files(verifier: &Verifier, postgres: &Postgres, ending: Ending) 
             None if rel.fork != Fork::FreeSpaceMap => continue,
             rmid => rmid.unwrap_or(rmgr::HEAP2),
         };
-        // The server that wrote the WAL kept its free-space maps beside it, and its sequences lag behind what they logged ahead.
+        // The server that wrote the WAL kept its free-space maps beside it, and its sequences lag behind what they
+        // logged ahead.
         if (rel.fork == Fork::FreeSpaceMap || rmid == rmgr::SEQ) && ending != Ending::Recovery {
             continue;
         }
@@ -349,8 +355,9 @@ fn read_block(path: &Path, block: BlockNumber) -> Result<Option<Page>> {
     }
 }
 
-/// For each SQL file of the corpus that is named, a module with a test for each major: see [`assert_redone`](crate::redo::assert_redone). After
-/// `recovery:` come files whose server is to crash and recover: see [`assert_recovered`](crate::redo::assert_recovered).
+/// For each SQL file of the corpus that is named, a module with a test for each major: see
+/// [`assert_redone`](crate::redo::assert_redone). After `recovery:` come files whose server is to crash and recover:
+/// see [`assert_recovered`](crate::redo::assert_recovered).
 #[macro_export]
 macro_rules! redo_tests {
     ($($name:ident),* $(,)?) => {

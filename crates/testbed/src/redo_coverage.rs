@@ -1,4 +1,5 @@
-//! The record types that Postgres 14 to 18 have, and how often the corpus of `tests/sql/redo/` makes Postgres emit each.
+//! The record types that Postgres 14 to 18 have, and how often the corpus of `tests/sql/redo/` makes Postgres emit
+//! each.
 
 use std::fmt::Write;
 
@@ -207,7 +208,8 @@ pub fn run_corpus(major: Major) -> Result<Report> {
     Ok(seen)
 }
 
-/// A table of all record types against the counts in `seen`, and how many were not exercised without a known reason (or are unknown).
+/// A table of all record types against the counts in `seen`, and how many were not exercised without a known reason (or
+/// are unknown).
 pub fn table(seen: &[(Major, Report)]) -> (String, usize) {
     let mut table = String::new();
     let mut missing = 0;

@@ -1,4 +1,5 @@
-//! Postgres's own test suites, run with its own runners against any server. `scripts/postgres-regress` puts them where they are sought.
+//! Postgres's own test suites, run with its own runners against any server. `scripts/postgres-regress` puts them where
+//! they are sought.
 
 use std::fmt;
 use std::fs;
@@ -17,7 +18,8 @@ use crate::postgres::postgres_user;
 const CACHE: &str = "/var/cache/varve";
 /// Lines of what differs from a suite's expectations that are told.
 const DIFF_LINES_MAX: usize = 300;
-/// Extensions whose suites write pages: generic WAL, index methods with operator classes of their own, pages changed from outside.
+/// Extensions whose suites write pages: generic WAL, index methods with operator classes of their own, pages changed
+/// from outside.
 const EXTENSIONS: [&str; 15] = [
     "bloom",
     "pg_visibility",
@@ -147,7 +149,8 @@ impl Suites {
         &self.bin
     }
 
-    /// Runs `suite`; what it prints goes into `folder`, which the server must be able to reach and which is made if need be.
+    /// Runs `suite`; what it prints goes into `folder`, which the server must be able to reach and which is made if
+    /// need be.
     ///
     /// # Errors
     /// When the runner cannot be run. Tests that fail are in the outcome.

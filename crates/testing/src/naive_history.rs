@@ -1,8 +1,9 @@
-//! The naive model of a timeline: every version of every key in one ordered map, nothing frozen, flushed, cached or merged.
+//! The naive model of a timeline: every version of every key in one ordered map, nothing frozen, flushed, cached or
+//! merged.
 //!
-//! It says what the engine must answer, so it is written to be obviously right: a read walks the versions of its key from the newest to the oldest,
-//! here and then in the ancestors up to the branch points, until one does not need an older one. It is strict about its callers: a read above what is
-//! applied and a write at or below it are errors.
+//! It says what the engine must answer, so it is written to be obviously right: a read walks the versions of its key
+//! from the newest to the oldest, here and then in the ancestors up to the branch points, until one does not need an
+//! older one. It is strict about its callers: a read above what is applied and a write at or below it are errors.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -57,7 +58,8 @@ impl NaiveHistory {
         state.versions.iter().flat_map(|((key, lsn), values)| values.iter().map(|value| (*key, *lsn, value.clone()))).collect()
     }
 
-    /// The newest value of `key` at `lsn` above `floor` and what it rests on, newest first, down to the first that needs nothing older.
+    /// The newest value of `key` at `lsn` above `floor` and what it rests on, newest first, down to the first that
+    /// needs nothing older.
     fn chain(&self, key: Key, floor: Lsn, lsn: Lsn) -> Vec<(Lsn, Value)> {
         let mut chain = Vec::new();
         let (mut timeline, mut lsn) = (self, lsn);

@@ -1,9 +1,10 @@
 //! A disk for the WAL log, in memory, that loses what was not made durable as a seed says.
 //!
-//! A write goes to the page cache: it is read back at once, and durable after the next successful fsync of its file. Two kinds of end:
-//! [`SimDisk::crash_process`] keeps the page cache, [`SimDisk::cut_power`] keeps of each write that was not made durable an arbitrary part: some
-//! of its pieces, each cut at any byte, in any combination. A failed fsync does what Linux does: what it should have written is lost to later
-//! fsyncs, and still read back until the power is cut.
+//! A write goes to the page cache: it is read back at once, and durable after the next successful fsync of its file.
+//! Two kinds of end: [`SimDisk::crash_process`] keeps the page cache, [`SimDisk::cut_power`] keeps of each write that
+//! was not made durable an arbitrary part: some of its pieces, each cut at any byte, in any combination. A failed fsync
+//! does what Linux does: what it should have written is lost to later fsyncs, and still read back until the power is
+//! cut.
 
 use std::collections::BTreeMap;
 use std::fmt;

@@ -1,6 +1,7 @@
 //! An object store in memory that fails as a seed says.
 //!
-//! A [`SimStore`] holds the objects; each server of a test reaches them through a [`SimClient`] of its own, with faults of its own:
+//! A [`SimStore`] holds the objects; each server of a test reaches them through a [`SimClient`] of its own, with faults
+//! of its own:
 //!
 //! - requests take a random time before they have their effect, and again before the answer arrives;
 //! - a request fails before it has its effect, or after it;

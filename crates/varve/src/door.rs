@@ -1,4 +1,5 @@
-//! The pageserver behind the control plane's door, where both are one process: calls are handed on, errors become words with a code.
+//! The pageserver behind the control plane's door, where both are one process: calls are handed on, errors become words
+//! with a code.
 
 use std::sync::Arc;
 

@@ -5,7 +5,8 @@ use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressStyle};
 
-/// A spinner with the elapsed time on standard error, while `work` runs longer than a moment; nothing where that is no terminal.
+/// A spinner with the elapsed time on standard error, while `work` runs longer than a moment; nothing where that is no
+/// terminal.
 pub(crate) async fn spinner<T>(what: &str, work: impl Future<Output = T>) -> T {
     if !std::io::stderr().is_terminal() {
         return work.await;

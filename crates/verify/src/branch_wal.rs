@@ -1,8 +1,10 @@
-//! The WAL of a branch, as its pageserver keeps it: over the branch's ancestors, from the store or from where it has just come in.
+//! The WAL of a branch, as its pageserver keeps it: over the branch's ancestors, from the store or from where it has
+//! just come in.
 //!
-//! Only WAL that carries its pages is kept, so there are gaps. What lies between two gaps is a run: it begins and ends with a record, whatever pieces it is
-//! read in and whichever timelines they are of (a branch's first record joins on to its ancestor's last). Behind a gap framing starts anew, and what was known
-//! of pages is out of date: [`Next::Gap`].
+//! Only WAL that carries its pages is kept, so there are gaps. What lies between two gaps is a run: it begins and ends
+//! with a record, whatever pieces it is read in and whichever timelines they are of (a branch's first record joins on
+//! to its ancestor's last). Behind a gap framing starts anew, and what was known of pages is out of date:
+//! [`Next::Gap`].
 
 use std::time::Duration;
 

@@ -136,7 +136,8 @@ impl DataDirectory {
         Ok(())
     }
 
-    /// Reads block by block from `first` on into `out`, which is as many pages long. What the files do not have is zeros.
+    /// Reads block by block from `first` on into `out`, which is as many pages long. What the files do not have is
+    /// zeros.
     ///
     /// # Errors
     /// When a file cannot be read.

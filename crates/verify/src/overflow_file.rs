@@ -1,4 +1,5 @@
-//! A temporary file for pages that do not fit into memory. It has no name, so it goes with the process, however that ends.
+//! A temporary file for pages that do not fit into memory. It has no name, so it goes with the process, however that
+//! ends.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;

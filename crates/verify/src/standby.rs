@@ -1,8 +1,9 @@
 //! A running standby, held still while its files are read.
 //!
-//! Its pages are read from files (`pg_read_binary_file`), so they must be there: replay is paused and a restartpoint writes them. A restartpoint
-//! needs a checkpoint of the primary's that has not had one yet; without one nothing is written, and what was replayed since is in the
-//! standby's memory alone. So this pauses, asks for a restartpoint, looks whether there was one, and if not goes on and tries again.
+//! Its pages are read from files (`pg_read_binary_file`), so they must be there: replay is paused and a restartpoint
+//! writes them. A restartpoint needs a checkpoint of the primary's that has not had one yet; without one nothing is
+//! written, and what was replayed since is in the standby's memory alone. So this pauses, asks for a restartpoint,
+//! looks whether there was one, and if not goes on and tries again.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -40,8 +41,8 @@ pub struct Standby {
 }
 
 impl Standby {
-    /// Waits until the standby has replayed up to `at_least`, pauses it, and makes it write its pages. `checkpoint` is called when a checkpoint of
-    /// the primary's would help; it may do nothing.
+    /// Waits until the standby has replayed up to `at_least`, pauses it, and makes it write its pages. `checkpoint` is
+    /// called when a checkpoint of the primary's would help; it may do nothing.
     ///
     /// # Errors
     /// When the server is no standby, does not get that far, or has no checkpoint to make a restartpoint of.
@@ -207,7 +208,8 @@ impl Standby {
     /// All relation forks, temporary relations left out.
     ///
     /// # Errors
-    /// When the server does not tell; the role must be a superuser or a member of `pg_read_server_files` and allowed to list directories.
+    /// When the server does not tell; the role must be a superuser or a member of `pg_read_server_files` and allowed to
+    /// list directories.
     pub fn forks(&self) -> Result<Vec<ForkSize>, VerifyError> {
         let mut connection = self.take()?;
         let mut directories = vec![("global".to_owned(), GLOBAL_TABLESPACE, 0)];

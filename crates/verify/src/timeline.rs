@@ -1,14 +1,15 @@
 //! Compares every page of a branch at an LSN with what Postgres itself has.
 //!
-//! Pages are masked as Postgres masks them in its own consistency check. Beyond that, some may differ without either being wrong, and are
-//! counted apart ([`Allowed`]):
+//! Pages are masked as Postgres masks them in its own consistency check. Beyond that, some may differ without either
+//! being wrong, and are counted apart ([`Allowed`]):
 //! - free-space maps: hints, which a server keeps without WAL;
-//! - sequences: WAL runs up to 32 values ahead of the page of the server that wrote it, so two pages of one LSN may differ;
-//! - visibility maps with fewer bits than Postgres's: it logs the maps of a database made block by block as if their bits were a page's hole, so its
-//!   own standbys lose them, too, unless they began with a copy made later.
+//! - sequences: WAL runs up to 32 values ahead of the page of the server that wrote it, so two pages of one LSN may
+//!   differ;
+//! - visibility maps with fewer bits than Postgres's: it logs the maps of a database made block by block as if their
+//!   bits were a page's hole, so its own standbys lose them, too, unless they began with a copy made later.
 //!
-//! Pages that nothing was ever put on are equal to ones that are not there: Postgres extends relations without WAL. Unlogged relations have
-//! no pages but those of their init fork.
+//! Pages that nothing was ever put on are equal to ones that are not there: Postgres extends relations without WAL.
+//! Unlogged relations have no pages but those of their init fork.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::Read;
@@ -400,7 +401,8 @@ impl Comparison<'_> {
         }
     }
 
-    /// The branch's pages of a chunk; those behind the fork's end are zeros, those that cannot be read are in `unreadable`.
+    /// The branch's pages of a chunk; those behind the fork's end are zeros, those that cannot be read are in
+    /// `unreadable`.
     fn ours(&self, chunk: &Chunk, unreadable: &mut BTreeMap<BlockNumber, String>) -> Result<Vec<Page>, VerifyError> {
         let mut pages = vec![ZERO_PAGE; chunk.count as usize];
         let here = chunk.ours.unwrap_or(0).saturating_sub(chunk.first).min(chunk.count);
@@ -502,7 +504,8 @@ fn sound(major: Major, lsn: Lsn, rel: RelFork, blkno: BlockNumber, ours: &Page) 
     }
 }
 
-/// Whether nothing was ever put on the page. Pages of a visibility map are initialised when it is extended, without WAL.
+/// Whether nothing was ever put on the page. Pages of a visibility map are initialised when it is extended, without
+/// WAL.
 fn is_unused(page: &Page) -> bool {
     if *page == ZERO_PAGE {
         return true;

@@ -1,8 +1,8 @@
 //! WAL in the segment files of a `pg_wal` folder.
 //!
-//! Such a folder does not say where its WAL ends: the last segment goes on with zeros, or with what a recycled file held before, and whole
-//! files are kept ready under future names. So the end is where a record cannot be read *and* no page behind it says that it belongs where it
-//! is; if one does, the WAL is damaged.
+//! Such a folder does not say where its WAL ends: the last segment goes on with zeros, or with what a recycled file
+//! held before, and whole files are kept ready under future names. So the end is where a record cannot be read *and* no
+//! page behind it says that it belongs where it is; if one does, the WAL is damaged.
 //!
 //! If there are several timelines, each segment is taken from the newest: it begins with what its ancestor wrote.
 
@@ -80,7 +80,8 @@ pub struct WalDirectory {
 }
 
 impl WalDirectory {
-    /// Opens a `pg_wal` folder, or that of the data directory `path`. Its WAL begins with the first record that begins in it.
+    /// Opens a `pg_wal` folder, or that of the data directory `path`. Its WAL begins with the first record that begins
+    /// in it.
     ///
     /// # Errors
     /// When there is no WAL of a supported major in it.
@@ -101,8 +102,8 @@ impl WalDirectory {
         self.system_identifier
     }
 
-    /// Goes to the record that begins at `start`, or, if no record begins there, to the first behind the start of its page. Gives the position
-    /// from which records are read.
+    /// Goes to the record that begins at `start`, or, if no record begins there, to the first behind the start of its
+    /// page. Gives the position from which records are read.
     ///
     /// # Errors
     /// When there is no WAL of that position.
@@ -145,8 +146,8 @@ impl WalDirectory {
         Ok(true)
     }
 
-    /// What it means that nothing can be read where the framer is: the end, or damage. A record whose beginning is there and whose rest is not may
-    /// have begun pages before.
+    /// What it means that nothing can be read where the framer is: the end, or damage. A record whose beginning is
+    /// there and whose rest is not may have begun pages before.
     fn end(&mut self, at: Lsn, error: Option<WalError>) -> Result<Next, VerifyError> {
         self.ended = true;
         let Some(later) = self.valid_page_behind(at)? else { return Ok(Next::End) };
@@ -234,7 +235,8 @@ fn tli_and_number(path: &Path) -> Option<(u32, u64)> {
     Some((part(0..8)? as u32, part(8..16)? * per_id + part(16..24)?))
 }
 
-/// The segments of a folder, each from the newest timeline that has it; none of an older timeline behind one of a newer.
+/// The segments of a folder, each from the newest timeline that has it; none of an older timeline behind one of a
+/// newer.
 fn list(dir: &Path) -> Result<BTreeMap<u64, PathBuf>, VerifyError> {
     let mut all: BTreeMap<(u64, u32), PathBuf> = BTreeMap::new();
     for entry in fs::read_dir(dir).map_err(VerifyError::io(dir))? {

@@ -1,7 +1,7 @@
 //! WAL from a running server, by the replication protocol.
 //!
-//! We are a standby that never says what it has: no commit waits for us, and none is released by us. There is no slot, so a server that is
-//! far ahead may have removed what we still want; that is an error that says so.
+//! We are a standby that never says what it has: no commit waits for us, and none is released by us. There is no slot,
+//! so a server that is far ahead may have removed what we still want; that is an error that says so.
 
 use std::time::{Duration, Instant};
 

@@ -9,7 +9,8 @@ use varve_postgres::Major;
 
 use super::BaseBackupError;
 
-/// The directories of a data directory without databases and tablespaces. Without some a start fails, without others a checkpoint.
+/// The directories of a data directory without databases and tablespaces. Without some a start fails, without others a
+/// checkpoint.
 pub(super) fn directories(major: Major) -> impl Iterator<Item = &'static str> {
     const ALL: [&str; 23] = [
         "base",

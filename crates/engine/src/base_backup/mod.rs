@@ -1,13 +1,15 @@
 //! Base backup: the tar of a data directory with which a stock Postgres starts at a record boundary of a timeline.
 //!
-//! It holds `pg_control` in the shut-down state and the WAL with one shutdown checkpoint exactly at the boundary ([`varve_postgres::wal::synthesis`]), so
-//! the server starts without recovery and goes on with the timeline's own stream; besides these, what a start needs to find: the directories, `PG_VERSION`
-//! and `pg_filenode.map` of each database, two-phase files, replication origins, the history file of the timeline, the configuration, and files that have no
-//! WAL, which the caller gives. SLRU segments and relations are left out unless asked for: a mount fetches them block by block, and then no block layer is
-//! read here at all.
+//! It holds `pg_control` in the shut-down state and the WAL with one shutdown checkpoint exactly at the boundary
+//! ([`varve_postgres::wal::synthesis`]), so the server starts without recovery and goes on with the timeline's own
+//! stream; besides these, what a start needs to find: the directories, `PG_VERSION` and `pg_filenode.map` of each
+//! database, two-phase files, replication origins, the history file of the timeline, the configuration, and files that
+//! have no WAL, which the caller gives. SLRU segments and relations are left out unless asked for: a mount fetches them
+//! block by block, and then no block layer is read here at all.
 //!
-//! [`state`] collects all that from the history before the first byte is written, so an error in it never leaves half a tar; relations are streamed.
-//! An unlogged relation's history is its init fork alone; since the shut-down state resets nothing, its main fork is written as a copy of that.
+//! [`state`] collects all that from the history before the first byte is written, so an error in it never leaves half a
+//! tar; relations are streamed. An unlogged relation's history is its init fork alone; since the shut-down state resets
+//! nothing, its main fork is written as a copy of that.
 
 mod files;
 mod state;

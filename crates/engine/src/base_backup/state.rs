@@ -248,8 +248,8 @@ impl<F: FnMut(u32) -> Result<Box<Page>, RelationError>> Read for Pages<F> {
     }
 }
 
-/// The segment files in which pages `intervals` (ascending) lie, ascending, each with the number of its pages up to the last that exists. They may be
-/// very many, so they are not collected.
+/// The segment files in which pages `intervals` (ascending) lie, ascending, each with the number of its pages up to the
+/// last that exists. They may be very many, so they are not collected.
 fn segments(intervals: &[Range<u32>]) -> impl Iterator<Item = (u32, u32)> {
     intervals.iter().enumerate().flat_map(|(i, pages)| {
         let end = (pages.end - 1) / PAGES_PER_SEGMENT + 1;

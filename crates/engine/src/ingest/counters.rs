@@ -1,5 +1,5 @@
-//! The checkpoint fields: counters and settings that a server finds when it starts, kept from every record that moves them as Postgres's own
-//! redo does (`xlog_redo` and its callees).
+//! The checkpoint fields: counters and settings that a server finds when it starts, kept from every record that moves
+//! them as Postgres's own redo does (`xlog_redo` and its callees).
 
 use varve_postgres::control::{CheckPoint, WalLevel};
 use varve_postgres::wal::Record;
@@ -28,7 +28,8 @@ pub(super) fn next_multi(multi: u32) -> u32 {
     multi.wrapping_add(1).max(FIRST_MULTI)
 }
 
-/// The transaction `xid` with its epoch, given the next one: it is at most that one, and within half of the number space.
+/// The transaction `xid` with its epoch, given the next one: it is at most that one, and within half of the number
+/// space.
 fn full_xid(xid: u32, next: u64) -> u64 {
     let epoch = next >> 32;
     let epoch = if xid > next as u32 { epoch.saturating_sub(1) } else { epoch };
@@ -82,7 +83,8 @@ impl Ingest {
             XlogRecord::CheckpointOnline(checkpoint) => {
                 self.refuse_minimal(record, checkpoint.wal_level)?;
                 self.upkeep_free_space(record.end)?;
-                // The counters are those of when it began, so they are minima; object ids are told by records of their own.
+                // The counters are those of when it began, so they are minima; object ids are told by records of their
+                // own.
                 self.fields.next_xid = self.fields.next_xid.max(checkpoint.next_xid);
                 self.advance_next_multi(checkpoint.next_multi, checkpoint.next_multi_offset);
                 if !xid_precedes(checkpoint.oldest_xid, self.fields.oldest_xid) {

@@ -1,6 +1,7 @@
 //! Databases and tablespaces that come, are copied, and go.
 //!
-//! A database also gets a directory in another tablespace, without a record of its own, when its first relation is made there.
+//! A database also gets a directory in another tablespace, without a record of its own, when its first relation is made
+//! there.
 
 use varve_postgres::ids::{DEFAULT_TABLESPACE, GLOBAL_TABLESPACE};
 use varve_postgres::wal::Record;
@@ -65,7 +66,8 @@ impl Ingest {
         Ok(())
     }
 
-    /// Copies every fork of every relation, and the relation map, block by block: only the list of forks is held in memory.
+    /// Copies every fork of every relation, and the relation map, block by block: only the list of forks is held in
+    /// memory.
     fn copy_database(&mut self, record: &Record<'_>, source: (Oid, Oid), target: (Oid, Oid)) -> Result<(), IngestError> {
         let (at, lsn) = (self.applied, record.end);
         if let Some(map) = self.history.get(Key::relation_map(source.0, source.1), at)? {

@@ -1,11 +1,13 @@
 //! Upkeep of free-space maps, which have no WAL.
 //!
-//! Without it a server that starts anew finds no free space in its tables and extends them. Postgres's redo notes the free space of heap pages that it
-//! fills, prunes or marks all-visible; ingest has no pages, so it collects the blocks whose records may say something, and looks at the pages now and
-//! then: at each checkpoint (so also at a clean shutdown), each report of running transactions, and when there are many. Then it sets the blocks'
-//! categories and, unlike redo, what follows from them on the pages above, without which a search from the root finds nothing.
+//! Without it a server that starts anew finds no free space in its tables and extends them. Postgres's redo notes the
+//! free space of heap pages that it fills, prunes or marks all-visible; ingest has no pages, so it collects the blocks
+//! whose records may say something, and looks at the pages now and then: at each checkpoint (so also at a clean
+//! shutdown), each report of running transactions, and when there are many. Then it sets the blocks' categories and,
+//! unlike redo, what follows from them on the pages above, without which a search from the root finds nothing.
 //!
-//! The map is a hint: a block that is forgotten (the collection is bounded, and lost with the ingest) costs space, never correctness.
+//! The map is a hint: a block that is forgotten (the collection is bounded, and lost with the ingest) costs space,
+//! never correctness.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -133,7 +135,8 @@ impl Ingest {
         Ok(())
     }
 
-    /// Looks at the blocks that were collected and brings their maps up to date, with versions at `lsn`, the end of the record in hand.
+    /// Looks at the blocks that were collected and brings their maps up to date, with versions at `lsn`, the end of the
+    /// record in hand.
     pub(super) fn upkeep_free_space(&mut self, lsn: Lsn) -> Result<(), IngestError> {
         let FreeSpaceUpkeep { freed, mut filled } = std::mem::take(&mut self.free_space);
         if freed.is_empty() && filled.is_empty() {
@@ -169,8 +172,8 @@ impl Ingest {
         Ok(())
     }
 
-    /// `FreeSpaceMapPrepareTruncateRel` and the vacuuming of the map after it: forgets heap blocks from `heap_blocks` on. Gives the blocks that the map
-    /// is to be cut to, if it has more.
+    /// `FreeSpaceMapPrepareTruncateRel` and the vacuuming of the map after it: forgets heap blocks from `heap_blocks`
+    /// on. Gives the blocks that the map is to be cut to, if it has more.
     pub(super) fn cut_free_space_map(&mut self, node: RelNode, heap_blocks: BlockNumber, lsn: Lsn) -> Result<Option<u32>, IngestError> {
         self.free_space.freed.retain(|(have, block)| *have != node || *block < heap_blocks);
         self.free_space.filled.retain(|(have, block)| *have != node || *block < heap_blocks);

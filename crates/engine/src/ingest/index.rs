@@ -1,8 +1,8 @@
 //! Writes the WAL index ([`varve_storage::wal_index`]) as records come.
 //!
-//! A page's value grows with each record that ends on it, so it is written once for each batch and not for each record. It is written at the end of the
-//! *first* record of the batch that is on it: whatever LSN somebody reads at, the value found there names all records up to that LSN, and perhaps
-//! later ones, which readers leave out.
+//! A page's value grows with each record that ends on it, so it is written once for each batch and not for each record.
+//! It is written at the end of the *first* record of the batch that is on it: whatever LSN somebody reads at, the value
+//! found there names all records up to that LSN, and perhaps later ones, which readers leave out.
 
 use bytes::Bytes;
 use varve_postgres::{Lsn, Timestamp};
@@ -21,7 +21,8 @@ pub(super) struct IndexWriter {
     /// Where the builder's page is to be written; nothing is new on it if there is none.
     write_at: Option<Lsn>,
     pending: Vec<(Key, Lsn, Bytes)>,
-    /// The page was read from what may be an ancestor's value, which names records that are not ours: it must be written with the next record.
+    /// The page was read from what may be an ancestor's value, which names records that are not ours: it must be
+    /// written with the next record.
     inherited: bool,
 }
 

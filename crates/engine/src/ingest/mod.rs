@@ -16,10 +16,12 @@
 //!
 //! Invariants:
 //! - A record is handled whole or not at all as far as readers can tell: they see it only after [`Ingest::advance`].
-//! - A record that is not understood is never skipped: it is an [`IngestError`], and the ingest stays stopped. What came before stays readable.
+//! - A record that is not understood is never skipped: it is an [`IngestError`], and the ingest stays stopped. What
+//!   came before stays readable.
 //! - Counters never fall behind: every transaction id that a record names is below the next one.
-//! - One [`Ingest`] writes a timeline; it keeps in memory what it would otherwise have to read back for each record (sizes at the newest LSN, SLRU
-//!   extents, checkpoint fields), and [`Ingest::open`] reads all of it from the history, so it may be dropped at any time.
+//! - One [`Ingest`] writes a timeline; it keeps in memory what it would otherwise have to read back for each record
+//!   (sizes at the newest LSN, SLRU extents, checkpoint fields), and [`Ingest::open`] reads all of it from the history,
+//!   so it may be dropped at any time.
 
 mod blocks;
 mod counters;
@@ -119,7 +121,8 @@ impl Ingest {
         self.ingest(record).inspect_err(|error| self.stopped = Some(error.clone()))
     }
 
-    /// Makes everything up to the last record that was ingested visible to readers, also when the one after it has stopped the ingest.
+    /// Makes everything up to the last record that was ingested visible to readers, also when the one after it has
+    /// stopped the ingest.
     ///
     /// # Errors
     /// When the history cannot be written, or could not be.

@@ -35,7 +35,8 @@ pub(super) struct SizeCache {
 }
 
 impl SizeCache {
-    /// The fork's size. Nothing that is written and not yet applied is ever missing here, so what is missing can be read at `applied`.
+    /// The fork's size. Nothing that is written and not yet applied is ever missing here, so what is missing can be
+    /// read at `applied`.
     pub(super) fn get(&mut self, history: &(impl History + ?Sized), rel: RelFork, applied: Lsn) -> Result<&mut CachedSize, HistoryError> {
         match self.forks.entry(Key::relation_size(rel)) {
             std::collections::hash_map::Entry::Occupied(entry) => Ok(entry.into_mut()),

@@ -196,7 +196,8 @@ impl Ingest {
         let lsn = record.end;
         match parsed {
             MultiXactRecord::ZeroOffsetsPage { page } => {
-                // A page that is there already was made with the multixact before its first one, and has that one's offset.
+                // A page that is there already was made with the multixact before its first one, and has that one's
+                // offset.
                 if self.slru.extent(SlruKind::MultiXactOffsets).contains(page) {
                     return Ok(());
                 }
@@ -221,8 +222,8 @@ impl Ingest {
         }
     }
 
-    /// `RecordNewMultiXact` of the newest minors, which also sets where the next multixact begins, whatever minor wrote the record: otherwise a reader
-    /// of this multixact could wait for a next one that a crash made impossible.
+    /// `RecordNewMultiXact` of the newest minors, which also sets where the next multixact begins, whatever minor wrote
+    /// the record: otherwise a reader of this multixact could wait for a next one that a crash made impossible.
     fn create_multixact(&mut self, multi: u32, offset: u32, members: &[(u32, u8)], lsn: Lsn) -> Result<(), IngestError> {
         let next = next_multi(multi);
         let end = match offset.wrapping_add(members.len() as u32) {

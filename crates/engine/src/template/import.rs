@@ -66,10 +66,12 @@ pub fn read_control(dir: &Path, major: Major) -> Result<ControlFile, TemplateErr
         .map_err(|error| TemplateError::Control { dir: dir.to_owned(), error })
 }
 
-/// Takes the cluster in `dir`, which was shut down cleanly, into `history`, which is empty and of its major. `progress` is called after each file.
+/// Takes the cluster in `dir`, which was shut down cleanly, into `history`, which is empty and of its major. `progress`
+/// is called after each file.
 ///
 /// # Errors
-/// When the cluster cannot be taken in, a file cannot be read, or the history cannot be written; the history is then not to be used.
+/// When the cluster cannot be taken in, a file cannot be read, or the history cannot be written; the history is then
+/// not to be used.
 pub fn import_data_directory(
     dir: &Path,
     history: &(impl HistoryWriter + ?Sized),
@@ -197,7 +199,8 @@ impl<H: HistoryWriter + ?Sized> Import<'_, H> {
     }
 
     fn relations(&mut self, mut files: Vec<RelationFile>) -> Result<(), TemplateError> {
-        // A relation with an init fork is unlogged: nothing else of it has a history, and a start makes the rest from that fork.
+        // A relation with an init fork is unlogged: nothing else of it has a history, and a start makes the rest from
+        // that fork.
         let unlogged: std::collections::HashSet<RelNode> =
             files.iter().filter(|file| file.name.fork == Fork::Init).map(|file| file.node).collect();
         files.retain(|file| file.name.fork == Fork::Init || !unlogged.contains(&file.node));

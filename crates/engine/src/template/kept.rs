@@ -1,8 +1,10 @@
 //! Templates: for each Postgres version the cluster that new tenants begin with, made once and kept in the store.
 //!
-//! A template is `templates/<name>/template`, with its layers' rows and what else a tenant must know of it; `templates/<name>/startup` has the blocks that a
-//! start reads, without which starts are merely slower; `templates/current-<major>` names the one for new tenants. The name is new each time one is made, so
-//! that a tenant never sees another than the one that it began with. Releases up to 0.1 wrote the three as bare JSON and text; they are still read.
+//! A template is `templates/<name>/template`, with its layers' rows and what else a tenant must know of it;
+//! `templates/<name>/startup` has the blocks that a start reads, without which starts are merely slower;
+//! `templates/current-<major>` names the one for new tenants. The name is new each time one is made, so that a tenant
+//! never sees another than the one that it began with. Releases up to 0.1 wrote the three as bare JSON and text; they
+//! are still read.
 
 use std::collections::BTreeMap;
 use std::path::Path;

@@ -1,7 +1,8 @@
 //! Template: the cluster that every new tenant of a Postgres version begins with.
 //!
-//! Stock `initdb` runs once for each version, on a host, and what it made is taken into a history ([`import_data_directory`]) at the end of its
-//! last checkpoint, and kept in the store ([`Templates`]). Tenants share that history and differ in what is no block: system identifier, passwords, TLI.
+//! Stock `initdb` runs once for each version, on a host, and what it made is taken into a history
+//! ([`import_data_directory`]) at the end of its last checkpoint, and kept in the store ([`Templates`]). Tenants share
+//! that history and differ in what is no block: system identifier, passwords, TLI.
 //!
 //! The import takes any data directory that was shut down cleanly, so it also serves to take an existing cluster in.
 

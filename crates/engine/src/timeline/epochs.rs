@@ -1,15 +1,16 @@
 //! The one compute that may write a timeline: writer epochs, fencing, and the stream of its WAL.
 //!
-//! **The stream.** A writer's bytes come in through one [`WalStream`]. Ending it closes its gate: what is in the middle of an append or a sync ends first,
-//! nothing is appended or acknowledged afterwards, and whoever holds the socket is told.
+//! **The stream.** A writer's bytes come in through one [`WalStream`]. Ending it closes its gate: what is in the middle
+//! of an append or a sync ends first, nothing is appended or acknowledged afterwards, and whoever holds the socket is
+//! told.
 //!
-//! **Beginning an epoch**, in this order: the old stream ends, what it brought is made durable, X is head, (epoch, X) becomes durable in the tenant log, if
-//! the branch still points here, then the WAL log voids what older epochs have at or beyond X. So whatever was acknowledged lies before X, and whatever a
-//! fenced compute still writes is never taken.
+//! **Beginning an epoch**, in this order: the old stream ends, what it brought is made durable, X is head, (epoch, X)
+//! becomes durable in the tenant log, if the branch still points here, then the WAL log voids what older epochs have at
+//! or beyond X. So whatever was acknowledged lies before X, and whatever a fenced compute still writes is never taken.
 //!
-//! **The tail.** What the store does not have of the newest epoch is in one WAL log, which the tenant log names. When that is not ours (our
-//! disk was lost), only the epoch's own compute has it, in its pg_wal, and must send it again before anybody may branch off head or begin the next
-//! epoch. Until then the tail is [`Tail::Unknown`].
+//! **The tail.** What the store does not have of the newest epoch is in one WAL log, which the tenant log names. When
+//! that is not ours (our disk was lost), only the epoch's own compute has it, in its pg_wal, and must send it again
+//! before anybody may branch off head or begin the next epoch. Until then the tail is [`Tail::Unknown`].
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -160,7 +161,8 @@ impl Writer {
         self.gate.as_ref().is_some_and(|gate| gate.is_closed().is_none())
     }
 
-    /// Ends the stream: nothing is appended or acknowledged after this. What goes through right now, an fsync perhaps, ends first.
+    /// Ends the stream: nothing is appended or acknowledged after this. What goes through right now, an fsync perhaps,
+    /// ends first.
     pub(super) async fn end_stream(&mut self, end: StreamEnd, threads: &Arc<dyn Threads>) -> Result<(), Panicked> {
         self.standby_name = None;
         match self.gate.take() {
@@ -211,7 +213,8 @@ impl LiveTimeline {
         Ok(EpochStart { epoch, lsn, standby_name })
     }
 
-    /// Ends the stream without beginning another epoch: its compute's commits are not acknowledged any more, until it comes again. Returns head.
+    /// Ends the stream without beginning another epoch: its compute's commits are not acknowledged any more, until it
+    /// comes again. Returns head.
     ///
     /// # Errors
     /// When the WAL log fails.
@@ -227,8 +230,8 @@ impl LiveTimeline {
         Ok(self.positions().head())
     }
 
-    /// Takes WAL from the compute of epoch `epoch`, which belongs to `branch`. `on_close` is told when the stream must end. Gives the stream and the
-    /// standby name that the compute must wait for.
+    /// Takes WAL from the compute of epoch `epoch`, which belongs to `branch`. `on_close` is told when the stream must
+    /// end. Gives the stream and the standby name that the compute must wait for.
     ///
     /// # Errors
     /// [`EngineError::EpochOver`] when a later epoch has begun, [`EngineError::BranchMoved`].
@@ -241,8 +244,9 @@ impl LiveTimeline {
         on_close: impl FnOnce(StreamEnd) + Send + 'static,
     ) -> Result<(WalStream, String), EngineError> {
         let mut writer = self.writer.lock().await;
-        // An epoch or a restore that is on its way to the store counts, too, though whoever asked for it may have given up waiting: what were
-        // acknowledged beyond its start would be void. With no edits of its own this waits until what it saw is durable.
+        // An epoch or a restore that is on its way to the store counts, too, though whoever asked for it may have given
+        // up waiting: what were acknowledged beyond its start would be void. With no edits of its own this waits until
+        // what it saw is durable.
         let timeline = self.id();
         let newest = log
             .commit(|state| {
@@ -272,10 +276,12 @@ impl LiveTimeline {
         Ok((WalStream { live: self.clone(), gate, epoch, position: None, appended: start, framed: start }, name))
     }
 
-    /// The compute of epoch `epoch` ended cleanly after it sent all its WAL: puts everything into the store and closes the epoch.
+    /// The compute of epoch `epoch` ended cleanly after it sent all its WAL: puts everything into the store and closes
+    /// the epoch.
     ///
     /// # Errors
-    /// When the store cannot be written. [`EngineError::TailUnknown`] where the compute sent its WAL to another server: what it sent ends beyond our head.
+    /// When the store cannot be written. [`EngineError::TailUnknown`] where the compute sent its WAL to another server:
+    /// what it sent ends beyond our head.
     pub async fn close_epoch(self: &Arc<Self>, log: &TenantLog, epoch: WriterEpoch) -> Result<(), EngineError> {
         {
             let mut writer = self.writer.lock().await;
@@ -364,8 +370,8 @@ impl WalStream {
         &self.live
     }
 
-    /// Keeps bytes that begin at `start`. Waits while the WAL log is at its limit: the socket is not read meanwhile, so commits wait until layers have
-    /// caught up.
+    /// Keeps bytes that begin at `start`. Waits while the WAL log is at its limit: the socket is not read meanwhile, so
+    /// commits wait until layers have caught up.
     ///
     /// # Errors
     /// [`StreamError::Over`]; what the WAL log says.
@@ -391,7 +397,8 @@ impl WalStream {
         self.framed = end;
     }
 
-    /// Makes durable what was appended, and moves head to the end of the last whole record. What this returns may be acknowledged.
+    /// Makes durable what was appended, and moves head to the end of the last whole record. What this returns may be
+    /// acknowledged.
     ///
     /// # Errors
     /// [`StreamError::Over`]; what the WAL log says.

@@ -1,8 +1,9 @@
 //! From memory to the store: when a memtable is frozen, and who turns it into layers.
 //!
-//! One flush of a timeline runs at a time. A memtable is frozen when it is large, when it is old (so that the compute need not keep its WAL for long),
-//! when a commit waits for the store (`remote_apply`) or somebody else does, or when all memtables together have used up their budget: ingest pauses
-//! until that is over, so nothing may then wait to grow large or old. A flush that fails is tried again with growing pauses.
+//! One flush of a timeline runs at a time. A memtable is frozen when it is large, when it is old (so that the compute
+//! need not keep its WAL for long), when a commit waits for the store (`remote_apply`) or somebody else does, or when
+//! all memtables together have used up their budget: ingest pauses until that is over, so nothing may then wait to grow
+//! large or old. A flush that fails is tried again with growing pauses.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -17,7 +18,8 @@ use crate::work_queue::{Kind, Next};
 
 /// Age at which even a small memtable is flushed.
 const MEMTABLE_AGE_MAX: Duration = Duration::from_secs(10);
-/// Size from which a memtable is flushed when memory is short. Those below it would make too many layers, and free too little.
+/// Size from which a memtable is flushed when memory is short. Those below it would make too many layers, and free too
+/// little.
 const MEMTABLE_BYTES_MAX_SHORT_OF_MEMORY: usize = 256 << 10;
 /// Pause while ingest is within a batch, so that the memtable cannot be frozen.
 const BATCH_WAIT: Duration = Duration::from_millis(2);
@@ -45,8 +47,8 @@ impl LiveTimeline {
         }
     }
 
-    /// Sees to it that the store soon has everything up to `lsn`, which is applied: a commit waits for it. Those that come while a flush runs share the
-    /// next.
+    /// Sees to it that the store soon has everything up to `lsn`, which is applied: a commit waits for it. Those that
+    /// come while a flush runs share the next.
     pub(super) fn flush_awaited(self: &Arc<Self>, lsn: Lsn) {
         self.awaited.fetch_max(lsn.0, Ordering::SeqCst);
         self.schedule(Kind::Flush, Duration::ZERO);
@@ -107,7 +109,8 @@ impl LiveTimeline {
         lost
     }
 
-    /// Makes a change of layers durable, and lets go of the WAL that the layers cover. What of that is to be kept is uploaded before.
+    /// Makes a change of layers durable, and lets go of the WAL that the layers cover. What of that is to be kept is
+    /// uploaded before.
     pub(super) fn publish(&self, change: &LayerChange) -> Result<(), PublishError> {
         let kept = self.keep_wal(change.layered)?;
         let edits = kept.into_iter().chain(change.edits()).collect();

@@ -1,10 +1,10 @@
 //! Ingest: WAL log in, versions out, a step of bounded size at a time.
 //!
-//! It reads the WAL log, so that a restart and the live stream are one path, and so that memory is bounded by a read's size. It frames anew, with CRCs:
-//! what comes back from disk is checked like what came from the network.
+//! It reads the WAL log, so that a restart and the live stream are one path, and so that memory is bounded by a read's
+//! size. It frames anew, with CRCs: what comes back from disk is checked like what came from the network.
 //!
-//! WAL may gather for a moment while nobody waits to read it ([`GATHER_MAX`]): to run for each group of commits costs more than to ingest it, and
-//! comes at the very moment when they wait for their acknowledgement.
+//! WAL may gather for a moment while nobody waits to read it ([`GATHER_MAX`]): to run for each group of commits costs
+//! more than to ingest it, and comes at the very moment when they wait for their acknowledgement.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -28,7 +28,8 @@ const RECORDS_BETWEEN_ADVANCES: usize = 256;
 const GATHER_MAX: Duration = Duration::from_millis(2);
 /// So much WAL is ingested at once.
 const GATHER_SIZE: u64 = 64 * 1024;
-/// Pause while ancestors have not applied what this timeline shows of them: after a restart all ingest at the same time.
+/// Pause while ancestors have not applied what this timeline shows of them: after a restart all ingest at the same
+/// time.
 const ANCESTOR_WAIT: Duration = Duration::from_millis(20);
 /// Pause after the first failed attempt to begin; it doubles with each, up to [`BEGIN_PAUSE_MAX`].
 const BEGIN_PAUSE_FIRST: Duration = Duration::from_secs(1);

@@ -1,8 +1,9 @@
 //! WAL that carries its pages (`wal_consistency_checking`): kept when its flush is published, and given again.
 //!
-//! Ingest notes the end of each such record *before* it puts what the record changes, so no flush that covers it overlooks it, also when a restart ingests the
-//! WAL log anew. A flush without such a record costs nothing and is not kept, unless it ends soon behind one: a pause in a load makes no gap, behind which
-//! each page would have to be taken for true anew. What is kept is taken from the WAL log, as ingest took it: framed, durable, and without what is void.
+//! Ingest notes the end of each such record *before* it puts what the record changes, so no flush that covers it
+//! overlooks it, also when a restart ingests the WAL log anew. A flush without such a record costs nothing and is not
+//! kept, unless it ends soon behind one: a pause in a load makes no gap, behind which each page would have to be taken
+//! for true anew. What is kept is taken from the WAL log, as ingest took it: framed, durable, and without what is void.
 
 use std::sync::atomic::Ordering;
 
@@ -39,7 +40,8 @@ impl LiveTimeline {
         is_worth_keeping(Lsn(self.check_images.load(Ordering::Acquire)), layered, end)
     }
 
-    /// Puts the WAL between *layered* and `end` into the store, if it is to be kept there, and gives the edits that say so. Blocks.
+    /// Puts the WAL between *layered* and `end` into the store, if it is to be kept there, and gives the edits that say
+    /// so. Blocks.
     ///
     /// # Errors
     /// When it cannot be read or uploaded; to be called again later.
@@ -59,15 +61,16 @@ impl LiveTimeline {
         Ok(pieces.into_iter().map(ManifestEdit::KeepWal).collect())
     }
 
-    /// Where there is WAL of this timeline, below `limit`, that is kept, or will be; ascending. Of records that ingest has not seen yet it is not known
-    /// whether they carry their pages.
+    /// Where there is WAL of this timeline, below `limit`, that is kept, or will be; ascending. Of records that ingest
+    /// has not seen yet it is not known whether they carry their pages.
     pub fn wal_ranges(&self, limit: Lsn) -> Vec<WalRange> {
         let mut ranges: Vec<WalRange> = Vec::new();
         let mut add = |start: Lsn, end: Lsn, in_store: bool| match ranges.last_mut() {
             Some(last) if last.end == start && last.in_store == in_store => last.end = end,
             _ => ranges.push(WalRange { start, end, in_store }),
         };
-        // *layered* first: a flush publishes before it moves it, so what it says is in the store is in the manifest, and pieces beyond do not count yet.
+        // *layered* first: a flush publishes before it moves it, so what it says is in the store is in the manifest,
+        // and pieces beyond do not count yet.
         let (layered, head) = (self.positions().layered(), self.positions().head());
         let published = self.manifest.state();
         for piece in published.kept_wal().filter(|piece| piece.lsn_start < limit.min(layered)) {
@@ -80,7 +83,8 @@ impl LiveTimeline {
         ranges
     }
 
-    /// WAL from `from` on, which lies below `limit`: at least a byte and at most [`PIECE_BYTES_MAX`]; nothing if it is neither kept nor in the WAL log. Blocks.
+    /// WAL from `from` on, which lies below `limit`: at least a byte and at most [`PIECE_BYTES_MAX`]; nothing if it is
+    /// neither kept nor in the WAL log. Blocks.
     ///
     /// # Errors
     /// When the store or the WAL log cannot be read.
@@ -99,7 +103,8 @@ impl LiveTimeline {
     }
 }
 
-/// Whether WAL from `start` to `end` is kept, where `last` is the end of the newest record that carries its pages, if there is one.
+/// Whether WAL from `start` to `end` is kept, where `last` is the end of the newest record that carries its pages, if
+/// there is one.
 fn is_worth_keeping(last: Lsn, start: Lsn, end: Lsn) -> bool {
     last > start || last.is_valid() && end.distance_from(last) <= PAUSE_BYTES_MAX
 }

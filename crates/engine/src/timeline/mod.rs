@@ -5,15 +5,15 @@
 //!                                     │
 //!                                     └── ingest ──> history ──> applied ── flush ──> layers ──> layered ── merge
 //! ```
-//! **Positions** ([`varve_storage::timeline::Positions`]) are one set of atomics, kept by the history: *head* is raised before a commit is
-//! acknowledged, so "head" of a branch holds every acknowledged commit; *applied* and *layered* follow. All three are derived anew from tenant log,
-//! manifest and WAL log when the timeline is opened.
+//! **Positions** ([`varve_storage::timeline::Positions`]) are one set of atomics, kept by the history: *head* is raised
+//! before a commit is acknowledged, so "head" of a branch holds every acknowledged commit; *applied* and *layered*
+//! follow. All three are derived anew from tenant log, manifest and WAL log when the timeline is opened.
 //!
 //! **Writer.** At most one compute writes, through one [`WalStream`]; see [`epochs`].
 //!
-//! **Background work** is steps of the [`crate::work_queue::WorkQueue`]: [`ingest`] reads the WAL log up to *head* only (what lies behind may be void
-//! tomorrow), [`flush`] turns memory into layers, [`merge`] layers into fewer. A timeline without news has no work, no thread and no wake-up, and is
-//! closed after a while ([`LiveTimeline::is_idle`]).
+//! **Background work** is steps of the [`crate::work_queue::WorkQueue`]: [`ingest`] reads the WAL log up to *head* only
+//! (what lies behind may be void tomorrow), [`flush`] turns memory into layers, [`merge`] layers into fewer. A timeline
+//! without news has no work, no thread and no wake-up, and is closed after a while ([`LiveTimeline::is_idle`]).
 
 mod epochs;
 mod flush;
@@ -63,7 +63,8 @@ pub struct LiveTimeline {
     ingest_scheduled: AtomicBool,
     /// Whether it is scheduled without delay.
     ingest_hurried: AtomicBool,
-    /// End of the newest record that carries its pages (an [`Lsn`]), or of the WAL that was kept for such before this was opened; see [`kept_wal`].
+    /// End of the newest record that carries its pages (an [`Lsn`]), or of the WAL that was kept for such before this
+    /// was opened; see [`kept_wal`].
     check_images: AtomicU64,
     /// The store is to have everything up to here soon (an [`Lsn`]): a commit waits for it.
     awaited: AtomicU64,
@@ -136,7 +137,8 @@ impl LiveTimeline {
         self.ancestor.as_ref().map(|(ancestor, lsn)| (ancestor, *lsn))
     }
 
-    /// This timeline and its ancestors, nearest first, each with the end of the part of its history that counts here, which is at most `limit`.
+    /// This timeline and its ancestors, nearest first, each with the end of the part of its history that counts here,
+    /// which is at most `limit`.
     pub fn owners(self: &Arc<Self>, limit: Lsn) -> Vec<(Arc<LiveTimeline>, Lsn)> {
         let mut owners = vec![(self.clone(), limit)];
         while let Some((ancestor, lsn)) =
@@ -169,7 +171,8 @@ impl LiveTimeline {
         timeline.facts.start
     }
 
-    /// Waits until everything up to `lsn` can be read, here and on the ancestors. Takes no thread; over when the future is dropped.
+    /// Waits until everything up to `lsn` can be read, here and on the ancestors. Takes no thread; over when the future
+    /// is dropped.
     ///
     /// # Errors
     /// [`WaitError`]: ingest has stopped before it, or it did not arrive within `limit`.
@@ -202,8 +205,8 @@ impl LiveTimeline {
         self.noted.lock().map(|noted| noted.size_bytes)
     }
 
-    /// Up to where it is to be measured for its tenant's log: the first time as soon as there is something, afterwards when there is news in the store, and
-    /// not more often than every `pause`; `None` if there is nothing to tell.
+    /// Up to where it is to be measured for its tenant's log: the first time as soon as there is something, afterwards
+    /// when there is news in the store, and not more often than every `pause`; `None` if there is nothing to tell.
     pub(crate) fn to_note(&self, pause: Duration) -> Option<Lsn> {
         let now = (self.context.resources.clock)();
         match *self.noted.lock() {
@@ -231,8 +234,8 @@ impl LiveTimeline {
         *self.used_at.lock() = (self.context.resources.clock)();
     }
 
-    /// Whether it can be closed without loss of anything but time: nobody writes it, all it has is in layers, nothing is scheduled on it, and nobody had
-    /// use for it for `unused`. Who still holds it is for the caller to know.
+    /// Whether it can be closed without loss of anything but time: nobody writes it, all it has is in layers, nothing
+    /// is scheduled on it, and nobody had use for it for `unused`. Who still holds it is for the caller to know.
     pub fn is_idle(&self, unused: Duration) -> bool {
         let positions = self.positions();
         let now = (self.context.resources.clock)();
@@ -244,7 +247,8 @@ impl LiveTimeline {
             && self.writer.try_lock().is_ok_and(|writer| !writer.has_stream())
     }
 
-    /// Sees to it that a timeline that nobody had use for since `unused` is soon wholly in the store, so that it can be closed.
+    /// Sees to it that a timeline that nobody had use for since `unused` is soon wholly in the store, so that it can be
+    /// closed.
     pub fn flush_if_unused(self: &Arc<Self>, unused: Duration) {
         let now = (self.context.resources.clock)();
         let is_unused = now.duration_since(*self.used_at.lock()) >= unused;

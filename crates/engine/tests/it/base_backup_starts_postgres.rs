@@ -1,5 +1,5 @@
-//! A stock Postgres starts on a base backup of any record boundary, and is then what stock Postgres itself recovers to that place; what it writes
-//! afterwards goes on the timeline.
+//! A stock Postgres starts on a base backup of any record boundary, and is then what stock Postgres itself recovers to
+//! that place; what it writes afterwards goes on the timeline.
 
 use std::fs;
 use std::process::{Command, Stdio};

@@ -1,5 +1,5 @@
-//! Transaction ids, multixacts and their members wrap around: ingest follows (the next transaction's epoch, pages that begin again at zero, truncation
-//! across the edge), and a server starts on the other side.
+//! Transaction ids, multixacts and their members wrap around: ingest follows (the next transaction's epoch, pages that
+//! begin again at zero, truncation across the edge), and a server starts on the other side.
 
 use std::fs;
 use std::path::Path;

@@ -1,4 +1,5 @@
-//! What ingest makes of a server's WAL is what the server itself has on disk when it stops: every block, SLRU page, map, counter and file.
+//! What ingest makes of a server's WAL is what the server itself has on disk when it stops: every block, SLRU page,
+//! map, counter and file.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt as _;
@@ -70,7 +71,8 @@ fn without_full_page_images() {
     compare_after(Major::V15, &["heap_rows", "heap_vacuum", "transactions", "storage"], &settings).unwrap();
 }
 
-/// What ingest must know itself, whose records differ between majors: each has its test. (Pages are redo's, which has its own for each.)
+/// What ingest must know itself, whose records differ between majors: each has its test. (Pages are redo's, which has
+/// its own for each.)
 macro_rules! for_each_major {
     ($($test:ident $major:ident)*) => {
         mod what_is_outside_pages {
@@ -162,7 +164,8 @@ fn a_server_that_leaves_changes_out_of_wal_stops_the_ingest() {
 const RMID_OFFSET: usize = 17;
 const CRC_OFFSET: usize = 20;
 
-/// Makes the first logical message after `from` a record of an extension's resource manager, in the stopped server's own WAL; gives where it begins.
+/// Makes the first logical message after `from` a record of an extension's resource manager, in the stopped server's
+/// own WAL; gives where it begins.
 fn hand_to_an_extension(postgres: &Postgres, from: Lsn) -> Result<Lsn> {
     let mut found = None;
     crate::oracle::each_record(postgres.major(), &postgres.data_dir().join("pg_wal"), from, &mut |record| {

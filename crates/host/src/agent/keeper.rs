@@ -187,15 +187,16 @@ impl Keeper {
         }
     }
 
-    /// Says that the process runs already. Where the order has other addresses or another port than it was started with, these are looked at:
-    /// the process takes them when it begins its next incarnation.
+    /// Says that the process runs already. Where the order has other addresses or another port than it was started
+    /// with, these are looked at: the process takes them when it begins its next incarnation.
     async fn say_that_it_runs(&mut self, told: &Told, order: &ComputeOrder) {
         let Some(record) = self.record.clone() else { return };
         let same_port = order.port == 0 || order.port == record.port;
         if record.listen == order.listen && same_port {
             return self.report(told, order, ComputeReport::Started { port: record.port }).await;
         }
-        // Its own Postgres holds its port until it begins anew: then only the addresses can be looked at, with another port.
+        // Its own Postgres holds its port until it begins anew: then only the addresses can be looked at, with another
+        // port.
         let chosen = if same_port {
             let any_port = ComputeOrder { port: 0, ..order.clone() };
             self.choose_port(&any_port).await.map(|_| record.port)

@@ -1,14 +1,16 @@
 //! A host: one process that runs computes on this machine, as the control plane orders.
 //!
-//! It has a folder of its own with a durable id, a record of each compute ([`crate::record`]), and each compute's files. It says hello, polls
-//! orders, and has a [`keeper`] for each compute that sees to it. Compute processes outlive us: what runs already is adopted by its record.
+//! It has a folder of its own with a durable id, a record of each compute ([`crate::record`]), and each compute's
+//! files. It says hello, polls orders, and has a [`keeper`] for each compute that sees to it. Compute processes outlive
+//! us: what runs already is adopted by its record.
 //!
 //! What holds:
-//! - A compute process runs only once its record is durable: a host that is killed in between leaves nothing unknown behind. The process waits
-//!   for a line on its standard input, and ends where that closes without one.
-//! - A process counts as gone when the kernel says so. It is started again only by orders that were asked for afterwards: the control plane may
-//!   have told it to end.
-//! - A folder goes only on [`varve_api::host::HostAction::Remove`]. A record that cannot be read is reported and left alone, and so is its compute.
+//! - A compute process runs only once its record is durable: a host that is killed in between leaves nothing unknown
+//!   behind. The process waits for a line on its standard input, and ends where that closes without one.
+//! - A process counts as gone when the kernel says so. It is started again only by orders that were asked for
+//!   afterwards: the control plane may have told it to end.
+//! - A folder goes only on [`varve_api::host::HostAction::Remove`]. A record that cannot be read is reported and left
+//!   alone, and so is its compute.
 
 mod control;
 mod keeper;
@@ -43,7 +45,8 @@ pub use control::{TokenSource, TokenSourceError};
 const RETRY_WAIT: Duration = Duration::from_millis(200);
 /// Wait after a token was refused.
 const TOKEN_WAIT: Duration = Duration::from_secs(1);
-/// How long the lock of a host that has just ended may stay: a process that it was starting has it until it becomes another program.
+/// How long the lock of a host that has just ended may stay: a process that it was starting has it until it becomes
+/// another program.
 const LOCK_MAX: Duration = Duration::from_secs(2);
 /// How often the lock is tried.
 const LOCK_WAIT: Duration = Duration::from_millis(20);

@@ -14,8 +14,8 @@ pub(super) enum Base {
     None,
     /// A file of the base backup, in memory.
     Memory(Bytes),
-    /// One file of a relation's fork. `fork` is where the contents are asked; for the main fork of an unlogged relation that is its init
-    /// fork, which is how such a relation starts empty.
+    /// One file of a relation's fork. `fork` is where the contents are asked; for the main fork of an unlogged relation
+    /// that is its init fork, which is how such a relation starts empty.
     Relation {
         /// The fork in the base.
         fork: RelFork,
@@ -55,8 +55,8 @@ impl Base {
         }
     }
 
-    /// Fetches runs of blocks; the answer has one buffer for each run. One call of the source whatever the runs are: a single range where
-    /// they are dense enough that the waste is small, single blocks otherwise.
+    /// Fetches runs of blocks; the answer has one buffer for each run. One call of the source whatever the runs are: a
+    /// single range where they are dense enough that the waste is small, single blocks otherwise.
     pub(super) fn fetch(&self, source: &PatientSource, runs: &[Range<u32>]) -> io::Result<Vec<Bytes>> {
         let (Some(first), Some(last)) = (runs.first(), runs.last()) else { return Ok(Vec::new()) };
         let span = first.start..last.end;

@@ -4,8 +4,9 @@
 //! <cache_dir>/files/<inode % 16, hex>/<inode, hex>     a file's written and fetched cells; holes are zeros
 //! <cache_dir>/old-<n>/                                  what an earlier mount left, being deleted
 //! ```
-//! Scratch space: nothing in it is trusted after the process that wrote it ended, so nothing is ever synced and no metadata is stored. The
-//! number of open files is bounded; the one opened longest ago and not used since is closed, and opened again when it is needed.
+//! Scratch space: nothing in it is trusted after the process that wrote it ended, so nothing is ever synced and no
+//! metadata is stored. The number of open files is bounded; the one opened longest ago and not used since is closed,
+//! and opened again when it is needed.
 
 use std::{
     collections::VecDeque,
@@ -73,7 +74,8 @@ impl CacheFile {
 }
 
 impl CacheDir {
-    /// Takes `dir`, which is created if need be; what an earlier mount left there is moved aside and deleted in the background.
+    /// Takes `dir`, which is created if need be; what an earlier mount left there is moved aside and deleted in the
+    /// background.
     pub(super) fn create(dir: &Path) -> io::Result<CacheDir> {
         fs::create_dir_all(dir)?;
         let files = dir.join("files");

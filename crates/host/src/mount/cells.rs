@@ -1,10 +1,11 @@
 //! Which parts of a file are still to be had from the base.
 //!
-//! A file is cut into *cells* of 4 KiB, the kernel's page: a write-back of the kernel then always covers whole cells, so writing never has
-//! to fetch, even where the kernel writes back one half of a Postgres block. A cell is *absent* (its contents are those of the base and not
-//! here) or *present* (written here, fetched, or zero: the cache file says what it holds). Cells only ever go from absent to present; that
-//! one direction is what keeps a late fetch from overwriting anything newer, and what keeps a truncated, punched or unlinked range from
-//! falling through to the base again.
+//! A file is cut into *cells* of 4 KiB, the kernel's page: a write-back of the kernel then always covers whole cells,
+//! so writing never has to fetch, even where the kernel writes back one half of a Postgres block. A cell is *absent*
+//! (its contents are those of the base and not here) or *present* (written here, fetched, or zero: the cache file says
+//! what it holds). Cells only ever go from absent to present; that one direction is what keeps a late fetch from
+//! overwriting anything newer, and what keeps a truncated, punched or unlinked range from falling through to the base
+//! again.
 
 use std::ops::Range;
 
@@ -15,7 +16,8 @@ pub(super) const CELLS_PER_BLOCK: u32 = 2;
 /// Bytes in a block.
 pub(super) const BLOCK_BYTES: u64 = CELL_BYTES * CELLS_PER_BLOCK as u64;
 
-/// The absent cells of one file. Takes memory only while some cells are absent and others are not: 32 KiB for a file of 1 GiB.
+/// The absent cells of one file. Takes memory only while some cells are absent and others are not: 32 KiB for a file of
+/// 1 GiB.
 #[derive(Debug)]
 pub(super) struct AbsentCells {
     cells: u32,

@@ -1,8 +1,10 @@
-//! Directories: names in the order in which they came, so that reading goes on at the right place whatever is created and removed meanwhile.
+//! Directories: names in the order in which they came, so that reading goes on at the right place whatever is created
+//! and removed meanwhile.
 //!
-//! A directory that has files in the base is *listed* on first need: when a name is sought that the base may have, when it is read, or when
-//! anything in it changes. From then on the base is not asked again: what is removed here stays removed. A listed file becomes a node when
-//! it is first looked up; until then it costs a name and a few words, for a database may have 100,000 of them.
+//! A directory that has files in the base is *listed* on first need: when a name is sought that the base may have, when
+//! it is read, or when anything in it changes. From then on the base is not asked again: what is removed here stays
+//! removed. A listed file becomes a node when it is first looked up; until then it costs a name and a few words, for a
+//! database may have 100,000 of them.
 
 use std::{
     collections::{BTreeMap, HashMap},

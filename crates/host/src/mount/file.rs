@@ -1,10 +1,11 @@
 //! The contents of one regular file: what is here, what is still in the base, and how the one becomes the other.
 //!
-//! The cache file holds the present cells (see [`super::cells`]), with zeros where it has holes or ends early. Whoever needs an absent cell
-//! *takes off* for its block, in one call of the source for all that is needed; others wait for the blocks in flight instead of fetching them
-//! again. When the blocks have *landed*, in memory, all readers have them. Then they are *kept*: under the file's lock, those cells that are
-//! still absent are written to the cache file and become present. A write makes its cells present under the same lock. So a fetch, however
-//! late it lands, cannot overwrite anything newer; and a file without absent cells is read and written without any lock.
+//! The cache file holds the present cells (see [`super::cells`]), with zeros where it has holes or ends early. Whoever
+//! needs an absent cell *takes off* for its block, in one call of the source for all that is needed; others wait for
+//! the blocks in flight instead of fetching them again. When the blocks have *landed*, in memory, all readers have
+//! them. Then they are *kept*: under the file's lock, those cells that are still absent are written to the cache file
+//! and become present. A write makes its cells present under the same lock. So a fetch, however late it lands, cannot
+//! overwrite anything newer; and a file without absent cells is read and written without any lock.
 
 use std::{
     cell::RefCell,
@@ -141,8 +142,8 @@ impl FileData {
         self.write_waits(size, u64::MAX)
     }
 
-    /// Reads up to `length` bytes at `offset`, fewer at the end of the file, and gives them to `reply`. What comes from the base is passed on
-    /// before it is kept: the reader does not wait for the cache.
+    /// Reads up to `length` bytes at `offset`, fewer at the end of the file, and gives them to `reply`. What comes from
+    /// the base is passed on before it is kept: the reader does not wait for the cache.
     pub(super) fn read<R>(&self, context: &FileContext, offset: u64, length: u64, reply: impl FnOnce(io::Result<&[u8]>) -> R) -> R {
         let end = offset.saturating_add(length).min(self.size());
         if offset >= end {

@@ -228,8 +228,8 @@ proptest! {
     }
 }
 
-/// Writers own a block each and count up in it; all the while everything is fetched over and over, late. A reader must never see a number
-/// go down, nor the base again.
+/// Writers own a block each and count up in it; all the while everything is fetched over and over, late. A reader must
+/// never see a number go down, nor the base again.
 #[test]
 fn late_fetches_never_overwrite() {
     const WRITERS: u32 = 4;

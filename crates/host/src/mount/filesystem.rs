@@ -1,11 +1,12 @@
 //! The kernel's requests, answered.
 //!
-//! What makes it fast: the kernel keeps names, attributes and pages as long as it likes (nothing changes behind its back), gathers writes,
-//! and neither opens nor closes nor flushes are sent at all: inodes live by their lookups alone, and file handles do not exist. A request
-//! that has to wait for the base goes through [`Workers`]; all others are answered by the thread that took them.
+//! What makes it fast: the kernel keeps names, attributes and pages as long as it likes (nothing changes behind its
+//! back), gathers writes, and neither opens nor closes nor flushes are sent at all: inodes live by their lookups alone,
+//! and file handles do not exist. A request that has to wait for the base goes through [`Workers`]; all others are
+//! answered by the thread that took them.
 //!
-//! A write that the kernel gathered and that cannot be stored is lost: Postgres was told long ago that it succeeded. From then on the mount
-//! fails every request, so that nobody reads the older contents, and says so ([`Failure`]).
+//! A write that the kernel gathered and that cannot be stored is lost: Postgres was told long ago that it succeeded.
+//! From then on the mount fails every request, so that nobody reads the older contents, and says so ([`Failure`]).
 
 use std::{
     ffi::OsStr,
@@ -431,7 +432,8 @@ impl Filesystem for DataDirectory {
         reply.error(Errno::ENOSYS);
     }
 
-    /// Nothing of the cache outlives this process, so there is nothing to sync; what the kernel gathered it has sent before.
+    /// Nothing of the cache outlives this process, so there is nothing to sync; what the kernel gathered it has sent
+    /// before.
     fn fsync(&self, _req: &Request, _ino: INodeNo, _fh: FileHandle, _datasync: bool, reply: ReplyEmpty) {
         answer_empty(reply, self.failure.check());
     }
@@ -497,7 +499,8 @@ impl Filesystem for DataDirectory {
         });
     }
 
-    // Extended attributes, seeking for holes and copying between files are left to the kernel, which takes ENOSYS for good.
+    // Extended attributes, seeking for holes and copying between files are left to the kernel, which takes ENOSYS for
+    // good.
     fn getxattr(&self, _req: &Request, _ino: INodeNo, _name: &OsStr, _size: u32, reply: fuser::ReplyXattr) {
         reply.error(Errno::ENOSYS);
     }
@@ -574,7 +577,8 @@ fn dots(node: &Node, parent: u64) -> [(u64, &'static OsStr, u64); 2] {
     [(1, OsStr::new("."), node.ino), (FIRST_POSITION, OsStr::new(".."), parent)]
 }
 
-/// Gives `add` the entries of a directory behind position `offset` (position, inode number, kind, name), until it says that it is full.
+/// Gives `add` the entries of a directory behind position `offset` (position, inode number, kind, name), until it says
+/// that it is full.
 fn read_entries(tree: &Tree, node: &Node, offset: u64, mut add: impl FnMut(u64, u64, FileType, &OsStr) -> bool) -> Result<(), Errno> {
     let dir = directory(node)?;
     tree.list(dir)?;

@@ -1,5 +1,5 @@
-//! What the mount asks of the host: /dev/fuse, a free mountpoint, kernel settings that make it fast, and cleaning up after a process that
-//! was killed.
+//! What the mount asks of the host: /dev/fuse, a free mountpoint, kernel settings that make it fast, and cleaning up
+//! after a process that was killed.
 
 use std::{
     fs,
@@ -25,8 +25,8 @@ const ANSWER_WITHIN: Duration = Duration::from_secs(3);
 const STACKED_MAX: usize = 16;
 /// Read-ahead of sequential reads: the largest request that the kernel sends by default.
 const READ_AHEAD_KB: u32 = 1024;
-/// Share of the memory for unwritten data (`vm.dirty_ratio`) that the mount's may take, in percent. The kernel's default for FUSE is 1: it
-/// would make Postgres wait for the mount at every checkpoint.
+/// Share of the memory for unwritten data (`vm.dirty_ratio`) that the mount's may take, in percent. The kernel's
+/// default for FUSE is 1: it would make Postgres wait for the mount at every checkpoint.
 const DIRTY_SHARE_PERCENT: u32 = 50;
 
 /// Checks that FUSE can be used here.
@@ -72,7 +72,8 @@ fn unescape(path: &str) -> String {
         .fold(path.to_owned(), |path, (from, to)| path.replace(from, to))
 }
 
-/// The path as mountinfo has it: absolute, without symbolic links. The last part is not touched, for a dead mount answers nothing.
+/// The path as mountinfo has it: absolute, without symbolic links. The last part is not touched, for a dead mount
+/// answers nothing.
 fn resolve(mountpoint: &Path) -> io::Result<PathBuf> {
     let absolute = std::path::absolute(mountpoint)?;
     match (absolute.parent(), absolute.file_name()) {
@@ -120,8 +121,8 @@ fn answers(mountpoint: &Path) -> bool {
     answer.recv_timeout(ANSWER_WITHIN).unwrap_or(true)
 }
 
-/// Ends a mount that is still in use: whoever uses it gets errors from now on. `FORCE` ends the kernel's connection to this process, and all
-/// requests that wait; `DETACH` alone would wait for the last user.
+/// Ends a mount that is still in use: whoever uses it gets errors from now on. `FORCE` ends the kernel's connection to
+/// this process, and all requests that wait; `DETACH` alone would wait for the last user.
 pub(super) fn detach(mountpoint: &Path) -> io::Result<()> {
     Ok(unmount(mountpoint, UnmountFlags::FORCE | UnmountFlags::DETACH)?)
 }
@@ -137,8 +138,8 @@ pub(super) fn tune(mountpoint: &Path) {
     }
 }
 
-/// Marks this thread, and those that it starts, as one that serves a file system: the kernel then does not make it wait for memory or for
-/// unwritten data that only it can write.
+/// Marks this thread, and those that it starts, as one that serves a file system: the kernel then does not make it wait
+/// for memory or for unwritten data that only it can write.
 pub(super) fn become_file_system_thread() {
     if let Err(error) = rustix::process::configure_io_flusher_behavior(true) {
         tracing::info!("cannot mark the mount's threads as those of a file system: {error}");

@@ -1,5 +1,5 @@
-//! The lazily cloned data directory: a FUSE file system that looks like a data directory of the timeline at the base LSN, and fetches what is
-//! touched.
+//! The lazily cloned data directory: a FUSE file system that looks like a data directory of the timeline at the base
+//! LSN, and fetches what is touched.
 //!
 //! ```text
 //! Postgres ── kernel ──> filesystem ──> tree ──> directory (listed at first need)
@@ -7,17 +7,20 @@
 //!                            │                              ├────> cache: one sparse file each
 //!                            └─ workers: what must wait     └────> base ──> source ──> page service
 //! ```
-//! - **Lazy**: starting copies nothing. A directory asks the base for its relations when it is first needed; a block is fetched when it is
-//!   first read, with all that the kernel wants in the same request, and kept in the cache directory.
-//! - **Exact**: each part of a file is either still in the base, or here. It goes from the one to the other once, by being fetched, written,
-//!   truncated or punched, and never back; a file that is removed is gone, and a new one of its name has nothing to do with it.
-//! - **Disposable**: all metadata is in memory and nothing is synced. When this process ends, the data directory is gone; durability is the
-//!   pageserver's.
+//! - **Lazy**: starting copies nothing. A directory asks the base for its relations when it is first needed; a block is
+//!   fetched when it is first read, with all that the kernel wants in the same request, and kept in the cache
+//!   directory.
+//! - **Exact**: each part of a file is either still in the base, or here. It goes from the one to the other once, by
+//!   being fetched, written, truncated or punched, and never back; a file that is removed is gone, and a new one of its
+//!   name has nothing to do with it.
+//! - **Disposable**: all metadata is in memory and nothing is synced. When this process ends, the data directory is
+//!   gone; durability is the pageserver's.
 //! - **Patient**: while the pageserver is away, what is here is read and written as always, and first touches wait.
 //!
-//! What lies outside: `pg_wal` (a symbolic link among the initial files, to plain disk), and tablespaces that a user creates with a location
-//! of his own while the compute runs. Tablespaces of the base are directories of the mount, to which `pg_tblspc/<oid>` links. Directories in
-//! `pg_tblspc` itself would do for a compute, but a backup taken from it would not start: recovery panics at anything but links there.
+//! What lies outside: `pg_wal` (a symbolic link among the initial files, to plain disk), and tablespaces that a user
+//! creates with a location of his own while the compute runs. Tablespaces of the base are directories of the mount, to
+//! which `pg_tblspc/<oid>` links. Directories in `pg_tblspc` itself would do for a compute, but a backup taken from it
+//! would not start: recovery panics at anything but links there.
 //!
 //! Must never know: Postgres's processes, WAL, branches, or how the page service is spoken to.
 
@@ -67,7 +70,8 @@ use self::{
 };
 pub use self::{filesystem::FailureCallback, host::remove_stale_mount, observer::FileObserver, source::BaseSource};
 
-/// Threads that take requests from the kernel, at least: more do not pay on two CPUs, fewer would leave too few when some wait for the base.
+/// Threads that take requests from the kernel, at least: more do not pay on two CPUs, fewer would leave too few when
+/// some wait for the base.
 const REQUEST_THREADS_MIN: usize = 4;
 /// And at most; each has a buffer of 16 MiB, of which it uses as much as its largest request.
 const REQUEST_THREADS_MAX: usize = 16;
@@ -104,7 +108,8 @@ pub struct MountConfig {
     pub name: String,
     /// Where the data directory appears; created if need be.
     pub mountpoint: PathBuf,
-    /// Scratch space on plain disk, for this mount alone; created if need be. What an earlier mount left in it is deleted.
+    /// Scratch space on plain disk, for this mount alone; created if need be. What an earlier mount left in it is
+    /// deleted.
     pub cache_dir: PathBuf,
     /// Owner of the data directory, the user that Postgres runs as.
     pub uid: u32,
@@ -124,7 +129,8 @@ pub struct MountConfig {
     pub source: Arc<dyn BaseSource>,
     /// Hears of files that must outlive the compute.
     pub observer: Option<Arc<dyn FileObserver>>,
-    /// Called when the mount has lost data or stops working: Postgres must be stopped then, and started anew from the pageserver.
+    /// Called when the mount has lost data or stops working: Postgres must be stopped then, and started anew from the
+    /// pageserver.
     pub on_failure: Option<FailureCallback>,
     /// How long a first touch waits for a pageserver that is away.
     pub source_patience: Duration,
@@ -286,14 +292,14 @@ impl Mount {
         &self.mountpoint
     }
 
-    /// The blocks of relations that were read since the start, in the order of their first read, up to the time that the configuration
-    /// gives. Blocks that the kernel read ahead are among them.
+    /// The blocks of relations that were read since the start, in the order of their first read, up to the time that
+    /// the configuration gives. Blocks that the kernel read ahead are among them.
     pub fn touched_blocks(&self) -> Vec<(RelFork, u32)> {
         self.tree.files.startup_set.blocks()
     }
 
-    /// Fetches blocks before they are needed; they can be read when this returns. What is here already, newer or not, stays as it is; what does
-    /// not exist is passed over.
+    /// Fetches blocks before they are needed; they can be read when this returns. What is here already, newer or not,
+    /// stays as it is; what does not exist is passed over.
     pub fn prefetch(&self, blocks: &[(RelFork, u32)]) -> Result<(), MountError> {
         let (tree, version, blocks) = (self.tree.clone(), self.version, blocks.to_vec());
         let (landed, wait) = mpsc::channel();
@@ -319,8 +325,8 @@ impl Mount {
         }
     }
 
-    /// Lets all that waits for a pageserver that is away fail now. A process that reads a first touch cannot be killed before it is answered,
-    /// so this comes before Postgres is stopped while the pageserver is away.
+    /// Lets all that waits for a pageserver that is away fail now. A process that reads a first touch cannot be killed
+    /// before it is answered, so this comes before Postgres is stopped while the pageserver is away.
     pub fn stop_waiting(&self) {
         self.tree.files.source.close();
     }
@@ -341,8 +347,8 @@ impl Mount {
         }
     }
 
-    /// Unmounts, tells the observer what is left, and deletes the cache. Postgres should have ended: after some seconds the mount is taken
-    /// away from whoever still uses it.
+    /// Unmounts, tells the observer what is left, and deletes the cache. Postgres should have ended: after some seconds
+    /// the mount is taken away from whoever still uses it.
     pub fn unmount(self) -> Result<(), MountError> {
         self.close()
     }

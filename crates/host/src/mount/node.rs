@@ -1,8 +1,8 @@
 //! Inodes: what every object of the mount has, and the table that finds them by number.
 //!
-//! Inode numbers are issued by counting and never used again, so a number names one object for the life of the mount and generations are
-//! not needed. A node is in the table while a name or the kernel refers to it; the kernel counts its references by lookups and gives them
-//! back with `forget`.
+//! Inode numbers are issued by counting and never used again, so a number names one object for the life of the mount
+//! and generations are not needed. A node is in the table while a name or the kernel refers to it; the kernel counts
+//! its references by lookups and gives them back with `forget`.
 
 use std::{
     collections::HashMap,

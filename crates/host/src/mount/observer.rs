@@ -1,9 +1,10 @@
 //! Files that have no WAL and must outlive the compute: told to whoever keeps them.
 //!
-//! Postgres writes such a file to a temporary name, closes and renames it; a person may edit it in place. Either way the thread that serves
-//! the mount only notes that the path changed; a thread of its own waits a moment, reads what the file holds by then, and tells the
-//! [`FileObserver`]. So of several writes in a row the last one wins, and nothing in the mount waits for the observer. At most
-//! [`PATHS_MAX`] changed paths are held; a change beyond that is logged and reported by the next [`Observer::flush`].
+//! Postgres writes such a file to a temporary name, closes and renames it; a person may edit it in place. Either way
+//! the thread that serves the mount only notes that the path changed; a thread of its own waits a moment, reads what
+//! the file holds by then, and tells the [`FileObserver`]. So of several writes in a row the last one wins, and nothing
+//! in the mount waits for the observer. At most [`PATHS_MAX`] changed paths are held; a change beyond that is logged
+//! and reported by the next [`Observer::flush`].
 
 use std::{
     collections::BTreeMap,
@@ -36,7 +37,8 @@ const FILE_BYTES_MAX: u64 = 256 << 20;
 /// How long a change rests before the file is read, so that a burst of writes is one.
 const SETTLE: Duration = Duration::from_millis(20);
 
-/// Whether a file must outlive the compute: one that has no WAL. The progress of replication origins has, so it comes with the base backup.
+/// Whether a file must outlive the compute: one that has no WAL. The progress of replication origins has, so it comes
+/// with the base backup.
 pub(super) fn is_observed(path: &str) -> bool {
     let parts: Vec<&str> = path.split('/').collect();
     match parts.as_slice() {
@@ -94,7 +96,8 @@ impl Observer {
         self.shared.note(path, None);
     }
 
-    /// Waits until the observer was told of all changes so far. Gives the number of changes that were lost because too many waited.
+    /// Waits until the observer was told of all changes so far. Gives the number of changes that were lost because too
+    /// many waited.
     pub(super) fn flush(&self) -> Result<(), u64> {
         let mut state = self.shared.state.lock();
         state.hurry = true;

@@ -1,7 +1,7 @@
 //! Fetching blocks before they are needed, in batches over many files.
 //!
-//! Readers have the blocks as soon as they have landed; that is all that the caller waits for. Keeping them, which makes cache files and takes
-//! longer than the fetch, goes on behind his back.
+//! Readers have the blocks as soon as they have landed; that is all that the caller waits for. Keeping them, which
+//! makes cache files and takes longer than the fetch, goes on behind his back.
 
 use std::{collections::BTreeMap, io, ops::Range, sync::Arc};
 
@@ -28,8 +28,8 @@ const LANDED_BLOCKS_MAX: usize = 8192;
 /// A file, and the runs of its blocks that are wanted.
 type WantedFile = (Arc<Node>, Vec<Range<u32>>);
 
-/// Fetches those of `blocks` that are not here and that nobody fetches yet. Calls `landed` when all can be read, and returns when all are
-/// kept.
+/// Fetches those of `blocks` that are not here and that nobody fetches yet. Calls `landed` when all can be read, and
+/// returns when all are kept.
 pub(super) fn prefetch(tree: &Tree, version: (Major, u32), blocks: &[(RelFork, u32)], landed: impl FnOnce(io::Result<()>)) {
     let mut parts = blocks.chunks(LANDED_BLOCKS_MAX).peekable();
     let mut landed = Some(landed);

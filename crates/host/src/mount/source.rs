@@ -12,11 +12,12 @@ use varve_postgres::{Fork, Oid, RelFork, slru::SlruKind};
 
 /// The database at the base LSN, as the page service serves it.
 ///
-/// Called from threads that serve the mount; may block. An error of a kind that waiting cannot cure ([`io::ErrorKind::NotFound`],
-/// `InvalidData`, `InvalidInput`, `PermissionDenied`, `Unsupported`) is given to Postgres at once; any other is taken for a pageserver that
-/// restarts, and the call is made again.
+/// Called from threads that serve the mount; may block. An error of a kind that waiting cannot cure
+/// ([`io::ErrorKind::NotFound`], `InvalidData`, `InvalidInput`, `PermissionDenied`, `Unsupported`) is given to Postgres
+/// at once; any other is taken for a pageserver that restarts, and the call is made again.
 pub trait BaseSource: Send + Sync {
-    /// The relations of database `db` in tablespace `spc` (shared relations: `db` 0, `spc` 1664), with each fork's size in blocks.
+    /// The relations of database `db` in tablespace `spc` (shared relations: `db` 0, `spc` 1664), with each fork's size
+    /// in blocks.
     fn relations(&self, spc: Oid, db: Oid) -> io::Result<Vec<(Oid, Fork, u32)>>;
 
     /// `count` blocks of a fork from block `first` on, all below its size: `count * 8192` bytes.

@@ -1,4 +1,5 @@
-//! Which blocks of the base a start reads: nearly the same ones each time, so that the next start can have them in one batch.
+//! Which blocks of the base a start reads: nearly the same ones each time, so that the next start can have them in one
+//! batch.
 
 use std::{
     collections::HashSet,

@@ -1,7 +1,7 @@
 //! The name space: what is where, and everything that changes it.
 //!
-//! Directories are locked one by one, two of them in the order of their inode numbers. No lock is held while the base is asked, except the
-//! one that keeps a directory from being listed twice.
+//! Directories are locked one by one, two of them in the order of their inode numbers. No lock is held while the base
+//! is asked, except the one that keeps a directory from being listed twice.
 
 use std::{ffi::OsStr, sync::Arc};
 
@@ -448,8 +448,8 @@ fn lock_two<'a>(
     }
 }
 
-/// The files of a database's relations. A relation with an init fork is unlogged: it starts with a main fork like its init fork, and no
-/// other, as after a crash.
+/// The files of a database's relations. A relation with an init fork is unlogged: it starts with a main fork like its
+/// init fork, and no other, as after a crash.
 fn relation_files(spc: u32, db: u32, forks: &[(u32, Fork, u32)]) -> Vec<(String, Base)> {
     let unlogged: std::collections::HashSet<u32> = forks.iter().filter(|(_, fork, _)| *fork == Fork::Init).map(|(rel, ..)| *rel).collect();
     let mut files = Vec::with_capacity(forks.len());

@@ -1,9 +1,9 @@
 //! Threads for what has to wait.
 //!
-//! The few threads that take requests from the kernel also serve what is in the cache, so they must not all wait for a pageserver. A job that
-//! may wait runs on the thread that took it (a hop to another costs as much as the fetch itself) while enough others are free to take
-//! requests; beyond that it goes to a thread of its own. The kernel bounds how many requests are under way: at most one for each process of
-//! Postgres, and those in the background.
+//! The few threads that take requests from the kernel also serve what is in the cache, so they must not all wait for a
+//! pageserver. A job that may wait runs on the thread that took it (a hop to another costs as much as the fetch itself)
+//! while enough others are free to take requests; beyond that it goes to a thread of its own. The kernel bounds how
+//! many requests are under way: at most one for each process of Postgres, and those in the background.
 
 use std::{
     collections::VecDeque,

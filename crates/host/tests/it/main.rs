@@ -1,5 +1,10 @@
-//! What the mount promises, one module for each kind of promise, on synthetic clusters and under stock Postgres.
+//! What the host promises: its orders and the connections that it hands over; and what the mount promises, one module
+//! for each kind of promise, on synthetic clusters and under stock Postgres.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on must panic")]
+
+mod agent;
+mod handover;
 mod mount_failures;
 mod mount_model;
 mod mount_observer;

@@ -1,5 +1,6 @@
-//! The mount behaves as a plain directory that was copied: the same random calls on both give the same results, while blocks of the base are
-//! fetched ahead all the time, and pages are dropped from the kernel's cache so that the mount has to answer.
+//! The mount behaves as a plain directory that was copied: the same random calls on both give the same results, while
+//! blocks of the base are fetched ahead all the time, and pages are dropped from the kernel's cache so that the mount
+//! has to answer.
 
 use std::{
     collections::BTreeMap,

@@ -293,8 +293,8 @@ fn settings_statistics_and_slots_are_observed() {
     assert!(!has("pg_stat/pgstat.stat", ""), "and taken at the start");
 }
 
-/// What each major does in ways of its own: 16 and later extend files with fallocate, 17 reads in streams, 18 reads asynchronously and copies
-/// files in the kernel.
+/// What each major does in ways of its own: 16 and later extend files with fallocate, 17 reads in streams, 18 reads
+/// asynchronously and copies files in the kernel.
 #[test]
 fn every_major_that_is_installed_runs_on_the_mount() {
     for major in Major::ALL {

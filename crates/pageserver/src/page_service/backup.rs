@@ -1,10 +1,11 @@
 //! Sending a base backup, so that a slow client costs its tenant and nobody else.
 //!
-//! One without relations is small. It is made into memory with a place in a pool, and sent by the connection's task, without a place. How many of
-//! them a tenant has in memory is bounded; further ones of that tenant wait, as futures.
+//! One without relations is small. It is made into memory with a place in a pool, and sent by the connection's task,
+//! without a place. How many of them a tenant has in memory is bounded; further ones of that tenant wait, as futures.
 //!
-//! One with all relations is as large as the database. A job makes it and a short queue carries it to the connection: the faster waits for the
-//! slower. Such jobs have a pool of their own, and a client that takes nothing for a while loses its connection and with it the job.
+//! One with all relations is as large as the database. A job makes it and a short queue carries it to the connection:
+//! the faster waits for the slower. Such jobs have a pool of their own, and a client that takes nothing for a while
+//! loses its connection and with it the job.
 
 use std::io::{self, Write};
 use std::sync::Arc;

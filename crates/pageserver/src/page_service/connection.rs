@@ -21,7 +21,8 @@ const READ_SIZE: usize = 16 * 1024;
 const KEEP_OUTPUT_SIZE_MAX: usize = 1024 * 1024;
 /// How often we look whether a client is still there whose bytes we do not read.
 const LOOK_AGAIN: Duration = Duration::from_millis(500);
-/// How long and how much we listen to a client that was told to go: closing at once would discard what it has not read yet.
+/// How long and how much we listen to a client that was told to go: closing at once would discard what it has not read
+/// yet.
 const LINGER_TIME: Duration = Duration::from_secs(1);
 /// See [`LINGER_TIME`].
 const LINGER_SIZE_MAX: usize = 1024 * 1024;
@@ -63,7 +64,8 @@ pub(super) struct Connection {
     sent: usize,
     config: PageServiceConfig,
     shutdown: Pin<Box<WaitForCancellationFutureOwned>>,
-    /// Rung now and then; whether it means anything is decided by `last_input`, so that it need not be set anew for each message.
+    /// Rung now and then; whether it means anything is decided by `last_input`, so that it need not be set anew for
+    /// each message.
     alarm: Pin<Box<Sleep>>,
     last_input: Instant,
 }
@@ -92,7 +94,8 @@ impl Connection {
         self.wait(true, std::future::pending::<()>()).await.map(|_| ())
     }
 
-    /// Waits for `other`, and for more input if `read`. Ends when the client closes its side, whether that is read or not.
+    /// Waits for `other`, and for more input if `read`. Ends when the client closes its side, whether that is read or
+    /// not.
     pub(super) async fn wait<T>(&mut self, read: bool, other: impl Future<Output = T>) -> Result<Waited<T>, End> {
         let mut other = std::pin::pin!(other);
         loop {
@@ -136,7 +139,8 @@ impl Connection {
         End::Fatal(ServerMessage::fatal(sqlstate::PROTOCOL_VIOLATION, what))
     }
 
-    /// The alarm rang: has the client been silent for too long? While we owe it an answer and do not read, its silence means nothing.
+    /// The alarm rang: has the client been silent for too long? While we owe it an answer and do not read, its silence
+    /// means nothing.
     fn check_silence(&mut self, reading: bool) -> Result<(), End> {
         if !reading {
             self.last_input = Instant::now();
@@ -179,7 +183,8 @@ impl Connection {
         Ok(())
     }
 
-    /// Tells the client why the connection ends, if that is so, and ends it. The client gets the chance to read what was sent.
+    /// Tells the client why the connection ends, if that is so, and ends it. The client gets the chance to read what
+    /// was sent.
     pub(super) async fn close(mut self, end: &End) {
         if let End::Fatal(message) = end {
             backend::error_response(message, &mut self.output);

@@ -1,7 +1,9 @@
-//! The jobs of a page stream, in the order of their requests: what waits for WAL, what has a place or a turn in the pool, what is answered.
+//! The jobs of a page stream, in the order of their requests: what waits for WAL, what has a place or a turn in the
+//! pool, what is answered.
 //!
-//! A job whose moment has not arrived is a future, polled by the connection's task; it enters the pool when that is over. All end with the
-//! connection, since dropping [`Jobs`] drops the futures, and the pool leaves out what nobody waits for.
+//! A job whose moment has not arrived is a future, polled by the connection's task; it enters the pool when that is
+//! over. All end with the connection, since dropping [`Jobs`] drops the futures, and the pool leaves out what nobody
+//! waits for.
 
 use std::collections::VecDeque;
 use std::sync::Arc;

@@ -52,7 +52,8 @@ impl PageService {
         }
     }
 
-    /// Serves clients of `listener` until `shutdown`, then ends all connections and waits for them and their jobs, within the configured time.
+    /// Serves clients of `listener` until `shutdown`, then ends all connections and waits for them and their jobs,
+    /// within the configured time.
     pub async fn run(self, listener: TcpListener, shutdown: CancellationToken) {
         let mut complained: Option<Instant> = None;
         loop {

@@ -1,23 +1,26 @@
 //! The page service: pages, sizes and base backups of timelines, over the Postgres wire protocol.
 //!
-//! A client connects as to a Postgres server and runs one of the commands that [`Command`] lists. `pagestream_v3` makes the connection a
-//! page stream: requests in, answers out, many in flight, answers in the order of the requests.
+//! A client connects as to a Postgres server and runs one of the commands that [`Command`] lists. `pagestream_v3` makes
+//! the connection a page stream: requests in, answers out, many in flight, answers in the order of the requests.
 //!
-//! How a page stream is served ([`page_stream`]): all frames that the socket holds are parsed. What the timeline has at hand is answered at
-//! once, on the connection's own task, into one buffer that goes out with one write. From the first request that is not at hand, requests are
-//! gathered into batches, and each batch is one job of a pool of few threads, which may wait for disk and object store. Several jobs of a
-//! connection run side by side; their answers wait for their turn.
+//! How a page stream is served ([`page_stream`]): all frames that the socket holds are parsed. What the timeline has at
+//! hand is answered at once, on the connection's own task, into one buffer that goes out with one write. From the first
+//! request that is not at hand, requests are gathered into batches, and each batch is one job of a pool of few threads,
+//! which may wait for disk and object store. Several jobs of a connection run side by side; their answers wait for
+//! their turn.
 //!
 //! **It promises fairness between tenants**, whatever one of them does:
 //! - To wait for WAL or for a timeline takes no thread and no place, and ends with the client ([`jobs`]).
 //! - Places for work are few and given to tenants in turns; none has more than half of them ([`pool`]).
-//! - A slow reader of a base backup holds no thread: the backup is made into memory, and sent by the connection's task. A tenant has at most
-//!   so many of them in memory. Backups with all relations have a small pool of their own, and a deadline for what is not taken ([`backup`]).
+//! - A slow reader of a base backup holds no thread: the backup is made into memory, and sent by the connection's task.
+//!   A tenant has at most so many of them in memory. Backups with all relations have a small pool of their own, and a
+//!   deadline for what is not taken ([`backup`]).
 //! - A tenant's connections are at most half of all. Who logs in and commands nothing is soon sent away.
 //!
-//! Further limits: connections, requests in a batch, bytes of answers a connection may have unsent (then its requests are not read), lengths of
-//! messages, time for a handshake, for a half message, for a client that does not take its answers. Bytes that are no message get an
-//! `ErrorResponse` and the connection ends. A job that panics costs its connection, not the server.
+//! Further limits: connections, requests in a batch, bytes of answers a connection may have unsent (then its requests
+//! are not read), lengths of messages, time for a handshake, for a half message, for a client that does not take its
+//! answers. Bytes that are no message get an `ErrorResponse` and the connection ends. A job that panics costs its
+//! connection, not the server.
 //!
 //! The service knows timelines only as [`TimelinePages`], found by words through [`PageSource`].
 

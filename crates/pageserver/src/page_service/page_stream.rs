@@ -121,7 +121,8 @@ impl<'a> PageStream<'a> {
                     self.connection.input.advance(FRAME_HEADER_SIZE + body_len);
                     self.end = Some(StreamEnd::GivenUp);
                 }
-                b'H' | b'S' => self.connection.input.advance(FRAME_HEADER_SIZE + body_len), // Postgres ignores these during a COPY, too
+                // Postgres ignores these during a COPY, too
+                b'H' | b'S' => self.connection.input.advance(FRAME_HEADER_SIZE + body_len),
                 tag => return Err(violation(format!("message with tag {tag} in a page stream: expected CopyData with a request"))),
             }
         }

@@ -29,7 +29,8 @@ impl FairPool {
         FairPool(Arc::new(Inner { places: places.max(1), queue: Mutex::new(FairQueue::default()), rests: Notify::new() }))
     }
 
-    /// Has `job` done in its tenant's turn. The receiver fails if the job panics. A job whose receiver is gone before its turn is left out.
+    /// Has `job` done in its tenant's turn. The receiver fails if the job panics. A job whose receiver is gone before
+    /// its turn is left out.
     pub(super) fn run<T: Send + 'static>(&self, tenant: TenantId, job: impl FnOnce() -> T + Send + 'static) -> oneshot::Receiver<T> {
         let (sender, receiver) = oneshot::channel();
         let work: Work = Box::new(move || {

@@ -43,7 +43,8 @@ pub(super) struct Session<'a> {
     prepared: String,
     /// After an error in the extended protocol everything up to the next Sync is skipped.
     skipping: bool,
-    /// The connection's place among those of the tenant that its last command was about. Who has none has to command something soon.
+    /// The connection's place among those of the tenant that its last command was about. Who has none has to command
+    /// something soon.
     share: Option<Share>,
     /// When a client without a share has to go.
     deadline: Instant,

@@ -17,11 +17,12 @@ pub enum SourceError {
     /// There is no such tenant, timeline, relation, block or moment. The message says which, and what there is.
     #[error("{0}")]
     NotFound(String),
-    /// Not now, but perhaps later or elsewhere: the timeline is being attached, is stopping, or has gone to another pageserver. Ends the
-    /// connection, so that clients look for it again.
+    /// Not now, but perhaps later or elsewhere: the timeline is being attached, is stopping, or has gone to another
+    /// pageserver. Ends the connection, so that clients look for it again.
     #[error("{0}")]
     NotReady(String),
-    /// It should be there and could not be had: a corrupt layer, an unreachable store, a record that could not be redone.
+    /// It should be there and could not be had: a corrupt layer, an unreachable store, a record that could not be
+    /// redone.
     #[error("{0}")]
     Failed(String),
 }
@@ -43,7 +44,8 @@ pub type Arrival = BoxFuture<'static, Result<(), SourceError>>;
 pub trait PageSource: Send + Sync + 'static {
     /// The timeline that two words of a command name: ids of 32 hexadecimal digits, or a tenant's and a branch's name.
     ///
-    /// The future runs on the connection's task, with no place in any pool: it must not block. It is dropped with its client.
+    /// The future runs on the connection's task, with no place in any pool: it must not block. It is dropped with its
+    /// client.
     ///
     /// # Errors
     /// [`SourceError::NotFound`] when there is none, [`SourceError::NotReady`] when it may be there later.
@@ -52,23 +54,27 @@ pub trait PageSource: Send + Sync + 'static {
 
 /// Reads a timeline.
 ///
-/// [`TimelinePages::tenant`], [`TimelinePages::arrival`] and [`TimelinePages::try_get_page_cached`] are called on a runtime's worker and never
-/// block. All other methods may wait for disk and store, and are called on threads that may. They **never wait for WAL**: the service calls
-/// them when the arrival of their moment is over. If it is not there then, they answer at once with the error that fits.
+/// [`TimelinePages::tenant`], [`TimelinePages::arrival`] and [`TimelinePages::try_get_page_cached`] are called on a
+/// runtime's worker and never block. All other methods may wait for disk and store, and are called on threads that may.
+/// They **never wait for WAL**: the service calls them when the arrival of their moment is over. If it is not there
+/// then, they answer at once with the error that fits.
 ///
-/// Where a [`ReadLsn`] is [`Lsn::MAX`], the newest is meant, and at least what `not_modified_since` says. What the newest is at least, the
-/// arrival fixes: reads after it answer from whatever is applied by then, also when WAL that came meanwhile is not applied yet.
+/// Where a [`ReadLsn`] is [`Lsn::MAX`], the newest is meant, and at least what `not_modified_since` says. What the
+/// newest is at least, the arrival fixes: reads after it answer from whatever is applied by then, also when WAL that
+/// came meanwhile is not applied yet.
 pub trait TimelinePages: Send + Sync + 'static {
     /// Whose it is: tenants take turns.
     fn tenant(&self) -> TenantId;
 
     /// `None` if everything that `at` asks for is applied; told from a few atomics, in much less than a microsecond.
     ///
-    /// Else a future that ends when it has arrived, or with an error when it is clear that it never will, or a deadline of the source is over: then
-    /// nothing is read, not even what is older. It holds no thread, and is dropped with its client.
+    /// Else a future that ends when it has arrived, or with an error when it is clear that it never will, or a deadline
+    /// of the source is over: then nothing is read, not even what is older. It holds no thread, and is dropped with its
+    /// client.
     fn arrival(&self, at: ReadLsn) -> Option<Arrival>;
 
-    /// Hands the page to `take` if it is at hand, and says whether it was. Takes a microsecond. A page that has not arrived is not at hand.
+    /// Hands the page to `take` if it is at hand, and says whether it was. Takes a microsecond. A page that has not
+    /// arrived is not at hand.
     fn try_get_page_cached(&self, rel: RelFork, blkno: BlockNumber, at: ReadLsn, take: &mut dyn FnMut(&Page)) -> bool;
 
     /// One page.
@@ -147,8 +153,8 @@ pub trait TimelinePages: Send + Sync + 'static {
     /// [`SourceError`] says why not.
     fn list_slru(&self, kind: SlruKind, at: ReadLsn) -> Result<Vec<SlruSegmentSize>, SourceError>;
 
-    /// Writes a base backup as a tar archive into `sink`, at `lsn` or else at the newest LSN. A `sink` that fails has lost its client, or has
-    /// no more room: an ordinary end, and nothing for a log.
+    /// Writes a base backup as a tar archive into `sink`, at `lsn` or else at the newest LSN. A `sink` that fails has
+    /// lost its client, or has no more room: an ordinary end, and nothing for a log.
     ///
     /// # Errors
     /// [`SourceError`] says why there is none, or no whole one.

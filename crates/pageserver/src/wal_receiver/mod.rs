@@ -1,21 +1,25 @@
 //! The WAL receiver: the synchronous standby of a compute, or of any other primary.
 //!
-//! One thread a primary does everything between socket and disk, since each hop to another thread costs more than the work: it reads what the
-//! socket holds, frames it into records ([`varve_postgres::wal::Framer`], which checks each CRC), hands bytes and records to a [`WalSink`], lets it
-//! sync once for all of that, and replies at once.
+//! One thread a primary does everything between socket and disk, since each hop to another thread costs more than the
+//! work: it reads what the socket holds, frames it into records ([`varve_postgres::wal::Framer`], which checks each
+//! CRC), hands bytes and records to a [`WalSink`], lets it sync once for all of that, and replies at once.
 //!
-//! What an acknowledgement says: write and flush are the end of the last whole, CRC-checked record that the sink made durable; apply is how far
-//! the store has it ([`WalSink::store_durable`]). So `synchronous_commit = on` waits for our disk, `remote_apply` for the bucket. Bytes of a record
-//! that is not whole are kept and never acknowledged; a record whose CRC is wrong ends the stream with an error that names it.
+//! What an acknowledgement says: write and flush are the end of the last whole, CRC-checked record that the sink made
+//! durable; apply is how far the store has it ([`WalSink::store_durable`]). So `synchronous_commit = on` waits for our
+//! disk, `remote_apply` for the bucket. Bytes of a record that is not whole are kept and never acknowledged; a record
+//! whose CRC is wrong ends the stream with an error that names it.
 //!
-//! Before the first byte ([`session`]): the server is the tenant's (system identifier), of the right major and on the right Postgres timeline, was
-//! started for this Varve timeline and writer epoch, is no minor with holes in synchronous commit, and waits for this very standby. Bytes must join
-//! on to what is there, and a start below the timeline's base is refused here, since a walsender streams whatever its files hold.
+//! Before the first byte ([`session`]): the server is the tenant's (system identifier), of the right major and on the
+//! right Postgres timeline, was started for this Varve timeline and writer epoch, is no minor with holes in synchronous
+//! commit, and waits for this very standby. Bytes must join on to what is there, and a start below the timeline's base
+//! is refused here, since a walsender streams whatever its files hold.
 //!
-//! A connection that breaks is made again, from the last whole record on, until [`Receiver::stop`]; what cannot get better by trying again ends
-//! the receiver. After `stop` has returned nothing is acknowledged any more, whatever the thread was doing.
+//! A connection that breaks is made again, from the last whole record on, until [`Receiver::stop`]; what cannot get
+//! better by trying again ends the receiver. After `stop` has returned nothing is acknowledged any more, whatever the
+//! thread was doing.
 //!
-//! Beside it, on a thread and a connection of its own, [`slot`] keeps the slot that makes the primary retain what the store lacks.
+//! Beside it, on a thread and a connection of its own, [`slot`] keeps the slot that makes the primary retain what the
+//! store lacks.
 
 mod receiver;
 mod server_version;
@@ -60,7 +64,8 @@ pub struct ReceiverConfig {
     pub last_record: Option<Lsn>,
     /// Settings that must have these values, such as `varve.timeline` and `varve.epoch`.
     pub settings: Vec<(String, String)>,
-    /// What `synchronous_standby_names` must be; until it is, nothing is received. `None` for a primary that is not ours to configure.
+    /// What `synchronous_standby_names` must be; until it is, nothing is received. `None` for a primary that is not
+    /// ours to configure.
     pub synchronous_standby_names: Option<String>,
     /// The physical slot to create and advance, if any.
     pub slot: Option<SlotConfig>,

@@ -141,8 +141,9 @@ impl<S: WalSink> Receiver<S> {
         self.shared.wait(Instant::now() + timeout, reached)
     }
 
-    /// Ends the stream at once, even while the thread waits for the server. When this has returned, nothing is acknowledged any more. What
-    /// was received may still be on its way into the sink; [`Receiver::join`] waits for that.
+    /// Ends the stream at once, even while the thread waits for the server. When this has returned, nothing is
+    /// acknowledged any more. What was received may still be on its way into the sink; [`Receiver::join`] waits for
+    /// that.
     pub fn stop(&self) {
         self.shared.stop();
     }

@@ -86,8 +86,8 @@ fn check_identity(config: &ReceiverConfig, connection: &mut Connection, start: L
     Ok(())
 }
 
-/// The server must wait for this standby before anything is taken from it: else what we acknowledge would release nobody, or what another
-/// acknowledges would release those who count on us.
+/// The server must wait for this standby before anything is taken from it: else what we acknowledge would release
+/// nobody, or what another acknowledges would release those who count on us.
 fn await_standby_name(config: &ReceiverConfig, connection: &mut Connection, shared: &Shared) -> Result<(), SessionEnd> {
     let Some(expected) = &config.synchronous_standby_names else { return Ok(()) };
     let mut complained: Option<Instant> = None;

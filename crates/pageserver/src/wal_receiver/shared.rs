@@ -48,11 +48,12 @@ struct State {
 #[derive(Default)]
 pub(super) struct Shared {
     stopped: AtomicBool,
-    /// Held while something is sent to the server. To stop takes it, too: so what is being sent has gone (or failed) when stopping returns, and
-    /// nothing goes afterwards.
+    /// Held while something is sent to the server. To stop takes it, too: so what is being sent has gone (or failed)
+    /// when stopping returns, and nothing goes afterwards.
     gate: Mutex<()>,
     state: Mutex<State>,
-    /// Positions or phase. Not for those who only sleep: a wake-up for each acknowledgement would cost more than the acknowledgement.
+    /// Positions or phase. Not for those who only sleep: a wake-up for each acknowledgement would cost more than the
+    /// acknowledgement.
     changed: Condvar,
     stopping: Condvar,
 }

@@ -18,18 +18,19 @@ pub enum SinkError {
     NotNow(Arc<dyn Error + Send + Sync>),
 }
 
-/// Keeps the WAL of one timeline. Its methods are called by one thread, and may block it: then the socket is not read, and the primary waits.
+/// Keeps the WAL of one timeline. Its methods are called by one thread, and may block it: then the socket is not read,
+/// and the primary waits.
 pub trait WalSink: Send + 'static {
-    /// Takes WAL bytes, the first of which is the one at `start`. They join on to what was appended before. Only the first append of a connection
-    /// may begin earlier, at the end of the last whole record: what is there from `start` on was the beginning of a record, and these bytes
-    /// replace it.
+    /// Takes WAL bytes, the first of which is the one at `start`. They join on to what was appended before. Only the
+    /// first append of a connection may begin earlier, at the end of the last whole record: what is there from `start`
+    /// on was the beginning of a record, and these bytes replace it.
     ///
     /// # Errors
     /// [`SinkError::Over`] ends the receiver. An epoch that is over must be one: nothing of it may be kept.
     fn append(&mut self, start: Lsn, bytes: Bytes) -> Result<(), SinkError>;
 
-    /// Takes the records that became whole with the last append, in order. They are not durable before the next sync. What the sink does not take
-    /// out of `records` is discarded.
+    /// Takes the records that became whole with the last append, in order. They are not durable before the next sync.
+    /// What the sink does not take out of `records` is discarded.
     ///
     /// # Errors
     /// Ends the receiver.
@@ -41,6 +42,7 @@ pub trait WalSink: Send + 'static {
     /// Ends the receiver. After a sync that failed nothing more may be acknowledged.
     fn sync(&mut self) -> Result<Lsn, SinkError>;
 
-    /// How far the object store has the WAL, or layers made of it. Cheap; asked after each sync and several times a second besides.
+    /// How far the object store has the WAL, or layers made of it. Cheap; asked after each sync and several times a
+    /// second besides.
     fn store_durable(&self) -> Lsn;
 }

@@ -1,8 +1,9 @@
-//! Keeping the slot: a physical replication slot that no stream uses, moved now and then to what the store has, so that the primary retains the
-//! rest whatever happens to us. (A slot in use by the stream would follow what we flushed, which is less than what can be lost with this machine.)
+//! Keeping the slot: a physical replication slot that no stream uses, moved now and then to what the store has, so that
+//! the primary retains the rest whatever happens to us. (A slot in use by the stream would follow what we flushed,
+//! which is less than what can be lost with this machine.)
 //!
-//! Functions need a database, so this session may wait behind locks of commits that wait for us. Nothing waits for it: it connects while WAL
-//! streams, so that those commits end.
+//! Functions need a database, so this session may wait behind locks of commits that wait for us. Nothing waits for it:
+//! it connects while WAL streams, so that those commits end.
 
 use std::io;
 use std::sync::Arc;
@@ -21,8 +22,8 @@ use super::{ReceiverConfig, SlotConfig};
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 /// Pause before trying again while the slot does not exist yet.
 const CREATE_RETRY: Duration = Duration::from_millis(200);
-/// First pause after a try that was not answered, doubled up to [`UNANSWERED_PAUSE_MAX`]: what waits for a lock of a tenant's goes on waiting when
-/// we have hung up, and holds a place that the WAL receiver may need.
+/// First pause after a try that was not answered, doubled up to [`UNANSWERED_PAUSE_MAX`]: what waits for a lock of a
+/// tenant's goes on waiting when we have hung up, and holds a place that the WAL receiver may need.
 const UNANSWERED_PAUSE_MIN: Duration = Duration::from_secs(10);
 /// See [`UNANSWERED_PAUSE_MIN`].
 const UNANSWERED_PAUSE_MAX: Duration = Duration::from_secs(600);
@@ -36,7 +37,8 @@ pub(super) struct SlotKeeper {
 
 impl SlotKeeper {
     pub(super) fn spawn(config: &ReceiverConfig, slot: SlotConfig, shared: Arc<Shared>) -> io::Result<SlotKeeper> {
-        // A walsender, since tenants may hold all places of ordinary sessions. It writes nothing that anybody should wait for a standby for.
+        // A walsender, since tenants may hold all places of ordinary sessions. It writes nothing that anybody should
+        // wait for a standby for.
         let connect = config
             .connect
             .clone()

@@ -14,7 +14,8 @@ use super::receiver::SessionEnd;
 use super::shared::{Positions, Shared};
 use super::{ReceiverError, WalSink};
 
-/// Bytes that are taken from the socket before they are synced, however many more there are: the first ones wait for an acknowledgement.
+/// Bytes that are taken from the socket before they are synced, however many more there are: the first ones wait for an
+/// acknowledgement.
 const GROUP_SIZE_MAX: u64 = 4 * 1024 * 1024;
 /// How often the store's position is looked at while it lags.
 const STORE_POLL: Duration = Duration::from_millis(25);
@@ -22,8 +23,8 @@ const STORE_POLL: Duration = Duration::from_millis(25);
 const IDLE_POLL: Duration = Duration::from_secs(5);
 /// How often the server hears of us at least.
 const STATUS_INTERVAL: Duration = Duration::from_secs(10);
-/// First pause between statuses at the start of a stream, doubled up to [`REPEAT_MAX`]: a status that comes before the walsender has caught up
-/// releases nobody, and if nothing else is written there would be no other.
+/// First pause between statuses at the start of a stream, doubled up to [`REPEAT_MAX`]: a status that comes before the
+/// walsender has caught up releases nobody, and if nothing else is written there would be no other.
 const REPEAT_MIN: Duration = Duration::from_millis(4);
 /// See [`REPEAT_MIN`].
 const REPEAT_MAX: Duration = Duration::from_secs(2);
@@ -31,8 +32,8 @@ const REPEAT_MAX: Duration = Duration::from_secs(2);
 const SILENCE_ASK: Duration = Duration::from_secs(20);
 /// After so long a silence the connection is given up.
 const SILENCE_MAX: Duration = Duration::from_secs(60);
-/// A record that stays unfinished for so long, while nothing more comes, is fetched anew: if a byte of its length changed on the way, commits
-/// would wait for bytes that will never come.
+/// A record that stays unfinished for so long, while nothing more comes, is fetched anew: if a byte of its length
+/// changed on the way, commits would wait for bytes that will never come.
 const UNFINISHED_MAX: Duration = Duration::from_secs(10);
 
 /// A stream of WAL on a connection.
@@ -92,7 +93,8 @@ impl<'a, S: WalSink> Stream<'a, S> {
     fn stream(&mut self) -> Result<std::convert::Infallible, SessionEnd> {
         self.update_positions();
         self.send_status(false)?;
-        // What came in one piece with the server's answer is here already. Commits may wait for it, and nothing else may come for long.
+        // What came in one piece with the server's answer is here already. Commits may wait for it, and nothing else
+        // may come for long.
         self.take_group(false)?;
         loop {
             self.update_positions();

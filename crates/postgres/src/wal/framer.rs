@@ -68,7 +68,8 @@ impl<'a> WalInput for &'a [u8] {
 pub struct FramedRecord<B = Bytes> {
     /// Where it begins.
     pub start: Lsn,
-    /// Where it ends, rounded up to 8 bytes as Postgres does; the end of the segment for a segment switch, which is given when that has come.
+    /// Where it ends, rounded up to 8 bytes as Postgres does; the end of the segment for a segment switch, which is
+    /// given when that has come.
     pub end: Lsn,
     /// The record without page headers.
     pub bytes: B,
@@ -83,8 +84,9 @@ impl<B: Deref<Target = [u8]>> FramedRecord<B> {
 
 /// Takes WAL bytes in order, however they are cut, and gives whole records.
 ///
-/// It checks page headers (magic, position, continuation, system identifier), record lengths, `xl_prev` and CRCs. Memory is what the
-/// record under way has brought so far, beyond 16 KiB never what a length field announces. After an error it stays at the error.
+/// It checks page headers (magic, position, continuation, system identifier), record lengths, `xl_prev` and CRCs.
+/// Memory is what the record under way has brought so far, beyond 16 KiB never what a length field announces. After an
+/// error it stays at the error.
 #[derive(Debug)]
 pub struct Framer {
     major: Major,
@@ -111,9 +113,9 @@ pub struct Framer {
 }
 
 impl Framer {
-    /// A framer for WAL of `major` whose first byte will be the one at `start`, which is a record's start or the start of a page that
-    /// begins with one. `prev` is the start of the record before, if it is known and to be checked. `system_identifier`, if given,
-    /// must be that of each segment.
+    /// A framer for WAL of `major` whose first byte will be the one at `start`, which is a record's start or the start
+    /// of a page that begins with one. `prev` is the start of the record before, if it is known and to be checked.
+    /// `system_identifier`, if given, must be that of each segment.
     pub fn new(major: Major, system_identifier: Option<u64>, start: Lsn, prev: Option<Lsn>) -> Framer {
         Framer {
             major,
@@ -134,12 +136,14 @@ impl Framer {
         }
     }
 
-    /// A framer for the same WAL that goes on at `start`, with `prev` as in [`Framer::new`]: what this one has seen beyond is to be seen anew.
+    /// A framer for the same WAL that goes on at `start`, with `prev` as in [`Framer::new`]: what this one has seen
+    /// beyond is to be seen anew.
     pub fn anew(&self, start: Lsn, prev: Option<Lsn>) -> Framer {
         Framer::new(self.major, self.system_identifier, start, prev)
     }
 
-    /// A framer for WAL from the start of the page at `start`, whatever is there: a record that began earlier is skipped.
+    /// A framer for WAL from the start of the page at `start`, whatever is there: a record that began earlier is
+    /// skipped.
     pub fn from_page(major: Major, system_identifier: Option<u64>, start: Lsn) -> Framer {
         let mut framer = Framer::new(major, system_identifier, start.page_start(), None);
         framer.skip_first_continuation = true;
@@ -262,7 +266,8 @@ impl Framer {
         }
         let expected = match u32::from_le_bytes(*self.partial.first_chunk().unwrap_or(&[0; 4])) {
             _ if self.partial.is_empty() => 0,
-            total => total.saturating_sub(self.partial.len() as u32), // a start that is no multiple of 8 may cut a length
+            // a start that is no multiple of 8 may cut a length
+            total => total.saturating_sub(self.partial.len() as u32),
         };
         if header.remaining_len != expected {
             return wrong(format!("begins with {} bytes of an earlier record, expected {expected}", header.remaining_len));

@@ -28,7 +28,8 @@ pub struct Image<'a> {
     pub hole_len: u16,
     /// How `bytes` is compressed.
     pub compression: Compression,
-    /// Whether redo takes the image for the page. It does not for images that are there to be compared (`wal_consistency_checking`).
+    /// Whether redo takes the image for the page. It does not for images that are there to be compared
+    /// (`wal_consistency_checking`).
     pub apply: bool,
 }
 

@@ -1,8 +1,9 @@
 //! Write-ahead log: pages, records and what is inside them.
 //!
 //! Bytes of a stream go into a [`Framer`], which checks page headers and each record's CRC and gives whole records as
-//! [`FramedRecord`]; [`Record::decode`] takes one apart into blocks and main data, [`PlainRecord::decode`] those that come most often, at fixed
-//! places, and [`records`] reads the main data of those that change what Postgres keeps outside relation blocks. [`synthesis`] makes the WAL with which a server starts.
+//! [`FramedRecord`]; [`Record::decode`] takes one apart into blocks and main data, [`PlainRecord::decode`] those that
+//! come most often, at fixed places, and [`records`] reads the main data of those that change what Postgres keeps
+//! outside relation blocks. [`synthesis`] makes the WAL with which a server starts.
 
 mod framer;
 pub mod image;

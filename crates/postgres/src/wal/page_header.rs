@@ -24,7 +24,8 @@ pub struct PageHeader {
     pub lsn: Lsn,
     /// Bytes of the record that began on an earlier page, zero if the page begins with a record.
     pub remaining_len: u32,
-    /// Whether the record that began on an earlier page was given up, and this page begins anew (`XLP_FIRST_IS_OVERWRITE_CONTRECORD`).
+    /// Whether the record that began on an earlier page was given up, and this page begins anew
+    /// (`XLP_FIRST_IS_OVERWRITE_CONTRECORD`).
     pub overwrites_contrecord: bool,
     /// The cluster's identifier; on the first page of a segment.
     pub system_identifier: Option<u64>,

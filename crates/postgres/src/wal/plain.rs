@@ -4,7 +4,8 @@ use super::record::{BLOCK_FORK_MASK, BLOCK_HAS_DATA, BLOCK_HAS_IMAGE, BLOCK_SAME
 use super::{RECORD_HEADER_SIZE, RecordHeader};
 use crate::{BlockNumber, Fork, RelFork, RelNode};
 
-/// Bytes before the data: the header, the block's header with relation and number, and the header of at most 255 bytes of main data.
+/// Bytes before the data: the header, the block's header with relation and number, and the header of at most 255 bytes
+/// of main data.
 const HEADERS_SIZE: usize = RECORD_HEADER_SIZE + 20 + 2;
 
 /// A record with one block, which has no image, with main data, and with nothing else: a view of its bytes, with what

@@ -55,7 +55,8 @@ impl RecordHeader {
         })
     }
 
-    /// The record's type within its resource manager: `info` without the flags that belong to the WAL machinery (`~XLR_INFO_MASK`).
+    /// The record's type within its resource manager: `info` without the flags that belong to the WAL machinery
+    /// (`~XLR_INFO_MASK`).
     pub fn kind(&self) -> u8 {
         self.info & 0xF0
     }
@@ -66,8 +67,8 @@ impl RecordHeader {
     }
 }
 
-/// The CRC that a record with these bytes must carry: over what follows the header, then the header without the CRC itself.
-/// `record` has at least [`RECORD_HEADER_SIZE`] bytes.
+/// The CRC that a record with these bytes must carry: over what follows the header, then the header without the CRC
+/// itself. `record` has at least [`RECORD_HEADER_SIZE`] bytes.
 pub fn record_crc(record: &[u8]) -> u32 {
     RecordCrc::new().of(record)
 }
@@ -184,7 +185,8 @@ impl<'a> Record<'a> {
         Record { header, start, end, blocks: SmallVec::new(), main_data: &[], origin: None, toplevel_xid: None }
     }
 
-    /// The same as [`Record::decode`] in the place of another record, of which nothing is left: a record is large, and so it need not be moved.
+    /// The same as [`Record::decode`] in the place of another record, of which nothing is left: a record is large, and
+    /// so it need not be moved.
     ///
     /// # Errors
     /// As there; what is here is then no record.
@@ -249,7 +251,8 @@ impl<'a> Record<'a> {
                         .ok_or_else(|| format!("block {id}: fork number {} does not exist", flags & BLOCK_FORK_MASK))?;
                     let blkno = cursor.u32()?;
                     payload += image_len + data_len;
-                    // Images and data follow the headers: their places are known when these have ended, their lengths stand in for them.
+                    // Images and data follow the headers: their places are known when these have ended, their lengths
+                    // stand in for them.
                     let of_length = |len| bytes.get(..len).ok_or("the record is shorter than a block's image or data");
                     if let Some(image) = &mut image {
                         image.bytes = of_length(image_len)?;

@@ -8,8 +8,8 @@ const XACT_HAS_INFO: u8 = 0x80;
 /// Flag of a heap or BRIN record that the page is initialised.
 const INIT_PAGE: u8 = 0x80;
 
-/// The name of the type `info` (without the flags of the WAL machinery) of resource manager `rmid`, as `major` has it: `HOT_UPDATE`,
-/// `INSERT+INIT`. A type that does not exist is its number.
+/// The name of the type `info` (without the flags of the WAL machinery) of resource manager `rmid`, as `major` has it:
+/// `HOT_UPDATE`, `INSERT+INIT`. A type that does not exist is its number.
 pub fn record_type(major: Major, rmid: u8, info: u8) -> String {
     let (kind, suffix) = match rmid {
         rmgr::XACT => (info & !XACT_HAS_INFO, ""),

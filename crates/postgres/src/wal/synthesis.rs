@@ -1,16 +1,18 @@
 //! WAL that no server wrote: the one shutdown checkpoint with which a server starts at any record boundary.
 //!
-//! At the boundary X stands an `XLOG_CHECKPOINT_SHUTDOWN` record whose `xl_prev` is the true record before X, so that a timeline stays one
-//! continuous stream over all the servers that wrote it. The pages from the start of X's segment to X hold no WAL, only headers that say
-//! "a record that began before this segment goes on, and ends at X": `xlp_rem_len` counts down from page to page. `pg_waldump` and
-//! the server's own readers then skip to X. Behind the record stand zeros, the end of WAL.
+//! At the boundary X stands an `XLOG_CHECKPOINT_SHUTDOWN` record whose `xl_prev` is the true record before X, so that a
+//! timeline stays one continuous stream over all the servers that wrote it. The pages from the start of X's segment to
+//! X hold no WAL, only headers that say "a record that began before this segment goes on, and ends at X": `xlp_rem_len`
+//! counts down from page to page. `pg_waldump` and the server's own readers then skip to X. Behind the record stand
+//! zeros, the end of WAL.
 //!
 //! What is written, with X in the middle of a segment's third page:
 //! ```text
 //! segment start        page 2               page 3         X
 //! | header, rem=a | 0  | header, rem=b | 0  | header, rem=c | checkpoint record | 0 ... segment end
 //! ```
-//! with `c` the bytes from the header to X, `b = c +` what page 2 holds, and so on. Where X is the start of a page, that page begins with the record.
+//! with `c` the bytes from the header to X, `b = c +` what page 2 holds, and so on. Where X is the start of a page,
+//! that page begins with the record.
 
 use crate::control::{CHECKPOINT_SIZE, CheckPoint};
 use crate::lsn::{WAL_PAGE_SIZE, WAL_SEGMENT_SIZE, wal_segment_name};
@@ -22,7 +24,8 @@ use super::{PageHeader, RECORD_HEADER_SIZE, record_crc, rmgr};
 pub const CHECKPOINT_RECORD_SIZE: usize = RECORD_HEADER_SIZE + 2 + CHECKPOINT_SIZE;
 /// `XLR_BLOCK_ID_DATA_SHORT`.
 const ID_DATA_SHORT: u8 = 255;
-/// A server that starts with its WAL beyond this part of a segment fills the next segment with zeros (`PreallocXlogFiles`).
+/// A server that starts with its WAL beyond this part of a segment fills the next segment with zeros
+/// (`PreallocXlogFiles`).
 const PREALLOCATE_FROM: u64 = WAL_SEGMENT_SIZE / 4 * 3;
 
 /// A file in `pg_wal`: some bytes and then zeros.

@@ -1,4 +1,5 @@
-//! The framer: the same records however the stream is cut, wherever it begins; nothing that changed on the way passes; no input makes it panic.
+//! The framer: the same records however the stream is cut, wherever it begins; nothing that changed on the way passes;
+//! no input makes it panic.
 
 use bytes::Bytes;
 use proptest::prelude::*;
@@ -182,7 +183,8 @@ proptest! {
         let records = frame(&mut framer, &stream.slice((from.0 - wal.start.0) as usize..), &[777]).expect("the rest");
         prop_assert!(as_written(&records) == wal.records[k..]);
 
-        // From a page's start, whatever is there: all records that begin on it or after it. (Not in the void behind a switch.)
+        // From a page's start, whatever is there: all records that begin on it or after it. (Not in the void behind a
+        // switch.)
         let from = wal.records[k].0.page_start();
         if from >= wal.start {
             let mut framer = Framer::from_page(MAJOR, Some(SYSTEM), from);

@@ -23,7 +23,8 @@ const HANDOVER_MAX: Duration = Duration::from_secs(30);
 pub(super) trait Transport: AsyncRead + AsyncWrite + Send + Unpin {}
 impl<T: AsyncRead + AsyncWrite + Send + Unpin> Transport for T {}
 
-/// A session with a page service that has not begun a command. A broken one stays broken: to connect again is the caller's business.
+/// A session with a page service that has not begun a command. A broken one stays broken: to connect again is the
+/// caller's business.
 pub struct PageClient {
     pub(super) socket: Box<dyn Transport>,
     pub(super) input: BytesMut,

@@ -24,7 +24,8 @@ pub struct BlockingOptions {
     pub sessions_max: usize,
     /// How long making a session may take.
     pub connect_timeout: Duration,
-    /// How long the server may be silent while it owes an answer; then the session is given up and the question asked anew.
+    /// How long the server may be silent while it owes an answer; then the session is given up and the question asked
+    /// anew.
     pub answer_timeout: Duration,
     /// How long to go on trying while the server is away or not ready.
     pub retry_for: Duration,
@@ -43,10 +44,10 @@ impl Default for BlockingOptions {
 
 /// Reads pages of one timeline from plain threads, any number at a time.
 ///
-/// The calling thread itself writes to and reads from a socket: between question and answer there is no hop to another thread. Several
-/// questions of one call are in flight together. A server that is away (restarted, upgraded, out of reach) or that says it is not ready is
-/// waited for; all questions are reads, so asking again is safe. Only an answer that says no, or a server that does not speak our language,
-/// is an error at once.
+/// The calling thread itself writes to and reads from a socket: between question and answer there is no hop to another
+/// thread. Several questions of one call are in flight together. A server that is away (restarted, upgraded, out of
+/// reach) or that says it is not ready is waited for; all questions are reads, so asking again is safe. Only an answer
+/// that says no, or a server that does not speak our language, is an error at once.
 pub struct BlockingPageClient {
     pool: Pool,
     retry_for: Duration,
@@ -67,12 +68,14 @@ impl BlockingPageClient {
         }
     }
 
-    /// Ends all waiting: whoever waits for the server, now or later, gets [`ClientError::Closed`]. An answer that is under way still comes.
+    /// Ends all waiting: whoever waits for the server, now or later, gets [`ClientError::Closed`]. An answer that is
+    /// under way still comes.
     pub fn stop(&self) {
         self.pool.stop();
     }
 
-    /// Asks all of `queries` about the moment `at` and hands each answer's bytes to `each`, in whatever order they come.
+    /// Asks all of `queries` about the moment `at` and hands each answer's bytes to `each`, in whatever order they
+    /// come.
     fn ask(&self, queries: &[Query], at: ReadLsn, each: Each<'_>) -> Result<(), ClientError> {
         let mut deadline = Instant::now() + self.retry_for;
         let mut answered = vec![false; queries.len()];
@@ -145,7 +148,8 @@ impl BlockingPageClient {
         self.get_pages(&[(rel, blkno)], at, &mut |_, found| page.copy_from_slice(found))
     }
 
-    /// Any pages, all in flight together; `each` gets the index in `blocks` and the page, in whatever order they come, once each.
+    /// Any pages, all in flight together; `each` gets the index in `blocks` and the page, in whatever order they come,
+    /// once each.
     ///
     /// # Errors
     /// As [`BlockingPageClient::get_page`]; some pages may have been handed over then.

@@ -40,8 +40,8 @@ pub(super) fn base_backup(tenant: &str, timeline: &str, lsn: Option<Lsn>, option
     command
 }
 
-/// A base backup as it arrives, to be read like a file: a tar archive, or one in gzip. The end of the file is the end of a whole backup; a
-/// backup that breaks off is an error.
+/// A base backup as it arrives, to be read like a file: a tar archive, or one in gzip. The end of the file is the end
+/// of a whole backup; a backup that breaks off is an error.
 pub struct BaseBackup {
     connection: Connection,
     chunk: Bytes,

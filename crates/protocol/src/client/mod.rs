@@ -1,8 +1,9 @@
 //! Clients of the page service.
 //!
-//! [`PageClient`] is a session; it becomes a [`PageStream`] (requests and answers, many in flight) or a stream of a base backup's bytes.
-//! [`BlockingPageClient`] is for plain threads, such as those of a FUSE mount: it keeps a few sessions, which the calling threads use
-//! themselves without a hop to another, and it waits for a server that is away. [`BaseBackup`] reads a base backup on a plain thread.
+//! [`PageClient`] is a session; it becomes a [`PageStream`] (requests and answers, many in flight) or a stream of a
+//! base backup's bytes. [`BlockingPageClient`] is for plain threads, such as those of a FUSE mount: it keeps a few
+//! sessions, which the calling threads use themselves without a hop to another, and it waits for a server that is away.
+//! [`BaseBackup`] reads a base backup on a plain thread.
 
 mod asynchronous;
 mod blocking;

@@ -13,8 +13,8 @@ use crate::connect::{
 use crate::message::{Query, Response};
 use crate::wire::{BackendMessage, Frame, frontend};
 
-/// Requests of one call that may be in flight on a session. Their bytes fit into any socket's buffers, so sending never waits for answers
-/// that we do not read.
+/// Requests of one call that may be in flight on a session. Their bytes fit into any socket's buffers, so sending never
+/// waits for answers that we do not read.
 const IN_FLIGHT_MAX: usize = 64;
 
 /// What takes an answer: the query's index, and the answer's bytes as [`crate::message::Answer::decode_to`] takes them.
@@ -45,9 +45,9 @@ impl Session {
         Ok(Session { connection, endpoint, next_id: 1, expected: BytesMut::new() })
     }
 
-    /// Asks those of `queries` that are not `answered`, marks them as the answers come, and hands each answer to `each`. When one is
-    /// refused, [`ClientError::Answer`] is returned after all that were sent have been answered: the session is fit for further use then, and
-    /// only then.
+    /// Asks those of `queries` that are not `answered`, marks them as the answers come, and hands each answer to
+    /// `each`. When one is refused, [`ClientError::Answer`] is returned after all that were sent have been answered:
+    /// the session is fit for further use then, and only then.
     pub(super) fn ask(&mut self, queries: &[Query], answered: &mut [bool], at: ReadLsn, each: Each<'_>) -> Result<(), ClientError> {
         let first_id = self.next_id;
         self.next_id += queries.len() as u64;
@@ -55,7 +55,8 @@ impl Session {
         let mut in_flight = 0;
         let mut refusal = None;
         loop {
-            // Topped up by halves: one write for many requests, and never a wait for the last answer before the next request goes.
+            // Topped up by halves: one write for many requests, and never a wait for the last answer before the next
+            // request goes.
             if in_flight <= IN_FLIGHT_MAX / 2 && refusal.is_none() {
                 while in_flight < IN_FLIGHT_MAX && next < queries.len() {
                     if !answered[next] {
@@ -169,7 +170,8 @@ impl Pool {
         }
     }
 
-    /// A session for the calling thread alone: an idle one, a new one, or the next that somebody puts back before `deadline`.
+    /// A session for the calling thread alone: an idle one, a new one, or the next that somebody puts back before
+    /// `deadline`.
     pub(super) fn take(&self, deadline: Instant) -> Result<Taken, ClientError> {
         let mut state = self.state.lock();
         loop {

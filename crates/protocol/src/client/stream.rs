@@ -1,4 +1,5 @@
-//! A page stream for async code: one task owns the socket, matches answers to requests by id, and sends what has gathered in one write.
+//! A page stream for async code: one task owns the socket, matches answers to requests by id, and sends what has
+//! gathered in one write.
 
 use std::collections::HashMap;
 
@@ -27,8 +28,8 @@ struct Call {
     reply: Reply,
 }
 
-/// A page stream on one timeline. Clones share the session; it ends with the last of them. All methods may be called at any time from any
-/// task: requests are pipelined.
+/// A page stream on one timeline. Clones share the session; it ends with the last of them. All methods may be called at
+/// any time from any task: requests are pipelined.
 #[derive(Clone)]
 pub struct PageStream {
     calls: mpsc::Sender<Call>,
@@ -182,7 +183,8 @@ struct Session {
 impl Session {
     /// Until all handles are gone and all answers are in, or the session breaks; then whoever still waits is told.
     ///
-    /// Reading never waits for writing: a server that has too many answers unsent stops to read, and goes on only when we do.
+    /// Reading never waits for writing: a server that has too many answers unsent stops to read, and goes on only when
+    /// we do.
     async fn run(mut self, mut queue: mpsc::Receiver<Call>) {
         let mut open = true;
         let mut calls = Vec::new();

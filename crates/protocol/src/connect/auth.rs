@@ -8,7 +8,8 @@ use postgres_protocol::authentication::{
 
 use crate::wire::{AuthRequest, frontend};
 
-/// Most rounds of key derivation that a server may ask for (`postgres` uses 4,096 unless told otherwise): each costs about a microsecond.
+/// Most rounds of key derivation that a server may ask for (`postgres` uses 4,096 unless told otherwise): each costs
+/// about a microsecond.
 const SCRAM_ITERATIONS_MAX: u32 = 1_000_000;
 
 /// What to do after a request of the server's.

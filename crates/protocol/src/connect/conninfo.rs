@@ -15,7 +15,8 @@ const DEFAULT_USER: &str = "postgres";
 pub struct ParseConninfoError(String);
 
 impl ConnectConfig {
-    /// Where a libpq connection string leads, a URI or `key=value` words. The database is a startup parameter, if there is one.
+    /// Where a libpq connection string leads, a URI or `key=value` words. The database is a startup parameter, if there
+    /// is one.
     ///
     /// # Errors
     /// [`ParseConninfoError`] says what cannot be understood or done.

@@ -1,8 +1,8 @@
 //! A connection that somebody else makes for us and hands over: the client's side.
 //!
-//! The client connects to a Unix socket, sends a line with the credential, and gets a descriptor (`SCM_RIGHTS`) that is connected to
-//! the server. Without a descriptor comes a line that says why, or nothing. The descriptor is a Unix socket like one that we
-//! connected ourselves; nobody else holds it.
+//! The client connects to a Unix socket, sends a line with the credential, and gets a descriptor (`SCM_RIGHTS`) that is
+//! connected to the server. Without a descriptor comes a line that says why, or nothing. The descriptor is a Unix
+//! socket like one that we connected ourselves; nobody else holds it.
 
 use std::fmt;
 use std::io::{self, IoSliceMut, Write as _};

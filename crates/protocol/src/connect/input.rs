@@ -11,8 +11,8 @@ const KEEP_SIZE_MAX: usize = 1024 * 1024;
 
 /// A buffer that is filled at its end by reads and gives whole frames from its front.
 ///
-/// It is zeroed once, when it grows, and not for each read; it grows with the bytes that arrive (at most doubling), not with the length that
-/// a frame announces.
+/// It is zeroed once, when it grows, and not for each read; it grows with the bytes that arrive (at most doubling), not
+/// with the length that a frame announces.
 #[derive(Debug)]
 pub struct InputBuffer {
     bytes: Vec<u8>,

@@ -1,4 +1,5 @@
-//! Connections to servers that speak the Postgres protocol: where they are, how a client proves who it is, and a blocking connection.
+//! Connections to servers that speak the Postgres protocol: where they are, how a client proves who it is, and a
+//! blocking connection.
 
 mod auth;
 mod config;

@@ -1,11 +1,11 @@
 //! The page service's messages: what travels inside `CopyData` after `pagestream_v3`.
 //!
-//! A [`Request`] is a [`Header`] (an id that the client chose, the LSN it wants to see, and the LSN since which it knows that nothing changed)
-//! and a [`Query`]. A [`Response`] repeats both, so that a client can match answers to questions however many are in flight, and check that
-//! the answer is one to its question.
+//! A [`Request`] is a [`Header`] (an id that the client chose, the LSN it wants to see, and the LSN since which it
+//! knows that nothing changed) and a [`Query`]. A [`Response`] repeats both, so that a client can match answers to
+//! questions however many are in flight, and check that the answer is one to its question.
 //!
-//! Tags 0 to 4 and 100 to 105 are those of Neon's page service, version 3, byte for byte; tags from 32 and 132 up are Varve's additions.
-//! All integers are big-endian:
+//! Tags 0 to 4 and 100 to 105 are those of Neon's page service, version 3, byte for byte; tags from 32 and 132 up are
+//! Varve's additions. All integers are big-endian:
 //!
 //! ```text
 //! request    tag u8 | request id u64 | request LSN u64 (all ones = newest) | not modified since u64 | query
@@ -23,8 +23,8 @@
 //!  35 / 135  SLRU range      kind u8, segment u32, first u32, n u32            u32 count, pages
 //! ```
 //!
-//! Decoding is total: any bytes give a message or a [`MessageError`], a message has no bytes left over, and no length field makes anything
-//! be allocated that did not arrive.
+//! Decoding is total: any bytes give a message or a [`MessageError`], a message has no bytes left over, and no length
+//! field makes anything be allocated that did not arrive.
 
 mod cursor;
 mod request;

@@ -12,7 +12,8 @@ pub struct Header {
     pub request_id: u64,
     /// The moment that is asked about: history at this position. [`Lsn::MAX`] is the newest.
     pub request_lsn: Lsn,
-    /// The client knows that what it asks for did not change between here and `request_lsn`; when unsure, it gives `request_lsn`.
+    /// The client knows that what it asks for did not change between here and `request_lsn`; when unsure, it gives
+    /// `request_lsn`.
     pub not_modified_since: Lsn,
 }
 

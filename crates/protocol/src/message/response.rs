@@ -202,7 +202,8 @@ fn request_tag(response_tag: u8) -> Option<u8> {
 }
 
 impl Response {
-    /// The answer `answer` to `request`; an error when it answers another kind of question, which is a fault of the server's.
+    /// The answer `answer` to `request`; an error when it answers another kind of question, which is a fault of the
+    /// server's.
     pub fn new(request: Request, answer: Answer) -> Response {
         if answer.matches(&request.query) {
             Response::Answer { request, answer }
@@ -244,7 +245,8 @@ impl Response {
         }
     }
 
-    /// Appends what a response to `request` begins with: the answer's bytes follow. For servers that have a page at hand and copy it once.
+    /// Appends what a response to `request` begins with: the answer's bytes follow. For servers that have a page at
+    /// hand and copy it once.
     pub fn encode_start(request: &Request, out: &mut impl BufMut) {
         out.put_u8(response_tag(&request.query));
         request.header.encode(out);

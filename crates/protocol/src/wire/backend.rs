@@ -350,7 +350,8 @@ pub fn copy_done(out: &mut BytesMut) {
     put_frame(b'c', out, |_| {});
 }
 
-/// Appends a message without a body: `1` ParseComplete, `2` BindComplete, `3` CloseComplete, `n` NoData, `I` EmptyQueryResponse.
+/// Appends a message without a body: `1` ParseComplete, `2` BindComplete, `3` CloseComplete, `n` NoData, `I`
+/// EmptyQueryResponse.
 pub fn empty(tag: u8, out: &mut BytesMut) {
     put_frame(tag, out, |_| {});
 }

@@ -1,12 +1,13 @@
-//! Framing of the Postgres wire protocol, version 3, as far as a page service, its clients and a WAL receiver need it; both sides.
+//! Framing of the Postgres wire protocol, version 3, as far as a page service, its clients and a WAL receiver need it;
+//! both sides.
 //!
-//! [`startup`] is what comes first on a connection; [`frame`] cuts a stream into tagged messages; [`frontend`] holds the messages that a
-//! client sends, [`backend`] those that a server sends, [`replication`] what
-//! travels inside the COPY of a replication stream. Everything works on byte buffers and does no I/O, so that blocking and async code
+//! [`startup`] is what comes first on a connection; [`frame`] cuts a stream into tagged messages; [`frontend`] holds
+//! the messages that a client sends, [`backend`] those that a server sends, [`replication`] what travels inside the
+//! COPY of a replication stream. Everything works on byte buffers and does no I/O, so that blocking and async code
 //! share it.
 //!
-//! Decoding never panics and allocates nothing that a length field merely announces: a frame longer than the reader's limit is refused when
-//! its five header bytes are there.
+//! Decoding never panics and allocates nothing that a length field merely announces: a frame longer than the reader's
+//! limit is refused when its five header bytes are there.
 
 pub mod backend;
 pub mod frame;

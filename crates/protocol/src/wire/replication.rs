@@ -1,4 +1,5 @@
-//! The messages inside the COPY of physical replication, in both directions. Integers are big-endian; times are microseconds since 2000-01-01.
+//! The messages inside the COPY of physical replication, in both directions. Integers are big-endian; times are
+//! microseconds since 2000-01-01.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -48,8 +49,8 @@ impl<'a> WalSenderMessage<'a> {
     }
 }
 
-/// How far a standby is, for the server that sends to it. An invalid position says nothing: a standby whose flush position is invalid is never
-/// one that commits wait for.
+/// How far a standby is, for the server that sends to it. An invalid position says nothing: a standby whose flush
+/// position is invalid is never one that commits wait for.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct StandbyStatus {
     /// What it has.

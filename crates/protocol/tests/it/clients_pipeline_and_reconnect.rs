@@ -1,4 +1,5 @@
-//! Clients have many requests in flight, match answers by id, wait for a server that is away, and do not wait for one that says no.
+//! Clients have many requests in flight, match answers by id, wait for a server that is away, and do not wait for one
+//! that says no.
 
 use std::io::Read;
 use std::sync::Arc;

@@ -1,4 +1,5 @@
-//! The Postgres wire protocol: what one side writes the other reads, lengths are checked before anything is kept, garbage is an error.
+//! The Postgres wire protocol: what one side writes the other reads, lengths are checked before anything is kept,
+//! garbage is an error.
 
 use bytes::{Bytes, BytesMut};
 use proptest::prelude::*;

@@ -1,7 +1,7 @@
 //! Tuples leave a leaf: `xl_btree_vacuum` (by VACUUM) and `xl_btree_delete` (by an insertion that needs room).
 //!
-//! The block's data: offset numbers of tuples that go, then of tuples whose posting lists lose some heap pointers, then for each of the latter a
-//! count and the places in its list. Both count fields are in the main data.
+//! The block's data: offset numbers of tuples that go, then of tuples whose posting lists lose some heap pointers, then
+//! for each of the latter a count and the places in its list. Both count fields are in the main data.
 
 use varve_postgres::Page;
 

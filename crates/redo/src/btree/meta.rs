@@ -1,7 +1,8 @@
 //! The metapage: `BTMetaPageData` of `access/nbtree.h`.
 //!
-//! Layout, from byte 24: magic, version, root, its level, fast root, its level, deleted pages at the last cleanup (`u32` each), 4 bytes unused,
-//! heap tuples at the last cleanup (`f64`, no longer kept, -1), whether equal keys look equal (`u8`); padded to 48 bytes.
+//! Layout, from byte 24: magic, version, root, its level, fast root, its level, deleted pages at the last cleanup
+//! (`u32` each), 4 bytes unused, heap tuples at the last cleanup (`f64`, no longer kept, -1), whether equal keys look
+//! equal (`u8`); padded to 48 bytes.
 
 use varve_postgres::page::{PAGE_HEADER_SIZE, set_lower};
 use varve_postgres::{BlockNumber, Page};

@@ -1,10 +1,11 @@
 //! B-tree indexes: the page functions of `access/nbtree/nbtxlog.c`.
 //!
-//! Record data is that of `access/nbtxlog.h`. What a record does to one of its blocks never depends on the other blocks' contents, only on their
-//! numbers, so each block is redone alone. The layouts of 14 to 18 differ only in fields for recovery conflicts, which stand behind what
-//! redo needs.
+//! Record data is that of `access/nbtxlog.h`. What a record does to one of its blocks never depends on the other
+//! blocks' contents, only on their numbers, so each block is redone alone. The layouts of 14 to 18 differ only in
+//! fields for recovery conflicts, which stand behind what redo needs.
 //!
-//! - [`page`]: the special space, and building pages; [`meta`]: the metapage; [`posting`]: tuples with a list of heap pointers
+//! - [`page`]: the special space, and building pages; [`meta`]: the metapage; [`posting`]: tuples with a list of heap
+//!   pointers
 //! - [`insert`], [`split`]: what insertion does, to the root too; [`dedup`]: merging of equal keys
 //! - [`delete`]: tuples leave a leaf; [`unlink`]: pages leave the tree
 

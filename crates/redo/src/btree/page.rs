@@ -95,7 +95,8 @@ pub(super) fn clear_incomplete_split(page: &mut Page) -> Result<(), Fault> {
     change(page, |opaque| opaque.flags &= !INCOMPLETE_SPLIT)
 }
 
-/// `_bt_restore_page`: fills an empty page from a copy of the upper part of the original, where the last tuple comes first.
+/// `_bt_restore_page`: fills an empty page from a copy of the upper part of the original, where the last tuple comes
+/// first.
 pub(super) fn restore(page: &mut Page, tuples: &[u8]) -> Result<(), Fault> {
     let mut rest = Cursor::new(tuples);
     let mut found: [&[u8]; item::MAX_INDEX_TUPLES] = [&[]; item::MAX_INDEX_TUPLES];

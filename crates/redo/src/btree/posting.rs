@@ -1,7 +1,8 @@
 //! Leaf tuples with a posting list: one key and the heap pointers of all its rows (`access/nbtree/nbtdedup.c`).
 //!
-//! Layout: an index tuple whose `t_info` has the reserved bit; its `t_tid` holds, as block, where the list begins, and as offset number the list's
-//! length in bits 0 to 11 and the posting flag. The key comes first, padded to a multiple of 8 bytes, then 6 bytes for each heap pointer, ascending.
+//! Layout: an index tuple whose `t_info` has the reserved bit; its `t_tid` holds, as block, where the list begins, and
+//! as offset number the list's length in bits 0 to 11 and the posting flag. The key comes first, padded to a multiple
+//! of 8 bytes, then 6 bytes for each heap pointer, ascending.
 
 use crate::Fault;
 use crate::index_tuple::{self, AM_RESERVED_BIT, INDEX_TUPLE_HEADER_SIZE, ITEM_POINTER_SIZE as TID_SIZE, ItemPointer};
@@ -69,7 +70,8 @@ impl<'a> LeafTuple<'a> {
         Ok(tuple)
     }
 
-    /// `_bt_update_posting`: the tuple without the heap pointers at these places, ascending, of which it keeps at least one.
+    /// `_bt_update_posting`: the tuple without the heap pointers at these places, ascending, of which it keeps at least
+    /// one.
     pub(super) fn without(&self, places: &[u16]) -> Result<Vec<u8>, Fault> {
         let mut doomed = places.iter().peekable();
         let kept: Vec<Tid> =
@@ -107,8 +109,8 @@ impl PostingList {
     }
 }
 
-/// `_bt_swap_posting`: the new tuple's heap pointer falls into the list of `posting`. It takes place `at` there, and the list's last one becomes
-/// the new tuple's.
+/// `_bt_swap_posting`: the new tuple's heap pointer falls into the list of `posting`. It takes place `at` there, and
+/// the list's last one becomes the new tuple's.
 pub(super) fn swap(new: &mut [u8], posting: &mut [u8], at: u16) -> Result<(), Fault> {
     let size = index_tuple::exact(posting)?.len();
     let tuple = &mut posting[..size];

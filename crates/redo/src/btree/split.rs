@@ -1,7 +1,7 @@
 //! Page splits: `xl_btree_split`.
 //!
-//! The new right page is in the record as a whole. The left one keeps its tuples up to the split point, gets a new high key, and the new tuple if
-//! that went left; when the new tuple split a posting list, the list's tuple is replaced too.
+//! The new right page is in the record as a whole. The left one keeps its tuples up to the split point, gets a new high
+//! key, and the new tuple if that went left; when the new tuple split a posting list, the list's tuple is replaced too.
 
 use varve_postgres::Page;
 
@@ -53,7 +53,8 @@ pub(super) fn neighbour(redo: &Redo<'_>, page: &mut Page) -> Result<(), Fault> {
     page::change(page, |opaque| opaque.prev = prev)
 }
 
-/// Block 0: the original page. Its tuples are added to an empty page in order, as the primary did: so they end up in the same places.
+/// Block 0: the original page. Its tuples are added to an empty page in order, as the primary did: so they end up in
+/// the same places.
 pub(super) fn left(redo: &Redo<'_>, page: &mut Page, new_on_left: bool) -> Result<(), Fault> {
     let split = Split::read(redo)?;
     let next = number_of(redo, 1)?;

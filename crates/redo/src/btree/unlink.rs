@@ -1,5 +1,6 @@
-//! Pages leave the tree: `xl_btree_mark_page_halfdead` takes an empty leaf's downlink (or that of the subtree of which it is the only leaf) away,
-//! `xl_btree_unlink_page` takes one page after the other out of its siblings' chain, from the subtree's top down to the leaf.
+//! Pages leave the tree: `xl_btree_mark_page_halfdead` takes an empty leaf's downlink (or that of the subtree of which
+//! it is the only leaf) away, `xl_btree_unlink_page` takes one page after the other out of its siblings' chain, from
+//! the subtree's top down to the leaf.
 
 use varve_postgres::page::{PAGE_HEADER_SIZE, set_lower};
 use varve_postgres::{BlockNumber, Page};
@@ -29,8 +30,8 @@ impl HalfDead {
     }
 }
 
-/// `btree_xlog_mark_page_halfdead`, block 1: the downlink goes. Since keys must stay, its tuple takes over the next one's downlink, and that
-/// one's tuple goes.
+/// `btree_xlog_mark_page_halfdead`, block 1: the downlink goes. Since keys must stay, its tuple takes over the next
+/// one's downlink, and that one's tuple goes.
 pub(super) fn halfdead_parent(redo: &Redo<'_>, page: &mut Page) -> Result<(), Fault> {
     let offset = HalfDead::read(redo)?.parent_offset;
     Opaque::read(page)?;
@@ -48,7 +49,8 @@ pub(super) fn halfdead_leaf(redo: &Redo<'_>, page: &mut Page) -> Result<(), Faul
     init_halfdead(page, record.left, record.right, record.top_parent)
 }
 
-/// A half-dead leaf anew. Its only tuple is a high key without a key, which leads to the top of the subtree that is still to be unlinked.
+/// A half-dead leaf anew. Its only tuple is a high key without a key, which leads to the top of the subtree that is
+/// still to be unlinked.
 fn init_halfdead(page: &mut Page, prev: BlockNumber, next: BlockNumber, top_parent: BlockNumber) -> Result<(), Fault> {
     page::init(page, Opaque { prev, next, level: 0, flags: HALF_DEAD | LEAF, cycle_id: 0 })?;
     let mut tuple = [0; INDEX_TUPLE_HEADER_SIZE];
@@ -89,7 +91,8 @@ impl Unlink {
     }
 }
 
-/// `btree_xlog_unlink_page` but for the metapage: block 0 the page that goes, 1 and 2 its siblings, 3 the subtree's leaf.
+/// `btree_xlog_unlink_page` but for the metapage: block 0 the page that goes, 1 and 2 its siblings, 3 the subtree's
+/// leaf.
 pub(super) fn unlink(redo: &Redo<'_>, page: &mut Page) -> Result<(), Fault> {
     let record = Unlink::read(redo)?;
     match redo.record.block_id {

@@ -8,8 +8,8 @@ use crate::cursor::Cursor;
 use crate::index_tuple::{self, ItemPointer};
 use crate::item::{add_item, index_tuple_delete, item_mut};
 
-/// `ginRedoInsertEntry`. Block data (`ginxlogInsertEntry`): offset number `u16`, whether the tuple there is replaced `u8`, padding `u8`,
-/// the tuple.
+/// `ginRedoInsertEntry`. Block data (`ginxlogInsertEntry`): offset number `u16`, whether the tuple there is replaced
+/// `u8`, padding `u8`, the tuple.
 pub(super) fn insert(page: &mut Page, data: &[u8], right_child: Option<BlockNumber>) -> Result<(), Fault> {
     Opaque::expect(page, DATA, 0)?;
     let mut data = Cursor::new(data);

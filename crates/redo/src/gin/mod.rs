@@ -1,16 +1,16 @@
-//! GIN: an entry tree over keys, for frequent keys a posting tree of heap pointers each, and a pending list of what was not yet sorted
-//! in (`access/ginxlog.h`, `access/ginblock.h`).
+//! GIN: an entry tree over keys, for frequent keys a posting tree of heap pointers each, and a pending list of what was
+//! not yet sorted in (`access/ginxlog.h`, `access/ginblock.h`).
 //!
 //! - [`entry`]: insertion into the entry tree.
-//! - [`posting_tree`]: creation, inner pages and page deletion of posting trees; [`recompress`] for their leaves, whose heap pointers
-//!   are compressed as [`posting_list`] says.
+//! - [`posting_tree`]: creation, inner pages and page deletion of posting trees; [`recompress`] for their leaves, whose
+//!   heap pointers are compressed as [`posting_list`] says.
 //! - [`pending`]: metapage and pending list.
 //!
-//! Page splits and the vacuuming of entry pages come with images of all pages; only a split's child, whose incomplete-split flag is
-//! cleared, is ours.
+//! Page splits and the vacuuming of entry pages come with images of all pages; only a split's child, whose
+//! incomplete-split flag is cleared, is ours.
 //!
-//! Special space, 8 bytes: right link `u32`, maxoff `u16` (posting items on an inner page of a posting tree; heap rows on a page of the
-//! pending list), flags `u16`.
+//! Special space, 8 bytes: right link `u32`, maxoff `u16` (posting items on an inner page of a posting tree; heap rows
+//! on a page of the pending list), flags `u16`.
 
 mod entry;
 mod pending;
@@ -109,8 +109,8 @@ pub(crate) fn redo(redo: &Redo<'_>, page: &mut Page) -> Result<(), Fault> {
     }
 }
 
-/// `ginRedoInsert`. Block 0 is the target; above the leaves the insertion finishes the split of a child, block 1, whose right half
-/// takes the place of the downlink before which the new one goes.
+/// `ginRedoInsert`. Block 0 is the target; above the leaves the insertion finishes the split of a child, block 1, whose
+/// right half takes the place of the downlink before which the new one goes.
 fn insert(redo: &Redo<'_>, page: &mut Page) -> Result<(), Fault> {
     let mut main = Cursor::new(redo.record.main_data);
     let flags = main.u16()?;

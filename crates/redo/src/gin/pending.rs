@@ -15,8 +15,9 @@ const META_SIZE: usize = 56;
 /// Bytes of `RelFileNode`, and the padding behind it in `ginxlogUpdateMeta`.
 const RELATION_SIZE: usize = 12 + 4;
 
-/// `ginRedoUpdateMetapage`. Main data (`ginxlogUpdateMeta`): relation, metapage, the list's tail before `u32`, its new right link `u32`,
-/// number of tuples `i32`. Block 0 is the metapage; block 1 the tail, which gets either the tuples in its data or the right link.
+/// `ginRedoUpdateMetapage`. Main data (`ginxlogUpdateMeta`): relation, metapage, the list's tail before `u32`, its new
+/// right link `u32`, number of tuples `i32`. Block 0 is the metapage; block 1 the tail, which gets either the tuples in
+/// its data or the right link.
 pub(super) fn update_meta_page(record: &BlockRecord<'_>, page: &mut Page) -> Result<(), Fault> {
     let mut main = Cursor::new(record.main_data);
     main.take(RELATION_SIZE)?;
@@ -42,7 +43,8 @@ pub(super) fn update_meta_page(record: &BlockRecord<'_>, page: &mut Page) -> Res
     }
 }
 
-/// `ginRedoInsertListPage`. Main data (`ginxlogInsertListPage`): right link `u32`, number of tuples `i32`; block data: the tuples.
+/// `ginRedoInsertListPage`. Main data (`ginxlogInsertListPage`): right link `u32`, number of tuples `i32`; block data:
+/// the tuples.
 pub(super) fn insert_list_page(record: &BlockRecord<'_>, page: &mut Page) -> Result<(), Fault> {
     let mut main = Cursor::new(record.main_data);
     let right_link = main.u32()?;
@@ -54,8 +56,8 @@ pub(super) fn insert_list_page(record: &BlockRecord<'_>, page: &mut Page) -> Res
     add_tuples(page, record.data, tuples)
 }
 
-/// `ginRedoDeleteListPages`. Main data (`ginxlogDeleteListPages`): metapage, number of pages `i32`. Block 0 is the metapage, the others
-/// are deleted.
+/// `ginRedoDeleteListPages`. Main data (`ginxlogDeleteListPages`): metapage, number of pages `i32`. Block 0 is the
+/// metapage, the others are deleted.
 pub(super) fn delete_list_pages(record: &BlockRecord<'_>, page: &mut Page) -> Result<(), Fault> {
     let mut main = Cursor::new(record.main_data);
     let meta = main.take(META_SIZE)?;

@@ -1,8 +1,9 @@
 //! Posting lists: ascending heap pointers, compressed (`gin/ginpostinglist.c`).
 //!
-//! Layout of a segment, 2-aligned: first item pointer, 6 bytes; number of bytes that follow `u16`; for each further pointer its distance
-//! from the one before as a varbyte number (7 bits a byte, low ones first, high bit set but in the last byte); a zero byte if their number
-//! is odd. The distance is that of 43-bit numbers: block number, then 11 bits of offset number.
+//! Layout of a segment, 2-aligned: first item pointer, 6 bytes; number of bytes that follow `u16`; for each further
+//! pointer its distance from the one before as a varbyte number (7 bits a byte, low ones first, high bit set but in the
+//! last byte); a zero byte if their number is odd. The distance is that of 43-bit numbers: block number, then 11 bits
+//! of offset number.
 
 use varve_postgres::page::BLCKSZ;
 

@@ -1,7 +1,8 @@
 //! Posting trees: creation, inner pages, page deletion.
 //!
-//! Page layout: the right bound (an item pointer, padded to 8 bytes) behind the page header; then, on inner pages, maxoff posting items of
-//! 10 bytes (child block, item pointer), on leaves compressed posting lists; `pd_lower` is the end of either. No line pointers.
+//! Page layout: the right bound (an item pointer, padded to 8 bytes) behind the page header; then, on inner pages,
+//! maxoff posting items of 10 bytes (child block, item pointer), on leaves compressed posting lists; `pd_lower` is the
+//! end of either. No line pointers.
 
 use std::ops::Range;
 
@@ -36,8 +37,8 @@ pub(super) fn create(record: &BlockRecord<'_>, page: &mut Page) -> Result<(), Fa
     set_content_end(page, end)
 }
 
-/// The insertion of a downlink. Block data (`ginxlogInsertDataInternal`): offset `u16`, the new posting item, which goes before the one
-/// that is there; that one gets the child `right_child`.
+/// The insertion of a downlink. Block data (`ginxlogInsertDataInternal`): offset `u16`, the new posting item, which
+/// goes before the one that is there; that one gets the child `right_child`.
 pub(super) fn insert_inner(page: &mut Page, data: &[u8], right_child: BlockNumber) -> Result<(), Fault> {
     let mut data = Cursor::new(data);
     let offset = data.u16()?;
@@ -56,8 +57,9 @@ pub(super) fn insert_inner(page: &mut Page, data: &[u8], right_child: BlockNumbe
     set_content_end(page, end + POSTING_ITEM_SIZE)
 }
 
-/// `ginRedoDeletePage`. Main data (`ginxlogDeletePage`): offset of the downlink in the parent `u16`, padding, the deleted page's right link
-/// `u32`, last transaction that may still see the page `u32`. Block 0 is deleted, 1 its parent, 2 its left sibling.
+/// `ginRedoDeletePage`. Main data (`ginxlogDeletePage`): offset of the downlink in the parent `u16`, padding, the
+/// deleted page's right link `u32`, last transaction that may still see the page `u32`. Block 0 is deleted, 1 its
+/// parent, 2 its left sibling.
 pub(super) fn delete_page(record: &BlockRecord<'_>, page: &mut Page) -> Result<(), Fault> {
     let mut main = Cursor::new(record.main_data);
     let parent_offset = main.u16()?;

@@ -1,8 +1,9 @@
 //! Leaves of posting trees: changes to their posting lists, segment by segment (`ginRedoRecompress`).
 //!
-//! Data (`ginxlogRecompressDataLeaf`): number of actions `u16`; each: segment `u8`, counted as before the record, action `u8`, then for an
-//! insertion or replacement the new segment, for added items their number `u16` and the uncompressed item pointers. Segments are named in
-//! ascending order, and an insertion goes before the one that it names.
+//! Data (`ginxlogRecompressDataLeaf`): number of actions `u16`; each: segment `u8`, counted as before the record,
+//! action `u8`, then for an insertion or replacement the new segment, for added items their number `u16` and the
+//! uncompressed item pointers. Segments are named in ascending order, and an insertion goes before the one that it
+//! names.
 
 use varve_postgres::{Page, page};
 
@@ -78,8 +79,8 @@ fn compress_page(page: &mut Page, mut opaque: Opaque) -> Result<(), Fault> {
     opaque.write(page)
 }
 
-/// A page whose segments are read and written in one pass, in place as long as writing does not overtake reading: before it does, what is
-/// still to be read is copied aside.
+/// A page whose segments are read and written in one pass, in place as long as writing does not overtake reading:
+/// before it does, what is still to be read is copied aside.
 struct Rewrite<'a> {
     page: &'a mut Page,
     /// Number of the old segment at `read`.

@@ -28,7 +28,8 @@ pub(super) fn receive(redo: &Redo<'_>, page: &mut Page) -> Result<(), Fault> {
     add_all(redo, page, len)
 }
 
-/// Puts the block's `len` tuples on the page. Its data: their offset numbers, each as of when its turn comes, then the tuples.
+/// Puts the block's `len` tuples on the page. Its data: their offset numbers, each as of when its turn comes, then the
+/// tuples.
 pub(super) fn add_all(redo: &Redo<'_>, page: &mut Page, len: u16) -> Result<(), Fault> {
     let mut data = Cursor::new(redo.record.data);
     for offset in data.u16s(usize::from(len))? {
@@ -58,8 +59,8 @@ fn clear_has_dead(page: &mut Page) -> Result<(), Fault> {
     change(page, |opaque| opaque.flags &= !HAS_DEAD_TUPLES)
 }
 
-/// `xl_hash_vacuum_one_page`: how many tuples an insertion that needed room took away, and the main data behind it. Since 16 the count is
-/// shorter, and a flag for recovery conflicts takes the other half of its place.
+/// `xl_hash_vacuum_one_page`: how many tuples an insertion that needed room took away, and the main data behind it.
+/// Since 16 the count is shorter, and a flag for recovery conflicts takes the other half of its place.
 fn dead<'a>(redo: &Redo<'a>) -> Result<(u16, Cursor<'a>), Fault> {
     let mut main = Cursor::new(redo.record.main_data);
     main.take(4)?; // transaction id for recovery conflicts

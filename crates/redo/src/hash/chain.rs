@@ -1,4 +1,5 @@
-//! A bucket's chain of overflow pages: it grows at its end (`xl_hash_add_ovfl_page`), and is squeezed from its end (`xl_hash_squeeze_page`).
+//! A bucket's chain of overflow pages: it grows at its end (`xl_hash_add_ovfl_page`), and is squeezed from its end
+//! (`xl_hash_squeeze_page`).
 
 use varve_postgres::{BlockNumber, Page};
 
@@ -43,8 +44,8 @@ impl Squeeze {
     }
 }
 
-/// `xl_hash_squeeze_page`, block 1: the page that takes the tuples of the one that goes. There may be none: then block 1 is in the record for its
-/// link, or for its lock alone.
+/// `xl_hash_squeeze_page`, block 1: the page that takes the tuples of the one that goes. There may be none: then block
+/// 1 is in the record for its link, or for its lock alone.
 pub(super) fn squeeze_into(redo: &Redo<'_>, page: &mut Page) -> Result<(), Fault> {
     let squeeze = Squeeze::read(redo)?;
     if squeeze.tuples_len > 0 {

@@ -1,8 +1,9 @@
 //! The metapage: `HashMetaPageData` of `access/hash.h`.
 //!
-//! Layout, from byte 24: magic `u32`, version `u32`, tuples `f64`, fill factor, page size, bitmap bytes and the logarithm of its bits (`u16` each),
-//! largest bucket, high mask, low mask, split point, first free overflow page, number of bitmap pages, hash function (`u32` each), then
-//! 98 counts of spare pages and 1024 bitmap pages (`u32` each); padded to a multiple of 8.
+//! Layout, from byte 24: magic `u32`, version `u32`, tuples `f64`, fill factor, page size, bitmap bytes and the
+//! logarithm of its bits (`u16` each), largest bucket, high mask, low mask, split point, first free overflow page,
+//! number of bitmap pages, hash function (`u32` each), then 98 counts of spare pages and 1024 bitmap pages (`u32`
+//! each); padded to a multiple of 8.
 
 use varve_postgres::Page;
 use varve_postgres::page::{PAGE_HEADER_SIZE, set_lower, special};
@@ -211,8 +212,8 @@ pub(super) fn set_first_free(redo: &Redo<'_>, page: &mut Page) -> Result<(), Fau
     Ok(())
 }
 
-/// `xl_hash_add_ovfl_page`, block 4. Unless a free page was found in the bitmaps, the index has grown by one, or by two when it needed another
-/// bitmap page, block 3, as well.
+/// `xl_hash_add_ovfl_page`, block 4. Unless a free page was found in the bitmaps, the index has grown by one, or by two
+/// when it needed another bitmap page, block 3, as well.
 pub(super) fn add_overflow_page(redo: &Redo<'_>, page: &mut Page) -> Result<(), Fault> {
     let mut main = Cursor::new(redo.record.main_data);
     main.take(2)?; // the bitmap page's size

@@ -1,11 +1,13 @@
 //! Hash indexes: the page functions of `access/hash/hash_xlog.c`.
 //!
-//! Record data is that of `access/hash_xlog.h`. What a record does to one of its blocks never depends on the other blocks' contents, only on their
-//! numbers, so each block is redone alone. Several records name the primary bucket page, block 0, only so that Postgres locks it; it stays as
-//! it is.
+//! Record data is that of `access/hash_xlog.h`. What a record does to one of its blocks never depends on the other
+//! blocks' contents, only on their numbers, so each block is redone alone. Several records name the primary bucket
+//! page, block 0, only so that Postgres locks it; it stays as it is.
 //!
-//! - [`page`]: the special space, and building pages; [`meta`]: the metapage; [`bitmap`]: which overflow pages are in use
-//! - [`bucket`]: tuples of bucket and overflow pages; [`chain`]: overflow pages come and go; [`split`]: a bucket is divided
+//! - [`page`]: the special space, and building pages; [`meta`]: the metapage; [`bitmap`]: which overflow pages are in
+//!   use
+//! - [`bucket`]: tuples of bucket and overflow pages; [`chain`]: overflow pages come and go; [`split`]: a bucket is
+//!   divided
 
 mod bitmap;
 mod bucket;

@@ -32,7 +32,8 @@ pub(super) const HAS_DEAD_TUPLES: u16 = 1 << 7;
 /// A page's role and its place in a bucket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Opaque {
-    /// `hasho_prevblkno`: the page before in the bucket; on a bucket's first page, the largest bucket when it was last split.
+    /// `hasho_prevblkno`: the page before in the bucket; on a bucket's first page, the largest bucket when it was last
+    /// split.
     pub(super) prev: BlockNumber,
     /// `hasho_nextblkno`: the next page in the bucket.
     pub(super) next: BlockNumber,

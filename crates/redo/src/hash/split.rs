@@ -1,5 +1,5 @@
-//! A bucket is divided: allocation of the new bucket (`xl_hash_split_allocate_page`), then its pages as images, then completion
-//! (`xl_hash_split_complete`), then, later, clean-up of the old bucket.
+//! A bucket is divided: allocation of the new bucket (`xl_hash_split_allocate_page`), then its pages as images, then
+//! completion (`xl_hash_split_complete`), then, later, clean-up of the old bucket.
 
 use varve_postgres::Page;
 

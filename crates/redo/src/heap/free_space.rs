@@ -12,8 +12,9 @@ use crate::visibility_map::VALID_BITS;
 /// Pages with more free space than a fifth are not worth an update when they are filled.
 const LOW_FREE_SPACE: usize = BLCKSZ / 5;
 
-/// The free space that Postgres's redo of `record` records in the free-space map for the record's block, `page` being that block after
-/// redo; `None` if it records nothing. `restored` says whether the record brought the page as a full-page image.
+/// The free space that Postgres's redo of `record` records in the free-space map for the record's block, `page` being
+/// that block after redo; `None` if it records nothing. `restored` says whether the record brought the page as a
+/// full-page image.
 pub fn free_space_effect(major: Major, record: &BlockRecord<'_>, page: &Page, restored: bool) -> Option<usize> {
     let kind = record.info & opcode::MASK;
     let filled = || Some(item::heap_free_space(page)).filter(|space| !restored && *space < LOW_FREE_SPACE);

@@ -72,7 +72,8 @@ fn add_tuple(
     Ok(())
 }
 
-/// Makes room for a tuple of the record's transaction and fills in its header; gives the range of `body_len` bytes that follow it, to be filled.
+/// Makes room for a tuple of the record's transaction and fills in its header; gives the range of `body_len` bytes that
+/// follow it, to be filled.
 pub(super) fn reserve_tuple(
     redo: &Redo<'_>,
     page: &mut Page,

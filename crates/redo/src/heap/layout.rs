@@ -1,13 +1,14 @@
 //! Pruning without moving tuples: a heap page's compaction is put off until somebody looks at the page.
 //!
-//! Most of what pruning costs is closing the gaps between tuples, and the next prune of the page makes the work vain. Where tuples lie after
-//! a compaction follows from their line pointers alone: from the page's end downwards, in order of the line pointers. So it is enough to
-//! know, beside the page, which tuples came after the last compaction ([`HeapLayout`]). Meanwhile a page is *loose*: its header and the states
-//! and lengths of its line pointers are already as they have to be, and each line pointer's offset is where its tuple lies for now; a new tuple
-//! goes where there is room. [`HeapLayout::settle`] moves all to where Postgres has them.
+//! Most of what pruning costs is closing the gaps between tuples, and the next prune of the page makes the work vain.
+//! Where tuples lie after a compaction follows from their line pointers alone: from the page's end downwards, in order
+//! of the line pointers. So it is enough to know, beside the page, which tuples came after the last compaction
+//! ([`HeapLayout`]). Meanwhile a page is *loose*: its header and the states and lengths of its line pointers are
+//! already as they have to be, and each line pointer's offset is where its tuple lies for now; a new tuple goes where
+//! there is room. [`HeapLayout::settle`] moves all to where Postgres has them.
 //!
-//! Only records that reach tuples through line pointers, and make tuples through [`HeapLayout::reserve`], may see a loose page; before all others it
-//! is settled.
+//! Only records that reach tuples through line pointers, and make tuples through [`HeapLayout::reserve`], may see a
+//! loose page; before all others it is settled.
 
 use std::ops::Range;
 
@@ -19,7 +20,8 @@ use super::prune::Pruned;
 use crate::item::{self, ITEM_ID_SIZE, ItemId, ItemState, OffsetNumber, max_align};
 use crate::{Fault, RedoError};
 
-/// Tuples made between two prunes; with more, pages that are filled rather than updated, the next prune is done at once.
+/// Tuples made between two prunes; with more, pages that are filled rather than updated, the next prune is done at
+/// once.
 const ADDED_MAX: usize = 8;
 /// Gaps that are remembered to put tuples into; others are found again when the page is settled.
 const GAPS_MAX: usize = 4;
@@ -33,7 +35,8 @@ struct Gap {
 
 /// Where a heap page's tuples lie while closing the gaps between them is put off. See the [module](self).
 ///
-/// To be kept beside the page, and to be begun anew ([`HeapLayout::default`]) when the page becomes another without redo.
+/// To be kept beside the page, and to be begun anew ([`HeapLayout::default`]) when the page becomes another without
+/// redo.
 #[derive(Clone, Debug, Default)]
 pub struct HeapLayout {
     /// Whether the order of tuples is known: since the page was last compacted only what is noted here happened to it.
@@ -51,7 +54,8 @@ pub struct HeapLayout {
 }
 
 impl HeapLayout {
-    /// Where the next tuple is likely to be put, if that is not the usual place: so that memory can be waited for ahead.
+    /// Where the next tuple is likely to be put, if that is not the usual place: so that memory can be waited for
+    /// ahead.
     pub fn next_place(&self) -> Option<u16> {
         self.gaps.last().map(|gap| gap.start)
     }
@@ -148,7 +152,8 @@ impl HeapLayout {
         }
     }
 
-    /// Makes room for a tuple of `len` bytes behind line pointer `offset`, which is unused or one past the last ([`item::reserve_item`]).
+    /// Makes room for a tuple of `len` bytes behind line pointer `offset`, which is unused or one past the last
+    /// ([`item::reserve_item`]).
     pub(super) fn reserve(&mut self, page: &mut Page, len: usize, offset: OffsetNumber) -> Result<Range<usize>, Fault> {
         let place = if self.loose { self.place(page, len, offset) } else { None };
         if self.known && (self.added.is_full() || self.loose && place.is_none()) {

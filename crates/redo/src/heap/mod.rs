@@ -1,8 +1,9 @@
 //! Page functions of the heap: resource managers Heap and Heap2 (`access/heapam_xlog.h`).
 //!
-//! [`record`] takes records apart, [`tuple`] knows a tuple's header; [`insert`] makes tuples, [`update`] changes them, [`prune`] removes
-//! and freezes them, [`layout`] says where they lie until gaps are closed. Which bits of visibility-map pages a record clears says
-//! [`crate::visibility_map`], what it makes known about free space [`free_space`], which tuples it names [`named`].
+//! [`record`] takes records apart, [`tuple`] knows a tuple's header; [`insert`] makes tuples, [`update`] changes them,
+//! [`prune`] removes and freezes them, [`layout`] says where they lie until gaps are closed. Which bits of
+//! visibility-map pages a record clears says [`crate::visibility_map`], what it makes known about free space
+//! [`free_space`], which tuples it names [`named`].
 
 pub(crate) mod free_space;
 mod insert;

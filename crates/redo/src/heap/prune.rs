@@ -1,8 +1,8 @@
 //! Records that remove and freeze tuples: prune, vacuum, freeze.
 //!
-//! Up to 16 each has a record type of its own; 15 and earlier freeze tuple by tuple, 16 by plans that many tuples share. From 17 on one
-//! record does it all: its flags say which parts the block's data has, in this order: freeze plans, redirections, dead items, unused
-//! items, and last the numbers of the tuples that the plans freeze.
+//! Up to 16 each has a record type of its own; 15 and earlier freeze tuple by tuple, 16 by plans that many tuples
+//! share. From 17 on one record does it all: its flags say which parts the block's data has, in this order: freeze
+//! plans, redirections, dead items, unused items, and last the numbers of the tuples that the plans freeze.
 
 use varve_postgres::Page;
 

@@ -1,7 +1,8 @@
 //! The header of a heap tuple (`access/htup_details.h`).
 //!
-//! Layout, little-endian: xmin `u32`, xmax `u32`, command ids or xvac `u32`, ctid (block high `u16`, block low `u16`, offset `u16`),
-//! infomask2 `u16`, infomask `u16`, length of header with null bitmap `u8`; the bitmap and the values follow at 23.
+//! Layout, little-endian: xmin `u32`, xmax `u32`, command ids or xvac `u32`, ctid (block high `u16`, block low `u16`,
+//! offset `u16`), infomask2 `u16`, infomask `u16`, length of header with null bitmap `u8`; the bitmap and the values
+//! follow at 23.
 
 use varve_postgres::BlockNumber;
 

@@ -1,11 +1,12 @@
-//! Line pointers and the tuples behind them: what page functions of all access methods do to a page (`storage/itemid.h`, `page/bufpage.c`).
+//! Line pointers and the tuples behind them: what page functions of all access methods do to a page
+//! (`storage/itemid.h`, `page/bufpage.c`).
 //!
-//! Same results as Postgres's functions of these names, tuple placement included: a tuple goes to `pd_upper`, and compaction keeps the
-//! order that Postgres keeps. Unlike there, nothing is trusted: a page whose header or line pointers contradict themselves is a
-//! [`Fault`], and then the page is not to be used.
+//! Same results as Postgres's functions of these names, tuple placement included: a tuple goes to `pd_upper`, and
+//! compaction keeps the order that Postgres keeps. Unlike there, nothing is trusted: a page whose header or line
+//! pointers contradict themselves is a [`Fault`], and then the page is not to be used.
 //!
-//! Layout: 4 bytes a line pointer from [`PAGE_HEADER_SIZE`] to `pd_lower`; as a little-endian word, offset in bits 0 to 14, state in
-//! bits 15 and 16, length in bits 17 to 31. Line pointers are numbered from 1.
+//! Layout: 4 bytes a line pointer from [`PAGE_HEADER_SIZE`] to `pd_lower`; as a little-endian word, offset in bits 0 to
+//! 14, state in bits 15 and 16, length in bits 17 to 31. Line pointers are numbered from 1.
 
 use std::ops::Range;
 
@@ -133,7 +134,8 @@ pub(crate) fn max_align(len: usize) -> usize {
     len.next_multiple_of(8)
 }
 
-/// Checks `pd_lower`, `pd_upper` and `pd_special`; after it, 24 <= lower <= upper <= special <= 8192, and special is a multiple of 8.
+/// Checks `pd_lower`, `pd_upper` and `pd_special`; after it, 24 <= lower <= upper <= special <= 8192, and special is a
+/// multiple of 8.
 #[inline]
 pub(crate) fn check_header(page: &Page) -> Result<(), Fault> {
     let (lower, upper, special) = (lower(page), upper(page), special(page));
@@ -283,10 +285,12 @@ pub(crate) fn set_has_free_lines(page: &mut Page, has: bool) {
     set_flags(page, if has { others | PD_HAS_FREE_LINES } else { others });
 }
 
-/// `PageAddItemExtended`, but for the copying: gives the new tuple its line pointer and its place, to be filled by the caller.
+/// `PageAddItemExtended`, but for the copying: gives the new tuple its line pointer and its place, to be filled by the
+/// caller.
 ///
-/// At line pointer `offset`, or the first free one if that is 0. With `overwrite`, `offset` is an unused line pointer or one past the
-/// last; without, line pointers from `offset` on move up by one. `is_heap` refuses line pointers beyond [`MAX_HEAP_TUPLES`].
+/// At line pointer `offset`, or the first free one if that is 0. With `overwrite`, `offset` is an unused line pointer
+/// or one past the last; without, line pointers from `offset` on move up by one. `is_heap` refuses line pointers beyond
+/// [`MAX_HEAP_TUPLES`].
 pub(crate) fn reserve_item(
     page: &mut Page,
     len: usize,
@@ -410,7 +414,8 @@ struct Compaction {
     upper: u32,
     special: u32,
     last_start: u32,
-    /// The top bit says that the tuples do not lie on the page in their order, from its end downwards. If they do, they can be moved without a copy.
+    /// The top bit says that the tuples do not lie on the page in their order, from its end downwards. If they do, they
+    /// can be moved without a copy.
     unsorted: u32,
     /// The top bit says that a tuple does not lie between upper and special.
     misplaced: u32,
@@ -424,8 +429,8 @@ impl Compaction {
 
     /// Lists the tuple behind `id`, which becomes line pointer `offset`, if `is_kept`.
     ///
-    /// Which line pointers are kept no processor can guess, and to guess wrong is what takes time: so there is no branch here, and what is wrong
-    /// is found out by [`Compaction::check`].
+    /// Which line pointers are kept no processor can guess, and to guess wrong is what takes time: so there is no
+    /// branch here, and what is wrong is found out by [`Compaction::check`].
     #[inline(always)]
     fn push_if(&mut self, tuples: &mut KeptTuples, is_kept: bool, id: ItemId, offset: OffsetNumber) {
         let (start, aligned_len) = (id.0 & 0x7FFF, ((id.0 >> 17) + 7) & !7);
@@ -454,8 +459,8 @@ impl Compaction {
         Ok(())
     }
 
-    /// `compactify_tuples`: moves them to the page's end in order, without gaps, and sets line pointers and `pd_upper`. They were
-    /// [checked](Self::check), and the page has their line pointers.
+    /// `compactify_tuples`: moves them to the page's end in order, without gaps, and sets line pointers and `pd_upper`.
+    /// They were [checked](Self::check), and the page has their line pointers.
     fn compact(&self, tuples: &KeptTuples, page: &mut Page) {
         let tuples = &tuples[..self.len];
         let mut target = self.special as u16;
@@ -465,8 +470,8 @@ impl Compaction {
             stays
         });
         let moved = &tuples[stay.count()..];
-        // Tuples in order all go up, so none is overwritten before it was moved. Otherwise they come from a copy: of all, because on a corrupt
-        // page one may lie where others stay.
+        // Tuples in order all go up, so none is overwritten before it was moved. Otherwise they come from a copy: of
+        // all, because on a corrupt page one may lie where others stay.
         let upper = self.upper as usize;
         let mut copy: ArrayVec<u8, BLCKSZ> = ArrayVec::new();
         if self.unsorted >> 31 != 0 {
@@ -503,8 +508,8 @@ fn misplaced(offset: OffsetNumber, id: ItemId, upper: u16, special: u16) -> Faul
     format!("line pointer {offset} is corrupt: {id:?}, upper {upper}, special {special}").into()
 }
 
-/// `PageRepairFragmentation`: closes gaps between a heap page's tuples, cuts unused line pointers off the end if told (from 15 on Postgres
-/// does), sets the free-lines hint. Returns how many unused line pointers are left.
+/// `PageRepairFragmentation`: closes gaps between a heap page's tuples, cuts unused line pointers off the end if told
+/// (from 15 on Postgres does), sets the free-lines hint. Returns how many unused line pointers are left.
 pub(crate) fn repair_fragmentation(page: &mut Page, truncate: bool) -> Result<OffsetNumber, Fault> {
     check_header(page)?;
     let lines = max_offset(page);
@@ -527,8 +532,8 @@ pub(crate) fn repair_fragmentation(page: &mut Page, truncate: bool) -> Result<Of
     Ok(unused - cut)
 }
 
-/// Moves a heap page's tuples, which lie anywhere between `bottom` and the special space, to the page's end without gaps: first those behind all
-/// other line pointers, in order of these, then those behind `last`, in that order.
+/// Moves a heap page's tuples, which lie anywhere between `bottom` and the special space, to the page's end without
+/// gaps: first those behind all other line pointers, in order of these, then those behind `last`, in that order.
 pub(crate) fn close_gaps(page: &mut Page, bottom: u16, last: &[OffsetNumber]) -> Result<(), Fault> {
     let (mut tuples, mut kept) = (NONE_KEPT, Compaction { upper: u32::from(bottom), ..Compaction::new(page) });
     for (bytes, offset) in line_pointers(page).iter().zip(1..) {
@@ -567,7 +572,8 @@ fn index_tuple(page: &Page, offset: OffsetNumber) -> Result<(ItemId, Range<usize
     Ok((id, range))
 }
 
-/// Moves the tuple data before `end` up by `by` bytes, and what line pointers say with it. `by` is negative to move down.
+/// Moves the tuple data before `end` up by `by` bytes, and what line pointers say with it. `by` is negative to move
+/// down.
 fn shift_tuples(page: &mut Page, end: usize, by: isize) -> Result<(), Fault> {
     let from = usize::from(upper(page));
     let to = from
@@ -626,7 +632,8 @@ pub(crate) fn index_multi_delete(page: &mut Page, offsets: &[OffsetNumber]) -> R
     Ok(())
 }
 
-/// `PageIndexTupleDeleteNoCompact`: takes an index tuple off the page and leaves its line pointer unused, unless it is the last, which goes.
+/// `PageIndexTupleDeleteNoCompact`: takes an index tuple off the page and leaves its line pointer unused, unless it is
+/// the last, which goes.
 pub(crate) fn index_tuple_delete_no_compact(page: &mut Page, offset: OffsetNumber) -> Result<(), Fault> {
     check_header(page)?;
     let (_, range) = index_tuple(page, offset)?;

@@ -1,4 +1,5 @@
-//! Page item functions against a model: a list of line pointers, each with its tuple, and the order in which tuples lie on the page.
+//! Page item functions against a model: a list of line pointers, each with its tuple, and the order in which tuples lie
+//! on the page.
 
 use proptest::collection::vec;
 use proptest::prelude::*;
@@ -20,7 +21,8 @@ fn tuples(page: &Page) -> Vec<Option<Vec<u8>>> {
     (1..=max_offset(page)).map(|offset| item(page, offset).ok().map(<[u8]>::to_vec)).collect()
 }
 
-/// Line pointers with storage in the order of their tuples on the page, from its end downwards, and whether there are gaps between them.
+/// Line pointers with storage in the order of their tuples on the page, from its end downwards, and whether there are
+/// gaps between them.
 fn layout(page: &Page) -> (Vec<OffsetNumber>, bool) {
     let mut ids: Vec<(ItemId, OffsetNumber)> =
         (1..=max_offset(page)).map(|offset| (item_id(page, offset).unwrap(), offset)).filter(|(id, _)| id.has_storage()).collect();

@@ -1,8 +1,8 @@
-//! A new leaf tuple, and what makes room for it: moving a chain to another page, adding a node to an inner tuple, splitting an inner
-//! tuple's prefix.
+//! A new leaf tuple, and what makes room for it: moving a chain to another page, adding a node to an inner tuple,
+//! splitting an inner tuple's prefix.
 //!
-//! Each function is called for any of its record's blocks. A record that comes with several of them says in its main data all that each
-//! block needs, but for the numbers of the others.
+//! Each function is called for any of its record's blocks. A record that comes with several of them says in its main
+//! data all that each block needs, but for the numbers of the others.
 
 use varve_postgres::{BlockNumber, Page};
 
@@ -19,8 +19,9 @@ pub(super) fn target(record: &BlockRecord<'_>, id: u8) -> Result<BlockNumber, Fa
     record.block_number(id).ok_or_else(|| format!("the record has no block {id}, to which a tuple should point").into())
 }
 
-/// `spgRedoAddLeaf`. Main data (`spgxlogAddLeaf`): whether the page is new `u8`, whether of nulls `u8`, the tuple's offset `u16`, that of
-/// its chain's head `u16`, parent's `u16` and its node `u16`; the tuple. Block 0 gets the tuple; block 1 is the parent's.
+/// `spgRedoAddLeaf`. Main data (`spgxlogAddLeaf`): whether the page is new `u8`, whether of nulls `u8`, the tuple's
+/// offset `u16`, that of its chain's head `u16`, parent's `u16` and its node `u16`; the tuple. Block 0 gets the tuple;
+/// block 1 is the parent's.
 pub(super) fn add_leaf(record: &BlockRecord<'_>, page: &mut Page) -> Result<(), Fault> {
     let mut main = Cursor::new(record.main_data);
     let (new_page, stores_nulls) = (main.u8()? != 0, main.u8()? != 0);
@@ -43,10 +44,11 @@ pub(super) fn add_leaf(record: &BlockRecord<'_>, page: &mut Page) -> Result<(), 
     Ok(())
 }
 
-/// `spgRedoMoveLeafs`. Main data (`spgxlogMoveLeafs`): number of moved tuples `u16`, whether the page they go to is new `u8`, whether the
-/// source is a dead tuple `u8`, whether of nulls `u8`, padding, parent `u16` and its node `u16`, padding, writer; offsets from which they
-/// go; offsets to which they go and the tuples, one more than are moved for the new tuple, or with a dead source that one alone. The last
-/// of them is their chain's head. Block 0 is the source, 1 the destination, 2 the parent's.
+/// `spgRedoMoveLeafs`. Main data (`spgxlogMoveLeafs`): number of moved tuples `u16`, whether the page they go to is new
+/// `u8`, whether the source is a dead tuple `u8`, whether of nulls `u8`, padding, parent `u16` and its node `u16`,
+/// padding, writer; offsets from which they go; offsets to which they go and the tuples, one more than are moved for
+/// the new tuple, or with a dead source that one alone. The last of them is their chain's head. Block 0 is the source,
+/// 1 the destination, 2 the parent's.
 pub(super) fn move_leafs(record: &BlockRecord<'_>, page: &mut Page) -> Result<(), Fault> {
     let mut main = Cursor::new(record.main_data);
     let moved = usize::from(main.u16()?);
@@ -73,9 +75,10 @@ pub(super) fn move_leafs(record: &BlockRecord<'_>, page: &mut Page) -> Result<()
     }
 }
 
-/// `spgRedoAddNode`. Main data (`spgxlogAddNode`): offset of the inner tuple `u16`, of the new one on another page `u16`, whether that page
-/// is new `u8`, block id of the parent `i8` or -1, parent `u16` and its node `u16`, padding, writer; the new tuple. It goes in the old
-/// one's place on block 0, or on block 1 if there is one; block 2 is the parent's if that is on neither.
+/// `spgRedoAddNode`. Main data (`spgxlogAddNode`): offset of the inner tuple `u16`, of the new one on another page
+/// `u16`, whether that page is new `u8`, block id of the parent `i8` or -1, parent `u16` and its node `u16`, padding,
+/// writer; the new tuple. It goes in the old one's place on block 0, or on block 1 if there is one; block 2 is the
+/// parent's if that is on neither.
 pub(super) fn add_node(record: &BlockRecord<'_>, page: &mut Page) -> Result<(), Fault> {
     let mut main = Cursor::new(record.main_data);
     let (offset, new_offset) = (main.u16()?, main.u16()?);
@@ -104,9 +107,9 @@ pub(super) fn add_node(record: &BlockRecord<'_>, page: &mut Page) -> Result<(), 
     Ok(())
 }
 
-/// `spgRedoSplitTuple`. Main data (`spgxlogSplitTuple`): offset of the tuple with the prefix's first part `u16`, of that with the rest
-/// `u16`, whether the latter's page is new `u8`, whether it is the former's `u8`; both inner tuples. Block 0 is the page of the first, in
-/// whose place it goes; block 1 the page of the second, if that is another.
+/// `spgRedoSplitTuple`. Main data (`spgxlogSplitTuple`): offset of the tuple with the prefix's first part `u16`, of
+/// that with the rest `u16`, whether the latter's page is new `u8`, whether it is the former's `u8`; both inner tuples.
+/// Block 0 is the page of the first, in whose place it goes; block 1 the page of the second, if that is another.
 pub(super) fn split_tuple(record: &BlockRecord<'_>, page: &mut Page) -> Result<(), Fault> {
     let mut main = Cursor::new(record.main_data);
     let (prefix_offset, postfix_offset) = (main.u16()?, main.u16()?);

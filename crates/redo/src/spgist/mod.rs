@@ -1,7 +1,9 @@
-//! SP-GiST (`access/spgxlog.h`, `access/spgist_private.h`): inner tuples whose nodes point down, and chains of leaf tuples.
+//! SP-GiST (`access/spgxlog.h`, `access/spgist_private.h`): inner tuples whose nodes point down, and chains of leaf
+//! tuples.
 //!
 //! - [`page`]: what a page consists of, and what records have in common.
-//! - [`insert`]: a new leaf tuple, and the changes to the tree that make room for it; [`picksplit`] is the largest of them.
+//! - [`insert`]: a new leaf tuple, and the changes to the tree that make room for it; [`picksplit`] is the largest of
+//!   them.
 //! - [`vacuum`]: removal of tuples and of what insertions left behind.
 //!
 //! Tuples refer to one another by page and offset number, so what must go away leaves a dead tuple in its place.

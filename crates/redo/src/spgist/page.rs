@@ -3,9 +3,10 @@
 //! Special space, 8 bytes: flags `u16`, number of redirections `u16`, of placeholders `u16`, page id `u16`.
 //!
 //! Tuples, all sizes multiples of 8. The lowest two bits of the first `u32` are the state of any of them.
-//! - Leaf: `u32` of state and size (30 bits); `u16` whose low 14 bits are the next tuple of the chain; heap pointer, 6 bytes; data.
-//! - Inner: `u32` of state, a bit "all the same", number of nodes (13 bits), bytes of the prefix (16 bits); size `u16`; padding; prefix;
-//!   nodes, which are index tuples with a pointer down each.
+//! - Leaf: `u32` of state and size (30 bits); `u16` whose low 14 bits are the next tuple of the chain; heap pointer, 6
+//!   bytes; data.
+//! - Inner: `u32` of state, a bit "all the same", number of nodes (13 bits), bytes of the prefix (16 bits); size `u16`;
+//!   padding; prefix; nodes, which are index tuples with a pointer down each.
 //! - Dead: `u32` of state and size, unused `u16`, for a redirection where it leads (6 bytes) and who made it `u32`.
 
 use varve_postgres::Page;
@@ -132,8 +133,8 @@ impl DeadTuple {
     }
 }
 
-/// `spgxlogState`: the transaction that redirections name `u32`, whether the index is being built `u8`, padding. While it is built nobody
-/// searches, and no redirections are needed.
+/// `spgxlogState`: the transaction that redirections name `u32`, whether the index is being built `u8`, padding. While
+/// it is built nobody searches, and no redirections are needed.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Writer {
     xid: u32,
@@ -190,7 +191,8 @@ pub(super) fn add_or_replace(page: &mut Page, offset: OffsetNumber, tuple: &[u8]
     Ok(())
 }
 
-/// `spgPageIndexMultiDelete`: puts dead tuples where tuples `offsets` are, `first` for the first of these, `rest` for the others.
+/// `spgPageIndexMultiDelete`: puts dead tuples where tuples `offsets` are, `first` for the first of these, `rest` for
+/// the others.
 pub(super) fn replace_all_by_dead(page: &mut Page, offsets: &[OffsetNumber], first: DeadTuple, rest: DeadTuple) -> Result<(), Fault> {
     let Some(first_offset) = offsets.first() else { return Ok(()) };
     let mut sorted = offsets.to_vec();

@@ -9,13 +9,14 @@ use crate::change::BlockRecord;
 use crate::cursor::Cursor;
 use crate::index_tuple::ItemPointer;
 
-/// Main data (`spgxlogPickSplit`): whether the root splits `u8`, padding, numbers of leaf tuples deleted `u16` and inserted `u16`, whether
-/// source `u8` and destination `u8` are initialised, offset of the inner tuple `u16`, whether its page is initialised `u8`, whether of
-/// nulls `u8`, whether the parent is on the inner tuple's page `u8`, padding, parent `u16` and its node `u16`, padding, writer; offsets of
-/// the deleted, offsets of the inserted, for each of these whether it goes to the destination `u8`; the inner tuple; the leaf tuples.
+/// Main data (`spgxlogPickSplit`): whether the root splits `u8`, padding, numbers of leaf tuples deleted `u16` and
+/// inserted `u16`, whether source `u8` and destination `u8` are initialised, offset of the inner tuple `u16`, whether
+/// its page is initialised `u8`, whether of nulls `u8`, whether the parent is on the inner tuple's page `u8`, padding,
+/// parent `u16` and its node `u16`, padding, writer; offsets of the deleted, offsets of the inserted, for each of these
+/// whether it goes to the destination `u8`; the inner tuple; the leaf tuples.
 ///
-/// Block 0 is the source (not of a root, which only becomes the inner page), 1 the destination if there is one, 2 the inner tuple's, 3 the
-/// parent's if that is another.
+/// Block 0 is the source (not of a root, which only becomes the inner page), 1 the destination if there is one, 2 the
+/// inner tuple's, 3 the parent's if that is another.
 pub(super) fn picksplit(record: &BlockRecord<'_>, page: &mut Page) -> Result<(), Fault> {
     let mut main = Cursor::new(record.main_data);
     main.take(2)?; // root split and padding: that there is no block 0 says the same

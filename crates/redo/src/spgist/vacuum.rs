@@ -8,9 +8,9 @@ use crate::change::BlockRecord;
 use crate::cursor::Cursor;
 use crate::item::{index_multi_delete, item, item_id, max_offset, set_item_id};
 
-/// `spgRedoVacuumLeaf`. Main data (`spgxlogVacuumLeaf`): numbers of tuples that become dead `u16`, placeholders `u16`, that move within the
-/// page `u16`, whose chain changes `u16`, writer; offsets of the first two, from which and to which tuples move, of those with a changed
-/// chain and what follows each.
+/// `spgRedoVacuumLeaf`. Main data (`spgxlogVacuumLeaf`): numbers of tuples that become dead `u16`, placeholders `u16`,
+/// that move within the page `u16`, whose chain changes `u16`, writer; offsets of the first two, from which and to
+/// which tuples move, of those with a changed chain and what follows each.
 pub(super) fn vacuum_leaf(record: &BlockRecord<'_>, page: &mut Page) -> Result<(), Fault> {
     let mut main = Cursor::new(record.main_data);
     let (dead, placeholders) = (usize::from(main.u16()?), usize::from(main.u16()?));
@@ -40,8 +40,8 @@ pub(super) fn vacuum_leaf(record: &BlockRecord<'_>, page: &mut Page) -> Result<(
     Ok(())
 }
 
-/// `spgRedoVacuumRoot`, of a root that is a leaf, whose tuples form no chain. Main data (`spgxlogVacuumRoot`): number of offsets `u16`,
-/// padding, writer; the offsets.
+/// `spgRedoVacuumRoot`, of a root that is a leaf, whose tuples form no chain. Main data (`spgxlogVacuumRoot`): number
+/// of offsets `u16`, padding, writer; the offsets.
 pub(super) fn vacuum_root(record: &BlockRecord<'_>, page: &mut Page) -> Result<(), Fault> {
     let mut main = Cursor::new(record.main_data);
     let n = main.u16()?;
@@ -50,9 +50,9 @@ pub(super) fn vacuum_root(record: &BlockRecord<'_>, page: &mut Page) -> Result<(
     index_multi_delete(page, &main.u16s(usize::from(n))?)
 }
 
-/// `spgRedoVacuumRedirect`. Main data (`spgxlogVacuumRedirect`): number of redirections that become placeholders `u16`, first of the
-/// placeholders at the page's end that go `u16` or 0, newest transaction of these redirections `u32`, from 16 on whether it is a catalog
-/// `u8` and padding; offsets of the redirections.
+/// `spgRedoVacuumRedirect`. Main data (`spgxlogVacuumRedirect`): number of redirections that become placeholders `u16`,
+/// first of the placeholders at the page's end that go `u16` or 0, newest transaction of these redirections `u32`, from
+/// 16 on whether it is a catalog `u8` and padding; offsets of the redirections.
 pub(super) fn vacuum_redirect(major: Major, record: &BlockRecord<'_>, page: &mut Page) -> Result<(), Fault> {
     let mut main = Cursor::new(record.main_data);
     let redirections = main.u16()?;

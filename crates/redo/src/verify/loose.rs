@@ -1,5 +1,5 @@
-//! A second way to each heap page: with compaction put off ([`apply_loosely`]), from one record to the next. What it comes to must be what redo
-//! record by record comes to.
+//! A second way to each heap page: with compaction put off ([`apply_loosely`]), from one record to the next. What it
+//! comes to must be what redo record by record comes to.
 
 use std::collections::HashMap;
 

@@ -1,10 +1,11 @@
-//! Checks the page functions against Postgres: redoes WAL that was written with `wal_consistency_checking = all`, in which each record
-//! carries its pages as they must be afterwards, and compares after masking as Postgres masks ([`crate::mask`]).
+//! Checks the page functions against Postgres: redoes WAL that was written with `wal_consistency_checking = all`, in
+//! which each record carries its pages as they must be afterwards, and compares after masking as Postgres masks
+//! ([`crate::mask`]).
 //!
-//! [`Verifier`] keeps the pages that the WAL touched, as many as it may in memory, the others in an [`Overflow`]. What a block was before the WAL
-//! begins it is told ([`Verifier::know`]) or asks for ([`BasePages`]); a block of a relation that the WAL created or truncated begins as
-//! zeros; a page that it cannot know is *adopted* from the record's image. Each change goes through its stored form, [`Change::encode`] and
-//! [`Change::decode`], so that this is tested too.
+//! [`Verifier`] keeps the pages that the WAL touched, as many as it may in memory, the others in an [`Overflow`]. What
+//! a block was before the WAL begins it is told ([`Verifier::know`]) or asks for ([`BasePages`]); a block of a relation
+//! that the WAL created or truncated begins as zeros; a page that it cannot know is *adopted* from the record's image.
+//! Each change goes through its stored form, [`Change::encode`] and [`Change::decode`], so that this is tested too.
 //!
 //! After a mismatch the record's image replaces the page, so that one fault is reported once.
 
@@ -60,22 +61,24 @@ impl Verifier {
         }
     }
 
-    /// Compares visibility-map pages too, of which Postgres's masking leaves nothing to compare. Only for WAL that one session wrote:
-    /// another may set a bit between a record and its image.
+    /// Compares visibility-map pages too, of which Postgres's masking leaves nothing to compare. Only for WAL that one
+    /// session wrote: another may set a bit between a record and its image.
     #[must_use]
     pub fn with_strict_visibility_map(mut self) -> Verifier {
         self.strict_visibility_map = true;
         self
     }
 
-    /// Keeps free-space maps too, as Postgres's own redo keeps them. Records have no images of them: compare them with those that recovery left.
+    /// Keeps free-space maps too, as Postgres's own redo keeps them. Records have no images of them: compare them with
+    /// those that recovery left.
     #[must_use]
     pub fn with_free_space_maps(mut self) -> Verifier {
         self.free_space_maps = true;
         self
     }
 
-    /// Redoes heap pages a second time, with [compaction put off](crate::apply_loosely), and compares after each record. All of them are kept in memory.
+    /// Redoes heap pages a second time, with [compaction put off](crate::apply_loosely), and compares after each
+    /// record. All of them are kept in memory.
     #[must_use]
     pub fn with_loose_pages(mut self) -> Verifier {
         self.loose = Some(LoosePages::default());
@@ -96,7 +99,8 @@ impl Verifier {
         self
     }
 
-    /// Keeps at most `pages_max` pages in memory, the others in `overflow`. To be called before the first page is known.
+    /// Keeps at most `pages_max` pages in memory, the others in `overflow`. To be called before the first page is
+    /// known.
     #[must_use]
     pub fn with_limit(mut self, pages_max: usize, overflow: Box<dyn Overflow>) -> Verifier {
         self.pages.set_limit(pages_max, overflow);
@@ -288,8 +292,9 @@ impl Verifier {
     }
 }
 
-/// Offsets at which `ours` differs from the page that a stopped server has in a file, as [`differences`] gives them; `rmid` changed it last.
-/// A file also has what Postgres does to a page after it took the page's image for a record, so more can be compared.
+/// Offsets at which `ours` differs from the page that a stopped server has in a file, as [`differences`] gives them;
+/// `rmid` changed it last. A file also has what Postgres does to a page after it took the page's image for a record, so
+/// more can be compared.
 ///
 /// # Errors
 /// What is wrong, in words, when one of the pages cannot be masked.
@@ -308,8 +313,9 @@ pub fn file_differences(major: Major, rmid: u8, fork: Fork, blkno: BlockNumber, 
     Ok(at)
 }
 
-/// Offsets at which two versions of block `blkno` differ after masking as resource manager `rmid` does (if a bare image made the page, the one
-/// whose page it looks like). Pages of maps, of which that masking leaves nothing, are compared in all but LSN and checksum if `strict_maps`.
+/// Offsets at which two versions of block `blkno` differ after masking as resource manager `rmid` does (if a bare image
+/// made the page, the one whose page it looks like). Pages of maps, of which that masking leaves nothing, are compared
+/// in all but LSN and checksum if `strict_maps`.
 ///
 /// # Errors
 /// What is wrong, in words, when one of the pages cannot be masked.

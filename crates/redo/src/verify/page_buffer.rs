@@ -38,7 +38,8 @@ struct Frame {
     used: bool,
 }
 
-/// Pages in frames, up to a limit. Which one leaves when there is no room is found by a clock hand that spares what was written lately.
+/// Pages in frames, up to a limit. Which one leaves when there is no room is found by a clock hand that spares what was
+/// written lately.
 #[derive(Debug)]
 pub(super) struct PageBuffer {
     frames: Vec<Frame>,

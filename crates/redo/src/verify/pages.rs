@@ -1,7 +1,7 @@
 //! The pages that a [`Verifier`](super::Verifier) knows, and what records do to them without naming blocks.
 //!
-//! A block that no record changed yet is what it was before the WAL begins ([`Origin`]): a page of [`BasePages`], zeros where the WAL created or
-//! truncated the relation, or unknown. What records changed is in a [`PageBuffer`].
+//! A block that no record changed yet is what it was before the WAL begins ([`Origin`]): a page of [`BasePages`], zeros
+//! where the WAL created or truncated the relation, or unknown. What records changed is in a [`PageBuffer`].
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
@@ -140,9 +140,9 @@ impl Pages {
         })
     }
 
-    /// Whether the images of this visibility map left out its bits. Postgres logs the maps of a database that it copies block by block
-    /// as if they were ordinary pages, whose bytes between `pd_lower` and `pd_upper` do not count; but in a map these are all. So redo
-    /// has fewer bits than the server that wrote the WAL, which is safe.
+    /// Whether the images of this visibility map left out its bits. Postgres logs the maps of a database that it copies
+    /// block by block as if they were ordinary pages, whose bytes between `pd_lower` and `pd_upper` do not count; but
+    /// in a map these are all. So redo has fewer bits than the server that wrote the WAL, which is safe.
     pub fn is_hollow_map(&self, rel: RelFork) -> bool {
         self.hollow_maps.contains(&rel)
     }

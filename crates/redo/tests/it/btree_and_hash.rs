@@ -5,7 +5,8 @@ use varve_postgres::wal::rmgr;
 use varve_redo::verify::Report;
 use varve_testbed::redo::assert_redone;
 
-/// Types of B-tree records that change pages (`access/nbtxlog.h`): all but `XLOG_BTREE_REUSE_PAGE`, which is looked for too.
+/// Types of B-tree records that change pages (`access/nbtxlog.h`): all but `XLOG_BTREE_REUSE_PAGE`, which is looked for
+/// too.
 const BTREE: [(u8, &str); 15] = [
     (0x00, "INSERT_LEAF"),
     (0x10, "INSERT_UPPER"),

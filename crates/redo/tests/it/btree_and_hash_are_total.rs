@@ -1,8 +1,8 @@
-//! No record of B-tree or hash makes a page function panic, whatever is in it and on the page; and what succeeds on a page whose header is sound
-//! leaves it so.
+//! No record of B-tree or hash makes a page function panic, whatever is in it and on the page; and what succeeds on a
+//! page whose header is sound leaves it so.
 //!
-//! Random bytes alone are refused at the first check, so most pages here look right from outside (header, line pointers, tuples with sizes in
-//! their headers, special space), and most numbers are small.
+//! Random bytes alone are refused at the first check, so most pages here look right from outside (header, line
+//! pointers, tuples with sizes in their headers, special space), and most numbers are small.
 
 use bytes::Bytes;
 use proptest::collection::vec;

@@ -1,7 +1,8 @@
-//! No record of heap, sequences, generic WAL or XLOG, no change of a map or an SLRU page, and no masking panics, whatever is in it and on
-//! the page; and what succeeds on a page whose header is sound leaves it so.
+//! No record of heap, sequences, generic WAL or XLOG, no change of a map or an SLRU page, and no masking panics,
+//! whatever is in it and on the page; and what succeeds on a page whose header is sound leaves it so.
 //!
-//! Random bytes alone are refused at the first check, so most pages here look like heap pages, and most numbers are small.
+//! Random bytes alone are refused at the first check, so most pages here look like heap pages, and most numbers are
+//! small.
 
 use bytes::Bytes;
 use proptest::collection::vec;

@@ -1,4 +1,5 @@
-//! Redo of GIN, GiST, SP-GiST and BRIN records against Postgres, and that the corpus has every record type that can be provoked.
+//! Redo of GIN, GiST, SP-GiST and BRIN records against Postgres, and that the corpus has every record type that can be
+//! provoked.
 
 use varve_postgres::Major;
 use varve_postgres::wal::rmgr;
@@ -20,8 +21,8 @@ const GIN: &RecordTypes = &[
     (0x90, "VACUUM_DATA_LEAF_PAGE"),
 ];
 
-/// Without ASSIGN_LSN (70), which has no block: it is written only for an index that is created under `wal_level = minimal`, with
-/// which there is no streaming replication, and so no Varve.
+/// Without ASSIGN_LSN (70), which has no block: it is written only for an index that is created under
+/// `wal_level = minimal`, with which there is no streaming replication, and so no Varve.
 const GIST: &RecordTypes = &[(0x00, "PAGE_UPDATE"), (0x10, "DELETE"), (0x20, "PAGE_REUSE"), (0x30, "PAGE_SPLIT"), (0x60, "PAGE_DELETE")];
 
 const SPGIST: &RecordTypes = &[

@@ -1,5 +1,5 @@
-//! No record of GIN, GiST, SP-GiST or BRIN makes a page function panic, whatever is in it and on the page; and what succeeds leaves a
-//! page whose header is sound.
+//! No record of GIN, GiST, SP-GiST or BRIN makes a page function panic, whatever is in it and on the page; and what
+//! succeeds leaves a page whose header is sound.
 
 use bytes::Bytes;
 use proptest::collection::vec;

@@ -1,4 +1,5 @@
-//! What `varve-redo` promises, one module for each promise: pages as Postgres's own redo makes them, and no input that makes it panic.
+//! What `varve-redo` promises, one module for each promise: pages as Postgres's own redo makes them, and no input that
+//! makes it panic.
 
 mod btree_and_hash;
 mod btree_and_hash_are_total;

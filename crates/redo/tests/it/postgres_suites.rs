@@ -1,6 +1,7 @@
-//! Postgres's own regression and isolation suites (15) under `wal_consistency_checking = all`: they pass, and every page that redo makes of
-//! their WAL is Postgres's. They take minutes and gigabytes, so they are run on demand: `scripts/postgres-regress`, then
-//! `cargo test -p varve-redo --test it postgres_suites:: -- --ignored --nocapture`. `scripts/regress` does the same on a compute.
+//! Postgres's own regression and isolation suites (15) under `wal_consistency_checking = all`: they pass, and every
+//! page that redo makes of their WAL is Postgres's. They take minutes and gigabytes, so they are run on demand:
+//! `scripts/postgres-regress`, then `cargo test -p varve-redo --test it postgres_suites:: -- --ignored --nocapture`.
+//! `scripts/regress` does the same on a compute.
 
 use anyhow::{Result, ensure};
 use varve_postgres::Major;

@@ -1,4 +1,5 @@
-//! Heap pages whose compaction is put off come to the same as those compacted at each prune, whatever is done to them in between.
+//! Heap pages whose compaction is put off come to the same as those compacted at each prune, whatever is done to them
+//! in between.
 
 use proptest::collection::vec;
 use proptest::prelude::*;

@@ -12,7 +12,8 @@ const SEEDS_FOR_THE_PLANT: u64 = 120;
 /// Seeds from which on each kind of fault must have come about.
 const SEEDS_FOR_ALL_KINDS: u64 = 2000;
 
-/// Seeds of the run in CI; `VARVE_SIMULATION_SEEDS` says otherwise. Seed 1212 does not come to rest and is not understood yet: until it is, CI stops before it.
+/// Seeds of the run in CI; `VARVE_SIMULATION_SEEDS` says otherwise. Seed 1212 does not come to rest and is not
+/// understood yet: until it is, CI stops before it.
 fn seeds() -> u64 {
     std::env::var("VARVE_SIMULATION_SEEDS").ok().and_then(|seeds| seeds.parse().ok()).unwrap_or(300)
 }

@@ -1,7 +1,7 @@
 //! The objects of an edit log as bytes.
 //!
-//! Names: `<prefix>/log/<generation, 8 hexadecimal digits>/<number, 12 hexadecimal digits>` for an entry, the same with `.snapshot` for the
-//! state after that entry. Each is an [`crate::envelope`] around this, integers big-endian:
+//! Names: `<prefix>/log/<generation, 8 hexadecimal digits>/<number, 12 hexadecimal digits>` for an entry, the same with
+//! `.snapshot` for the state after that entry. Each is an [`crate::envelope`] around this, integers big-endian:
 //!
 //! | bytes | what |
 //! |---|---|
@@ -13,8 +13,8 @@
 //! | 33..37 | count of rows u32 |
 //! | 37.. | rows: length u32, then the edit: its kind as a varint, its fields in the postcard format |
 //!
-//! Kinds of edits are numbered in the order of their enum; new ones come at its end, and a kind is never changed. A row of an unknown kind
-//! was written by a newer release, and is refused.
+//! Kinds of edits are numbered in the order of their enum; new ones come at its end, and a kind is never changed. A row
+//! of an unknown kind was written by a newer release, and is refused.
 
 use bytes::{Buf, BufMut, Bytes};
 use serde::Serialize;

@@ -104,7 +104,8 @@ impl<S: State> Shared<S> {
         Ok(length)
     }
 
-    /// Deletes entries and snapshots that the snapshot after entry `id` covers, unless somebody has taken over: see the log's doc.
+    /// Deletes entries and snapshots that the snapshot after entry `id` covers, unless somebody has taken over: see the
+    /// log's doc.
     async fn prune(&self, id: EntryId) -> Result<(), EditLogError> {
         let listed = self.store.list(self.names.folder()).await?;
         let mut named: Vec<(NamedEntry, ObjectName)> =

@@ -8,7 +8,8 @@ use super::{ENTRY_ROWS_BYTES_MAX, EditLogError, EntryId, EntryKind, Queued, Shar
 use crate::ids::random_bytes;
 use crate::store::{Created, ObjectName};
 
-/// Pause between two rounds of attempts at an entry whose outcome is not known. Each round has its own, shorter, pauses.
+/// Pause between two rounds of attempts at an entry whose outcome is not known. Each round has its own, shorter,
+/// pauses.
 const ROUND_PAUSE: Duration = Duration::from_secs(2);
 
 impl<S: State> Shared<S> {
@@ -72,18 +73,20 @@ impl<S: State> Shared<S> {
             if !uncertain {
                 return Err(error.into());
             }
-            // It may be there, or get there yet: no other bytes can have this number, so only this very write can go on.
+            // It may be there, or get there yet: no other bytes can have this number, so only this very write can go
+            // on.
             tracing::warn!(log = %self.names.folder(), entry = %id, %error, "an entry is not confirmed, it is tried again");
             self.inner.lock().last_error = Some(error.to_string());
             tokio::time::sleep(ROUND_PAUSE).await;
         }
     }
 
-    /// Under our number stands something else, `bytes`. Nearly always that is the seal of who has taken over, and our entry was not written.
+    /// Under our number stands something else, `bytes`. Nearly always that is the seal of who has taken over, and our
+    /// entry was not written.
     ///
-    /// But it may have been written by an attempt whose outcome we did not learn, have been read by the next owner, which sealed the number
-    /// after it, and been pruned; and then one that had begun to take over before that owner, and was overtaken while it slept, put its
-    /// late seal there. The number after it tells: a seal is never pruned.
+    /// But it may have been written by an attempt whose outcome we did not learn, have been read by the next owner,
+    /// which sealed the number after it, and been pruned; and then one that had begun to take over before that owner,
+    /// and was overtaken while it slept, put its late seal there. The number after it tells: a seal is never pruned.
     async fn was_written(&self, object: &ObjectName, id: EntryId, bytes: &bytes::Bytes) -> Result<(), EditLogError> {
         let entry = Entry::decode(&S::FORMAT, object, NamedEntry { id, is_snapshot: false }, bytes)?;
         let EntryKind::Seal { by } = entry.kind else { return Err(EditLogError::Conflict { object: object.clone() }) };

@@ -21,7 +21,8 @@ pub trait LayerBlob: Send + Sync {
     /// Why they cannot be had.
     fn read_at(&self, offset: u64, length: usize) -> Result<Bytes, String>;
 
-    /// What was read is not sound: forgets copies of the object, so that the next read sees the object itself. Whether there were any.
+    /// What was read is not sound: forgets copies of the object, so that the next read sees the object itself. Whether
+    /// there were any.
     fn forget_copies(&self) -> bool {
         false
     }
@@ -102,7 +103,8 @@ impl Drop for LocalBlob {
     }
 }
 
-/// An object in a bucket: read from a whole local copy as long as there is one, else by ranges, which are kept on local disk for a while.
+/// An object in a bucket: read from a whole local copy as long as there is one, else by ranges, which are kept on local
+/// disk for a while.
 pub struct RemoteBlob {
     store: BlockingStore,
     object: ObjectName,

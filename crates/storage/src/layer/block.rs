@@ -1,10 +1,12 @@
 //! Data blocks: versions one after the other, each written as what differs from the one before.
 //!
-//! Content of a block (inside its envelope): base LSN `u64` big-endian, which is below every LSN in the block, then versions, each:
-//! - a byte: in its low five bits how many bytes of the key are those of the version before (0 in the first), in the next two the kind (0 image,
-//!   1 change, 2 change that initialises, 3 absent), the highest bit zero;
+//! Content of a block (inside its envelope): base LSN `u64` big-endian, which is below every LSN in the block, then
+//! versions, each:
+//! - a byte: in its low five bits how many bytes of the key are those of the version before (0 in the first), in the
+//!   next two the kind (0 image, 1 change, 2 change that initialises, 3 absent), the highest bit zero;
 //! - the rest of the key;
-//! - the LSN as a varint: less than that of the version before by so much, if the key is the same; else above the base LSN by so much;
+//! - the LSN as a varint: less than that of the version before by so much, if the key is the same; else above the base
+//!   LSN by so much;
 //! - unless absent, the value's length as a varint and its bytes.
 //!
 //! A varint has seven bits in a byte, the lowest first, the highest bit set in all bytes but the last.

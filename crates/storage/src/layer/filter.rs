@@ -1,8 +1,8 @@
 //! Filters: which keys a part of a layer certainly does not have.
 //!
-//! A Bloom filter with ten bits a key and six probes, which lets one absent key in a hundred through. With `h` the key's [`key_hash`], `g` = `h` rotated
-//! left by 32 bits, its lowest bit set, and `n` the filter's bits, probe `i` (0 to 5) is bit `((h + i * g) mod 2^64) * n / 2^64`; bit `b` is bit `b mod 8`,
-//! the lowest first, of byte `b / 8`.
+//! A Bloom filter with ten bits a key and six probes, which lets one absent key in a hundred through. With `h` the
+//! key's [`key_hash`], `g` = `h` rotated left by 32 bits, its lowest bit set, and `n` the filter's bits, probe `i` (0
+//! to 5) is bit `((h + i * g) mod 2^64) * n / 2^64`; bit `b` is bit `b mod 8`, the lowest first, of byte `b / 8`.
 
 use crate::key::Key;
 use crate::key_hash::key_hash;

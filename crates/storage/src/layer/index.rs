@@ -1,15 +1,17 @@
 //! The two levels of a layer's index.
 //!
-//! A **partition** covers up to [`PARTITION_BLOCKS_MAX`] neighbouring data blocks: a filter of their keys, and where each block is. The **top** lists the
-//! partitions and says what the layer is. A lookup in a layer that is not in memory thus reads top, one partition and one data block, whatever the
-//! layer's size.
+//! A **partition** covers up to [`PARTITION_BLOCKS_MAX`] neighbouring data blocks: a filter of their keys, and where
+//! each block is. The **top** lists the partitions and says what the layer is. A lookup in a layer that is not in
+//! memory thus reads top, one partition and one data block, whatever the layer's size.
 //!
-//! Both refer to what they point to by [`Handle`]s, 43 bytes: first key (18) and LSN `u64` of its first version, a byte that is 1 if versions of that
-//! key are also at the end of what comes before, offset in the object `u64` and length `u32` with envelope, and the CRC-32C `u32` that ends the
-//! envelope, so that a sound block in the wrong place is noticed.
+//! Both refer to what they point to by [`Handle`]s, 43 bytes: first key (18) and LSN `u64` of its first version, a byte
+//! that is 1 if versions of that key are also at the end of what comes before, offset in the object `u64` and length
+//! `u32` with envelope, and the CRC-32C `u32` that ends the envelope, so that a sound block in the wrong place is
+//! noticed.
 //!
-//! Content of a partition: filter's length `u32`, the filter, then a handle for each data block. Content of the top: layer id (16 bytes), LSN range
-//! start and end `u64`, versions `u64`, last key (18), then a handle for each partition. Integers are big-endian.
+//! Content of a partition: filter's length `u32`, the filter, then a handle for each data block. Content of the top:
+//! layer id (16 bytes), LSN range start and end `u64`, versions `u64`, last key (18), then a handle for each partition.
+//! Integers are big-endian.
 
 use bytes::{Buf, BufMut};
 use varve_postgres::Lsn;
@@ -84,8 +86,8 @@ fn take_handles(mut bytes: &[u8]) -> Option<Box<[Handle]>> {
     handles.windows(2).all(|pair| in_order(&pair[0], &pair[1])).then_some(handles)
 }
 
-/// Number of the handle at which to begin looking for versions of `key` at or below `upto`; `None` if there are none. They may go on in the next
-/// ones, as long as these begin with the same key.
+/// Number of the handle at which to begin looking for versions of `key` at or below `upto`; `None` if there are none.
+/// They may go on in the next ones, as long as these begin with the same key.
 pub(super) fn seek(handles: &[Handle], key: &Key, upto: Lsn) -> Option<usize> {
     let next = handles.partition_point(|handle| handle.key < *key || handle.key == *key && handle.lsn > upto);
     match handles.get(next) {

@@ -2,19 +2,20 @@
 //!
 //! One format for fresh and compacted ones. An object is, in this order:
 //!
-//! 1. **data blocks** ([`block`]): versions sorted by key, then LSN, newest first; versions at one LSN stand latest first. About 16 KiB of content
-//!    each, more if a single value is larger;
+//! 1. **data blocks** ([`block`]): versions sorted by key, then LSN, newest first; versions at one LSN stand latest
+//!    first. About 16 KiB of content each, more if a single value is larger;
 //! 2. **partitions** ([`index`]): for up to 512 data blocks a filter of the keys and where each block is;
 //! 3. the **top**: what the layer is, and where the partitions are;
-//! 4. a footer of [`FOOTER_SIZE`] bytes, big-endian: `VARVELYR`, version `u16`, zero `u16`, the top's offset `u64`, its length `u32`, its checksum
-//!    `u32`, and the CRC-32C `u32` of all that.
+//! 4. a footer of [`FOOTER_SIZE`] bytes, big-endian: `VARVELYR`, version `u16`, zero `u16`, the top's offset `u64`, its
+//!    length `u32`, its checksum `u32`, and the CRC-32C `u32` of all that.
 //!
-//! Blocks, partitions and top are each in an envelope ([`crate::envelope`]), with magic `VLDB`, `VLPT` and `VLTP`. Whatever points to one of them gives
-//! its checksum, too. So each byte that is read is covered by a checksum, and sound bytes in the wrong place, or of another layer, are noticed: a
-//! [`LayerError`] names the object, the offset and the key; nothing unsound is served.
+//! Blocks, partitions and top are each in an envelope ([`crate::envelope`]), with magic `VLDB`, `VLPT` and `VLTP`.
+//! Whatever points to one of them gives its checksum, too. So each byte that is read is covered by a checksum, and
+//! sound bytes in the wrong place, or of another layer, are noticed: a [`LayerError`] names the object, the offset and
+//! the key; nothing unsound is served.
 //!
-//! Absence of a key in a layer proves nothing; the layers below have it or not. What one layer holds is *everything* in its LSN range for the keys from
-//! its first to its last.
+//! Absence of a key in a layer proves nothing; the layers below have it or not. What one layer holds is *everything* in
+//! its LSN range for the keys from its first to its last.
 
 pub mod blob;
 pub mod block;

@@ -1,10 +1,12 @@
 //! A cache on local disk for parts of objects in a bucket.
 //!
-//! Objects are divided into chunks of [`CHUNK_BYTES`]; what is read of an object is fetched in whole chunks, missing neighbours in one request, so a cold
-//! page does not pull a whole layer, and its neighbours are there when they are wanted next. The chunks of an object are in one sparse file at their own
-//! offsets, which has no name: it is gone with this process, whatever ends it. When the cache is full, the objects that were not used for longest go.
+//! Objects are divided into chunks of [`CHUNK_BYTES`]; what is read of an object is fetched in whole chunks, missing
+//! neighbours in one request, so a cold page does not pull a whole layer, and its neighbours are there when they are
+//! wanted next. The chunks of an object are in one sparse file at their own offsets, which has no name: it is gone with
+//! this process, whatever ends it. When the cache is full, the objects that were not used for longest go.
 //!
-//! Nothing is checked here: whoever reads a layer checks each byte, and says so if a chunk was damaged ([`RangeCache::forget`]).
+//! Nothing is checked here: whoever reads a layer checks each byte, and says so if a chunk was damaged
+//! ([`RangeCache::forget`]).
 
 use std::collections::HashMap;
 use std::fs::{self, File};

@@ -274,7 +274,8 @@ impl Layer {
         LayerIter::new(Arc::clone(self), Some((from, cache)))
     }
 
-    /// Reads all of it and compares with what should be there: length, checksum, number and order of versions, their range, the filters.
+    /// Reads all of it and compares with what should be there: length, checksum, number and order of versions, their
+    /// range, the filters.
     ///
     /// # Errors
     /// When something is not as it should be.

@@ -25,7 +25,8 @@ struct Limits {
 const LIMITS: Limits =
     Limits { block_bytes: BLOCK_BYTES_TARGET, partition_blocks: PARTITION_BLOCKS_MAX, partition_keys: PARTITION_KEYS_TARGET };
 
-/// Writes versions, which come in order, to `out`. In memory are one data block, one filter, and what becomes the index: about a hundredth of the layer.
+/// Writes versions, which come in order, to `out`. In memory are one data block, one filter, and what becomes the
+/// index: about a hundredth of the layer.
 pub struct LayerWriter<W> {
     object: String,
     id: LayerId,

@@ -1,5 +1,5 @@
-//! Where a shard keeps what is put: bytes of values one after the other in chunks, and entries of chains in a list. Both start small and never move
-//! what is large.
+//! Where a shard keeps what is put: bytes of values one after the other in chunks, and entries of chains in a list.
+//! Both start small and never move what is large.
 
 use varve_postgres::Lsn;
 

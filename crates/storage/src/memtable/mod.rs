@@ -1,15 +1,18 @@
 //! The memtable: the newest versions of a timeline, in memory.
 //!
-//! One writer puts, in order of LSN; many read at the same time. A hash table gives for each key its newest version, from there a chain leads to older
-//! ones. Values are copied into arenas when they are put: what a memtable costs is exactly what it has allocated, and a small value never pins the WAL
-//! buffer that it came in. Keys are spread over shards, each with its table, arenas and lock, so that readers hold up the writer only while they copy a
-//! chain of the same shard, and tables grow in small steps.
+//! One writer puts, in order of LSN; many read at the same time. A hash table gives for each key its newest version,
+//! from there a chain leads to older ones. Values are copied into arenas when they are put: what a memtable costs is
+//! exactly what it has allocated, and a small value never pins the WAL buffer that it came in. Keys are spread over
+//! shards, each with its table, arenas and lock, so that readers hold up the writer only while they copy a chain of the
+//! same shard, and tables grow in small steps.
 //!
-//! Chains: each entry points to the next older one, and to the last *milestone* before it, which is every 64th entry; a read far in the past goes from
-//! milestone to milestone. [`Memtable::put`] tells when a page's chain has become so long that it should get an image
-//! ([`crate::chain::CHAIN_CHANGES_MAX`]); [`Memtable::insert_image`] puts it where it belongs.
+//! Chains: each entry points to the next older one, and to the last *milestone* before it, which is every 64th entry; a
+//! read far in the past goes from milestone to milestone. [`Memtable::put`] tells when a page's chain has become so
+//! long that it should get an image ([`crate::chain::CHAIN_CHANGES_MAX`]); [`Memtable::insert_image`] puts it where it
+//! belongs.
 //!
-//! Keys that are no relation blocks stand in an ordered set besides, for scans: a base backup reads all relation sizes of a database.
+//! Keys that are no relation blocks stand in an ordered set besides, for scans: a base backup reads all relation sizes
+//! of a database.
 //!
 //! A memtable covers the LSNs `start..`; readers ask for LSNs that are applied, so they never see half a record.
 
@@ -144,7 +147,8 @@ impl Memtable {
         Ok(put.wants_image)
     }
 
-    /// Gives the chain of `key` an image: what the page is after its newest version at or below `lsn`. For the one writer.
+    /// Gives the chain of `key` an image: what the page is after its newest version at or below `lsn`. For the one
+    /// writer.
     ///
     /// # Errors
     /// When there is no room.

@@ -81,7 +81,8 @@ impl Shard {
         Ok(Put { wants_image, is_new, grown_bytes })
     }
 
-    /// Puts an image in front of the newest version at or below `lsn`; gives by how much the memory grew, `None` if there is no such version.
+    /// Puts an image in front of the newest version at or below `lsn`; gives by how much the memory grew, `None` if
+    /// there is no such version.
     pub(super) fn insert_image(&mut self, key: &Key, lsn: Lsn, image: &[u8]) -> Result<Option<usize>, MemtableFull> {
         let Some(newest) = self.heads.get(key).map(|head| head.newest) else { return Ok(None) };
         let (mut newer, mut at) = (EntryAt::NONE, newest);

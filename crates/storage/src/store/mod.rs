@@ -1,12 +1,13 @@
 //! The object store: where everything lives in the end.
 //!
-//! A [`Store`] is a local folder (the default) or a bucket (`s3://bucket/prefix`), with the few operations that Varve needs of it. The one
-//! that all safety rests on is [`Store::put_if_absent`]: of any number of servers that create one name exactly one wins, and each learns
-//! whether it was the one, even where its own request had succeeded and only the answer was lost. For that every object that is written so
-//! carries a nonce: an object found under the name that equals ours is ours.
+//! A [`Store`] is a local folder (the default) or a bucket (`s3://bucket/prefix`), with the few operations that Varve
+//! needs of it. The one that all safety rests on is [`Store::put_if_absent`]: of any number of servers that create one
+//! name exactly one wins, and each learns whether it was the one, even where its own request had succeeded and only the
+//! answer was lost. For that every object that is written so carries a nonce: an object found under the name that
+//! equals ours is ours.
 //!
-//! Requests that fail in passing are tried again, a bounded number of times, with growing pauses. There is no rename, and no listing but
-//! when something is opened.
+//! Requests that fail in passing are tried again, a bounded number of times, with growing pauses. There is no rename,
+//! and no listing but when something is opened.
 
 mod blocking;
 mod client;
@@ -48,8 +49,8 @@ pub struct StoreConfig {
 }
 
 impl StoreConfig {
-    /// Takes the `AWS_*` settings out of `variables` (the binary passes the environment's): endpoint, keys, region and the rest of what
-    /// `object_store` knows.
+    /// Takes the `AWS_*` settings out of `variables` (the binary passes the environment's): endpoint, keys, region and
+    /// the rest of what `object_store` knows.
     pub fn from_variables(variables: impl IntoIterator<Item = (String, String)>) -> StoreConfig {
         StoreConfig { variables: variables.into_iter().filter(|(name, _)| name.starts_with("AWS_")).collect() }
     }
@@ -89,8 +90,8 @@ pub struct Store {
 }
 
 impl Store {
-    /// Opens the store at `location`: `s3://bucket/prefix`, a `file://` URL, or the path of a folder, which is made if its parent exists.
-    /// Nothing is sent to a bucket yet: [`Store::probe`] does that.
+    /// Opens the store at `location`: `s3://bucket/prefix`, a `file://` URL, or the path of a folder, which is made if
+    /// its parent exists. Nothing is sent to a bucket yet: [`Store::probe`] does that.
     pub fn open(location: &str, config: &StoreConfig) -> Result<Store, StoreError> {
         let bad = |problem: &str| StoreError::Config { store: location.to_owned(), problem: problem.to_owned() };
         let Some((scheme, _)) = location.split_once("://") else {
@@ -128,11 +129,11 @@ impl Store {
         self.root.as_ref().map(|root| root.join(name.as_str()))
     }
 
-    /// Creates `name`, which nobody may have created before. `bytes` must hold a nonce, or something else that nobody else would write:
-    /// an object that exists already and equals `bytes` is taken for our own.
+    /// Creates `name`, which nobody may have created before. `bytes` must hold a nonce, or something else that nobody
+    /// else would write: an object that exists already and equals `bytes` is taken for our own.
     ///
-    /// An error whose [`StoreError::is_uncertain`] is true leaves open whether the object was, or will yet be, created; calling again with the
-    /// same bytes finds out.
+    /// An error whose [`StoreError::is_uncertain`] is true leaves open whether the object was, or will yet be, created;
+    /// calling again with the same bytes finds out.
     pub async fn put_if_absent(&self, name: &ObjectName, bytes: Bytes) -> Result<Created, StoreError> {
         let mut attempts = Attempts::default();
         loop {
@@ -223,7 +224,8 @@ impl Store {
         Ok(())
     }
 
-    /// All objects below the folder `prefix`, by name. Never on a hot path: a bucket answers slowly, a thousand names at a time.
+    /// All objects below the folder `prefix`, by name. Never on a hot path: a bucket answers slowly, a thousand names
+    /// at a time.
     pub async fn list(&self, prefix: &ObjectName) -> Result<Vec<Listed>, StoreError> {
         let mut attempts = Attempts::default();
         loop {
@@ -234,8 +236,8 @@ impl Store {
         }
     }
 
-    /// The names, within `folder`, of the first objects right in it that `page` asks for, ascending. A bucket is asked for these only; a local
-    /// folder is read whole, names only.
+    /// The names, within `folder`, of the first objects right in it that `page` asks for, ascending. A bucket is asked
+    /// for these only; a local folder is read whole, names only.
     pub async fn list_page(&self, folder: &ObjectName, page: PageRequest<'_>) -> Result<Vec<String>, StoreError> {
         let mut attempts = Attempts::default();
         loop {

@@ -9,8 +9,9 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 /// Most bytes of an object's name: S3 allows 1,024, and a prefix within the bucket must fit too.
 const NAME_BYTES_MAX: usize = 512;
 
-/// Name of an object, relative to the store's root: segments of letters, digits, `-`, `_` and `.` with slashes between them, no segment
-/// beginning with a dot. Such a name means the same as a path in a folder and as a key in a bucket, without any escaping.
+/// Name of an object, relative to the store's root: segments of letters, digits, `-`, `_` and `.` with slashes between
+/// them, no segment beginning with a dot. Such a name means the same as a path in a folder and as a key in a bucket,
+/// without any escaping.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ObjectName(Arc<str>);
 

@@ -10,11 +10,12 @@ use crate::ids::random_bytes;
 const RACES: usize = 4;
 
 impl Store {
-    /// Tries the store: races of two conditional creates, each of which must have exactly one winner, reading back, deleting. Refuses a store
-    /// that fails any of it, with an error that says what is wrong with it.
+    /// Tries the store: races of two conditional creates, each of which must have exactly one winner, reading back,
+    /// deleting. Refuses a store that fails any of it, with an error that says what is wrong with it.
     pub async fn probe(&self) -> Result<(), StoreError> {
         let random = u64::from_be_bytes(random_bytes().map_err(|e| self.config_error(e.to_string()))?);
-        // One plain create first: what is wrong with the store's address, rights or space shows here, and nothing races yet.
+        // One plain create first: what is wrong with the store's address, rights or space shows here, and nothing races
+        // yet.
         let first = self.probe_name(random, RACES)?;
         let _ours_by_its_random_name = self.put_if_absent(&first, Bytes::from_static(b"probe")).await?;
         let races = (0..RACES).map(|number| self.race(random, number));

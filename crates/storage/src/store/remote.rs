@@ -1,8 +1,8 @@
 //! [`ObjectClient`] over the `object_store` crate: a local folder, S3 and what speaks it.
 //!
-//! The local folder is opened with `fsync`: a create writes a staging file beside the name (`<name>#<n>`, never listed), fsyncs it, links it to
-//! the name, which fails if that is taken, and fsyncs the directory. The crate's own retries are off: [`super::Store`] retries, the same way
-//! for all.
+//! The local folder is opened with `fsync`: a create writes a staging file beside the name (`<name>#<n>`, never
+//! listed), fsyncs it, links it to the name, which fails if that is taken, and fsyncs the directory. The crate's own
+//! retries are off: [`super::Store`] retries, the same way for all.
 
 use std::error::Error as _;
 use std::io;

@@ -1,7 +1,7 @@
 //! Edits of a tenant's log.
 //!
-//! Each is one row of an entry; the rows of one entry count together. Kinds are numbered in the order of this enum: new ones come at its
-//! end, and none is ever changed.
+//! Each is one row of an entry; the rows of one entry count together. Kinds are numbered in the order of this enum: new
+//! ones come at its end, and none is ever changed.
 
 use serde::{Deserialize, Serialize};
 use varve_postgres::Lsn;
@@ -81,7 +81,8 @@ pub struct EndpointMoment {
     pub lsn: Lsn,
 }
 
-/// Where a branch's compute is reached, and whether one should run: all of an endpoint, so that a change writes it anew.
+/// Where a branch's compute is reached, and whether one should run: all of an endpoint, so that a change writes it
+/// anew.
 ///
 /// An endpoint belongs to a branch's *name*. A restore moves the name to another timeline, and the endpoint with it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -160,8 +161,8 @@ pub enum TenantEdit {
         /// What it holds.
         contents: FileContents,
     },
-    /// The newest writer epoch's bytes that the store does not have are now in another WAL log: the one that they were in is lost, and its
-    /// compute has sent them again.
+    /// The newest writer epoch's bytes that the store does not have are now in another WAL log: the one that they were
+    /// in is lost, and its compute has sent them again.
     EpochMoved {
         /// The timeline.
         timeline: TimelineId,
@@ -212,8 +213,8 @@ pub enum TenantEdit {
         /// Where it is reached.
         url: String,
     },
-    /// A timeline that had writers was removed earlier: what a WAL log holds of it is not needed. Stands in snapshots, where
-    /// [`TenantEdit::TimelineRemoved`] does not.
+    /// A timeline that had writers was removed earlier: what a WAL log holds of it is not needed. Stands in snapshots,
+    /// where [`TenantEdit::TimelineRemoved`] does not.
     TimelineGone {
         /// Its id.
         timeline: TimelineId,

@@ -1,5 +1,6 @@
-//! Unique names of tenants: the object `names/<name>` says whose it is. It is created by put-if-absent, so of any number of servers that
-//! create a tenant of one name exactly one succeeds; the list of tenants is the listing of `names/`.
+//! Unique names of tenants: the object `names/<name>` says whose it is. It is created by put-if-absent, so of any
+//! number of servers that create a tenant of one name exactly one succeeds; the list of tenants is the listing of
+//! `names/`.
 //!
 //! The object is an [`crate::envelope`] (magic `VTNM`) around: nonce 16 bytes, tenant id 16 bytes.
 

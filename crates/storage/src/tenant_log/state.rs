@@ -1,5 +1,5 @@
-//! What a tenant's log says, all edits taken together. Pure: no I/O, no clock. Clones share structure, so that one costs next to nothing
-//! whatever the number of branches.
+//! What a tenant's log says, all edits taken together. Pure: no I/O, no clock. Clones share structure, so that one
+//! costs next to nothing whatever the number of branches.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -47,7 +47,8 @@ pub struct TimelineState {
     pub figures: Option<Figures>,
     /// Timelines that come from it.
     children: OrdSet<TimelineId>,
-    /// The branch that points to it; none for an ancestor that lost its name, and lives for its children or for a moment.
+    /// The branch that points to it; none for an ancestor that lost its name, and lives for its children or for a
+    /// moment.
     branch: Option<BranchName>,
     /// Endpoints that show a moment of it.
     moments: OrdSet<EndpointId>,
@@ -175,7 +176,8 @@ impl TenantState {
         Ok(chain)
     }
 
-    /// The newest version at or before `lsn` of each file without WAL, by path; a timeline's own versions before its ancestors'.
+    /// The newest version at or before `lsn` of each file without WAL, by path; a timeline's own versions before its
+    /// ancestors'.
     ///
     /// # Errors
     /// [`TenantError::UnknownTimeline`].

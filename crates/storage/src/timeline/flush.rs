@@ -1,7 +1,8 @@
 //! Flushing: the oldest frozen memtable becomes layers.
 //!
-//! Written, checked, uploaded, published, and only then dropped from memory. A crash before the publishing leaves objects that nothing refers to; after
-//! it, the layers. What was written is remembered, so trying again after a failed upload or publishing does not write again.
+//! Written, checked, uploaded, published, and only then dropped from memory. A crash before the publishing leaves
+//! objects that nothing refers to; after it, the layers. What was written is remembered, so trying again after a failed
+//! upload or publishing does not write again.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -26,7 +27,8 @@ pub struct LayerChange {
     pub add: Vec<LayerRow>,
     /// Layers that go.
     pub remove: Vec<LayerId>,
-    /// Everything up to here is in layers, once this is published. Of two changes that are published at the same time the greater counts.
+    /// Everything up to here is in layers, once this is published. Of two changes that are published at the same time
+    /// the greater counts.
     pub layered: Lsn,
 }
 
@@ -62,7 +64,8 @@ impl From<EditLogError> for PublishError {
     }
 }
 
-/// Publishes a change of layers: when it returns well, the change is durable. After an error it may be repeated, with the same change.
+/// Publishes a change of layers: when it returns well, the change is durable. After an error it may be repeated, with
+/// the same change.
 pub type Publish<'a> = dyn FnMut(&LayerChange) -> Result<(), PublishError> + 'a;
 
 /// A flush that failed. The memtable stays, nothing is lost.
@@ -86,7 +89,8 @@ pub(super) struct WrittenLayers {
 }
 
 impl Timeline {
-    /// Turns the oldest frozen memtable into layers and publishes them. What was published; `None` if nothing is frozen. May block for long.
+    /// Turns the oldest frozen memtable into layers and publishes them. What was published; `None` if nothing is
+    /// frozen. May block for long.
     ///
     /// # Errors
     /// When the layers cannot be written, uploaded or published; to be called again later.
@@ -121,7 +125,8 @@ impl Timeline {
         Ok(files.finish()?)
     }
 
-    /// Gives a page's chain images where it is too long without. Most have them already; this is for those that could not be made in time.
+    /// Gives a page's chain images where it is too long without. Most have them already; this is for those that could
+    /// not be made in time.
     fn bound_chain(&self, key: Key, versions: Vec<Version>) -> Result<Vec<Version>, HistoryError> {
         let mut length = ChainLength::default();
         let mut wanted = Vec::new();

@@ -1,8 +1,8 @@
 //! Writing layers to files: where each goes, how it becomes durable, how it is checked, and how it gets into a bucket.
 //!
-//! Where the store is a folder, a layer is written in place, once: its name is new, and nothing refers to it before it is published, so a crash leaves a
-//! file that nobody knows. Where the store is a bucket, the file is a local copy in the cache folder, which gets its name when it is whole, and the bucket
-//! gets the same bytes.
+//! Where the store is a folder, a layer is written in place, once: its name is new, and nothing refers to it before it
+//! is published, so a crash leaves a file that nobody knows. Where the store is a bucket, the file is a local copy in
+//! the cache folder, which gets its name when it is whole, and the bucket gets the same bytes.
 
 use std::fs::{self, File};
 use std::io::{self, BufWriter};
@@ -74,7 +74,8 @@ struct Open {
     last_key: Option<Key>,
 }
 
-/// Writes versions, which come in order, into as many layers as they need. What was written is removed again if it is not finished.
+/// Writes versions, which come in order, into as many layers as they need. What was written is removed again if it is
+/// not finished.
 pub(super) struct LayerFiles<'a> {
     spec: &'a TimelineSpec,
     resources: &'a Resources,

@@ -1,11 +1,12 @@
 //! Merging runs of layers as [`crate::compaction`] plans it, in bounded memory.
 //!
-//! The runs are read in step, key by key; what comes out is written into layers, compressed with zstd, and each of these is published as soon as it is
-//! written. Pages whose newest chain has become long get an image on its top, so that a read of the newest version stops there, and no chain stays longer
-//! than redo is allowed to take ([`CHAIN_CHANGES_MAX`]).
+//! The runs are read in step, key by key; what comes out is written into layers, compressed with zstd, and each of
+//! these is published as soon as it is written. Pages whose newest chain has become long get an image on its top, so
+//! that a read of the newest version stops there, and no chain stays longer than redo is allowed to take
+//! ([`CHAIN_CHANGES_MAX`]).
 //!
-//! A merged layer's object is deleted when nobody can read it any more: neither a reader in this process, nor, since its removal was published, any
-//! other.
+//! A merged layer's object is deleted when nobody can read it any more: neither a reader in this process, nor, since
+//! its removal was published, any other.
 
 use std::collections::VecDeque;
 use std::fs;
@@ -147,8 +148,9 @@ impl<'a, 'b> ChainWriter<'a, 'b> {
 }
 
 impl Timeline {
-    /// Does one merge if one is due, step by step, each published. Whether one was done. Reads go on meanwhile, and so do
-    /// flushes. May block for long; when `give_up` says so it ends after the next step, and what is left is done another time.
+    /// Does one merge if one is due, step by step, each published. Whether one was done. Reads go on meanwhile, and so
+    /// do flushes. May block for long; when `give_up` says so it ends after the next step, and what is left is done
+    /// another time.
     ///
     /// # Errors
     /// When layers cannot be read, written, uploaded or published; to be called again later.
@@ -198,7 +200,8 @@ impl Timeline {
         self.publish_step(&mut files, &mut left, None, publish)
     }
 
-    /// Publishes the layers that are finished, and takes away the inputs whose keys they have passed: all before `open_from`, or simply all.
+    /// Publishes the layers that are finished, and takes away the inputs whose keys they have passed: all before
+    /// `open_from`, or simply all.
     fn publish_step(
         &self,
         files: &mut LayerFiles<'_>,
@@ -214,7 +217,8 @@ impl Timeline {
         let remove: Vec<LayerId> = gone.iter().map(|layer| layer.info().id).collect();
         let change = LayerChange { add, remove, layered: self.layered_lsn() };
         let published = publish(&change);
-        // Whether they were published may not be known after an error: they are never taken back, but left for the garbage collector.
+        // Whether they were published may not be known after an error: they are never taken back, but left for the
+        // garbage collector.
         drop(files.take_written());
         published?;
         self.install(&change);
@@ -225,8 +229,8 @@ impl Timeline {
         Ok(())
     }
 
-    /// Deletes the objects of merged layers that nobody reads any more. `check` is asked before: whether this server still owns the timeline. How many
-    /// were deleted.
+    /// Deletes the objects of merged layers that nobody reads any more. `check` is asked before: whether this server
+    /// still owns the timeline. How many were deleted.
     ///
     /// # Errors
     /// What `check` says, or when an object cannot be deleted.

@@ -1,16 +1,18 @@
 //! A timeline: one history, read at any LSN and written at its end.
 //!
-//! What it has, newest first: the memtable that is being written, frozen ones that wait to become layers, and layers. What it does not have itself, its
-//! ancestor has, up to the branch point. All of that is one immutable [`View`], swapped when a memtable is frozen, flushed, or when layers are merged; a
-//! read takes the view once and is done with locks, except a memtable's own.
+//! What it has, newest first: the memtable that is being written, frozen ones that wait to become layers, and layers.
+//! What it does not have itself, its ancestor has, up to the branch point. All of that is one immutable [`View`],
+//! swapped when a memtable is frozen, flushed, or when layers are merged; a read takes the view once and is done with
+//! locks, except a memtable's own.
 //!
 //! - [`read`]: pages and values at an LSN; [`scan`]: keys in order;
 //! - [`write`]: puts, and what they lead to: images in long chains, freezing;
 //! - [`flush`]: a frozen memtable becomes layers, is uploaded, published, and dropped;
 //! - [`merge`]: neighbouring runs of layers become one.
 //!
-//! Invariants: readers ask for LSNs that are applied; everything at or below [`Timeline::layered_lsn`] is in layers that are published; memtables and
-//! layers tile the LSNs above the branch point without gap or overlap, but for the inputs of a merge that is being published.
+//! Invariants: readers ask for LSNs that are applied; everything at or below [`Timeline::layered_lsn`] is in layers
+//! that are published; memtables and layers tile the LSNs above the branch point without gap or overlap, but for the
+//! inputs of a merge that is being published.
 
 mod flush;
 mod layer_file;
@@ -205,7 +207,8 @@ impl Timeline {
         view.active.memory_bytes() + view.frozen.iter().map(|frozen| frozen.memtable.memory_bytes()).sum::<usize>()
     }
 
-    /// Whether the memtables of all timelines together take more memory than they should: then ingest pauses until flushes have caught up.
+    /// Whether the memtables of all timelines together take more memory than they should: then ingest pauses until
+    /// flushes have caught up.
     pub fn memory_over_budget(&self) -> bool {
         self.resources.memtable_budget.is_over()
     }
@@ -228,7 +231,8 @@ impl fmt::Debug for Timeline {
     }
 }
 
-/// A layer of the timeline `spec` to be read: in place where the store is a folder; else from the local copy if there is one, and from the bucket.
+/// A layer of the timeline `spec` to be read: in place where the store is a folder; else from the local copy if there
+/// is one, and from the bucket.
 fn open_layer(resources: &Resources, spec: &TimelineSpec, row: &LayerRow) -> Layer {
     let files = Arc::clone(&resources.files);
     let blob: Box<dyn LayerBlob> = match resources.store.store().local_path(&row.object) {

@@ -1,10 +1,13 @@
-//! Where a timeline stands: one set of positions, read by whoever serves, receives or tells of it, and waiting for them.
+//! Where a timeline stands: one set of positions, read by whoever serves, receives or tells of it, and waiting for
+//! them.
 //!
-//! - *head*: end of the last whole record that is durable here. It moves before a commit is acknowledged, so it covers every acknowledged commit.
+//! - *head*: end of the last whole record that is durable here. It moves before a commit is acknowledged, so it covers
+//!   every acknowledged commit.
 //! - *applied*: everything up to here can be read; it follows head.
 //! - *layered*: everything up to here is in published layers; it follows applied.
 //!
-//! All three only grow. To move one costs next to nothing while nobody waits. A wait takes no thread: it is a future, and over when that is dropped.
+//! All three only grow. To move one costs next to nothing while nobody waits. A wait takes no thread: it is a future,
+//! and over when that is dropped.
 
 use std::error::Error;
 use std::fmt;

@@ -1,8 +1,8 @@
 //! Reads: pages and values at an LSN.
 //!
-//! A batch of pages is one walk down: page cache, memtables, layers, newest first; then the same on the ancestor, up to the branch point. A key leaves
-//! the walk when it has what it needs: a version that rests on nothing older, or a cached page up to which it has all newer versions. Then redo goes
-//! forward.
+//! A batch of pages is one walk down: page cache, memtables, layers, newest first; then the same on the ancestor, up to
+//! the branch point. A key leaves the walk when it has what it needs: a version that rests on nothing older, or a
+//! cached page up to which it has all newer versions. Then redo goes forward.
 
 use std::ops::Deref;
 use std::sync::Arc;
@@ -105,7 +105,8 @@ impl PageWalk {
             Some(Known::Page(page)) if page.version() <= upto && page.version() > above => {
                 self.lookup.above = page.known();
                 self.base = Some(page);
-                // What is learnt about this page is learnt about this timeline's, unless there is something newer above.
+                // What is learnt about this page is learnt about this timeline's, unless there is something newer
+                // above.
                 if self.lookup.newest().is_none() {
                     self.owner = Some((timeline.spec.id, upto));
                 }
@@ -119,8 +120,8 @@ impl PageWalk {
 }
 
 impl Timeline {
-    /// That `lsn` is applied. To be asked of each ancestor, too: a branch can be made of WAL that its ancestor has not ingested yet, and what is not
-    /// applied must not be taken for absent.
+    /// That `lsn` is applied. To be asked of each ancestor, too: a branch can be made of WAL that its ancestor has not
+    /// ingested yet, and what is not applied must not be taken for absent.
     pub(super) fn check_applied(&self, lsn: Lsn) -> Result<(), ReadError> {
         let applied = self.applied();
         if lsn <= applied { Ok(()) } else { Err(ReadError::NotApplied { timeline: self.spec.id, lsn, applied }) }
@@ -144,8 +145,8 @@ impl Timeline {
         layers.read(&self.resources.block_cache, lookups)
     }
 
-    /// The pages that `wanted` names, each with the floor at or below which versions do not count, as they are at `lsn`. `None` for those that have no
-    /// version.
+    /// The pages that `wanted` names, each with the floor at or below which versions do not count, as they are at
+    /// `lsn`. `None` for those that have no version.
     ///
     /// # Errors
     /// When `lsn` is not applied, a layer cannot be read, or redo fails.
@@ -237,7 +238,8 @@ impl Timeline {
         Ok(Some(cached))
     }
 
-    /// The page of `key` at `lsn`, if that can be told from memory, without waiting for anything; `None` if not. An `Ok(None)` within: it has no version.
+    /// The page of `key` at `lsn`, if that can be told from memory, without waiting for anything; `None` if not. An
+    /// `Ok(None)` within: it has no version.
     ///
     /// # Errors
     /// When redo fails.

@@ -1,7 +1,7 @@
 //! Scans: the keys in a range that have a value at an LSN, in order.
 //!
-//! Every place that may have keys (memtables and runs of layers, of the timeline and its ancestors) gives its keys in order; the merge of them is looked
-//! up in batches, as any other read. Memory is bounded whatever the range.
+//! Every place that may have keys (memtables and runs of layers, of the timeline and its ancestors) gives its keys in
+//! order; the merge of them is looked up in batches, as any other read. Memory is bounded whatever the range.
 
 use std::collections::VecDeque;
 use std::sync::Arc;

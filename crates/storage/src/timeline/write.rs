@@ -29,8 +29,8 @@ impl Writer {
 }
 
 impl Timeline {
-    /// Freezes the memtable if it takes at least `bytes_min`, or if something was put into it, or its LSN moved on, at least `age_min` ago. Whether it
-    /// was frozen; it then waits for [`Self::flush`].
+    /// Freezes the memtable if it takes at least `bytes_min`, or if something was put into it, or its LSN moved on, at
+    /// least `age_min` ago. Whether it was frozen; it then waits for [`Self::flush`].
     pub fn freeze_if(&self, bytes_min: usize, age_min: Duration) -> bool {
         let mut writer = self.writer.lock();
         let memtable = &writer.memtable;
@@ -88,7 +88,8 @@ impl Timeline {
         Ok(size.map(|size| size.floor(block)))
     }
 
-    /// Gives the pages whose chains have become long an image at what is applied. A page that cannot be made is left as it is: readers will hear why.
+    /// Gives the pages whose chains have become long an image at what is applied. A page that cannot be made is left as
+    /// it is: readers will hear why.
     fn put_images(&self, writer: &mut Writer) {
         let applied = self.applied();
         writer.want_images.sort_unstable();

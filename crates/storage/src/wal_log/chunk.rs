@@ -21,8 +21,9 @@
 //!
 //! A chunk without payload says that its timeline was deleted: what older chunks have of it counts for nothing.
 //!
-//! What a timeline that lags behind still needs of an old segment is copied to the log's head. A copy counts in the place of its origin: bytes
-//! that were appended later than the origin, but earlier than the copy, replace those of the copy.
+//! What a timeline that lags behind still needs of an old segment is copied to the log's head. A copy counts in the
+//! place of its origin: bytes that were appended later than the origin, but earlier than the copy, replace those of the
+//! copy.
 
 use crc_fast::{CrcAlgorithm, Digest};
 use varve_postgres::Lsn;

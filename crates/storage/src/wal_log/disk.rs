@@ -24,7 +24,8 @@ pub trait LogFile: Send + Sync + fmt::Debug {
     /// Makes everything written durable (`fdatasync`).
     ///
     /// # Errors
-    /// Those of the file system; what was written since the last success may then be lost, even if a later call succeeds.
+    /// Those of the file system; what was written since the last success may then be lost, even if a later call
+    /// succeeds.
     fn sync(&self) -> io::Result<()>;
 }
 

@@ -182,7 +182,8 @@ impl WalLog {
         Ok(WalLog { disk, state: Mutex::new(state), synced: Condvar::new(), options, _lock: None })
     }
 
-    /// Timelines of which the log holds bytes and that are not attached, each with the newest epoch of which it holds some.
+    /// Timelines of which the log holds bytes and that are not attached, each with the newest epoch of which it holds
+    /// some.
     pub fn unattached(&self) -> Vec<Unattached> {
         let state = self.state.lock();
         let unattached = |(owner, index): (&Owner, &TimelineIndex)| {
@@ -206,7 +207,8 @@ impl WalLog {
         let mut guard = self.state.lock();
         let state = &mut *guard;
         let index = state.timelines.entry((tenant, timeline)).or_default();
-        // Another server may have had the tenant since this was attached before: then there are epochs that the index does not know.
+        // Another server may have had the tenant since this was attached before: then there are epochs that the index
+        // does not know.
         let is_known = index.settled && epochs.last().is_none_or(|last| *last == (index.epoch, index.epoch_start));
         let known = epochs.last().map_or(WriterEpoch(0), |(epoch, _)| *epoch);
         if !is_known && let Some(found) = index.newest_epoch().filter(|newest| *newest > known) {
@@ -422,7 +424,8 @@ impl WalLog {
         self.free_segments(state);
     }
 
-    /// A timeline that was attached is closed: what is held of it stays, and counts; a timeline of which nothing is held is not remembered.
+    /// A timeline that was attached is closed: what is held of it stays, and counts; a timeline of which nothing is
+    /// held is not remembered.
     pub fn detach(&self, tenant: TenantId, timeline: TimelineId) {
         let mut state = self.state.lock();
         if let Some(index) = state.timelines.get_mut(&(tenant, timeline)) {
@@ -441,8 +444,9 @@ impl WalLog {
         self.forget_if(tenant, timeline, |index| index.attached == 0)
     }
 
-    /// The timeline is gone: nothing of it is needed. A chunk without bytes says so to whoever opens the log next, so that what is left of the
-    /// timeline in older segments is not taken for WAL whose tenant log was lost. Blocks until that is durable.
+    /// The timeline is gone: nothing of it is needed. A chunk without bytes says so to whoever opens the log next, so
+    /// that what is left of the timeline in older segments is not taken for WAL whose tenant log was lost. Blocks until
+    /// that is durable.
     ///
     /// # Errors
     /// When that chunk cannot be written: then only this process knows.

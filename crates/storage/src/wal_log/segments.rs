@@ -52,7 +52,8 @@ struct Scan<'a> {
 }
 
 impl Segments {
-    /// Opens the log's files, gives every whole chunk to `found` in log order, and returns where the log ends. Makes everything durable.
+    /// Opens the log's files, gives every whole chunk to `found` in log order, and returns where the log ends. Makes
+    /// everything durable.
     pub(super) fn open(
         disk: &Arc<dyn LogDisk>,
         options: WalLogOptions,
@@ -103,8 +104,8 @@ impl Segments {
         Ok((segments, end))
     }
 
-    /// Writes what stands from `synced` to `end` once more, and fsyncs it. An fsync alone does not do: where an earlier one has failed, the
-    /// kernel may take pages for clean that never reached the disk.
+    /// Writes what stands from `synced` to `end` once more, and fsyncs it. An fsync alone does not do: where an earlier
+    /// one has failed, the kernel may take pages for clean that never reached the disk.
     fn make_durable(&self, synced: u64, end: u64) -> io::Result<()> {
         for (number, file) in self.files.range(synced / self.segment_bytes..) {
             let base = number * self.segment_bytes;
@@ -145,7 +146,8 @@ impl Segments {
         Ok(())
     }
 
-    /// Writes `bytes`, which lie in one segment, at log position `position`. After an error they may stand there in part.
+    /// Writes `bytes`, which lie in one segment, at log position `position`. After an error they may stand there in
+    /// part.
     pub(super) fn write(&mut self, position: u64, bytes: &[u8]) -> io::Result<()> {
         let number = position / self.segment_bytes;
         if !self.files.contains_key(&number) {
@@ -235,8 +237,8 @@ impl Drop for Segments {
 }
 
 impl Scan<'_> {
-    /// Gives the chunks of a segment to `found`, until no whole chunk stands where one should: there the log ends. What stands behind the end
-    /// was never made durable, unless it says otherwise.
+    /// Gives the chunks of a segment to `found`, until no whole chunk stands where one should: there the log ends. What
+    /// stands behind the end was never made durable, unless it says otherwise.
     fn segment(&mut self, segment: &[u8], number: u64, found: &mut impl FnMut(&ChunkHeader)) -> Result<(), WalLogError> {
         let base = number * self.segment_bytes;
         let mut offset = 0;
@@ -261,8 +263,8 @@ impl Scan<'_> {
         }
     }
 
-    /// The log seems to end at `end`, for no whole chunk stands there. That is a torn write, unless a chunk behind it (in `segment` from
-    /// `offset` on) was written after the log had been made durable beyond `end`.
+    /// The log seems to end at `end`, for no whole chunk stands there. That is a torn write, unless a chunk behind it
+    /// (in `segment` from `offset` on) was written after the log had been made durable beyond `end`.
     fn check_torn(&self, segment: &[u8], base: u64, offset: usize, end: u64) -> Result<(), WalLogError> {
         for at in (offset..segment.len().saturating_sub(HEADER_SIZE - 1)).step_by(8) {
             let position = base + at as u64;

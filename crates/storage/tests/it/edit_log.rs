@@ -1,6 +1,6 @@
-//! Edit logs lose and invent nothing: racing writers, sleepers that wake up after they were replaced, stores that fail before and after
-//! they did what they were asked, all as seeds say. `VARVE_TEST_SEEDS=n` runs n seeds, `VARVE_TEST_SEED=n` runs
-//! seed n alone.
+//! Edit logs lose and invent nothing: racing writers, sleepers that wake up after they were replaced, stores that fail
+//! before and after they did what they were asked, all as seeds say. `VARVE_TEST_SEEDS=n` runs n seeds,
+//! `VARVE_TEST_SEED=n` runs seed n alone.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on must panic")]
 
@@ -293,7 +293,8 @@ struct Attempt {
     acknowledged: Option<bool>,
 }
 
-/// Servers that take the log over from each other at random times, while callers of each take names, through clients with every fault.
+/// Servers that take the log over from each other at random times, while callers of each take names, through clients
+/// with every fault.
 #[tokio::test(start_paused = true)]
 async fn nothing_is_lost_or_invented_whoever_sleeps_and_whatever_fails() {
     let mut seen: HashMap<&str, u64> = HashMap::new();

@@ -129,7 +129,8 @@ async fn a_tenant_on_minio() {
     lives_through_its_life(&minio.store("tenants-test").unwrap()).await;
 }
 
-/// Servers that create tenants of the same few names through clients with every fault, and crash (drop what they do) at any time.
+/// Servers that create tenants of the same few names through clients with every fault, and crash (drop what they do) at
+/// any time.
 #[tokio::test(start_paused = true)]
 async fn a_name_has_one_owner_whatever_fails() {
     for seed in 0..200 {

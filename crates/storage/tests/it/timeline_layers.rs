@@ -1,5 +1,5 @@
-//! What becomes of a timeline's layers when things go wrong: a merge that is interrupted, a damaged object, a cache folder that is wiped, a bucket that
-//! cannot be reached; and that reads stay cheap.
+//! What becomes of a timeline's layers when things go wrong: a merge that is interrupted, a damaged object, a cache
+//! folder that is wiped, a bucket that cannot be reached; and that reads stay cheap.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on must panic")]
 
@@ -191,7 +191,8 @@ fn an_interrupted_merge_is_finished_after_a_restart_and_its_inputs_go() {
     assert!(files(&bench) > before, "inputs are deleted only when told");
     let refused = bench.timeline.delete_retired(&mut || Err(not_published()));
     assert!(refused.is_err() && files(&bench) > before, "nothing is deleted by who may not");
-    // One input was taken away by the first step already, before the restart; that file is left for the garbage collector.
+    // One input was taken away by the first step already, before the restart; that file is left for the garbage
+    // collector.
     assert!(bench.timeline.delete_retired(&mut || Ok(())).unwrap() > 0);
     assert_eq!(bench.timeline.delete_retired(&mut || Ok(())).unwrap(), 0);
     for number in 1..=5u8 {

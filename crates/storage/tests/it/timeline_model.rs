@@ -1,5 +1,5 @@
-//! The engine answers what the naive model answers: on branches, across freezes, flushes, failed publishings, merges, also interrupted ones, and
-//! reopening from the store, with truncations, drops of relations and of databases.
+//! The engine answers what the naive model answers: on branches, across freezes, flushes, failed publishings, merges,
+//! also interrupted ones, and reopening from the store, with truncations, drops of relations and of databases.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on must panic")]
 

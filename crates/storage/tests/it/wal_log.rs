@@ -1,5 +1,6 @@
-//! The WAL log loses no acknowledged byte and invents none: whatever a power failure leaves of what was not fsynced, whichever write or
-//! fsync fails, however full the disk is. `VARVE_TEST_SEEDS=n` runs n seeds, `VARVE_TEST_SEED=n` runs seed n alone.
+//! The WAL log loses no acknowledged byte and invents none: whatever a power failure leaves of what was not fsynced,
+//! whichever write or fsync fails, however full the disk is. `VARVE_TEST_SEEDS=n` runs n seeds, `VARVE_TEST_SEED=n`
+//! runs seed n alone.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on must panic")]
 
@@ -238,7 +239,8 @@ impl World {
             }
             75..79 => self.timelines[i].reconnect(),
             79..83 => {
-                // The order of the design: no more of the old stream, all of it durable, the epoch durable, then it begins.
+                // The order of the design: no more of the old stream, all of it durable, the epoch durable, then it
+                // begins.
                 if self.sync() && self.timelines[i].attached {
                     let timeline = &mut self.timelines[i];
                     let whole = timeline.stream.len() as u64;

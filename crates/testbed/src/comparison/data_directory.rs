@@ -61,8 +61,8 @@ impl DataDirectory {
         self.path.join(database_directory(spc, db, self.major, self.control.catalog_version))
     }
 
-    /// The files that are no relations and no SLRU segments, and that every copy of the cluster must have just so: versions and relation maps of
-    /// databases, prepared transactions, progress of replication origins.
+    /// The files that are no relations and no SLRU segments, and that every copy of the cluster must have just so:
+    /// versions and relation maps of databases, prepared transactions, progress of replication origins.
     ///
     /// # Errors
     /// When they cannot be read.

@@ -1,14 +1,16 @@
-//! Block-by-block comparison of what a server has on disk with the same cluster from somewhere else: the page service, a base backup, a standby.
+//! Block-by-block comparison of what a server has on disk with the same cluster from somewhere else: the page service,
+//! a base backup, a standby.
 //!
 //! What may differ without either being wrong, and is therefore left out, by name:
 //! - free-space maps: hints, which every server keeps in its own way;
 //! - what an unlogged relation holds: only its init fork is logged. Temporary relations are nobody else's;
 //! - pages at a fork's end that were never used: Postgres extends files without WAL;
 //! - the position of a sequence: its WAL runs ahead of its page ([`sequence_differs`] says what must still hold);
-//! - visibility maps of databases that were made by copying block by block ([`Comparison::lossy_maps_in`]): Postgres logs these map pages as
-//!   pages with a hole, so that what is in them is lost wherever the WAL is redone. A bit may be missing there, and never be set in excess;
-//! - what Postgres masks in its own check of redone pages, by resource manager ([`varve_redo::mask`]), hint bits first of all, and the last used
-//!   pages that an SP-GiST metapage caches.
+//! - visibility maps of databases that were made by copying block by block ([`Comparison::lossy_maps_in`]): Postgres
+//!   logs these map pages as pages with a hole, so that what is in them is lost wherever the WAL is redone. A bit may
+//!   be missing there, and never be set in excess;
+//! - what Postgres masks in its own check of redone pages, by resource manager ([`varve_redo::mask`]), hint bits first
+//!   of all, and the last used pages that an SP-GiST metapage caches.
 
 mod data_directory;
 mod page_service;
@@ -199,15 +201,16 @@ impl<'a> Comparison<'a> {
     }
 }
 
-/// Whether nothing was ever put on the page. Pages of a visibility map are initialised when it is extended, without WAL.
+/// Whether nothing was ever put on the page. Pages of a visibility map are initialised when it is extended, without
+/// WAL.
 fn is_unused(page: &Page) -> bool {
     let mut empty = ZERO_PAGE;
     page::init(&mut empty, 0);
     *page == ZERO_PAGE || *page == empty
 }
 
-/// A sequence's page holds one tuple: last value, how many values are logged ahead of it, whether it was called. What is redone has the last
-/// value that was logged, nothing ahead of it, and was called; all else must be equal.
+/// A sequence's page holds one tuple: last value, how many values are logged ahead of it, whether it was called. What
+/// is redone has the last value that was logged, nothing ahead of it, and was called; all else must be equal.
 fn sequence_differs(major: Major, ours: &Page, truth: &Page) -> Option<String> {
     /// `FormData_pg_sequence_data`: `last_value` i64, `log_cnt` i64, `is_called` bool.
     const LOG_COUNT: std::ops::Range<usize> = 8..16;

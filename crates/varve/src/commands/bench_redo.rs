@@ -1,4 +1,5 @@
-//! `varve bench redo`: how fast WAL is redone, to be measured beside Postgres's own crash recovery of the same (`scripts/bench-recovery`).
+//! `varve bench redo`: how fast WAL is redone, to be measured beside Postgres's own crash recovery of the same
+//! (`scripts/bench-recovery`).
 
 use std::path::PathBuf;
 

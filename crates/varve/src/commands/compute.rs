@@ -15,15 +15,16 @@ use crate::progress::spinner;
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum ComputeCommand {
-    /// See to it that a Postgres runs on a branch; one that runs already is left alone. With --at or --lsn: on that moment, to look at, thrown
-    /// away afterwards.
+    /// See to it that a Postgres runs on a branch; one that runs already is left alone. With --at or --lsn: on that
+    /// moment, to look at, thrown away afterwards.
     Start {
         /// The branch, as tenant/branch.
         branch: BranchPath,
         /// Port to listen on; by default the one that it had before, at first a free one.
         #[arg(long, value_parser = clap::value_parser!(u16).range(1..))]
         port: Option<u16>,
-        /// Addresses to listen on, as Postgres's listen_addresses; by default those that it had before, at first 127.0.0.1.
+        /// Addresses to listen on, as Postgres's listen_addresses; by default those that it had before, at first
+        /// 127.0.0.1.
         #[arg(long)]
         listen: Option<String>,
         /// Where one runs already: end its sessions, and begin anew with these arguments.

@@ -1,4 +1,5 @@
-//! `varve dev`: all roles in one process. Pageserver and control plane call each other; the host is told over loopback HTTP, as one elsewhere would be.
+//! `varve dev`: all roles in one process. Pageserver and control plane call each other; the host is told over loopback
+//! HTTP, as one elsewhere would be.
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -30,7 +31,8 @@ pub(crate) struct DevArgs {
     /// Folder of this server: WAL log and caches; the store, too, unless --store says otherwise.
     #[arg(long)]
     data: PathBuf,
-    /// Where everything is kept: a folder, or s3://bucket/prefix (with AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION).
+    /// Where everything is kept: a folder, or s3://bucket/prefix (with AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID,
+    /// AWS_SECRET_ACCESS_KEY, AWS_REGION).
     #[arg(long)]
     store: Option<String>,
     /// Address of the admin HTTP API.

@@ -86,7 +86,8 @@ pub(crate) struct ComputeProcessArgs {
     pg_bin_dir: Vec<(u32, PathBuf)>,
 }
 
-/// One compute's mount and supervisor. The line on standard input, a token, is the host's word that it knows of us; without it we end.
+/// One compute's mount and supervisor. The line on standard input, a token, is the host's word that it knows of us;
+/// without it we end.
 pub(crate) async fn compute_process(args: ComputeProcessArgs) -> anyhow::Result<()> {
     dev::log_to_stderr();
     let mut line = String::new();

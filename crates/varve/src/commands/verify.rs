@@ -1,4 +1,5 @@
-//! `varve verify`: whether redo makes the pages that Postgres makes, and whether a branch holds the pages that Postgres has.
+//! `varve verify`: whether redo makes the pages that Postgres makes, and whether a branch holds the pages that Postgres
+//! has.
 
 use std::fmt::Display;
 use std::path::{Path, PathBuf};
@@ -33,7 +34,8 @@ const DIFFERENCES_PRINTED_MAX: usize = 10;
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum VerifyCommand {
-    /// Redo WAL written with wal_consistency_checking = all, and compare each page with the one that Postgres put into the record.
+    /// Redo WAL written with wal_consistency_checking = all, and compare each page with the one that Postgres put into
+    /// the record.
     Wal(WalArgs),
     /// Compare every page of a branch with what a stopped or a standby Postgres has.
     Timeline(TimelineArgs),
@@ -41,10 +43,11 @@ pub(crate) enum VerifyCommand {
 
 #[derive(Debug, Args)]
 pub(crate) struct WalArgs {
-    /// A pg_wal folder or data directory; a running server, as postgresql://... or "host=...", whose WAL is followed from now on; or a branch,
-    /// as tenant/branch, whose kept WAL is read and, while a compute runs on it, followed.
+    /// A pg_wal folder or data directory; a running server, as postgresql://... or "host=...", whose WAL is followed
+    /// from now on; or a branch, as tenant/branch, whose kept WAL is read and, while a compute runs on it, followed.
     source: String,
-    /// A data directory that was shut down before this WAL was written: the pages to begin with. Without it a page's first image is taken for true.
+    /// A data directory that was shut down before this WAL was written: the pages to begin with. Without it a page's
+    /// first image is taken for true.
     #[arg(long)]
     base: Option<PathBuf>,
     /// Where to begin.
@@ -65,10 +68,12 @@ pub(crate) struct WalArgs {
 pub(crate) struct TimelineArgs {
     /// The branch, as tenant/branch.
     branch: BranchPath,
-    /// The moment; by default that of what is compared with, or the newest. A standby is waited for until it has replayed up to it.
+    /// The moment; by default that of what is compared with, or the newest. A standby is waited for until it has
+    /// replayed up to it.
     #[arg(long)]
     lsn: Option<Lsn>,
-    /// A stopped data directory, or a standby as postgresql://... or "host=...". Without it, each page is only read and looked at.
+    /// A stopped data directory, or a standby as postgresql://... or "host=...". Without it, each page is only read and
+    /// looked at.
     #[arg(long)]
     against: Option<String>,
 }
@@ -296,7 +301,8 @@ async fn verify_timeline(args: TimelineArgs, client: &Client, stop: Arc<AtomicBo
     .await?
 }
 
-/// Opens what the branch is compared with. A standby needs a checkpoint of its primary's, which may be the branch's own compute.
+/// Opens what the branch is compared with. A standby needs a checkpoint of its primary's, which may be the branch's own
+/// compute.
 fn reference(against: Option<&str>, lsn: Option<Lsn>, writer: Option<&str>) -> anyhow::Result<Reference> {
     let Some(against) = against else { return Ok(Reference::Nothing) };
     if !is_conninfo(against) {

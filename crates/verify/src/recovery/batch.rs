@@ -178,8 +178,8 @@ impl<'a> Batch<'a> {
         done.dropped.into_iter().for_each(|node| self.push_to_all(RareTask::Reset { node }));
     }
 
-    /// When all records are added: makes tasks of the transactions that ended, one for each page of `pg_xact` and status. No transaction ends twice,
-    /// so their order does not matter.
+    /// When all records are added: makes tasks of the transactions that ended, one for each page of `pg_xact` and
+    /// status. No transaction ends twice, so their order does not matter.
     pub(super) fn put_down_transactions(&mut self) {
         let mut transactions = std::mem::take(&mut self.transactions);
         transactions.sort_unstable_by_key(|(xid, status)| (xid / CLOG_XACTS_PER_PAGE, *status));

@@ -1,12 +1,14 @@
-//! Redoes WAL from a data directory on, as fast as it can: what Postgres does in crash recovery, to be measured beside it.
+//! Redoes WAL from a data directory on, as fast as it can: what Postgres does in crash recovery, to be measured beside
+//! it.
 //!
-//! A window of slices is worked on at a time, in two steps. First the records of each slice are found, checked and decoded, slices side by side
-//! ([`mod@slice`]); what they do is sorted into partitions by the page that it is done to ([`batch`], [`partitioning`]). Then each partition's pages are redone,
-//! in the order of the WAL, partitions side by side ([`partition`], [`page_table`]). A page belongs to one partition, so no page is ever shared between threads,
+//! A window of slices is worked on at a time, in two steps. First the records of each slice are found, checked and
+//! decoded, slices side by side ([`mod@slice`]); what they do is sorted into partitions by the page that it is done to
+//! ([`batch`], [`partitioning`]). Then each partition's pages are redone, in the order of the WAL, partitions side by
+//! side ([`partition`], [`page_table`]). A page belongs to one partition, so no page is ever shared between threads,
 //! and the outcome is the same whatever their number.
 //!
-//! All that Postgres's recovery does to pages is done: blocks, images, visibility maps, free-space maps, transaction status. Pages stay in memory, up to
-//! a limit; nothing is written.
+//! All that Postgres's recovery does to pages is done: blocks, images, visibility maps, free-space maps, transaction
+//! status. Pages stay in memory, up to a limit; nothing is written.
 
 mod batch;
 mod page_table;
@@ -33,10 +35,11 @@ use partition::Partition;
 use partitioning::Partitioning;
 use slice::{SLICE_SIZE, Slice, Source};
 
-/// Slices that are in memory at a time with several threads, and what is made of them: so much stays in a core's cache until it is done.
+/// Slices that are in memory at a time with several threads, and what is made of them: so much stays in a core's cache
+/// until it is done.
 const WINDOW_SLICES: usize = 4;
-/// Records that a single thread decodes before it redoes them: enough to bring their pages to the processor together, so few that all of it stays
-/// in a core's cache.
+/// Records that a single thread decodes before it redoes them: enough to bring their pages to the processor together,
+/// so few that all of it stays in a core's cache.
 const PORTION_RECORDS: u64 = 1024;
 
 /// What to redo, and how.
@@ -146,7 +149,8 @@ struct Progress<'a> {
 }
 
 impl Progress<'_> {
-    /// Goes on behind the records of `batch`, which come next; `false` if they are none, but lie in the empty rest of a segment.
+    /// Goes on behind the records of `batch`, which come next; `false` if they are none, but lie in the empty rest of a
+    /// segment.
     fn accept(&mut self, batch: &Batch<'_>) -> Result<bool, VerifyError> {
         if batch.from < self.empty_to {
             return Ok(false);
@@ -204,7 +208,8 @@ impl Recovered {
         self.partitions.iter().map(Partition::len).sum()
     }
 
-    /// Compares with the files of a server that did the same recovery and was shut down then, without doing anything else that matters.
+    /// Compares with the files of a server that did the same recovery and was shut down then, without doing anything
+    /// else that matters.
     ///
     /// # Errors
     /// When its files cannot be read.

@@ -1,5 +1,5 @@
-//! Where pages are kept while WAL is redone: one partition's, by name, up to a number of pages, in memory that is given again when a page is
-//! removed.
+//! Where pages are kept while WAL is redone: one partition's, by name, up to a number of pages, in memory that is given
+//! again when a page is removed.
 
 use std::collections::HashMap;
 use std::num::NonZeroU32;
@@ -215,8 +215,8 @@ impl PageTable {
         self.notes.get_mut(place as usize).ok_or_else(no_place)
     }
 
-    /// Has a page's header, what is known of it, and the line pointers of `tuples`, or most of them if none are named, brought to the processor,
-    /// without waiting for them.
+    /// Has a page's header, what is known of it, and the line pointers of `tuples`, or most of them if none are named,
+    /// brought to the processor, without waiting for them.
     #[inline]
     pub(super) fn prefetch(&self, place: Place, tuples: NamedTuples) {
         let place = place as usize;
@@ -283,7 +283,8 @@ fn chunk() -> Result<MmapMut, VerifyError> {
         VerifyError::Store(varve_redo::verify::StoreError(what))
     };
     let chunk = MmapMut::map_anon(CHUNK_PAGES * BLCKSZ).map_err(no_memory)?;
-    // Records jump between pages: with small memory pages, most of the time goes into finding them. A system that has no large ones says so.
+    // Records jump between pages: with small memory pages, most of the time goes into finding them. A system that has
+    // no large ones says so.
     let _ = chunk.advise(Advice::HugePage);
     Ok(chunk)
 }

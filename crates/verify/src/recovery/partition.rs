@@ -125,7 +125,8 @@ impl Partition {
         Ok(())
     }
 
-    /// Does what is queued, page by page: most of the time of redo goes into bringing pages to the processor, and so each comes once.
+    /// Does what is queued, page by page: most of the time of redo goes into bringing pages to the processor, and so
+    /// each comes once.
     fn work_off(&mut self, major: Major, queue: &mut Queue<'_, '_>) -> Result<(), VerifyError> {
         let mut together: Vec<(Place, TaskNumber)> = Vec::with_capacity(TOGETHER);
         for pages in queue.pages.chunks(TOGETHER) {
@@ -179,7 +180,8 @@ impl Partition {
         Ok(self.pages.settle()?)
     }
 
-    /// Takes in the page of a block that is not there yet: it is as in the base, or anything if what it was does not matter.
+    /// Takes in the page of a block that is not there yet: it is as in the base, or anything if what it was does not
+    /// matter.
     #[cold]
     fn take_in(&mut self, key: PageKey, of_base: bool) -> Result<Place, VerifyError> {
         let PageKey { rel, blkno } = key;

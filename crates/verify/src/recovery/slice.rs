@@ -39,8 +39,8 @@ impl Slice {
         Slice { wal: Vec::new(), pieced: Arena::new(), empty_tasks: Tasks::default() }
     }
 
-    /// Reads the slice at `from` and gives what the records do that begin in it at or behind `from`. Where these are many, `work` is called with
-    /// those of each portion of it, and only the rest is given.
+    /// Reads the slice at `from` and gives what the records do that begin in it at or behind `from`. Where these are
+    /// many, `work` is called with those of each portion of it, and only the rest is given.
     pub(super) fn fill(
         &mut self,
         source: &Source<'_>,

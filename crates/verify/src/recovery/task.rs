@@ -9,7 +9,8 @@ use varve_redo::change::{BlockRecord, Change, Others};
 use super::page_table::PageKey;
 use crate::VerifyError;
 
-/// Something to do to a page, or to a relation. There is one for each record, so it is small, and there is nothing to drop.
+/// Something to do to a page, or to a relation. There is one for each record, so it is small, and there is nothing to
+/// drop.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Task<'a> {
     /// A record changes a block.
@@ -64,8 +65,8 @@ impl<'a> BlockTask<'a> {
         prefetch_index(self.record, self.record.len().saturating_sub(1));
     }
 
-    /// Calls `work` with what page functions are given of the record. It is made where it is used: to move what was just
-    /// written makes a processor wait.
+    /// Calls `work` with what page functions are given of the record. It is made where it is used: to move what was
+    /// just written makes a processor wait.
     #[inline(always)]
     pub(super) fn with_record(
         &self,

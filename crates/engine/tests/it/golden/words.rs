@@ -13,7 +13,7 @@ pub(super) struct Words {
 
 impl Words {
     /// An id that is no timeline's is called `name` from now on, or, where another one is called so, the next `name`.
-    pub(super) fn call(&mut self, id: impl ToString, name: &str) {
+    pub(super) fn call(&mut self, id: &impl ToString, name: &str) {
         let id = id.to_string();
         if self.others.iter().any(|(known, _)| *known == id) {
             return;
@@ -70,7 +70,7 @@ impl Words {
 fn positions_and_ids_get_short_names() {
     let mut words = Words::default();
     let (first, second) = ("0123456789abcdef0123456789abcdef", "fedcba9876543210fedcba9876543210");
-    words.call(second, "acme");
+    words.call(&second, "acme");
     assert_eq!(words.tell(&format!("{second}/{first}: {}, 0/10", START + 104)), "acme/t1: +104, 0/10");
     assert_eq!(words.tell(&first.replace('0', "1")), "t2");
 }

@@ -77,7 +77,7 @@ impl World {
         template::put_into(&store);
         let tenant = TenantId::random()?;
         let mut words = Words::default();
-        words.call(tenant, "acme");
+        words.call(&tenant, "acme");
         Ok(World {
             words,
             pool,
@@ -157,7 +157,7 @@ impl World {
         };
         machine.start(&pool, &store).await?;
         let wal_log = machine.wal_log();
-        self.words.call(wal_log, &format!("the WAL log of server {server}"));
+        self.words.call(&wal_log, &format!("the WAL log of server {server}"));
         Ok(format!("server {server} runs"))
     }
 

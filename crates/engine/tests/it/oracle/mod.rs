@@ -1,4 +1,5 @@
-//! What the tests of ingest and base backup share: a stock Postgres's WAL in a naive history, and comparisons with its data directory.
+//! What the tests of ingest and base backup share: a stock Postgres's WAL in a naive history, and comparisons with its
+//! data directory.
 
 #![allow(dead_code, missing_docs, unreachable_pub, reason = "each test uses a part")]
 
@@ -43,8 +44,8 @@ pub struct Loaded {
     pub imported: Imported,
     /// Ends of all records that were ingested, ascending.
     pub boundaries: Vec<Lsn>,
-    /// Databases that were made block by block in WAL. Postgres writes their visibility maps as pages with a hole, so what is in them is lost on its own
-    /// standbys too.
+    /// Databases that were made block by block in WAL. Postgres writes their visibility maps as pages with a hole, so
+    /// what is in them is lost on its own standbys too.
     pub logged_databases: Vec<Oid>,
 }
 
@@ -271,7 +272,8 @@ impl<'a> Comparison<'a> {
             };
             self.compared_blocks += 1;
             let rmid = rmgr_of_page(truth).unwrap_or(rmgr::HEAP);
-            // A sequence's logged values run ahead of those on disk, and an SP-GiST metapage caches last used pages without WAL.
+            // A sequence's logged values run ahead of those on disk, and an SP-GiST metapage caches last used pages
+            // without WAL.
             let not_logged = rmid == rmgr::SEQ || (rmid == rmgr::SPGIST && block == 0);
             if not_logged || ours[..] == truth[..] {
                 continue;
@@ -361,7 +363,8 @@ impl<'a> Comparison<'a> {
     }
 }
 
-/// Whether nothing was ever put on the page. Pages of a visibility map are initialised when it is extended, without WAL.
+/// Whether nothing was ever put on the page. Pages of a visibility map are initialised when it is extended, without
+/// WAL.
 fn is_unused(page: &Page) -> bool {
     let mut empty = ZERO_PAGE;
     page::init(&mut empty, 0);

@@ -1,4 +1,5 @@
-//! Servers at a moment of a history: one that starts on our base backup, and one that stock Postgres recovered to the same place.
+//! Servers at a moment of a history: one that starts on our base backup, and one that stock Postgres recovered to the
+//! same place.
 
 use std::fs;
 use std::path::Path;
@@ -82,8 +83,8 @@ pub fn recovered(major: Major, initial: &Path, wal_dir: &Path, lsn: Lsn, setting
     Ok(postgres)
 }
 
-/// Everything in the cluster, as text: for each table, catalog and sequence of each database its rows' count and digest; and, where there is a
-/// `pg_dumpall` for it, the dump.
+/// Everything in the cluster, as text: for each table, catalog and sequence of each database its rows' count and
+/// digest; and, where there is a `pg_dumpall` for it, the dump.
 pub fn dump(postgres: &Postgres) -> Result<String> {
     const TABLES: &str = "SELECT format('SELECT current_database(), %L, count(*), md5(string_agg(t::text, chr(10) ORDER BY t::text)) FROM (SELECT * FROM %s) t', \
                           oid::regclass, oid::regclass) FROM pg_class WHERE relkind IN ('r', 'm', 'S') AND relpersistence <> 't' ORDER BY oid \\gexec\n";

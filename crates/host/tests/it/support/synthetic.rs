@@ -1,4 +1,5 @@
-//! A base without Postgres: a directory that looks like a stopped cluster, its blocks filled so that each says where it belongs.
+//! A base without Postgres: a directory that looks like a stopped cluster, its blocks filled so that each says where it
+//! belongs.
 
 use std::{
     fs,

@@ -61,8 +61,8 @@ impl Drop for Counted {
     }
 }
 
-/// A tenant's only timeline. Block numbers that end in 7 are cold and take their time, those above [`BLOCKS`] do not exist, relation 666 panics,
-/// relation 667 is not ready.
+/// A tenant's only timeline. Block numbers that end in 7 are cold and take their time, those above [`BLOCKS`] do not
+/// exist, relation 666 panics, relation 667 is not ready.
 pub(crate) struct MemoryPages {
     tenant: TenantId,
     /// What is applied.
@@ -101,7 +101,8 @@ pub(crate) fn is_cold(blkno: u32) -> bool {
     blkno % 10 == 7
 }
 
-/// Timelines `acme/main`, `beta/main`, `acme/attaching` (not ready), `acme/hanging` (never found, nor not), and none else.
+/// Timelines `acme/main`, `beta/main`, `acme/attaching` (not ready), `acme/hanging` (never found, nor not), and none
+/// else.
 pub(crate) struct MemorySource {
     pub(crate) acme: Arc<MemoryPages>,
     pub(crate) beta: Arc<MemoryPages>,

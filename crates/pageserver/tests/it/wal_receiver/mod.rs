@@ -1,4 +1,5 @@
-//! The WAL receiver against stock Postgres: what is acknowledged is whole, durable and the primary's own bytes, and nothing else is.
+//! The WAL receiver against stock Postgres: what is acknowledged is whole, durable and the primary's own bytes, and
+//! nothing else is.
 
 mod memory_wal;
 
@@ -198,7 +199,8 @@ fn a_receiver_that_is_killed_again_and_again_leaves_no_gap() {
         let receiver = receive(go_on, &wal);
         thread::sleep(Duration::from_millis(50 + 37 * rounds % 400));
         if rounds % 3 == 0 {
-            postgres.psql("postgres", "SELECT pg_switch_wal()").expect("a switch"); // 16 MiB that mean nothing are on their way
+            // 16 MiB that mean nothing are on their way
+            postgres.psql("postgres", "SELECT pg_switch_wal()").expect("a switch");
         }
         outcome = receiver.join().expect("an outcome");
         rounds += 1;
@@ -278,7 +280,8 @@ fn kill_postmaster(postgres: &Postgres) {
     signal(pid_file.lines().next().expect("its pid"), Signal::KILL);
 }
 
-/// Signals the one process `pid`, which belongs to a cluster of this test. (Not by kill(1): procps 4.0.2 takes a negative number for all processes.)
+/// Signals the one process `pid`, which belongs to a cluster of this test. (Not by kill(1): procps 4.0.2 takes a
+/// negative number for all processes.)
 fn signal(pid: &str, signal: Signal) {
     let pid = pid.trim().parse().ok().filter(|&pid: &i32| pid > 1).and_then(Pid::from_raw).expect("a process id");
     kill_process(pid, signal).expect("a signal to a process of our own");
@@ -497,8 +500,9 @@ fn a_byte_that_changed_on_the_way_is_never_acknowledged() {
         let receiver = receive(next.clone(), &wal);
         await_streaming(&receiver);
         flipper.flip_after.store(5000 + (round as i64 * 7919) % 30_000, Ordering::SeqCst);
-        // At once where a CRC finds it, later where a length became longer: then bytes are waited for that will not come. Never where it hit the time
-        // at which the primary sent a message: what was received is compared at the end.
+        // At once where a CRC finds it, later where a length became longer: then bytes are waited for that will not
+        // come. Never where it hit the time at which the primary sent a message: what was received is compared at the
+        // end.
         let noticed = receiver.wait_until(LONG * 3, |_, phase| phase != Phase::Streaming);
         let flips = flipper.flipped.load(Ordering::SeqCst) as u64;
         assert!(noticed || flips == round + 1, "{flips} flips in round {round}, none noticed: {:?}", receiver.positions());
@@ -511,7 +515,8 @@ fn a_byte_that_changed_on_the_way_is_never_acknowledged() {
                 assert!(lsn >= wal.framed() || lsn.page_start() <= wal.framed(), "the error names {lsn}");
                 assert_eq!(framed, outcome.positions.flushed);
             }
-            // The flip hit a length, a position or a tag of the protocol around the WAL, or a status while nothing else came.
+            // The flip hit a length, a position or a tag of the protocol around the WAL, or a status while nothing else
+            // came.
             Some(_) | None => other += 1,
         }
         next = ReceiverConfig { start: wal.framed(), last_record: wal.last_record(), ..next };

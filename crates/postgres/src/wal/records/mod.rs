@@ -1,7 +1,8 @@
 //! Main data of the records that change what Postgres keeps outside relation blocks, one module a resource manager.
 //!
-//! Each module has its record types as an enum and one `parse(info, data, major)`, where `info` is the record's type (`info & 0xF0`). Parsing is total:
-//! a type that the major does not have is [`RecordError::UnknownType`], anything that does not fit is [`RecordError::Malformed`].
+//! Each module has its record types as an enum and one `parse(info, data, major)`, where `info` is the record's type
+//! (`info & 0xF0`). Parsing is total: a type that the major does not have is [`RecordError::UnknownType`], anything
+//! that does not fit is [`RecordError::Malformed`].
 
 pub mod clog;
 pub mod commit_ts;

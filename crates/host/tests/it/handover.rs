@@ -1,7 +1,5 @@
 //! Connections to a walsender are handed over to who shows the credential, and to nobody else, however many ask.
 
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on must panic")]
-
 use std::io::{Read as _, Write as _};
 use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::net::{UnixListener, UnixStream};

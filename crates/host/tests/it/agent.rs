@@ -1,6 +1,5 @@
-//! A host does what a control plane orders, through its own restarts. The control plane and the compute processes are stand-ins.
-
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on must panic")]
+//! A host does what a control plane orders, through its own restarts. The control plane and the compute processes are
+//! stand-ins.
 
 use std::collections::BTreeMap;
 use std::net::TcpListener as StdListener;
