@@ -95,7 +95,9 @@ impl BinDirs {
     /// What is wrong with what is there, for people: a folder that holds another major, a program that does not run.
     pub fn problems(&self) -> Vec<String> {
         let problem = |major: &Major| match self.find(major.number()) {
-            Ok(_) | Err(BinDirError::Missing(_)) => None,
+            Ok(_) => None,
+            // A major that nobody named need not be here.
+            Err(BinDirError::Missing(_)) if self.named.iter().all(|(named, _)| *named != major.number()) => None,
             Err(error) => Some(error.to_string()),
         };
         Major::ALL.iter().filter_map(problem).collect()

@@ -196,7 +196,8 @@ impl<R: Read> Read for Arriving<R> {
 /// Takes the archive apart while it arrives. One that breaks off is one that did not come: its server may have died.
 fn fetch(backup: impl Read, dirs: &Dirs) -> Result<Vec<InitialFile>, MountError> {
     let mut arriving = Arriving { from: backup, broke: None };
-    let unpacked = unpack(&mut arriving, dirs);
+    // Behind the archive's end the stream says that it was whole.
+    let unpacked = unpack(&mut arriving, dirs).and_then(|files| io::copy(&mut arriving, &mut io::sink()).map(|_| files));
     match arriving.broke {
         Some(broke) => Err(MountError::Backup(broke)),
         None => unpacked.map_err(MountError::Unpack),

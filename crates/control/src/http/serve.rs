@@ -39,6 +39,7 @@ pub async fn serve<P: Pageserver>(control: Arc<Control<P>>, config: HttpConfig, 
     let config = Arc::new(config);
     let router = router(control, config.clone());
     let everybody = Arc::new(Semaphore::new(1 << 20));
+    let mut failing = false;
     loop {
         let accepted = tokio::select! {
             biased;
@@ -48,11 +49,17 @@ pub async fn serve<P: Pageserver>(control: Arc<Control<P>>, config: HttpConfig, 
         let stream = match accepted {
             Ok((stream, _)) => stream,
             Err(error) => {
-                tracing::warn!(%error, "the admin API cannot accept a connection right now");
+                // Once, not twenty times a second.
+                if !std::mem::replace(&mut failing, true) {
+                    tracing::warn!(%error, "the admin API cannot accept connections right now; it goes on trying");
+                }
                 environment.sleep(ACCEPT_PAUSE).await;
                 continue;
             }
         };
+        if std::mem::take(&mut failing) {
+            tracing::info!("the admin API accepts connections again");
+        }
         let _ = stream.set_nodelay(true);
         let Ok(running) = everybody.clone().acquire_owned().await else { break };
         let (router, header_max) = match places.clone().try_acquire_owned() {

@@ -45,6 +45,9 @@ pub use control::{TokenSource, TokenSourceError};
 const RETRY_WAIT: Duration = Duration::from_millis(200);
 /// Wait after a token was refused.
 const TOKEN_WAIT: Duration = Duration::from_secs(1);
+/// A control plane that is away for so long is worth a line in the log; so is each further minute.
+const AWAY_TOLD: Duration = Duration::from_secs(3);
+const AWAY_TOLD_AGAIN: Duration = Duration::from_secs(60);
 /// How long the lock of a host that has just ended may stay: a process that it was starting has it until it becomes
 /// another program.
 const LOCK_MAX: Duration = Duration::from_secs(2);
@@ -211,6 +214,8 @@ struct Agent {
     found: Vec<ComputeRecord>,
     /// Computes whose records cannot be read: nothing is done about them.
     unreadable: Vec<String>,
+    /// Since when the control plane is away, and when the log is to be told next.
+    away: Mutex<Option<(Instant, Instant)>>,
     /// Held as long as we run.
     _lock: File,
 }
@@ -270,7 +275,7 @@ impl Agent {
             config,
         });
         let run = uuid::Uuid::new_v4().simple().to_string();
-        Ok(Agent { shared, id, run, found, unreadable, _lock: lock })
+        Ok(Agent { shared, id, run, found, unreadable, away: Mutex::default(), _lock: lock })
     }
 
     async fn serve(mut self) -> Result<(), HostError> {
@@ -294,6 +299,7 @@ impl Agent {
             };
             match answer {
                 Ok(orders) => {
+                    self.is_reached();
                     if orders.server_run != server_run {
                         server_run = self.hello().await?;
                         known = None;
@@ -352,6 +358,9 @@ impl Agent {
         let shared = self.shared.clone();
         let facts = tokio::task::spawn_blocking(move || (shared.lacks(), shared.bin_dirs.installed(), shared.bin_dirs.problems())).await;
         let (lacks, installed, problems) = facts.unwrap_or_default();
+        for problem in lacks.iter().chain(&problems) {
+            tracing::warn!(problem, "this host cannot do everything");
+        }
         loop {
             let known = self.shared.known.lock().clone();
             let computes = known.into_iter().map(|(id, known)| HostedCompute { id, tenant_id: known.tenant, runs: known.runs });
@@ -365,9 +374,31 @@ impl Agent {
                 computes: computes.collect(),
             };
             match self.shared.control.hello(&hello).await {
-                Ok(welcome) => return Ok(welcome.server_run),
+                Ok(welcome) => {
+                    self.is_reached();
+                    return Ok(welcome.server_run);
+                }
                 Err(error) => self.after(error).await?,
             }
+        }
+    }
+
+    fn is_reached(&self) {
+        if let Some((since, _)) = self.away.lock().take()
+            && since.elapsed() >= AWAY_TOLD
+        {
+            tracing::info!(seconds = since.elapsed().as_secs(), "the control plane is there again");
+        }
+    }
+
+    fn is_away(&self, error: &ClientError) {
+        let now = Instant::now();
+        let mut away = self.away.lock();
+        let (since, tell) = away.get_or_insert((now, now + AWAY_TOLD));
+        if now >= *tell {
+            *tell = now + AWAY_TOLD_AGAIN;
+            let (url, seconds) = (&self.shared.config.control_url, since.elapsed().as_secs());
+            tracing::warn!(url, seconds, %error, "the control plane does not answer; computes that run go on, it is tried again");
         }
     }
 
@@ -386,7 +417,7 @@ impl Agent {
             // It forgot us; who calls says hello next.
             Some(Code::UnknownHost) => tokio::time::sleep(RETRY_WAIT).await,
             _ if worth_another_try(&error) => {
-                tracing::debug!(%error, "waiting for the control plane");
+                self.is_away(&error);
                 tokio::time::sleep(RETRY_WAIT).await;
             }
             _ => return Err(HostError::Refused { url: self.shared.config.control_url.clone(), source: error }),

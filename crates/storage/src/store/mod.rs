@@ -95,6 +95,10 @@ impl Store {
     pub fn open(location: &str, config: &StoreConfig) -> Result<Store, StoreError> {
         let bad = |problem: &str| StoreError::Config { store: location.to_owned(), problem: problem.to_owned() };
         let Some((scheme, _)) = location.split_once("://") else {
+            let is_scheme = |word: &str| word.len() > 1 && word.bytes().all(|byte| byte.is_ascii_alphanumeric());
+            if location.split_once(':').is_some_and(|(word, _)| is_scheme(word)) {
+                return Err(bad("expected s3://bucket/prefix, with two slashes; a folder of this name is written with ./ in front"));
+            }
             return Self::open_folder(Path::new(location));
         };
         let url = url::Url::parse(location).map_err(|e| bad(&e.to_string()))?;

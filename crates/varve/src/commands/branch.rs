@@ -105,6 +105,9 @@ fn describe(b: &Branch) -> String {
     text
 }
 
+/// Generations of branches that are indented, each more than the one before.
+const INDENTED_MAX: usize = 12;
+
 /// Rows of the branches, children indented below their parents.
 fn tree(branches: &[Branch]) -> Vec<Vec<String>> {
     let names: BTreeSet<&str> = branches.iter().map(|branch| branch.name.as_str()).collect();
@@ -117,7 +120,8 @@ fn tree(branches: &[Branch]) -> Vec<Vec<String>> {
     let mut stack: Vec<(usize, &Branch)> = children.remove(&None).unwrap_or_default().into_iter().rev().map(|b| (0, b)).collect();
     while let Some((depth, b)) = stack.pop() {
         rows.push(vec![
-            format!("{}{}", "  ".repeat(depth), b.name),
+            // A chain of a thousand would be a staircase; the next column has the parent's name.
+            format!("{}{}", "  ".repeat(depth.min(INDENTED_MAX)), b.name),
             b.parent.clone().unwrap_or_default(),
             b.branch_lsn.clone().unwrap_or_default(),
             b.last_lsn.clone(),

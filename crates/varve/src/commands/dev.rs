@@ -169,7 +169,7 @@ pub(crate) async fn run(args: DevArgs) -> anyhow::Result<()> {
     };
     let http_server = tokio::spawn(serve(control, http_config, http, shutdown.clone()));
     tracing::info!(%http_address, %pages_address, data = %data.display(), store = location, "varve serves");
-    let host = if args.no_host {
+    let mut host = if args.no_host {
         None
     } else {
         let folder = args.computes.map_or_else(|| computes_beside(&data), Ok)?;
@@ -186,9 +186,23 @@ pub(crate) async fn run(args: DevArgs) -> anyhow::Result<()> {
     };
 
     let (mut interrupt, mut terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
-    tokio::select! {
-        _ = interrupt.recv() => {}
-        _ = terminate.recv() => {}
+    let host_ended = async {
+        match &mut host {
+            Some(host) => host.await,
+            None => std::future::pending().await,
+        }
+    };
+    let failed = tokio::select! {
+        _ = interrupt.recv() => None,
+        _ = terminate.recv() => None,
+        ended = host_ended => Some(match ended {
+            Ok(Ok(())) => anyhow::anyhow!("the host of this server has ended"),
+            Ok(Err(error)) => anyhow::Error::from(error).context("the host of this server cannot run"),
+            Err(error) => anyhow::Error::from(error).context("the host of this server has ended"),
+        }),
+    };
+    if failed.is_some() {
+        host = None;
     }
     tracing::info!("stopping; what the store lacks is put there first");
     // Computes notice by themselves; a second signal ends at once what a store that does not answer holds up.
@@ -209,5 +223,5 @@ pub(crate) async fn run(args: DevArgs) -> anyhow::Result<()> {
         tracing::warn!("not everything ended in good order within {END_MAX:?}");
     }
     background.abort();
-    Ok(())
+    failed.map_or(Ok(()), Err)
 }
