@@ -199,12 +199,12 @@ pub struct Wal {
     /// Whether a compute writes the branch, so that there may be more soon.
     pub written: bool,
     /// Ascending; what lies between them is not kept.
-    pub ranges: Vec<WalRange>,
+    pub ranges: Vec<WalPart>,
 }
 
 /// WAL without a gap.
 #[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
-pub struct WalRange {
+pub struct WalPart {
     /// Its first byte; a record begins there, or the page of one.
     pub start: String,
     /// The byte behind its last; a record ends there.
@@ -308,7 +308,7 @@ pub struct Ready {
 
 /// A moment of a branch.
 #[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
-pub struct Moment {
+pub struct BranchMoment {
     /// The branch, `tenant/branch`.
     pub branch: String,
     /// The LSN, a record's end.

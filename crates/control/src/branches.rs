@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use varve_api::admin::{Branch, Deleted, Moment as MomentAnswer, NewBranch, Restore, Restored, Wal, WalPlace, WalRange as WalRangeAnswer};
+use varve_api::admin::{Branch, BranchMoment, Deleted, NewBranch, Restore, Restored, Wal, WalPart, WalPlace};
 use varve_api::host::Desired;
 use varve_postgres::{Lsn, Timestamp};
 use varve_storage::ids::{BranchName, TenantId, TimelineId};
@@ -267,14 +267,14 @@ impl<P: Pageserver> Control<P> {
     ///
     /// # Errors
     /// [`Error`].
-    pub async fn moment(&self, tenant: &str, branch_text: &str, lsn: Option<&str>, at: Option<&str>) -> Result<MomentAnswer, Error> {
+    pub async fn moment(&self, tenant: &str, branch_text: &str, lsn: Option<&str>, at: Option<&str>) -> Result<BranchMoment, Error> {
         let asked = moment::parse(lsn, at)?;
         let (id, state) = self.to_read(tenant).await?;
         let (name, timeline) = branch(&state, branch_text)?;
         let at = self.resolve(id, timeline, asked).await?;
         let time = self.pageserver.time_at(id, at).await?;
         let tenant_name = facts(&state, id)?.name.clone();
-        Ok(MomentAnswer { branch: format!("{tenant_name}/{name}"), lsn: at.lsn.to_string(), time: time.map(moment::rfc3339) })
+        Ok(BranchMoment { branch: format!("{tenant_name}/{name}"), lsn: at.lsn.to_string(), time: time.map(moment::rfc3339) })
     }
 
     /// A tenant whose history is read, by its log: it is not taken for that. Whose history cannot be read here is told
@@ -293,7 +293,7 @@ impl<P: Pageserver> Control<P> {
         let (name, timeline) = branch(&state, branch_text)?;
         let (head, ranges) = self.pageserver.kept_wal(id, timeline).await?;
         let written = self.computes.of_branch(id, &name).iter().any(|entry| entry.writes() && entry.status().desired == Desired::Run);
-        let ranges = ranges.into_iter().map(|range| WalRangeAnswer {
+        let ranges = ranges.into_iter().map(|range| WalPart {
             start: range.start.to_string(),
             end: range.end.to_string(),
             timeline_id: range.timeline.to_string(),

@@ -13,25 +13,7 @@ use varve_postgres::{Lsn, Timestamp};
 use varve_storage::ids::{BranchName, TenantId, TimelineId, WriterEpoch};
 use varve_storage::tenant_log::{FileContents, TenantLog};
 
-/// A moment of a timeline's history.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Moment {
-    /// The end of what is durable.
-    Head,
-    /// This LSN, rounded down to a record's end.
-    Lsn(Lsn),
-    /// Before the first commit or abort later than this.
-    Time(Timestamp),
-}
-
-/// A record boundary in one timeline's own history.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Resolved {
-    /// The timeline in whose own history it lies: the one asked about, or an ancestor.
-    pub timeline: TimelineId,
-    /// Where.
-    pub lsn: Lsn,
-}
+pub use varve_storage::moment::{Moment, Resolved};
 
 /// A timeline that is open.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use varve_postgres::Lsn;
 use varve_postgres::wal::synthesis::AncestorTimeline;
 
-use crate::base_backup::{ExtraFile, Options, TimelineFacts, write_base_backup};
+use crate::base_backup::{BackupTimeline, ExtraFile, Options, write_base_backup};
 use crate::error::EngineError;
 use crate::moments;
 use crate::tenant::Tenant;
@@ -58,7 +58,7 @@ pub fn write(
     let mut nonce = [0; 32];
     nonce[..16].copy_from_slice(&tenant.id().0);
     nonce[16..].copy_from_slice(&live.id().0);
-    let facts = TimelineFacts {
+    let facts = BackupTimeline {
         system_identifier: tenant.facts().system_identifier,
         tli: live.facts().tli,
         ancestors,

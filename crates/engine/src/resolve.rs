@@ -4,8 +4,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use varve_postgres::{Lsn, Timestamp};
-use varve_storage::ids::TimelineId;
 use varve_storage::timeline::{Position, WaitError};
+
+pub use varve_storage::moment::{Moment, Resolved};
 
 use crate::error::EngineError;
 use crate::moments::{self, Found, MomentError};
@@ -16,26 +17,6 @@ const INGEST_WAIT_MAX: Duration = Duration::from_secs(60);
 
 /// How long an LSN may be on its way from the compute that wrote it.
 const ARRIVAL_WAIT_MAX: Duration = Duration::from_secs(3);
-
-/// A moment of a timeline's history.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Moment {
-    /// The end of what is durable.
-    Head,
-    /// This LSN, rounded down to a record's end.
-    Lsn(Lsn),
-    /// Before the first commit or abort later than this.
-    Time(Timestamp),
-}
-
-/// A record boundary.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Resolved {
-    /// The timeline in whose own history it lies.
-    pub timeline: TimelineId,
-    /// Where.
-    pub lsn: Lsn,
-}
 
 /// Finds the boundary that `moment` means on a timeline, or on the ancestor in whose history it lies. For what may be
 /// newer than what is known here it waits for the compute that has the tail.

@@ -3,7 +3,7 @@
 use std::io::{self, Write};
 
 use bytes::Bytes;
-use varve_engine::base_backup::{Options, TimelineFacts, write_base_backup};
+use varve_engine::base_backup::{BackupTimeline, Options, write_base_backup};
 use varve_engine::cluster::ClusterFacts;
 use varve_postgres::slru::SlruKind;
 use varve_postgres::{Fork, Lsn, RelNode, Timestamp};
@@ -71,7 +71,7 @@ pub(crate) fn base_backup(data: &[u8]) {
     }
     history.advance(LSN);
     let cluster = ClusterFacts { major, catalog_version: 202_209_061, data_checksum_version: 0, default_char_signedness: true };
-    let timeline = TimelineFacts {
+    let timeline = BackupTimeline {
         system_identifier: 7,
         tli: 1,
         ancestors: Vec::new(),

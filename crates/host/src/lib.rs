@@ -9,7 +9,7 @@
 //!   begins anew when Postgres ends in any way but a clean shutdown: the cache is disposable, and durability is the
 //!   pageserver's.
 //!
-//! It knows the other roles only through the page service ([`page_source`]) and the messages of `varve-api`. No path of
+//! It knows the other roles only through the page service ([`page_fetcher`]) and the messages of `varve-api`. No path of
 //! another process's disk comes here, and none of ours goes out but that of a socket.
 
 pub mod agent;
@@ -21,7 +21,7 @@ pub mod handover;
 pub mod identity;
 pub mod initdb;
 pub mod mount;
-pub mod page_source;
+pub mod page_fetcher;
 pub mod ports;
 pub mod postgres;
 pub mod process;

@@ -19,7 +19,7 @@ use crate::config;
 use crate::dirs::Dirs;
 use crate::files::Uploader;
 use crate::mount::{InitialContent, InitialFile, Mount, MountConfig};
-use crate::page_source::PageSource;
+use crate::page_fetcher::PageFetcher;
 use crate::server::Server;
 
 /// How long the page service may be silent while a base backup comes: it may have to ingest first.
@@ -120,7 +120,7 @@ fn mount_blocking(begin: &Begin, dirs: &Dirs, uploader: &Uploader) -> Result<Mou
         }
     }
     dirs.write("pg_hba.conf", &config::pg_hba_conf(users_hba.as_deref().unwrap_or_default()))?;
-    let source = Arc::new(PageSource::new(connection, &begin.tenant_id, &begin.timeline_id, lsn));
+    let source = Arc::new(PageFetcher::new(connection, &begin.tenant_id, &begin.timeline_id, lsn));
     let user = dirs.user();
     let major = Major::from_number(begin.pg_version).ok_or_else(|| MountError::begin("a major of Postgres", &begin.pg_version))?;
     let name = format!("{}/{}", begin.tenant, begin.branch);

@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use varve_pageserver::wal_receiver::{Phase, Receiver, ReceiverConfig, SinkError, WalSink};
+use varve_pageserver::wal_receiver::{Receiver, ReceiverConfig, ReceiverPhase, SinkError, WalSink};
 use varve_postgres::wal::FramedRecord;
 use varve_postgres::{Lsn, Major};
 use varve_protocol::{ConnectConfig, Endpoint};
@@ -104,7 +104,7 @@ fn receiver(postgres: &Postgres, log: &Arc<WalLog>) -> Receiver<LogSink> {
         slot: None,
     };
     let receiver = Receiver::spawn(config, LogSink { log: log.clone(), end: start, at: None }).expect("a thread");
-    assert!(receiver.wait_until(Duration::from_secs(20), |_, phase| phase == Phase::Streaming), "{:?}", receiver.trouble());
+    assert!(receiver.wait_until(Duration::from_secs(20), |_, phase| phase == ReceiverPhase::Streaming), "{:?}", receiver.trouble());
     receiver
 }
 

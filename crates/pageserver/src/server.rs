@@ -18,7 +18,7 @@ use tokio_util::sync::CancellationToken;
 use varve_engine::held::{Claim, claim};
 use varve_engine::resolve::{Moment, Resolved, resolve, time_at};
 use varve_engine::template::{StartupBlock, Template, Templates};
-use varve_engine::timeline::WalRange;
+use varve_engine::timeline::KeptRange;
 use varve_engine::work_queue::Places;
 use varve_engine::{Context, EngineError, EpochStart, LiveTimeline, StreamEnd, Tenant, WorkQueue, catalog, histories};
 use varve_postgres::{Lsn, Major, Timestamp};
@@ -445,7 +445,7 @@ impl Pageserver {
     ///
     /// # Errors
     /// [`ServerError`].
-    pub async fn kept_wal(&self, tenant: TenantId, timeline: TimelineId) -> Result<(Lsn, Vec<(TimelineId, WalRange)>), ServerError> {
+    pub async fn kept_wal(&self, tenant: TenantId, timeline: TimelineId) -> Result<(Lsn, Vec<(TimelineId, KeptRange)>), ServerError> {
         let live = self.live_to_read(tenant, timeline, "its WAL is asked for").await?;
         let head = live.positions().head();
         match live.wait_applied(head, KEPT_WAL_WAIT_MAX).await {
@@ -503,13 +503,13 @@ impl Pageserver {
 }
 
 /// The ranges of a timeline and its ancestors, ascending.
-fn ranges(live: &Arc<LiveTimeline>, head: Lsn) -> Vec<(TimelineId, WalRange)> {
+fn ranges(live: &Arc<LiveTimeline>, head: Lsn) -> Vec<(TimelineId, KeptRange)> {
     let owners = live.owners(head);
     owners.iter().rev().flat_map(|(owner, limit)| owner.wal_ranges(*limit).into_iter().map(|range| (owner.id(), range))).collect()
 }
 
 /// Ranges in words.
-fn named(ranges: &[(TimelineId, WalRange)]) -> String {
+fn named(ranges: &[(TimelineId, KeptRange)]) -> String {
     let why = "layers have what it did to pages, and only WAL written with wal_consistency_checking is kept besides; there is";
     let shown: Vec<String> = ranges.iter().take(RANGES_NAMED_MAX).map(|(_, range)| format!("{} to {}", range.start, range.end)).collect();
     match ranges.len().saturating_sub(RANGES_NAMED_MAX) {

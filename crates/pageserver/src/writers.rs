@@ -128,14 +128,14 @@ impl Writers {
         link.receiver_runs(&receiver.stopper());
         let mut receivers = self.receivers.lock();
         // Those whose streams were ended have nothing more to do.
-        receivers.retain(|_, receiver| receiver.phase() != crate::wal_receiver::Phase::Ended);
+        receivers.retain(|_, receiver| receiver.phase() != crate::wal_receiver::ReceiverPhase::Ended);
         drop(receivers.insert((live.tenant(), live.id()), receiver));
         Ok(standby_name)
     }
 
     /// How many computes' WAL is received.
     pub fn count(&self) -> usize {
-        self.receivers.lock().values().filter(|receiver| receiver.phase() == crate::wal_receiver::Phase::Streaming).count()
+        self.receivers.lock().values().filter(|receiver| receiver.phase() == crate::wal_receiver::ReceiverPhase::Streaming).count()
     }
 }
 

@@ -9,8 +9,8 @@ use varve_api::{Code, Refusal};
 use varve_control::ports::{
     self, AttachWriter, EpochStart, Live, Lost, Moment, OrphanedWal, Places, PortResult, Resolved, Template, WalRange,
 };
+use varve_engine::EngineError;
 use varve_engine::moments::MomentError;
-use varve_engine::{EngineError, resolve};
 use varve_pageserver::writers::{Walsender, Writer};
 use varve_pageserver::{Pageserver, ServerError};
 use varve_postgres::{Lsn, Major, Timestamp};
@@ -131,17 +131,10 @@ impl ports::Pageserver for Door {
     }
 
     async fn resolve(&self, tenant: TenantId, timeline: TimelineId, moment: Moment) -> PortResult<Resolved> {
-        let moment = match moment {
-            Moment::Head => resolve::Moment::Head,
-            Moment::Lsn(lsn) => resolve::Moment::Lsn(lsn),
-            Moment::Time(at) => resolve::Moment::Time(at),
-        };
-        let found = self.pageserver.resolve(tenant, timeline, moment).await.map_err(refusal)?;
-        Ok(Resolved { timeline: found.timeline, lsn: found.lsn })
+        self.pageserver.resolve(tenant, timeline, moment).await.map_err(refusal)
     }
 
     async fn time_at(&self, tenant: TenantId, at: Resolved) -> PortResult<Option<Timestamp>> {
-        let at = resolve::Resolved { timeline: at.timeline, lsn: at.lsn };
         self.pageserver.time_at(tenant, at).await.map_err(refusal)
     }
 
@@ -178,7 +171,7 @@ impl ports::Pageserver for Door {
 
     async fn kept_wal(&self, tenant: TenantId, timeline: TimelineId) -> PortResult<(Lsn, Vec<WalRange>)> {
         let (head, ranges) = self.pageserver.kept_wal(tenant, timeline).await.map_err(refusal)?;
-        let range = |(timeline, range): (TimelineId, varve_engine::timeline::WalRange)| WalRange {
+        let range = |(timeline, range): (TimelineId, varve_engine::timeline::KeptRange)| WalRange {
             timeline,
             start: range.start,
             end: range.end,

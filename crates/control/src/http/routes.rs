@@ -6,7 +6,7 @@ use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
 use varve_api::admin::{
-    Branch, BranchChange, Compute, Deleted, ForgottenWal, Moment, NewBranch, NewCompute, NewTenant, Ready, Restore, Restored,
+    Branch, BranchChange, BranchMoment, Compute, Deleted, ForgottenWal, NewBranch, NewCompute, NewTenant, Ready, Restore, Restored,
     Server as ServerFacts, Stopped, Tenant, Wal,
 };
 
@@ -226,12 +226,12 @@ pub(super) async fn restore_branch<P: Pageserver>(
 #[utoipa::path(get, path = "/v1/tenants/{tenant}/branches/{branch}/moment",
     params(("tenant", description = "name or id"), ("branch", description = "name, or id of its timeline"),
         ("lsn" = Option<String>, Query), ("at" = Option<String>, Query)),
-    responses((status = 200, body = Moment)))]
+    responses((status = 200, body = BranchMoment)))]
 pub(super) async fn moment<P: Pageserver>(
     State(server): State<Server<P>>,
     Names((tenant, branch)): Names<(String, String)>,
     Parameters(query): Parameters<MomentQuery>,
-) -> Answer<Moment> {
+) -> Answer<BranchMoment> {
     server.control.moment(&tenant, &branch, query.lsn.as_deref(), query.at.as_deref()).await.map(Json)
 }
 

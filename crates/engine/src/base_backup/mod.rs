@@ -63,7 +63,7 @@ pub struct ExtraFile {
 
 /// Whose data directory it is, and where in its history.
 #[derive(Clone, Debug)]
-pub struct TimelineFacts {
+pub struct BackupTimeline {
     /// The cluster's identifier.
     pub system_identifier: u64,
     /// The timeline's Postgres timeline.
@@ -100,7 +100,7 @@ pub struct Options {
 pub fn write_base_backup(
     history: &(impl History + ?Sized),
     cluster: &ClusterFacts,
-    timeline: &TimelineFacts,
+    timeline: &BackupTimeline,
     options: &Options,
     out: impl Write,
 ) -> Result<(), BaseBackupError> {
@@ -117,7 +117,7 @@ pub fn write_base_backup(
 }
 
 /// `pg_control` and the WAL of a start at the boundary.
-pub fn control_and_wal(cluster: &ClusterFacts, timeline: &TimelineFacts, at: &StateAt, time_unix: i64) -> (ControlFile, BaseWalFiles) {
+pub fn control_and_wal(cluster: &ClusterFacts, timeline: &BackupTimeline, at: &StateAt, time_unix: i64) -> (ControlFile, BaseWalFiles) {
     let prev_tli = timeline.ancestors.last().map_or(timeline.tli, |ancestor| ancestor.tli);
     let wal = base_wal(&BaseWal {
         major: cluster.major,
@@ -152,7 +152,7 @@ pub fn control_and_wal(cluster: &ClusterFacts, timeline: &TimelineFacts, at: &St
 fn write_tar(
     history: &(impl History + ?Sized),
     cluster: &ClusterFacts,
-    timeline: &TimelineFacts,
+    timeline: &BackupTimeline,
     options: &Options,
     at: &StateAt,
     out: &mut impl Write,

@@ -52,7 +52,7 @@ pub use error::IngestError;
 
 use free_space::FreeSpaceUpkeep;
 use index::IndexWriter;
-use sizes::SizeCache;
+use sizes::IngestSizes;
 use slru::SlruAreas;
 use transactions::OriginProgress;
 
@@ -67,7 +67,7 @@ pub struct Ingest {
     applied: Lsn,
     /// End of the last record; what lies between `applied` and here is written but not yet to be seen.
     end: Lsn,
-    sizes: SizeCache,
+    sizes: IngestSizes,
     /// Directories of databases that the history is known to have, applied or not.
     known_directories: HashSet<(Oid, Oid)>,
     slru: SlruAreas,
@@ -96,7 +96,7 @@ impl Ingest {
             major: history.major(),
             applied: at,
             end: at,
-            sizes: SizeCache::default(),
+            sizes: IngestSizes::default(),
             known_directories: HashSet::new(),
             slru: SlruAreas::open(&*history, at)?,
             fields,

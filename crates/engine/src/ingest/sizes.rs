@@ -29,12 +29,12 @@ pub(super) struct CachedSize {
 
 /// See the module's doc.
 #[derive(Debug, Default)]
-pub(super) struct SizeCache {
+pub(super) struct IngestSizes {
     /// By the fork's size key.
     forks: HashMap<Key, CachedSize, BuildKeyHasher>,
 }
 
-impl SizeCache {
+impl IngestSizes {
     /// The fork's size. Nothing that is written and not yet applied is ever missing here, so what is missing can be
     /// read at `applied`.
     pub(super) fn get(&mut self, history: &(impl History + ?Sized), rel: RelFork, applied: Lsn) -> Result<&mut CachedSize, HistoryError> {

@@ -17,7 +17,7 @@ use varve_storage::wal_index::{Boundary, WalIndexBuilder, page_of};
 use varve_testing::naive_history::NaiveHistory;
 
 use super::{Ingest, IngestError};
-use crate::base_backup::{Options, TimelineFacts, write_base_backup};
+use crate::base_backup::{BackupTimeline, Options, write_base_backup};
 use crate::cluster::ClusterFacts;
 use crate::moments::{self, Found, MomentError};
 
@@ -297,7 +297,7 @@ proptest! {
         }
         let end = history.applied();
         let base = moments::round_down(&*history, end, START, end).unwrap();
-        let facts = TimelineFacts { system_identifier: 1, tli: 2, ancestors: Vec::new(), base, mock_authentication_nonce: [0; 32] };
+        let facts = BackupTimeline { system_identifier: 1, tli: 2, ancestors: Vec::new(), base, mock_authentication_nonce: [0; 32] };
         let cluster =
             ClusterFacts { major: Major::V15, catalog_version: 202_209_061, data_checksum_version: 0, default_char_signedness: true };
         let options = Options { slru: true, ..Options::default() };

@@ -20,7 +20,7 @@ const PAUSE_BYTES_MAX: u64 = 1 << 20;
 
 /// WAL without a gap that can be had from one place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct WalRange {
+pub struct KeptRange {
     /// Its first byte.
     pub start: Lsn,
     /// The byte behind its last.
@@ -63,11 +63,11 @@ impl LiveTimeline {
 
     /// Where there is WAL of this timeline, below `limit`, that is kept, or will be; ascending. Of records that ingest
     /// has not seen yet it is not known whether they carry their pages.
-    pub fn wal_ranges(&self, limit: Lsn) -> Vec<WalRange> {
-        let mut ranges: Vec<WalRange> = Vec::new();
+    pub fn wal_ranges(&self, limit: Lsn) -> Vec<KeptRange> {
+        let mut ranges: Vec<KeptRange> = Vec::new();
         let mut add = |start: Lsn, end: Lsn, in_store: bool| match ranges.last_mut() {
             Some(last) if last.end == start && last.in_store == in_store => last.end = end,
-            _ => ranges.push(WalRange { start, end, in_store }),
+            _ => ranges.push(KeptRange { start, end, in_store }),
         };
         // *layered* first: a flush publishes before it moves it, so what it says is in the store is in the manifest,
         // and pieces beyond do not count yet.

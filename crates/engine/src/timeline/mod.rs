@@ -35,7 +35,7 @@ use varve_storage::threads::Threads;
 use varve_storage::timeline::{Position, Positions, Stopped, Timeline, WaitError};
 
 pub use epochs::{EpochStart, StreamEnd, StreamError, Tail, WalStream};
-pub use kept_wal::WalRange;
+pub use kept_wal::KeptRange;
 pub(crate) use open::OpenTimeline;
 
 use crate::context::Context;

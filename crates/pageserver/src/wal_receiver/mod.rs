@@ -30,7 +30,7 @@ mod slot;
 mod stream;
 
 pub use receiver::{Outcome, Receiver, Stopper};
-pub use shared::{Phase, Positions};
+pub use shared::{ReceiverPhase, ReceiverPositions};
 pub use sink::{SinkError, WalSink};
 
 use std::time::Duration;

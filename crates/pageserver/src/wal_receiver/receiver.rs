@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use varve_postgres::wal::Framer;
 
-use super::shared::{Phase, Positions, Shared, Stopped};
+use super::shared::{ReceiverPhase, ReceiverPositions, Shared, Stopped};
 use super::slot::SlotKeeper;
 use super::stream::Stream;
 use super::{ReceiverConfig, ReceiverError, SinkError, WalSink, session};
@@ -60,7 +60,7 @@ impl From<ReceiverError> for SessionEnd {
 /// How a receiver ended.
 pub struct Outcome<S> {
     /// How far it was.
-    pub positions: Positions,
+    pub positions: ReceiverPositions,
     /// The sink, with all that it took.
     pub sink: S,
     /// Why, unless it was told to.
@@ -91,7 +91,8 @@ impl<S: WalSink> Receiver<S> {
     /// # Errors
     /// When no thread can be had.
     pub fn spawn(config: ReceiverConfig, sink: S) -> io::Result<Receiver<S>> {
-        let start = Positions { received: config.start, framed: config.start, durable: config.start, ..Positions::default() };
+        let start =
+            ReceiverPositions { received: config.start, framed: config.start, durable: config.start, ..ReceiverPositions::default() };
         let shared = Arc::new(Shared::new(start));
         let slot = match &config.slot {
             Some(slot) => Some(SlotKeeper::spawn(&config, slot.clone(), shared.clone())?),
@@ -110,19 +111,19 @@ impl<S: WalSink> Receiver<S> {
                 tracing::error!(timeline = %worker.config.label, %error, "the WAL receiver ended");
                 worker.shared.set_trouble(&error.to_string());
             }
-            worker.shared.set_phase(Phase::Ended);
+            worker.shared.set_phase(ReceiverPhase::Ended);
             Outcome { positions: worker.shared.positions(), sink: worker.sink, error }
         })?;
         Ok(Receiver { shared, thread: Some(thread), slot })
     }
 
     /// How far it is.
-    pub fn positions(&self) -> Positions {
+    pub fn positions(&self) -> ReceiverPositions {
         self.shared.positions()
     }
 
     /// What it is doing.
-    pub fn phase(&self) -> Phase {
+    pub fn phase(&self) -> ReceiverPhase {
         self.shared.phase()
     }
 
@@ -137,7 +138,7 @@ impl<S: WalSink> Receiver<S> {
     }
 
     /// Waits until `reached` is so, the receiver ends, or `timeout` is over; whether it was reached.
-    pub fn wait_until(&self, timeout: Duration, reached: impl FnMut(&Positions, Phase) -> bool) -> bool {
+    pub fn wait_until(&self, timeout: Duration, reached: impl FnMut(&ReceiverPositions, ReceiverPhase) -> bool) -> bool {
         self.shared.wait(Instant::now() + timeout, reached)
     }
 
@@ -193,7 +194,7 @@ impl<S: WalSink> Worker<S> {
                 SessionEnd::Lost(error) => error.to_string(),
                 SessionEnd::NotKept(error) => format!("the WAL could not be kept: {error}"),
             };
-            self.shared.set_phase(Phase::Connecting);
+            self.shared.set_phase(ReceiverPhase::Connecting);
             if self.shared.set_trouble(&error) {
                 tracing::warn!(timeline = %self.config.label, error, framed = %self.framer.framed(), "no WAL from the primary, trying again");
             }
@@ -216,7 +217,7 @@ impl<S: WalSink> Worker<S> {
             Err(end) => return end,
         };
         tracing::info!(timeline = %self.config.label, from = connection.endpoint(), %start, "receiving WAL");
-        self.shared.set_phase(Phase::Streaming);
+        self.shared.set_phase(ReceiverPhase::Streaming);
         Stream::new(connection, &mut self.sink, &mut self.framer, &self.shared).run()
     }
 }

@@ -9,7 +9,7 @@ use varve_protocol::connect::blocking::Connection;
 use varve_protocol::wire::backend::sqlstate;
 
 use super::receiver::SessionEnd;
-use super::shared::{Phase, Shared};
+use super::shared::{ReceiverPhase, Shared};
 use super::{ReceiverConfig, ReceiverError, server_version};
 
 /// How long connecting and each answer to a question may take.
@@ -96,7 +96,7 @@ fn await_standby_name(config: &ReceiverConfig, connection: &mut Connection, shar
         if found == *expected {
             return Ok(());
         }
-        shared.set_phase(Phase::WaitingForStandbyName);
+        shared.set_phase(ReceiverPhase::WaitingForStandbyName);
         shared.set_trouble(&format!("synchronous_standby_names is '{found}', expected '{expected}'"));
         if complained.is_none_or(|at| at.elapsed() >= STANDBY_NAME_COMPLAINT) {
             tracing::error!(

@@ -9,7 +9,7 @@ use varve_protocol::connect::SocketCloser;
 
 /// How far a receiver is.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub struct Positions {
+pub struct ReceiverPositions {
     /// End of the bytes that came.
     pub received: Lsn,
     /// End of the last whole record that came.
@@ -24,7 +24,7 @@ pub struct Positions {
 
 /// What a receiver is doing.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub enum Phase {
+pub enum ReceiverPhase {
     /// It connects, again and again if need be.
     #[default]
     Connecting,
@@ -38,8 +38,8 @@ pub enum Phase {
 
 #[derive(Default)]
 struct State {
-    positions: Positions,
-    phase: Phase,
+    positions: ReceiverPositions,
+    phase: ReceiverPhase,
     trouble: Option<String>,
     closer: Option<SocketCloser>,
 }
@@ -63,7 +63,7 @@ pub(super) struct Shared {
 pub(super) struct Stopped;
 
 impl Shared {
-    pub(super) fn new(positions: Positions) -> Shared {
+    pub(super) fn new(positions: ReceiverPositions) -> Shared {
         Shared { state: Mutex::new(State { positions, ..State::default() }), ..Shared::default() }
     }
 
@@ -103,11 +103,11 @@ impl Shared {
         self.state.lock().closer = None;
     }
 
-    pub(super) fn positions(&self) -> Positions {
+    pub(super) fn positions(&self) -> ReceiverPositions {
         self.state.lock().positions
     }
 
-    pub(super) fn phase(&self) -> Phase {
+    pub(super) fn phase(&self) -> ReceiverPhase {
         self.state.lock().phase
     }
 
@@ -115,15 +115,15 @@ impl Shared {
         self.state.lock().trouble.clone()
     }
 
-    pub(super) fn set_positions(&self, positions: Positions) {
+    pub(super) fn set_positions(&self, positions: ReceiverPositions) {
         self.state.lock().positions = positions;
         self.changed.notify_all();
     }
 
-    pub(super) fn set_phase(&self, phase: Phase) {
+    pub(super) fn set_phase(&self, phase: ReceiverPhase) {
         let mut state = self.state.lock();
         state.phase = phase;
-        if phase == Phase::Streaming {
+        if phase == ReceiverPhase::Streaming {
             state.trouble = None;
         }
         drop(state);
@@ -147,13 +147,13 @@ impl Shared {
     }
 
     /// Waits until `reached`, the receiver's end, or `deadline`; whether it was reached.
-    pub(super) fn wait(&self, deadline: Instant, mut reached: impl FnMut(&Positions, Phase) -> bool) -> bool {
+    pub(super) fn wait(&self, deadline: Instant, mut reached: impl FnMut(&ReceiverPositions, ReceiverPhase) -> bool) -> bool {
         let mut state = self.state.lock();
         loop {
             if reached(&state.positions, state.phase) {
                 return true;
             }
-            if state.phase == Phase::Ended || self.changed.wait_until(&mut state, deadline).timed_out() {
+            if state.phase == ReceiverPhase::Ended || self.changed.wait_until(&mut state, deadline).timed_out() {
                 return reached(&state.positions, state.phase);
             }
         }

@@ -15,7 +15,7 @@ use varve_protocol::ClientError;
 use varve_protocol::ConnectConfig;
 use varve_protocol::connect::blocking::Connection;
 
-use super::shared::{Phase, Shared};
+use super::shared::{ReceiverPhase, Shared};
 use super::{ReceiverConfig, SlotConfig};
 
 /// How long connecting and each statement may take.
@@ -78,7 +78,7 @@ impl Worker {
         loop {
             let mut pause = if self.moved_to.is_none() { CREATE_RETRY } else { self.slot.interval };
             let target = self.shared.positions().applied;
-            let streams = self.shared.phase() == Phase::Streaming;
+            let streams = self.shared.phase() == ReceiverPhase::Streaming;
             if streams && self.moved_to.is_none_or(|at| target > at) {
                 match self.advance(target) {
                     Ok(()) => (complained, unanswered) = (false, UNANSWERED_PAUSE_MIN),

@@ -11,7 +11,7 @@ use varve_protocol::wire::replication::{StandbyStatus, WalSenderMessage};
 use varve_protocol::wire::{BackendMessage, Frame, ServerMessage, backend::sqlstate, frontend};
 
 use super::receiver::SessionEnd;
-use super::shared::{Positions, Shared};
+use super::shared::{ReceiverPositions, Shared};
 use super::{ReceiverError, WalSink};
 
 /// Bytes that are taken from the socket before they are synced, however many more there are: the first ones wait for an
@@ -42,7 +42,7 @@ pub(super) struct Stream<'a, S> {
     sink: &'a mut S,
     framer: &'a mut Framer,
     shared: &'a Shared,
-    positions: Positions,
+    positions: ReceiverPositions,
     /// What the server was told last.
     told: Option<(Lsn, Lsn)>,
     told_at: Instant,
@@ -62,7 +62,7 @@ pub(super) struct Stream<'a, S> {
 impl<'a, S: WalSink> Stream<'a, S> {
     pub(super) fn new(connection: Connection, sink: &'a mut S, framer: &'a mut Framer, shared: &'a Shared) -> Stream<'a, S> {
         let now = Instant::now();
-        let positions = Positions { received: framer.position(), framed: framer.framed(), ..shared.positions() };
+        let positions = ReceiverPositions { received: framer.position(), framed: framer.framed(), ..shared.positions() };
         Stream {
             connection,
             sink,
@@ -235,7 +235,7 @@ impl<'a, S: WalSink> Stream<'a, S> {
         }
         if self.positions.received > self.positions.framed && now - self.wal_at >= UNFINISHED_MAX {
             let endpoint = self.connection.endpoint().to_owned();
-            let Positions { received, framed, .. } = self.positions;
+            let ReceiverPositions { received, framed, .. } = self.positions;
             let what = format!("the record at {framed} is still unfinished at {received} after {} s", UNFINISHED_MAX.as_secs());
             return Err(ClientError::Protocol { endpoint, what }.into());
         }

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use clap::{Args, Subcommand};
 use reqwest::Method;
-use varve_api::admin::{Branch, BranchChange, Moment, NewBranch, Restore, Restored};
+use varve_api::admin::{Branch, BranchChange, BranchMoment, NewBranch, Restore, Restored};
 
 use super::BranchPath;
 use crate::client::{Client, ListArgs, segment};
@@ -188,7 +188,7 @@ pub(crate) async fn run(command: BranchCommand, client: &Client, json: bool) -> 
                 (None, Some(at)) => path.push_str(&format!("?at={}", segment(&at))),
                 (None, None) => {}
             }
-            let found: Moment = client.get(&path).await?;
+            let found: BranchMoment = client.get(&path).await?;
             output::print(json, &found, || format!("{}  {}", found.lsn, found.time.as_deref().unwrap_or("before any commit")))
         }
     }

@@ -9,7 +9,7 @@ use anyhow::{Context as _, bail};
 use clap::Args;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::json;
-use varve_api::admin::{Branch, Moment, Server};
+use varve_api::admin::{Branch, BranchMoment, Server};
 use varve_host::dirs::User;
 use varve_protocol::client::{BaseBackup, BaseBackupOptions};
 use varve_protocol::connect::{ConnectConfig, Endpoint};
@@ -45,7 +45,7 @@ pub(crate) async fn run(args: MaterializeArgs, client: &Client, json: bool) -> a
         (None, Some(at)) => path.push_str(&format!("?at={}", segment(at))),
         (None, None) => {}
     }
-    let moment: Moment = client.get(&path).await?;
+    let moment: BranchMoment = client.get(&path).await?;
     let (host, port) = server.page_service.rsplit_once(':').context("the server names no page service")?;
     let connection = ConnectConfig::new(Endpoint::tcp(host, port.parse::<u16>()?), "varve");
     let lsn = moment.lsn.parse()?;

@@ -12,7 +12,7 @@ use anyhow::{Context as _, ensure};
 use clap::{Args, Subcommand};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use tokio::runtime::Handle;
-use varve_api::admin::{Compute, Moment, Server, Tenant};
+use varve_api::admin::{BranchMoment, Compute, Server, Tenant};
 use varve_postgres::{BLCKSZ, Lsn, Major};
 use varve_protocol::connect::blocking::Connection;
 use varve_protocol::{ConnectConfig, Endpoint};
@@ -284,7 +284,7 @@ async fn verify_timeline(args: TimelineArgs, client: &Client, stop: Arc<AtomicBo
         Some(lsn) => format!("{}/moment?lsn={}", branch.api(), segment(&lsn.to_string())),
         None => format!("{}/moment", branch.api()),
     };
-    let moment: Moment = client.get(&path).await?;
+    let moment: BranchMoment = client.get(&path).await?;
     let branch = Branch { connect, tenant: branch.tenant, timeline: found.timeline_id, lsn: moment.lsn.parse()? };
     tokio::task::spawn_blocking(move || {
         let bar = bar(Some(0), "{pos} of {len} pages [{wide_bar}] {per_sec} {msg}")?;

@@ -7,7 +7,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use varve_engine::base_backup::{ExtraFile, Options, TimelineFacts, write_base_backup};
+use varve_engine::base_backup::{BackupTimeline, ExtraFile, Options, write_base_backup};
 use varve_engine::moments::round_down;
 use varve_postgres::wal::synthesis::AncestorTimeline;
 use varve_postgres::{Lsn, Major};
@@ -27,10 +27,10 @@ pub fn timeline(
     ancestors: Vec<AncestorTimeline>,
     lsn: Lsn,
     (from, to): (Lsn, Lsn),
-) -> Result<TimelineFacts> {
+) -> Result<BackupTimeline> {
     let base = round_down(history, lsn, from, to)?;
     ensure!(base.end == lsn, "{lsn} is a record boundary");
-    Ok(TimelineFacts { system_identifier, tli, ancestors, base, mock_authentication_nonce: [7; 32] })
+    Ok(BackupTimeline { system_identifier, tli, ancestors, base, mock_authentication_nonce: [7; 32] })
 }
 
 /// Everything, with a slot, and with a setting that `ALTER SYSTEM` made.
@@ -41,7 +41,7 @@ pub fn whole_directory() -> Options {
 }
 
 /// A stopped server whose data directory is a full backup of `history` at the timeline's base.
-pub fn from_backup(history: &impl History, loaded: &Loaded, timeline: &TimelineFacts, settings: &[(&str, &str)]) -> Result<Postgres> {
+pub fn from_backup(history: &impl History, loaded: &Loaded, timeline: &BackupTimeline, settings: &[(&str, &str)]) -> Result<Postgres> {
     let options = whole_directory();
     let mut tar = Vec::new();
     write_base_backup(history, &loaded.imported.cluster, timeline, &options, &mut tar)?;

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use memory_wal::{MemorySink, MemoryWal, config, flushed, insert_position, primary, quick_slot, redo_point};
 use rustix::process::{Pid, Signal, kill_process};
-use varve_pageserver::wal_receiver::{Phase, Receiver, ReceiverConfig, ReceiverError};
+use varve_pageserver::wal_receiver::{Receiver, ReceiverConfig, ReceiverError, ReceiverPhase};
 use varve_postgres::Lsn;
 use varve_postgres::wal::WalError;
 use varve_protocol::Endpoint;
@@ -29,7 +29,12 @@ fn receive(config: ReceiverConfig, wal: &Arc<MemoryWal>) -> Receiver<MemorySink>
 }
 
 fn await_streaming(receiver: &Receiver<MemorySink>) {
-    assert!(receiver.wait_until(LONG, |_, phase| phase == Phase::Streaming), "no stream: {:?}, {:?}", receiver.phase(), receiver.trouble());
+    assert!(
+        receiver.wait_until(LONG, |_, phase| phase == ReceiverPhase::Streaming),
+        "no stream: {:?}, {:?}",
+        receiver.phase(),
+        receiver.trouble()
+    );
 }
 
 fn await_framed(receiver: &Receiver<MemorySink>, lsn: Lsn) {
@@ -328,7 +333,7 @@ fn refusal(config: ReceiverConfig) -> ReceiverError {
     let wal = MemoryWal::new(start);
     let receiver = receive(config, &wal);
     assert!(
-        receiver.wait_until(LONG, |_, phase| phase == Phase::Ended),
+        receiver.wait_until(LONG, |_, phase| phase == ReceiverPhase::Ended),
         "must end by itself: {:?}, {:?}",
         receiver.phase(),
         receiver.trouble()
@@ -369,7 +374,7 @@ fn nothing_is_received_until_the_primary_waits_for_this_standby() {
     let start = redo_point(&postgres);
     let wal = MemoryWal::new(start);
     let receiver = receive(config(&postgres, NAME, start), &wal);
-    assert!(receiver.wait_until(LONG, |_, phase| phase == Phase::WaitingForStandbyName), "{:?}", receiver.phase());
+    assert!(receiver.wait_until(LONG, |_, phase| phase == ReceiverPhase::WaitingForStandbyName), "{:?}", receiver.phase());
     let mut commit = start_sql(&postgres, "CREATE TABLE t (i int)");
     assert!(!ends_within(&mut commit, Duration::from_millis(500)), "nothing may be acknowledged");
     assert_eq!(receiver.positions().flushed, Lsn::INVALID);
@@ -503,7 +508,7 @@ fn a_byte_that_changed_on_the_way_is_never_acknowledged() {
         // At once where a CRC finds it, later where a length became longer: then bytes are waited for that will not
         // come. Never where it hit the time at which the primary sent a message: what was received is compared at the
         // end.
-        let noticed = receiver.wait_until(LONG * 3, |_, phase| phase != Phase::Streaming);
+        let noticed = receiver.wait_until(LONG * 3, |_, phase| phase != ReceiverPhase::Streaming);
         let flips = flipper.flipped.load(Ordering::SeqCst) as u64;
         assert!(noticed || flips == round + 1, "{flips} flips in round {round}, none noticed: {:?}", receiver.positions());
         let outcome = receiver.join().expect("an outcome");

@@ -11,15 +11,15 @@ use varve_protocol::connect::{ClientError, ConnectConfig};
 use crate::mount::BaseSource;
 
 /// Reads the base from the page service. Calls wait as long as the server is away, up to the client's limit.
-pub struct PageSource {
+pub struct PageFetcher {
     client: BlockingPageClient,
     at: ReadLsn,
 }
 
-impl PageSource {
+impl PageFetcher {
     /// The base of `timeline` of `tenant` (both as the page service knows them) at `lsn`.
-    pub fn new(server: ConnectConfig, tenant: &str, timeline: &str, lsn: Lsn) -> PageSource {
-        PageSource { client: BlockingPageClient::new(server, tenant, timeline, BlockingOptions::default()), at: ReadLsn::at(lsn) }
+    pub fn new(server: ConnectConfig, tenant: &str, timeline: &str, lsn: Lsn) -> PageFetcher {
+        PageFetcher { client: BlockingPageClient::new(server, tenant, timeline, BlockingOptions::default()), at: ReadLsn::at(lsn) }
     }
 }
 
@@ -37,7 +37,7 @@ fn whole(pages: Vec<u8>, count: u32) -> io::Result<Bytes> {
     Err(io::Error::new(io::ErrorKind::InvalidData, what))
 }
 
-impl BaseSource for PageSource {
+impl BaseSource for PageFetcher {
     fn relations(&self, spc: Oid, db: Oid) -> io::Result<Vec<(Oid, Fork, u32)>> {
         let found = self.client.list_relations(spc, db, self.at).map_err(io_error)?;
         Ok(found.into_iter().map(|relation| (relation.rel, relation.fork, relation.blocks)).collect())
