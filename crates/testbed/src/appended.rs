@@ -10,6 +10,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
+use parking_lot::Mutex;
 use tokio_postgres::{AsyncMessage, NoTls};
 
 /// How long a client waits for one answer before it connects anew. Commits wait as long as a server restarts.
@@ -35,6 +36,8 @@ pub struct Attempt {
 pub struct Appenders {
     stop: Arc<AtomicBool>,
     count: Arc<AtomicU64>,
+    /// Why the last row that was not acknowledged was not.
+    trouble: Arc<Mutex<String>>,
     threads: Vec<JoinHandle<anyhow::Result<Vec<Attempt>>>>,
 }
 
@@ -51,17 +54,19 @@ impl Appenders {
     /// Starts `clients`, which take the numbers of their rows from `next`.
     pub fn start(conninfo: &str, clients: usize, next: &Arc<AtomicI64>) -> Appenders {
         let (stop, count) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
+        let trouble: Arc<Mutex<String>> = Arc::default();
         let client = |_| {
             let (conninfo, stop, count, next) = (conninfo.to_owned(), stop.clone(), count.clone(), next.clone());
+            let trouble = trouble.clone();
             std::thread::spawn(move || {
                 let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
                 let mut attempts = Vec::new();
-                runtime.block_on(append(&conninfo, &stop, &count, &next, &mut attempts));
+                runtime.block_on(append(&conninfo, &stop, &count, &next, &trouble, &mut attempts));
                 Ok(attempts)
             })
         };
         let threads = (0..clients).map(client).collect();
-        Appenders { stop, count, threads }
+        Appenders { stop, count, trouble, threads }
     }
 
     /// Waits until `more` further rows were acknowledged.
@@ -71,7 +76,8 @@ impl Appenders {
     pub fn wait_for(&self, more: u64, limit: Duration) -> anyhow::Result<()> {
         let enough = self.count.load(Ordering::SeqCst) + more;
         let what = format!("{more} further rows to be acknowledged");
-        crate::limit::until(&what, limit, None, || Ok((self.count.load(Ordering::SeqCst) >= enough).then_some(())))
+        let waited = crate::limit::until(&what, limit, None, || Ok((self.count.load(Ordering::SeqCst) >= enough).then_some(())));
+        waited.with_context(|| format!("the last row that was not acknowledged: {}", self.trouble.lock()))
     }
 
     /// Stops the clients when they have their answers, and gives what they sent.
@@ -94,11 +100,23 @@ impl Drop for Appenders {
     }
 }
 
-async fn append(conninfo: &str, stop: &AtomicBool, count: &AtomicU64, next: &AtomicI64, attempts: &mut Vec<Attempt>) {
+async fn append(
+    conninfo: &str,
+    stop: &AtomicBool,
+    count: &AtomicU64,
+    next: &AtomicI64,
+    trouble: &Mutex<String>,
+    attempts: &mut Vec<Attempt>,
+) {
     while !stop.load(Ordering::SeqCst) {
-        let Ok(Ok((client, mut connection))) = tokio::time::timeout(ANSWER_MAX, tokio_postgres::connect(conninfo, NoTls)).await else {
-            tokio::time::sleep(AGAIN).await;
-            continue;
+        let connected = tokio::time::timeout(ANSWER_MAX, tokio_postgres::connect(conninfo, NoTls)).await;
+        let (client, mut connection) = match connected {
+            Ok(Ok(connected)) => connected,
+            failed => {
+                *trouble.lock() = format!("no connection: {:?}", failed.map(|failed| failed.err()));
+                tokio::time::sleep(AGAIN).await;
+                continue;
+            }
         };
         let warned = Arc::new(AtomicBool::new(false));
         let seen = warned.clone();
@@ -118,6 +136,7 @@ async fn append(conninfo: &str, stop: &AtomicBool, count: &AtomicU64, next: &Ato
             let answer = tokio::time::timeout(ANSWER_MAX, client.execute("INSERT INTO appended (n) VALUES ($1)", &[&n])).await;
             // A commit that was let go ends with a warning.
             if !matches!(answer, Ok(Ok(1))) || warned.load(Ordering::SeqCst) {
+                *trouble.lock() = format!("{answer:?}, with a warning: {}", warned.load(Ordering::SeqCst));
                 break;
             }
             if let Some(attempt) = attempts.last_mut() {
