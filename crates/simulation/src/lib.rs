@@ -33,10 +33,15 @@
 
 pub mod actors;
 pub mod compute;
+pub mod door;
+pub mod host;
+pub mod judge;
 pub mod kinds;
 pub mod ledger;
 pub mod many;
+pub mod network;
 pub mod node;
+pub mod process;
 pub mod rest;
 pub mod run;
 pub mod steward;
