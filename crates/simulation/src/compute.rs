@@ -214,9 +214,10 @@ impl Compute {
         self.acknowledged.notify_waiters();
     }
 
-    /// Up to where its WAL is flushed.
-    pub fn flushed(&self) -> Lsn {
-        self.state.lock().writer.end()
+    /// Up to where its WAL is flushed, and whose acknowledgements count.
+    pub fn flushed(&self) -> (Lsn, Option<String>) {
+        let state = self.state.lock();
+        (state.writer.end(), state.standby_name.clone())
     }
 
     /// Whose acknowledgements count from now on.

@@ -15,7 +15,7 @@ use varve_control::ports::{
 };
 use varve_control::{Config, Control, Environment, NoRandom, Surroundings};
 use varve_engine::moments::MomentError;
-use varve_engine::timeline::StreamEnd;
+use varve_engine::timeline::{Flushed, StreamEnd};
 use varve_engine::{EngineError, LiveTimeline, Tenant, resolve};
 use varve_postgres::{Lsn, Timestamp};
 use varve_storage::chance;
@@ -156,11 +156,11 @@ impl Pageserver for Door {
     }
 
     async fn resolve(&self, _tenant: TenantId, timeline: TimelineId, moment: Moment) -> PortResult<Resolved> {
-        let (node, _, live) = self.live(timeline).await?;
+        let (node, tenant, live) = self.live(timeline).await?;
         let before = (self.world.ledger.lock().acknowledged_end(timeline), live.positions().head());
         let found = resolve::resolve(&live, moment).await;
         let found = self.said(&node, found).await?;
-        judge::moment(&self.world, &live, moment, before, found);
+        judge::moment(&self.world, tenant.log(), &live, (moment, before), found).await;
         Ok(found)
     }
 
@@ -188,7 +188,7 @@ impl Pageserver for Door {
     }
 
     async fn attach_writer(&self, writer: AttachWriter) -> PortResult<String> {
-        let AttachWriter { branch, timeline, epoch, walsender, flushed, .. } = writer;
+        let AttachWriter { branch, timeline, epoch, walsender, flushed, waits_for, .. } = writer;
         let node = self.node()?;
         let Some(compute) = self.world.walsender(&walsender.socket) else {
             return Err(Refusal::unavailable("nobody hands out connections there"));
@@ -196,7 +196,7 @@ impl Pageserver for Door {
         if (compute.timeline, compute.epoch) != (timeline, epoch.0) {
             self.world.violate(format!("{} is attached as epoch {} of {timeline}", compute.name(), epoch.0));
         }
-        let attached = node.attach(&self.world, &compute, &branch, flushed).await;
+        let attached = node.attach(&self.world, &compute, &branch, Flushed { lsn: flushed, waits_for }).await;
         self.said(&node, attached).await
     }
 

@@ -5,6 +5,7 @@ use varve_engine::LiveTimeline;
 use varve_engine::resolve::{Moment, Resolved};
 use varve_postgres::Lsn;
 use varve_storage::edit_log::EditLogError;
+use varve_storage::tenant_log::TenantLog;
 
 use crate::kinds::Kind;
 use crate::node::Node;
@@ -57,10 +58,20 @@ pub async fn control_error(world: &World, node: &Node, error: &varve_control::Er
     }
 }
 
-/// A moment means what the model says it means; head has what was acknowledged before it was asked for.
-pub fn moment(world: &World, live: &LiveTimeline, moment: Moment, (acknowledged, head): (Lsn, Lsn), at: Resolved) {
+/// A moment means what the model says it means; head has what was acknowledged before it was asked for, unless the
+/// server has not heard yet that the tenant is another one's: then nothing can be written by what it says.
+pub async fn moment(
+    world: &World,
+    log: &TenantLog,
+    live: &LiveTimeline,
+    (moment, (acknowledged, head)): (Moment, (Lsn, Lsn)),
+    at: Resolved,
+) {
     match moment {
         Moment::Head if at.lsn < acknowledged => {
+            if log.check_ownership().await.is_err() {
+                return;
+            }
             world.violate(format!("head of {} is {}, and {acknowledged} had been acknowledged", live.id(), at.lsn));
         }
         Moment::Lsn(lsn) if at.lsn != lsn => world.violate(format!("boundary {lsn} of {} is taken for {}", live.id(), at.lsn)),

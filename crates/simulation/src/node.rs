@@ -10,10 +10,9 @@ use tokio_util::sync::CancellationToken;
 use varve_engine::context::LostTenants;
 use varve_engine::held::{Claim, claim};
 use varve_engine::template::Templates;
-use varve_engine::timeline::{StreamEnd, StreamError, WalStream};
+use varve_engine::timeline::{Flushed, StreamEnd, StreamError, WalStream};
 use varve_engine::work_queue::Places;
 use varve_engine::{Context, EngineError, Tenant, WorkQueue, histories};
-use varve_postgres::Lsn;
 use varve_postgres::wal::Framer;
 use varve_storage::ids::{BranchName, TimelineId, WalLogId};
 use varve_storage::tenant_log::{TenantLog, tenant_folder};
@@ -365,7 +364,7 @@ impl Node {
         world: &Arc<World>,
         compute: &Arc<Compute>,
         branch: &BranchName,
-        flushed: Lsn,
+        flushed: Flushed,
     ) -> Result<String, EngineError> {
         let tenant = self.own(world).await?;
         let live = tenant.timeline(compute.timeline).await?;

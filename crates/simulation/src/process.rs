@@ -203,6 +203,7 @@ impl Process {
                 }
                 Ok(orders) if orders.server_run != server_run => {
                     // First where WAL is flushed to, then the server, then the standby's name.
+                    let (flushed, waits_for) = postgres.flushed();
                     let attach = Attach {
                         timeline_id: begin.timeline_id.clone(),
                         epoch: begin.epoch,
@@ -210,13 +211,17 @@ impl Process {
                         pid: 1,
                         mount_pid: 1,
                         walsender: Walsender { socket: socket.to_owned(), credential: String::new() },
-                        flushed: postgres.flushed().to_string(),
+                        flushed: flushed.to_string(),
+                        waits_for: waits_for.clone(),
                     };
                     let id = self.id.clone();
                     match call(world, self.about(Some(Kind::CrashInAttach)), |plane| async move { plane.attach(&id, attach).await }).await {
                         Ok(attached) => {
                             world.say(format_args!("{} is attached", postgres.name()));
-                            server_run = orders.server_run;
+                            if attached.standby_name == waits_for {
+                                server_run = orders.server_run;
+                            }
+                            // Else it attaches once more: a former server may have acknowledged more by now.
                             postgres.wait_for_standby(attached.standby_name);
                         }
                         Err(refusal) if is_transient(&refusal) => tokio::time::sleep(RETRY_WAIT).await,
