@@ -74,8 +74,12 @@ pub struct Attach {
     pub mount_pid: u32,
     /// Where the compute's host hands out connections to its walsender.
     pub walsender: Walsender,
-    /// Where its WAL is flushed to: everything it ever got acknowledged ends at or before.
+    /// Where its WAL is flushed to: everything it ever got acknowledged by whom it waited for then ends at or before.
     pub flushed: String,
+    /// The standby name that it waited for when it looked. Where the answer has another one, the compute waits for that
+    /// one first, and then attaches again: until then a former server may have acknowledged more.
+    #[serde(default)]
+    pub waits_for: Option<String>,
 }
 
 /// Where a host hands out connections to a compute's walsender: a Unix socket of the host's. Whoever connects sends

@@ -22,6 +22,9 @@ use crate::registry::{Phase, Registry, Turns};
 
 /// How often it is looked what was lost, and what is still to be settled with hosts.
 const WATCH_INTERVAL: Duration = Duration::from_secs(1);
+/// How often, and how long, it is looked whether a tenant that was taken from here is let go of.
+const LOST_INTERVAL: Duration = Duration::from_millis(20);
+const LOST_MAX: Duration = Duration::from_secs(10);
 /// How long the store may take to show that it is there.
 const STORE_MAX: Duration = Duration::from_secs(5);
 /// A name that is looked up to see whether the store answers; it need not exist.
@@ -175,6 +178,18 @@ impl<P: Pageserver> Control<P> {
     /// [`Error::UnknownTenant`]; the store's.
     pub async fn take_tenant(&self, tenant: &str) -> Result<Tenant, Error> {
         let id = self.find(tenant).await?;
+        // One that was taken from us, though we have not heard of it, is lost first.
+        if let Some(log) = self.pageserver.owned(id)
+            && log.check_ownership().await.is_err()
+            && log.lost().is_some()
+        {
+            let is_lost = async {
+                while self.lost(id).is_none() {
+                    self.environment.sleep(LOST_INTERVAL).await;
+                }
+            };
+            self.environment.within(LOST_MAX, is_lost).await;
+        }
         self.pageserver.forgive(id);
         self.own(id, "an operator takes it").await?;
         self.show_tenant(tenant).await

@@ -9,7 +9,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use parking_lot::{Mutex, RwLock};
-use tokio::sync::watch;
 use varve_api::host::{ComputeOrder, ComputeReport, Desired, Hello, HostAction, HostOrders, HostedCompute, TemplateOrder, Welcome};
 use varve_api::{Code, Refusal};
 use varve_postgres::Timestamp;
@@ -21,6 +20,7 @@ use crate::environment::Environment;
 use crate::error::Error;
 use crate::ports::Pageserver;
 use crate::registry::{Entry, Phase, Process, host_of, is_expendable};
+use crate::watched::Watched;
 
 /// How long a poll for orders waits.
 pub(crate) const ORDERS_WAIT: Duration = Duration::from_secs(20);
@@ -49,7 +49,7 @@ pub(crate) struct Host {
     pub(crate) id: HostId,
     hello: RwLock<Arc<Hello>>,
     heard: Mutex<Timestamp>,
-    orders: watch::Sender<Orders>,
+    orders: Watched<Orders>,
     /// Computes that it named and that are not settled with their tenants' logs yet.
     unsettled: Mutex<BTreeMap<EndpointId, HostedCompute>>,
     /// Held while a template is made there.
@@ -74,7 +74,7 @@ impl Host {
     }
 
     fn change(&self, change: impl FnOnce(&mut Orders)) {
-        self.orders.send_modify(|orders| {
+        self.orders.change(|orders| {
             change(orders);
             orders.revision += 1;
         });
@@ -97,11 +97,11 @@ impl Host {
 
     /// Which template is ordered.
     pub(crate) fn template_ordered(&self) -> Option<TemplateOrder> {
-        self.orders.borrow().template.clone()
+        self.orders.with(|orders| orders.template.clone())
     }
 
     fn action(&self, id: EndpointId) -> Option<HostAction> {
-        self.orders.borrow().computes.get(&id).map(|order| order.action)
+        self.orders.with(|orders| orders.computes.get(&id).map(|order| order.action))
     }
 }
 
@@ -141,7 +141,7 @@ impl Hosts {
     pub(crate) async fn choose(&self, environment: &Environment, pg_version: u32, before: Option<HostId>) -> Result<Arc<Host>, Error> {
         let here = self.here(environment).await;
         let fit = here.iter().filter(|host| host.has(pg_version) && host.hello().lacks.is_empty());
-        let best = fit.min_by_key(|host| (before != Some(host.id), host.orders.borrow().computes.len()));
+        let best = fit.min_by_key(|host| (before != Some(host.id), host.orders.with(|orders| orders.computes.len())));
         best.cloned().ok_or_else(|| Error::NoHost(unfit(&here, pg_version)))
     }
 
@@ -196,7 +196,7 @@ impl<P: Pageserver> Control<P> {
                     id,
                     hello: RwLock::new(hello.clone()),
                     heard: Mutex::new(now),
-                    orders: watch::channel(Orders::default()).0,
+                    orders: Watched::new(Orders::default()),
                     unsettled: Mutex::default(),
                     template_turn: tokio::sync::Mutex::new(()),
                     template_outcome: Mutex::default(),
@@ -304,10 +304,10 @@ impl<P: Pageserver> Control<P> {
     pub async fn host_orders(&self, id: &str, known: Option<u64>) -> Result<HostOrders, Error> {
         let host = self.host(id)?;
         *host.heard.lock() = self.environment.now();
-        let mut orders = host.orders.subscribe();
-        let _times_out = self.environment.within(ORDERS_WAIT, orders.wait_for(|orders| known != Some(orders.revision))).await;
+        let is_news = |orders: &Orders| known != Some(orders.revision);
+        let news = self.environment.within(ORDERS_WAIT, host.orders.wait_for(is_news)).await;
         *host.heard.lock() = self.environment.now();
-        let orders = host.orders.borrow().clone();
+        let orders = news.unwrap_or_else(|| host.orders.with(Orders::clone));
         Ok(HostOrders {
             revision: orders.revision,
             server_run: self.run.clone(),
@@ -370,7 +370,7 @@ impl<P: Pageserver> Control<P> {
         if let Some(host) = host_of(entry).and_then(|host| self.hosts.get(host)) {
             let order = entry.order(action);
             // What was answered already is not answered again.
-            let stands = host.orders.borrow().computes.get(&entry.id) == Some(&order);
+            let stands = host.orders.with(|orders| orders.computes.get(&entry.id) == Some(&order));
             entry.update(|status| {
                 let is_over = action == HostAction::End && matches!(status.process, Process::Gone | Process::Removed);
                 if !stands && !is_over {

@@ -30,6 +30,7 @@ mod registry;
 mod start;
 mod templates;
 mod tenants;
+mod watched;
 
 pub use call::{Call, Key};
 pub use control::{Config, Control};

@@ -24,6 +24,8 @@ use crate::{Control, arguments, moment};
 
 /// How often a begin follows a branch that is restored or renamed meanwhile.
 const BEGIN_TRIES: u32 = 10;
+/// Pause between two tries.
+const BEGIN_PAUSE: Duration = Duration::from_millis(100);
 /// How long a compute that is told to begin anew may take to do so by itself.
 const BEGIN_ANEW_MAX: Duration = Duration::from_secs(3);
 /// How long its host may take to end it.
@@ -161,7 +163,11 @@ impl<P: Pageserver> Control<P> {
             let timeline = timeline_of(&state, &row)?;
             match self.pageserver.begin_epoch(entry.tenant, &row.branch, timeline).await {
                 Ok(epoch) => return Ok((row, Beginning { timeline, lsn: epoch.lsn, epoch: Some(epoch) })),
-                Err(refusal) if refusal.code == Code::Fenced => tracing::info!(compute = %entry.id, %refusal, "its branch moved"),
+                // The move may not be durable yet.
+                Err(refusal) if refusal.code == Code::Fenced => {
+                    tracing::info!(compute = %entry.id, %refusal, "its branch moved");
+                    self.environment.sleep(BEGIN_PAUSE).await;
+                }
                 Err(refusal) => return Err(refusal.into()),
             }
         }
@@ -198,6 +204,7 @@ impl<P: Pageserver> Control<P> {
                 epoch,
                 walsender: attach.walsender.clone(),
                 flushed,
+                waits_for: attach.waits_for.clone(),
             };
             standby_name = Some(self.pageserver.attach_writer(writer).await?);
         }

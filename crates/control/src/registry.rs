@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use parking_lot::{Mutex, RwLock};
-use tokio::sync::{OwnedMutexGuard, watch};
+use tokio::sync::OwnedMutexGuard;
 use varve_api::Refusal;
 use varve_api::host::{ComputeOrder, Desired, HostAction};
 use varve_storage::ids::{BranchName, EndpointId, HostId, TenantId, TenantName, TimelineId, WriterEpoch};
@@ -15,6 +15,7 @@ use varve_storage::tenant_log::{EndpointRow, TenantState};
 
 use crate::environment::Environment;
 use crate::error::Error;
+use crate::watched::Watched;
 
 /// Keys of which [`Turns`] keeps a lock that nobody holds.
 const IDLE_TURNS_MAX: usize = 64;
@@ -87,7 +88,7 @@ pub(crate) struct Entry {
     pub(crate) tenant: TenantId,
     pub(crate) tenant_name: TenantName,
     row: Mutex<Arc<EndpointRow>>,
-    status: watch::Sender<Status>,
+    status: Watched<Status>,
     /// Held while one of begin, attach, start, restore or stop decides about it.
     pub(crate) turn: tokio::sync::Mutex<()>,
 }
@@ -108,7 +109,7 @@ impl Entry {
             port: row.port,
         };
         let (row, id) = (Mutex::new(row.clone()), row.id);
-        Entry { id, tenant, tenant_name, row, status: watch::channel(status).0, turn: tokio::sync::Mutex::new(()) }
+        Entry { id, tenant, tenant_name, row, status: Watched::new(status), turn: tokio::sync::Mutex::new(()) }
     }
 
     /// Its endpoint, as last read or written.
@@ -133,19 +134,17 @@ impl Entry {
 
     /// Where it stands now.
     pub(crate) fn status(&self) -> Status {
-        self.status.borrow().clone()
+        self.status.with(Status::clone)
     }
 
     /// Changes where it stands, and wakes who waits for that.
     pub(crate) fn update(&self, change: impl FnOnce(&mut Status)) {
-        self.status.send_modify(change);
+        self.status.change(change);
     }
 
     /// Waits until `done` says so of its status; nothing if that takes longer than `limit`.
     pub(crate) async fn wait(&self, environment: &Environment, limit: Duration, done: impl FnMut(&Status) -> bool) -> Option<Status> {
-        let mut receiver = self.status.subscribe();
-        let found = environment.within(limit, receiver.wait_for(done)).await?.ok()?;
-        Some(found.clone())
+        environment.within(limit, self.status.wait_for(done)).await
     }
 
     /// Tells it to end.

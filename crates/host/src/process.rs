@@ -351,6 +351,7 @@ async fn serve(
         mount_pid: std::process::id(),
         walsender: handover.walsender(),
         flushed: String::new(),
+        waits_for: None,
     };
     let mut standby_name = begin.standby_name.clone();
     let mut server_run = String::new();
@@ -384,7 +385,10 @@ async fn serve(
             Ok(Orders { incarnation, .. }) if incarnation > begin.incarnation => return Ok(End::Replaced),
             Ok(Orders { server_run: run, .. }) if run != server_run => {
                 match postgres.sessions().flushed().await {
-                    Ok(flushed) => attach.flushed = flushed.to_string(),
+                    Ok(flushed) => {
+                        attach.flushed = flushed.to_string();
+                        attach.waits_for.clone_from(&standby_name);
+                    }
                     Err(error) => {
                         tracing::warn!(%error, "Postgres does not say how far its WAL is");
                         orders = poll(server, begin, &server_run);
@@ -394,8 +398,11 @@ async fn serve(
                 }
                 match server.attach(&attach).await {
                     Ok(attached) => {
-                        server_run = run;
-                        if attached.standby_name != standby_name {
+                        if attached.standby_name == standby_name {
+                            server_run = run;
+                        } else {
+                            // A former server that still lives may have acknowledged more by now than we said is
+                            // flushed. From here on it cannot, so we attach once more.
                             standby_name = attached.standby_name;
                             dirs.write("postgresql.conf", &config::postgresql_conf(dirs, standby_name.as_deref()))?;
                             postgres.reload();

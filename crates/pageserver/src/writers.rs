@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use parking_lot::Mutex;
+use varve_engine::timeline::Flushed;
 use varve_engine::{LiveTimeline, StreamError, Tenant, WalStream};
 use varve_postgres::Lsn;
 use varve_postgres::wal::FramedRecord;
@@ -90,8 +91,8 @@ pub struct Writer {
     pub epoch: WriterEpoch,
     /// Where its walsender is reached.
     pub walsender: Walsender,
-    /// Where its WAL was flushed to when it said so.
-    pub flushed: Lsn,
+    /// Where its WAL was flushed to when it said so, and whom it waited for.
+    pub flushed: Flushed,
 }
 
 impl Writers {

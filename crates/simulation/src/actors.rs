@@ -1,7 +1,6 @@
 //! Who acts in a run: people who branch, restore, delete, start, stop and read; and misfortune.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use varve_engine::EngineError;
@@ -14,11 +13,12 @@ use varve_testing::sim_disk::DiskFaults;
 use varve_testing::sim_store::{Faults, Link};
 
 use crate::compute::Compute;
+use crate::host::Host;
 use crate::kinds::Kind;
 use crate::ledger::Shown;
 use crate::node::{Crash, Node};
 use crate::steward::{self, Refused, on_active};
-use crate::world::{MACHINES, World, in_order};
+use crate::world::{HOSTS, MACHINES, World, in_order};
 
 /// Most branches at a time.
 const BRANCHES_MAX: usize = 6;
@@ -47,9 +47,9 @@ async fn some_branch(world: &Arc<World>) -> (BranchName, TimelineId) {
     branches[world.below(branches.len() as u64) as usize].clone()
 }
 
-/// A moment of a branch, any.
-fn some_moment(world: &World, timeline: TimelineId) -> Moment {
-    match world.below(4) {
+/// A moment of a branch, any; of the first three `kinds` it is not head, if there is a boundary.
+fn some_moment(world: &World, timeline: TimelineId, kinds: u64) -> Moment {
+    match world.below(kinds) {
         0 => Moment::Time(Timestamp(world.wall_clock().0 - world.below(4_000_000) as i64)),
         1 | 2 => {
             let ledger = world.ledger.lock();
@@ -69,24 +69,20 @@ pub async fn person(world: Arc<World>, who: u32, turns: u32) {
         let what = world.below(100);
         let done: Result<(), Refused> = match what {
             0..16 => {
-                let moment = some_moment(world, timeline);
+                let moment = some_moment(world, timeline, 3);
                 world.say(format_args!("{who}: restore {branch} to {moment:?}"));
-                let before = name(&format!("before-{who}-{turn}"));
-                let restored = steward::restore(world, &branch, &before, moment).await;
+                let restored = steward::restore(world, &branch, moment).await;
                 if restored.is_ok() {
                     world.counts.add(match moment {
                         Moment::Time(_) => Kind::RestoredToTime,
                         _ => Kind::RestoredToPosition,
                     });
                 }
-                match restored {
-                    Ok(_) => steward::ensure_running(world, &branch, false).await.map(drop),
-                    Err(error) => Err(error),
-                }
+                restored
             }
             16..30 => {
                 if world.learn().await.branch_count() < BRANCHES_MAX {
-                    let moment = some_moment(world, timeline);
+                    let moment = some_moment(world, timeline, 4);
                     let new = name(&format!("b-{who}-{turn}"));
                     world.say(format_args!("{who}: make branch {new} of {branch} at {moment:?}"));
                     steward::make_branch(world, &branch, &new, moment).await.map(drop)
@@ -112,7 +108,7 @@ pub async fn person(world: Arc<World>, who: u32, turns: u32) {
                 steward::stop(world, &branch).await
             }
             74..80 => {
-                on_active(world, Kind::CrashInBegin, |node| async move {
+                on_active(world, |node| async move {
                     let tenant = node.own(world).await?;
                     Ok(tenant.timeline(timeline).await?.flush_all().await?)
                 })
@@ -133,7 +129,7 @@ pub async fn person(world: Arc<World>, who: u32, turns: u32) {
 /// # Errors
 /// When it cannot be read.
 pub async fn read(world: &Arc<World>, timeline: TimelineId) -> Result<(), Refused> {
-    on_active(world, Kind::CrashInBegin, |node| async move {
+    on_active(world, |node| async move {
         let tenant = node.own(world).await?;
         let live = tenant.timeline(timeline).await?;
         let head = live.positions().head();
@@ -188,11 +184,11 @@ pub async fn misfortune(world: &Arc<World>) {
                 world.machines[machine].disk().set_faults(DiskFaults::default());
             }
             46..58 => {
-                let machine = (world.active.load(Ordering::SeqCst) + 1) % MACHINES;
-                world.say(format_args!("server {machine} is to take over"));
-                world.active.store(machine, Ordering::SeqCst);
+                // An operator has the other server take the tenant, and leads the address there.
+                world.move_address();
+                world.say(format_args!("server {} is to take over", world.active()));
                 world.counts.add(Kind::TookOver);
-                let _refused = on_active(world, Kind::CrashInTakeOver, |node| async move { Ok(node.own(world).await.map(drop)?) }).await;
+                let _refused = steward::take_over(world).await;
             }
             58..66 => {
                 if let Some(node) = world.machines[machine].node() {
@@ -217,7 +213,17 @@ pub async fn misfortune(world: &Arc<World>) {
                 world.counts.add(Kind::WallClockJumped);
                 world.jump_wall_clock(by_us);
             }
-            _ => kill_compute(world).await,
+            82..90 => kill_compute(world).await,
+            what => {
+                let host = &world.hosts[world.below(HOSTS as u64) as usize];
+                if what < 96 {
+                    crash_host(world, host);
+                } else {
+                    world.say(format_args!("a host is slow"));
+                    world.counts.add(Kind::HostSlow);
+                    host.slow_down(Some(tokio::time::Instant::now() + Duration::from_secs(world.below(20))));
+                }
+            }
         }
         for machine in &world.machines {
             // A process that ended by itself is started again, too.
@@ -225,6 +231,27 @@ pub async fn misfortune(world: &Arc<World>) {
                 start(world, machine.index()).await;
             }
         }
+        // An operator insists.
+        if world.active_node().is_some_and(|node| node.has_lost()) {
+            let _refused = steward::take_over(world).await;
+        }
+    }
+}
+
+/// A host's process ends, and is started again after a while, sometimes after so long that its computes are moved.
+fn crash_host(world: &Arc<World>, host: &Arc<Host>) {
+    if host.crash(world) {
+        world.counts.add(Kind::HostCrashed);
+        let is_long = world.chance(250);
+        if is_long {
+            world.counts.add(Kind::HostAway);
+        }
+        let away = Duration::from_millis(if is_long { 60_000 } else { world.below(4_000) });
+        let (world, host) = (world.clone(), host.clone());
+        tokio::spawn(async move {
+            tokio::time::sleep(away).await;
+            host.start(&world);
+        });
     }
 }
 
@@ -248,8 +275,8 @@ pub async fn start(world: &Arc<World>, machine: usize) {
 
 /// The machine that has the tenant comes back with an empty disk, if computes that run have all that only it had.
 async fn lose_disk(world: &Arc<World>) {
-    let machine = world.active.load(Ordering::SeqCst);
-    let opened = on_active(world, Kind::CrashInBegin, |node| async move {
+    let machine = world.active();
+    let opened = on_active(world, |node| async move {
         let tenant = node.own(world).await?;
         for timeline in in_order(&*world.learn().await) {
             tenant.timeline(timeline.facts.id).await?;
@@ -292,7 +319,16 @@ async fn kill_compute(world: &Arc<World>) {
     let newest = state.timeline(compute.timeline).ok().and_then(|timeline| timeline.epochs.last());
     let is_kept = newest.is_none_or(|newest| world.machines.iter().any(|machine| machine.wal_log() == newest.wal_log));
     if is_kept && !compute.is_over() {
-        world.counts.add(Kind::ComputeKilled);
-        compute.kill(world, "killed");
+        let processes: Vec<_> = world.hosts.iter().flat_map(|host| host.processes()).collect();
+        match processes.iter().find(|process| process.runs(compute)) {
+            Some(process) if world.chance(500) => {
+                world.counts.add(Kind::ProcessKilled);
+                process.kill(world, "killed with its process");
+            }
+            _ => {
+                world.counts.add(Kind::ComputeKilled);
+                compute.kill(world, "killed");
+            }
+        }
     }
 }

@@ -1,5 +1,5 @@
-//! A compute: it writes WAL on its branch's timeline, waits for acknowledgements, and finds the server that has its
-//! tenant again whenever the connection is gone.
+//! A compute's Postgres: it writes WAL on its branch's timeline, and waits for acknowledgements. Its process
+//! ([`crate::process`]) begins and attaches it.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -7,19 +7,15 @@ use std::time::Duration;
 use bytes::Bytes;
 use parking_lot::Mutex;
 use tokio::sync::Notify;
-use varve_engine::EngineError;
 use varve_postgres::Lsn;
 use varve_storage::ids::{BranchName, TimelineId};
 
-use crate::kinds::Kind;
 use crate::threads::Life;
 use crate::wal::{BLOCKS, TUPLES_MAX, WalWriter};
 use crate::world::World;
 
 /// How long a session thinks between transactions.
 const THINK_MAX: Duration = Duration::from_millis(120);
-/// How long a compute waits before it looks for its server again.
-const RETRY_MAX: Duration = Duration::from_millis(300);
 
 struct State {
     writer: WalWriter,
@@ -93,8 +89,7 @@ impl Compute {
         world.say(format_args!("{} starts at {}", compute.name(), begin.base));
         compute.write(world, |_, state| vec![state.writer.begin(world.next_xid())]);
         world.put_compute(&compute);
-        compute.spawn(compute.clone().session(world.clone()));
-        compute.spawn(compute.clone().keep_connected(world.clone()));
+        compute.life.spawn(compute.clone().session(world.clone()));
         compute
     }
 
@@ -115,17 +110,6 @@ impl Compute {
             self.life.end();
             self.news.notify_waiters();
         }
-    }
-
-    fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
-        let life = self.life.clone();
-        tokio::spawn(async move {
-            tokio::select! {
-                biased;
-                () = life.ended() => {}
-                () = task => {}
-            }
-        });
     }
 
     fn write(&self, world: &World, make: impl FnOnce(&World, &mut State) -> Vec<crate::wal::Written>) -> Lsn {
@@ -230,47 +214,20 @@ impl Compute {
         self.acknowledged.notify_waiters();
     }
 
-    /// Attaches, and again whenever the connection is gone.
-    async fn keep_connected(self: Arc<Self>, world: Arc<World>) {
-        loop {
-            if let Some(node) = world.active_node() {
-                // As the host does it: first where WAL is flushed to, then the server, then the standby's name.
-                let flushed = self.state.lock().writer.end();
-                let attached = tokio::select! {
-                    biased;
-                    () = node.life().ended() => None,
-                    attached = node.attach(&world, &self, flushed) => Some(attached),
-                };
-                match attached {
-                    Some(Ok(attached)) => {
-                        world.say(format_args!("{} is attached to server {}", self.name(), node.machine()));
-                        world.pause(Duration::from_millis(3)).await;
-                        self.state.lock().standby_name = Some(attached.standby_name);
-                        attached.over.notified().await;
-                    }
-                    Some(Err(EngineError::EpochOver { .. })) => {
-                        world.counts.add(Kind::RefusedEpoch);
-                        return self.kill(&world, "a later epoch writes");
-                    }
-                    Some(Err(EngineError::BranchMoved { .. })) => {
-                        world.counts.add(Kind::RefusedBranch);
-                        return self.kill(&world, "its branch has moved");
-                    }
-                    Some(Err(EngineError::Tenant(error))) => {
-                        world.counts.add(Kind::RefusedBranch);
-                        return self.kill(&world, &error.to_string());
-                    }
-                    Some(Err(error)) => world.say(format_args!("{} cannot attach: {error}", self.name())),
-                    None => {}
-                }
-            }
-            world.pause(RETRY_MAX).await;
-        }
+    /// Up to where its WAL is flushed, and whose acknowledgements count.
+    pub fn flushed(&self) -> (Lsn, Option<String>) {
+        let state = self.state.lock();
+        (state.writer.end(), state.standby_name.clone())
     }
 
-    /// Takes transactions again, after a stop that did not come about.
-    pub fn write_again(&self) {
-        self.state.lock().writes = true;
+    /// Whose acknowledgements count from now on.
+    pub fn wait_for_standby(&self, name: Option<String>) {
+        self.state.lock().standby_name = name;
+    }
+
+    /// Waits for its end.
+    pub async fn ended(&self) {
+        self.life.ended().await;
     }
 
     /// How far it has written and is acknowledged, and for whom it waits.

@@ -40,7 +40,7 @@ kinds! {
     ServerClockJumped,
     /// A compute's wall clock jumped, back too.
     WallClockJumped,
-    /// A compute was killed.
+    /// A compute's Postgres was killed; its process began anew.
     ComputeKilled,
     /// A pageserver ended while a restore was under way.
     CrashInRestore,
@@ -52,10 +52,28 @@ kinds! {
     CrashInBegin,
     /// A pageserver ended while a compute attached.
     CrashInAttach,
-    /// A pageserver ended while an epoch was closed.
+    /// A pageserver ended, and its control plane with it, while a compute's end was told and its epoch closed.
     CrashInStop,
+    /// A control plane ended while somebody waited for a compute's start.
+    CrashInStart,
+    /// A control plane ended while somebody waited for a compute's stop.
+    CrashInStopCall,
     /// A pageserver ended while it took the tenant over.
     CrashInTakeOver,
+    /// A host's process ended; its computes went on.
+    HostCrashed,
+    /// A host's process was away for longer than it counts as there.
+    HostAway,
+    /// A host's messages, and those of its computes, were slow.
+    HostSlow,
+    /// A host's report, or the answer to it, was lost.
+    ReportLost,
+    /// Another message to the control plane, or its answer, was lost.
+    MessageLost,
+    /// A compute process was killed, and its Postgres with it.
+    ProcessKilled,
+    /// The control plane refused a compute.
+    RefusedCompute,
     /// A fenced compute was refused: a later epoch writes.
     RefusedEpoch,
     /// A compute was refused: its branch points elsewhere.

@@ -1,18 +1,18 @@
 //! A pageserver's machine, and the process on it: the real engine, on simulated threads, disk and store.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use parking_lot::Mutex;
 use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
 use varve_engine::context::LostTenants;
 use varve_engine::held::{Claim, claim};
 use varve_engine::template::Templates;
-use varve_engine::timeline::{StreamEnd, StreamError, WalStream};
+use varve_engine::timeline::{Flushed, StreamEnd, StreamError, WalStream};
 use varve_engine::work_queue::Places;
 use varve_engine::{Context, EngineError, Tenant, WorkQueue, histories};
-use varve_postgres::Lsn;
 use varve_postgres::wal::Framer;
 use varve_storage::ids::{BranchName, TimelineId, WalLogId};
 use varve_storage::tenant_log::{TenantLog, tenant_folder};
@@ -22,10 +22,11 @@ use varve_testing::sim_disk::SimDisk;
 use varve_testing::sim_store::{Faults, Link, SimClient};
 
 use crate::compute::Compute;
+use crate::door::{self, Plane};
 use crate::kinds::Kind;
 use crate::threads::{Life, SimThreads};
 use crate::wal::{MAJOR, SYSTEM_IDENTIFIER};
-use crate::world::{Plant, World};
+use crate::world::World;
 
 /// The WAL log of a simulated machine is small, so that its limit is reached.
 const WAL_LOG: WalLogOptions = WalLogOptions { limit_bytes: 96 << 10, segment_bytes: 8 << 10, make_spares: false };
@@ -149,8 +150,19 @@ impl Machine {
             context,
             tenant: tokio::sync::Mutex::default(),
             owned: Mutex::default(),
+            has_lost: AtomicBool::new(false),
             streams: Mutex::default(),
+            plane: OnceLock::new(),
+            stopping: CancellationToken::new(),
         });
+        match door::control(world, &node) {
+            Ok(plane) => {
+                let plane = node.plane.get_or_init(|| plane).clone();
+                let stopping = node.stopping.clone();
+                node.spawn(async move { plane.watch(&stopping).await });
+            }
+            Err(error) => world.violate(format!("server {} has no control plane: {error}", self.index)),
+        }
         *self.node.lock() = Some(node.clone());
         node.spawn(WorkQueue::run_timer(Arc::downgrade(&node.context.queue)));
         node.spawn(node.clone().note_lost(world.clone()));
@@ -193,6 +205,11 @@ pub struct Node {
     /// Held while the tenant is taken over.
     tenant: tokio::sync::Mutex<()>,
     owned: Mutex<Option<Arc<Tenant>>>,
+    /// Whether another server took the tenant from this one, and no operator has given it back.
+    has_lost: AtomicBool,
+    /// Its control plane, which ends with it.
+    plane: OnceLock<Arc<Plane>>,
+    stopping: CancellationToken,
     streams: Mutex<Vec<Open>>,
 }
 
@@ -224,14 +241,22 @@ impl Node {
 
     /// Runs a task that ends with the process.
     pub fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
-        let life = self.life.clone();
-        tokio::spawn(async move {
-            tokio::select! {
-                biased;
-                () = life.ended() => {}
-                () = task => {}
-            }
-        });
+        self.life.spawn(task);
+    }
+
+    /// Its control plane.
+    pub fn plane(&self) -> Option<Arc<Plane>> {
+        self.plane.get().cloned()
+    }
+
+    /// Whether another server took the tenant from this one.
+    pub fn has_lost(&self) -> bool {
+        self.has_lost.load(Ordering::SeqCst)
+    }
+
+    /// It may take the tenant again.
+    pub fn forgive(&self) {
+        self.has_lost.store(false, Ordering::SeqCst);
     }
 
     /// The tenant, if this server owns it as far as it knows.
@@ -247,6 +272,9 @@ impl Node {
         let _one = self.tenant.lock().await;
         if let Some(tenant) = self.owned() {
             return Ok(tenant);
+        }
+        if self.has_lost() {
+            return Err(EngineError::NotOwner { tenant: world.tenant });
         }
         let _under_way = world.under_way(self.machine, Kind::CrashInTakeOver);
         let folder = tenant_folder(world.tenant)?;
@@ -269,6 +297,7 @@ impl Node {
             let _one = self.tenant.lock().await;
             let lost = self.owned.lock().take();
             if let Some(tenant) = lost {
+                self.has_lost.store(true, Ordering::SeqCst);
                 world.counts.add(Kind::LostTenant);
                 world.say(format_args!("server {} has lost the tenant", self.machine));
                 tenant.lose().await;
@@ -288,7 +317,7 @@ impl Node {
                 self.context.lost.note(world.tenant);
                 continue;
             }
-            self.end_moved(&world, &tenant).await;
+            self.note_moved(&world, &tenant);
             self.open_what_the_wal_log_holds(&world, &tenant).await;
             if tenant.close_idle(UNUSED_MAX).await {
                 world.counts.add(Kind::IdleClosed);
@@ -317,38 +346,27 @@ impl Node {
         }
     }
 
-    async fn end_moved(&self, world: &World, tenant: &Arc<Tenant>) {
+    /// From when on this server knows that branches have left timelines of which it still takes WAL.
+    fn note_moved(&self, world: &World, tenant: &Arc<Tenant>) {
         let state = tenant.log().state();
         let points = |open: &Open| state.branch(open.branch.as_str()).is_ok_and(|timeline| timeline.facts.id == open.timeline);
-        let mut moved = Vec::new();
         for open in self.streams.lock().iter().filter(|open| !points(open)) {
             world.note_moved(self.machine, &open.branch, open.timeline);
-            moved.push(open.timeline);
-        }
-        if world.plant == Plant::HostRecordAfterCommit {
-            // In the old order nobody looked.
-            return;
-        }
-        for timeline in moved {
-            if let Some(live) = tenant.opened(timeline) {
-                world.say(format_args!("server {} ends a stream whose branch has moved", self.machine));
-                // A WAL log that failed takes nothing any more, either.
-                let _ended = live.end_stream(StreamEnd::Ended).await;
-            }
         }
     }
 
-    /// Takes WAL from a compute; returns when the connection is made.
+    /// Takes WAL from a compute; gives, when the connection is made, the standby name that it must wait for.
     ///
     /// # Errors
     /// When the tenant is not this server's, or the compute is fenced.
-    pub async fn attach(self: &Arc<Self>, world: &Arc<World>, compute: &Arc<Compute>, flushed: Lsn) -> Result<Attached, EngineError> {
-        let _under_way = world.under_way(self.machine, Kind::CrashInAttach);
-        let tenant = match self.owned() {
-            Some(tenant) => tenant,
-            None if world.active.load(Ordering::SeqCst) == self.machine => self.own(world).await?,
-            None => return Err(EngineError::NotOwner { tenant: world.tenant }),
-        };
+    pub async fn attach(
+        self: &Arc<Self>,
+        world: &Arc<World>,
+        compute: &Arc<Compute>,
+        branch: &BranchName,
+        flushed: Flushed,
+    ) -> Result<String, EngineError> {
+        let tenant = self.own(world).await?;
         let live = tenant.timeline(compute.timeline).await?;
         let ended = Arc::new(Ended::default());
         let on_close = {
@@ -359,11 +377,10 @@ impl Node {
             }
         };
         let epoch = varve_storage::ids::WriterEpoch(compute.epoch);
-        let (stream, name) = live.open_stream(tenant.log(), &compute.branch, epoch, flushed, on_close).await?;
-        let open = Open { branch: compute.branch.clone(), timeline: compute.timeline, ended: ended.clone() };
+        let (stream, name) = live.open_stream(tenant.log(), branch, epoch, flushed, on_close).await?;
+        let open = Open { branch: branch.clone(), timeline: compute.timeline, ended: ended.clone() };
         self.streams.lock().push(open);
-        let over = Arc::new(Notify::new());
-        let (node, world, compute, over_too, standby) = (self.clone(), world.clone(), compute.clone(), over.clone(), name.clone());
+        let (node, world, compute, standby) = (self.clone(), world.clone(), compute.clone(), name.clone());
         let life = self.life.clone();
         tokio::spawn(async move {
             let why = tokio::select! {
@@ -373,9 +390,8 @@ impl Node {
             };
             node.streams.lock().retain(|open| !Arc::ptr_eq(&open.ended, &ended));
             world.say(format_args!("{} is not connected any more: {why}", compute.name()));
-            over_too.notify_one();
         });
-        Ok(Attached { standby_name: name, over })
+        Ok(name)
     }
 
     /// The WAL receiver: what the socket has is framed, appended, made durable, acknowledged.
@@ -453,12 +469,4 @@ impl Node {
 
 fn is_fenced(error: &varve_storage::edit_log::EditLogError) -> bool {
     matches!(error, varve_storage::edit_log::EditLogError::Fenced { .. })
-}
-
-/// A compute's connection.
-pub struct Attached {
-    /// The standby name that the compute must wait for.
-    pub standby_name: String,
-    /// Rung when the connection is gone.
-    pub over: Arc<Notify>,
 }

@@ -11,7 +11,8 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use varve_engine::EngineError;
-use varve_engine::resolve::Moment;
+use varve_engine::resolve::{Moment, resolve};
+use varve_postgres::Lsn;
 use varve_storage::ids::{BranchName, TimelineId};
 use varve_storage::tenant_log::TenantState;
 use varve_storage::timeline::Position;
@@ -22,7 +23,7 @@ use crate::actors::{self, READ_WAIT_MAX};
 use crate::compute::Compute;
 use crate::kinds::Kind;
 use crate::steward::{self, Refused, on_active};
-use crate::world::{MACHINES, World, in_order};
+use crate::world::{World, in_order};
 
 /// How often it is tried, each machine in turn twice.
 const ATTEMPTS: u32 = 12;
@@ -54,6 +55,15 @@ pub async fn come_to_rest(world: &Arc<World>) {
                 node.client().set_link(Link::Up);
             }
         }
+        for host in &world.hosts {
+            host.slow_down(None);
+            host.start(world);
+        }
+        if world.active_node().is_some_and(|node| node.has_lost())
+            && let Err(error) = steward::take_over(world).await
+        {
+            world.say(format_args!("not taken over: {error}"));
+        }
         tokio::time::sleep(PAUSE).await;
         match look(world, &mut seen).await {
             None => return world.say(format_args!("at rest")),
@@ -61,7 +71,8 @@ pub async fn come_to_rest(world: &Arc<World>) {
         }
         world.say(format_args!("not at rest yet: {last}"));
         if attempt % 2 == 1 {
-            world.active.store((world.active.load(Ordering::SeqCst) + 1) % MACHINES, Ordering::SeqCst);
+            world.move_address();
+            let _tried_again = steward::take_over(world).await;
         }
     }
     world.violate(format!("it does not come to rest: {last}"));
@@ -95,17 +106,13 @@ async fn look(world: &Arc<World>, seen: &mut Seen) -> Option<String> {
 
 /// A branch has a compute on its timeline, which commits.
 async fn is_served(world: &Arc<World>, state: &TenantState, branch: &BranchName, timeline: TimelineId) -> Result<(), Refused> {
-    let compute = match steward::ensure_running(world, branch, false).await {
-        Err(Refused::Engine(EngineError::TailUnknown { head, .. })) if is_lost_for_good(world, state, timeline) => {
-            world.say(format_args!("what {branch} had on a lost disk is given up from {head} on"));
-            world.counts.add(Kind::TailGivenUp);
-            let before = actors::name(&format!("given-up-{}", world.next_marker()));
-            steward::restore(world, branch, &before, Moment::Lsn(head)).await?;
-            steward::ensure_running(world, branch, false).await?
-        }
-        running => running?,
-    };
-    let timeline = world.learn().await.branch(branch.as_str())?.facts.id;
+    if let Some(head) = given_up_from(world, state, timeline).await {
+        world.say(format_args!("what {branch} had on a lost disk is given up from {head} on"));
+        world.counts.add(Kind::TailGivenUp);
+        steward::restore(world, branch, Moment::Lsn(head)).await?;
+    }
+    let compute = steward::ensure_running(world, branch, false).await?;
+    let timeline = world.learn().await.branch(branch.as_str()).map_err(EngineError::from)?.facts.id;
     if compute.timeline != timeline {
         world.violate(format!("{branch} is {timeline}, and its compute serves {}", compute.timeline));
     }
@@ -118,10 +125,25 @@ async fn is_served(world: &Arc<World>, state: &TenantState, branch: &BranchName,
     }
 }
 
+/// Where a history ends whose rest was on a lost disk and will not be sent again.
+async fn given_up_from(world: &Arc<World>, state: &TenantState, timeline: TimelineId) -> Option<Lsn> {
+    if !is_lost_for_good(world, state, timeline) {
+        return None;
+    }
+    let head = on_active(world, |node| async move {
+        let live = node.own(world).await?.timeline(timeline).await?;
+        Ok(resolve(&live, Moment::Head).await?)
+    });
+    match head.await {
+        Err(Refused::Engine(EngineError::TailUnknown { head, .. })) => Some(head),
+        _ => None,
+    }
+}
+
 /// A timeline has everything that was acknowledged, and reads as it was written.
 async fn is_whole(world: &Arc<World>, state: &TenantState, id: TimelineId) -> Result<(), Refused> {
     let is_lost = is_lost_for_good(world, state, id);
-    on_active(world, Kind::CrashInBegin, |node| async move {
+    on_active(world, |node| async move {
         let tenant = node.own(world).await?;
         let live = tenant.timeline(id).await?;
         let acknowledged = world.ledger.lock().acknowledged_end(id);

@@ -80,6 +80,9 @@ async fn live(world: &Arc<World>) {
     for machine in &world.machines {
         actors::start(world, machine.index()).await;
     }
+    for host in &world.hosts {
+        host.start(world);
+    }
     let turns = 6 + world.below(10) as u32;
     let main = "main".parse().unwrap_or_else(|error| unreachable!("a name of ours: {error}"));
     let _later = crate::steward::ensure_running(world, &main, false).await;

@@ -1,26 +1,30 @@
-//! What the control plane does with the engine: branches, restores, computes wanted and ended. A model of the real one,
-//! with the same order of steps; each may be cut short at any await by its server's end.
+//! What people ask of the control plane, as the admin API has it: branches, restores, computes. They know the one
+//! address, and give up after a while; what they asked for may be done all the same.
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use varve_engine::resolve::{Moment, Resolved, resolve};
-use varve_engine::timeline::StreamEnd;
-use varve_engine::{EngineError, LiveTimeline, Tenant};
-use varve_postgres::Lsn;
-use varve_storage::edit_log::{CommitError, EditLogError};
-use varve_storage::ids::{BranchName, TimelineId, WriterEpoch};
-use varve_storage::tenant_log::{Ancestor, TenantEdit, TenantError, TenantState, TimelineFacts, removed_timelines};
+use varve_api::Refusal;
+use varve_api::admin::{NewBranch, NewCompute, Restore};
+use varve_control::{Call, Error};
+use varve_engine::EngineError;
+use varve_engine::resolve::Moment;
+use varve_storage::ids::BranchName;
 
-use crate::compute::{Begin, Compute};
+use crate::compute::Compute;
+use crate::door::Plane;
+use crate::judge;
 use crate::kinds::Kind;
+use crate::network::{About, PLAIN, call};
 use crate::node::Node;
-use crate::world::{Plant, World};
+use crate::world::World;
 
-/// How long a clean stop waits until everything is durable.
-const SHUT_DOWN_MAX: Duration = Duration::from_secs(20);
+/// How long somebody waits for an answer.
+const PATIENCE: Duration = Duration::from_secs(30);
+/// The same when faults have ended: longer than anything that the control plane waits for.
+const PATIENCE_AT_REST: Duration = Duration::from_secs(400);
 
-/// How something went that was asked for.
+/// Why something that was asked for was not done, or may not have been.
 #[derive(Debug, thiserror::Error)]
 pub enum Refused {
     /// No server that could do it is there, or it ended meanwhile.
@@ -29,39 +33,29 @@ pub enum Refused {
     /// The engine says no.
     #[error(transparent)]
     Engine(#[from] EngineError),
-    /// A host's own record could not be written (planted).
-    #[error("the host's record could not be written")]
-    HostRecord,
-    /// A compute did not stop in time.
+    /// The control plane says no, or nothing.
+    #[error(transparent)]
+    Control(#[from] Refusal),
+    /// There is no answer yet.
+    #[error("no answer yet")]
+    NoAnswer,
+    /// The control plane says that a compute runs, and none does.
+    #[error("no compute of the branch runs")]
+    NotRunning,
+    /// A compute's WAL is not durable in time.
     #[error("the compute's WAL is not durable yet")]
     NotDurable,
 }
 
-impl From<TenantError> for Refused {
-    fn from(error: TenantError) -> Refused {
-        Refused::Engine(error.into())
-    }
-}
-
-impl Refused {
-    /// Whether a change may have been written all the same.
-    pub fn is_uncertain(&self) -> bool {
-        match self {
-            Refused::NoServer => true,
-            Refused::Engine(EngineError::Log(error)) => matches!(error, EditLogError::Unconfirmed { .. } | EditLogError::Stopped { .. }),
-            _ => false,
-        }
-    }
-}
-
-/// Runs `work` as an operation of `kind` on the server that should have the tenant; over when that server ends.
+/// Runs `work` with the engine of the server that should have the tenant; over when that server ends.
+///
+/// # Errors
+/// Those of `work`.
 pub async fn on_active<T, F: Future<Output = Result<T, Refused>>>(
     world: &Arc<World>,
-    kind: Kind,
     work: impl FnOnce(Arc<Node>) -> F,
 ) -> Result<T, Refused> {
     let Some(node) = world.active_node() else { return Err(Refused::NoServer) };
-    let _under_way = world.under_way(node.machine(), kind);
     let life = node.life().clone();
     let result = tokio::select! {
         biased;
@@ -69,182 +63,83 @@ pub async fn on_active<T, F: Future<Output = Result<T, Refused>>>(
         done = work(node.clone()) => done,
     };
     if let Err(Refused::Engine(error)) = &result {
-        judge(world, &node, error).await;
+        judge::engine_error(world, &node, error).await;
     }
     result
 }
 
-/// Counts what an error shows, and violates what must not be.
-async fn judge(world: &World, node: &Node, error: &EngineError) {
-    match error {
-        EngineError::TailUnknown { .. } => world.counts.add(Kind::TailWasUnknown),
-        EngineError::Log(EditLogError::Unconfirmed { .. }) => world.counts.add(Kind::Unconfirmed),
-        EngineError::Log(EditLogError::Fenced { .. }) => node.context().lost.note(world.tenant),
-        EngineError::WalLog(error) => node.wal_log_failed(world, error),
-        EngineError::DamagedWal { .. } | EngineError::Envelope(_) | EngineError::Relation(_) | EngineError::EmptyLog { .. } => {
-            world.violate(format!("server {}: {error}", node.machine()));
-        }
-        EngineError::Log(error @ (EditLogError::Contradiction { .. } | EditLogError::Missing { .. } | EditLogError::Conflict { .. })) => {
-            // What belongs to a timeline that is being deleted may be gone in part.
-            let (state, error) = (world.learn().await, error.to_string());
-            let is_of_one_that_is_gone =
-                error.contains("/timelines/") && !state.timelines().any(|timeline| error.contains(&timeline.facts.id.to_string()));
-            if !is_of_one_that_is_gone {
-                world.violate(format!("server {}: {error}", node.machine()));
-            }
-        }
-        _ => {}
+/// Asks the control plane for something that counts as `crash` when its server ends meanwhile.
+async fn ask<T, F>(world: &Arc<World>, crash: Kind, work: impl FnOnce(Arc<Plane>, String) -> F + Send) -> Result<T, Refused>
+where
+    T: Send + 'static,
+    F: Future<Output = Result<T, Error>> + Send + 'static,
+{
+    let tenant = world.tenant.to_string();
+    let patience = if world.is_calm() { PATIENCE_AT_REST } else { PATIENCE };
+    let answer = call(world, About { crash: Some(crash), ..PLAIN }, |plane| work(plane, tenant));
+    let answer = tokio::time::timeout(patience, answer).await;
+    Ok(answer.map_err(|_| Refused::NoAnswer)??)
+}
+
+fn texts(moment: Moment) -> (Option<String>, Option<String>) {
+    match moment {
+        Moment::Head => (None, None),
+        Moment::Lsn(lsn) => (Some(lsn.to_string()), None),
+        Moment::Time(time) => (None, jiff::Timestamp::from_microsecond(time.unix_micros()).ok().map(|time| time.to_string())),
     }
-}
-
-async fn live_of(tenant: &Arc<Tenant>, branch: &BranchName) -> Result<Arc<LiveTimeline>, Refused> {
-    let timeline = tenant.log().state().branch(branch.as_str())?.facts.id;
-    Ok(tenant.timeline(timeline).await?)
-}
-
-fn new_timeline(world: &World, at: Resolved) -> Result<TimelineFacts, Refused> {
-    let id = TimelineId::random().map_err(EngineError::from)?;
-    let ancestor = Some(Ancestor { timeline: at.timeline, lsn: at.lsn });
-    Ok(TimelineFacts { id, ancestor, tli: 0, start: at.lsn, created: world.wall_clock().0 })
-}
-
-/// Commits, and says what it was refused with.
-async fn commit(
-    tenant: &Tenant,
-    plan: impl FnOnce(&TenantState) -> Result<Vec<TenantEdit>, EngineError>,
-) -> Result<Vec<TenantEdit>, Refused> {
-    let planned = |state: &TenantState| plan(state).map(|edits| (edits.clone(), edits));
-    tenant.log().commit(planned).await.map_err(|error: CommitError<EngineError>| Refused::Engine(error.into()))
 }
 
 /// Makes a branch of another one's `moment`.
 ///
 /// # Errors
 /// When it is refused, or may not have been done.
-pub async fn make_branch(world: &Arc<World>, from: &BranchName, name: &BranchName, moment: Moment) -> Result<Lsn, Refused> {
-    on_active(world, Kind::CrashInBranch, |node| async move {
-        let tenant = node.own(world).await?;
-        let live = live_of(&tenant, from).await?;
-        let before = world.ledger.lock().acknowledged_end(live.id());
-        let head = live.positions().head();
-        let at = resolve(&live, moment).await?;
-        check_moment(world, &live, moment, (before, head), at);
-        let facts = new_timeline(world, at)?;
-        commit(&tenant, |state| {
-            state.check_free(name)?;
-            state.timeline(at.timeline)?;
-            let facts = TimelineFacts { tli: state.next_tli()?, ..facts };
-            let (timeline, name) = (facts.id, name.clone());
-            Ok(vec![TenantEdit::Timeline(facts), TenantEdit::Branch { name, timeline }])
-        })
-        .await?;
-        Ok(at.lsn)
-    })
-    .await
+pub async fn make_branch(world: &Arc<World>, from: &BranchName, name: &BranchName, moment: Moment) -> Result<(), Refused> {
+    let (lsn, at) = texts(moment);
+    let new = NewBranch { name: name.to_string(), from: Some(from.to_string()), lsn, at };
+    ask(world, Kind::CrashInBranch, |plane, tenant| async move { plane.create_branch(&Call::default(), &tenant, &new).await }).await?;
+    Ok(())
 }
 
-/// A moment means what the model says it means; head has what was acknowledged before it was asked for.
-fn check_moment(world: &World, live: &LiveTimeline, moment: Moment, (acknowledged, head): (Lsn, Lsn), at: Resolved) {
-    match moment {
-        Moment::Head if at.lsn < acknowledged => {
-            world.violate(format!("head of {} is {}, and {acknowledged} had been acknowledged", live.id(), at.lsn));
-        }
-        Moment::Lsn(lsn) if at.lsn != lsn => world.violate(format!("boundary {lsn} of {} is taken for {}", live.id(), at.lsn)),
-        Moment::Time(time) => {
-            let ledger = world.ledger.lock();
-            let now = live.positions().head();
-            let possible = [ledger.moment(live.id(), head, time.0), ledger.moment(live.id(), now, time.0)];
-            let found = Some((at.timeline, at.lsn));
-            // Head moves on while it is looked for.
-            let is_between = at.timeline == live.id() && at.lsn >= head && at.lsn <= now;
-            drop(ledger);
-            if !possible.contains(&found) && !is_between {
-                world.violate(format!("time {time:?} of {} is taken for {found:?}, it is {possible:?}", live.id()));
-            }
-        }
-        _ => {}
-    }
-}
-
-/// Takes a branch back to `moment`: one commit. What it was gets the name `before`.
+/// Takes a branch back to `moment`.
 ///
 /// # Errors
 /// When it is refused, or may not have been done.
-pub async fn restore(world: &Arc<World>, branch: &BranchName, before: &BranchName, moment: Moment) -> Result<Lsn, Refused> {
-    on_active(world, Kind::CrashInRestore, |node| async move {
-        let tenant = node.own(world).await?;
-        let live = live_of(&tenant, branch).await?;
-        let acknowledged = world.ledger.lock().acknowledged_end(live.id());
-        let head = live.positions().head();
-        let at = resolve(&live, moment).await?;
-        check_moment(world, &live, moment, (acknowledged, head), at);
-        let facts = new_timeline(world, at)?;
-        commit(&tenant, |state| {
-            if state.branch(branch.as_str())?.facts.id != live.id() {
-                return Err(EngineError::BranchMoved { branch: branch.clone(), timeline: live.id() });
-            }
-            Ok(state.restore_branch(branch.as_str(), before, &facts)?)
-        })
-        .await?;
-        if world.plant == Plant::HostRecordAfterCommit && world.chance(600) {
-            // The old order: who serves what stood in a file of the host, too, and writing that one failed.
-            return Err(Refused::HostRecord);
-        }
-        // Nobody is told: the stream ends, and who comes again is refused.
-        live.end_stream(StreamEnd::Ended).await?;
-        Ok(at.lsn)
-    })
-    .await
+pub async fn restore(world: &Arc<World>, branch: &BranchName, moment: Moment) -> Result<(), Refused> {
+    let ((lsn, at), branch) = (texts(moment), branch.to_string());
+    let to = Restore { lsn, at };
+    let restored =
+        ask(
+            world,
+            Kind::CrashInRestore,
+            |plane, tenant| async move { plane.restore_branch(&Call::default(), &tenant, &branch, &to).await },
+        );
+    restored.await?;
+    Ok(())
 }
 
-/// Deletes a branch, and the timelines that nothing refers to any more.
+/// Deletes a branch.
 ///
 /// # Errors
 /// When it is refused, or may not have been done.
 pub async fn delete_branch(world: &Arc<World>, branch: &BranchName) -> Result<(), Refused> {
-    on_active(world, Kind::CrashInDelete, |node| async move {
-        let tenant = node.own(world).await?;
-        let timeline = tenant.log().state().branch(branch.as_str())?.facts.id;
-        let edits = commit(&tenant, |state| Ok(state.delete_branch(branch.as_str())?)).await?;
-        if let Some(live) = tenant.opened(timeline) {
-            live.end_stream(StreamEnd::Ended).await?;
-        }
-        for timeline in removed_timelines(&edits) {
-            tenant.remove_timeline(timeline).await;
-        }
-        Ok(())
-    })
-    .await
+    let branch = branch.to_string();
+    ask(world, Kind::CrashInDelete, |plane, tenant| async move { plane.delete_branch(&Call::default(), &tenant, &branch).await }).await?;
+    Ok(())
 }
 
 /// Sees to it that a compute runs on a branch; one that runs already is left alone, unless it is to be replaced.
 ///
 /// # Errors
-/// When it is refused, or may not have been done.
+/// When it is refused, or does not run in time.
 pub async fn ensure_running(world: &Arc<World>, branch: &BranchName, replace: bool) -> Result<Arc<Compute>, Refused> {
-    on_active(world, Kind::CrashInBegin, |node| async move {
-        let tenant = node.own(world).await?;
-        let live = live_of(&tenant, branch).await?;
-        if let Some(running) = world.compute(branch)
-            && running.timeline == live.id()
-            && !running.is_over()
-            && !replace
-        {
-            return Ok(running);
-        }
-        let start = live.begin_epoch(tenant.log(), branch).await?;
-        world.learn().await;
-        let begin = Begin {
-            branch: branch.clone(),
-            timeline: live.id(),
-            tli: live.facts().tli,
-            epoch: start.epoch.0,
-            base: start.lsn,
-            standby_name: start.standby_name,
-        };
-        Ok(Compute::start(world, begin))
-    })
-    .await
+    let (text, new) = (branch.to_string(), NewCompute { replace, ..NewCompute::default() });
+    ask(
+        world,
+        Kind::CrashInStart,
+        |plane, tenant| async move { plane.ensure_running(&Call::default(), &tenant, &text, &new).await.map(drop) },
+    )
+    .await?;
+    world.compute(branch).filter(|compute| !compute.is_over()).ok_or(Refused::NotRunning)
 }
 
 /// Stops a branch's compute cleanly.
@@ -252,16 +147,20 @@ pub async fn ensure_running(world: &Arc<World>, branch: &BranchName, replace: bo
 /// # Errors
 /// When it is refused, or not everything is durable.
 pub async fn stop(world: &Arc<World>, branch: &BranchName) -> Result<(), Refused> {
-    let Some(compute) = world.compute(branch).filter(|compute| !compute.is_over()) else { return Ok(()) };
-    if !compute.shut_down(SHUT_DOWN_MAX).await {
-        compute.write_again();
-        return Err(Refused::NotDurable);
-    }
-    compute.kill(world, "stopped");
-    on_active(world, Kind::CrashInStop, |node| async move {
-        let tenant = node.own(world).await?;
-        let live = tenant.timeline(compute.timeline).await?;
-        Ok(live.close_epoch(tenant.log(), WriterEpoch(compute.epoch)).await?)
+    let branch = branch.to_string();
+    ask(world, Kind::CrashInStopCall, |plane, tenant| async move {
+        for compute in plane.list_branch_computes(&tenant, &branch).await? {
+            plane.stop_compute(&Call::default(), &compute.id).await?;
+        }
+        Ok(())
     })
     .await
+}
+
+/// An operator has the server to which the address leads take the tenant.
+///
+/// # Errors
+/// When it is refused, or may not have been done.
+pub async fn take_over(world: &Arc<World>) -> Result<(), Refused> {
+    ask(world, Kind::CrashInTakeOver, |plane, tenant| async move { plane.take_tenant(&tenant).await.map(drop) }).await
 }

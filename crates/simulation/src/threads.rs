@@ -49,6 +49,18 @@ impl Life {
         self.inner.ended.notify_waiters();
     }
 
+    /// Runs a task that ends with it.
+    pub fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
+        let life = self.clone();
+        tokio::spawn(async move {
+            tokio::select! {
+                biased;
+                () = life.ended() => {}
+                () = task => {}
+            }
+        });
+    }
+
     /// Whether it has ended.
     pub fn is_over(&self) -> bool {
         self.inner.over.load(Ordering::SeqCst)

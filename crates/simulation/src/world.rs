@@ -17,6 +17,7 @@ use varve_testing::random::SeededRng;
 use varve_testing::sim_store::SimStore;
 
 use crate::compute::Compute;
+use crate::host::Host;
 use crate::kinds::{Counts, Kind};
 use crate::ledger::{Ledger, Violation};
 use crate::node::{Machine, Node};
@@ -27,6 +28,8 @@ use crate::wal::{FIRST_XID, MAJOR, START, SYSTEM_IDENTIFIER};
 
 /// Machines with a pageserver.
 pub const MACHINES: usize = 2;
+/// Hosts.
+pub const HOSTS: usize = 2;
 /// A server may go on so long with a stream after it knows that its branch moved.
 const MOVE_NOTICED_MAX: Duration = Duration::from_secs(8);
 
@@ -66,8 +69,14 @@ pub struct World {
     pub watchdog: Arc<Watchdog>,
     /// The machines.
     pub machines: Vec<Machine>,
-    /// The machine whose server should have the tenant.
-    pub active: AtomicUsize,
+    /// The hosts.
+    pub hosts: Vec<Arc<Host>>,
+    /// The machine whose server should have the tenant: to that leads the one address that all know.
+    active: AtomicUsize,
+    address: Notify,
+    /// Where hosts hand out connections to computes.
+    walsenders: Mutex<BTreeMap<String, Arc<Compute>>>,
+    next_socket: AtomicU64,
     /// The tenant.
     pub tenant: TenantId,
     /// What is planted.
@@ -158,7 +167,11 @@ impl World {
             pool,
             watchdog,
             machines,
+            hosts: (0..HOSTS).map(Host::new).collect(),
             active: AtomicUsize::new(0),
+            address: Notify::new(),
+            walsenders: Mutex::default(),
+            next_socket: AtomicU64::new(1),
             tenant,
             plant,
             quiet: Default::default(),
@@ -312,7 +325,51 @@ impl World {
 
     /// The server that should have the tenant, if its machine is on.
     pub fn active_node(&self) -> Option<Arc<Node>> {
-        self.machines[self.active.load(Ordering::SeqCst)].node()
+        self.machines[self.active()].node()
+    }
+
+    /// The machine to which the address leads.
+    pub fn active(&self) -> usize {
+        self.active.load(Ordering::SeqCst)
+    }
+
+    /// The address leads to the next machine from now on: connections to the former one break.
+    pub fn move_address(&self) {
+        self.active.store((self.active() + 1) % MACHINES, Ordering::SeqCst);
+        self.address.notify_waiters();
+    }
+
+    /// Waits until the address leads to another machine.
+    pub async fn address_leaves(&self, machine: usize) {
+        loop {
+            let moved = self.address.notified();
+            if self.active() != machine {
+                return;
+            }
+            moved.await;
+        }
+    }
+
+    /// Whether faults have ended.
+    pub fn is_calm(&self) -> bool {
+        self.quiet.load(Ordering::SeqCst)
+    }
+
+    /// A host hands out connections to this Postgres from now on: where.
+    pub fn open_walsender(&self, compute: &Arc<Compute>) -> String {
+        let socket = format!("walsender-{}", self.next_socket.fetch_add(1, Ordering::SeqCst));
+        self.walsenders.lock().insert(socket.clone(), compute.clone());
+        socket
+    }
+
+    /// It does so no more.
+    pub fn close_walsender(&self, socket: &str) {
+        self.walsenders.lock().remove(socket);
+    }
+
+    /// The Postgres to which a socket leads.
+    pub fn walsender(&self, socket: &str) -> Option<Arc<Compute>> {
+        self.walsenders.lock().get(socket).cloned()
     }
 
     /// Notes that an operation is under way until the guard is dropped.

@@ -11,6 +11,7 @@ use varve_control::ports::{
 };
 use varve_engine::EngineError;
 use varve_engine::moments::MomentError;
+use varve_engine::timeline::Flushed;
 use varve_pageserver::writers::{Walsender, Writer};
 use varve_pageserver::{Pageserver, ServerError};
 use varve_postgres::{Lsn, Major, Timestamp};
@@ -148,8 +149,9 @@ impl ports::Pageserver for Door {
     }
 
     async fn attach_writer(&self, writer: AttachWriter) -> PortResult<String> {
-        let AttachWriter { tenant, branch, timeline, epoch, walsender, flushed } = writer;
+        let AttachWriter { tenant, branch, timeline, epoch, walsender, flushed, waits_for } = writer;
         let walsender = Walsender { socket: walsender.socket.into(), credential: walsender.credential };
+        let flushed = Flushed { lsn: flushed, waits_for };
         let writer = Writer { branch, epoch, walsender, flushed };
         self.pageserver.attach_writer(tenant, timeline, writer).await.map_err(refusal)
     }

@@ -251,6 +251,7 @@ impl FakeHost {
                     mount_pid: 8,
                     walsender: Walsender { socket: "/run/x".to_owned(), credential: "c".to_owned() },
                     flushed: begin.base_lsn.clone(),
+                    waits_for: None,
                 };
                 match self.call(|plane| async move { plane.attach(id, attach.clone()).await }).await {
                     Ok(_) => {

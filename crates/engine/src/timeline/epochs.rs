@@ -54,6 +54,15 @@ pub struct EpochStart {
     pub standby_name: String,
 }
 
+/// How far a compute is when it attaches.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Flushed {
+    /// Where its WAL was flushed to: everything that it ever got acknowledged by whom it waits for ends at or before.
+    pub lsn: Lsn,
+    /// The standby name that it waited for when it said so; none where it does not say.
+    pub waits_for: Option<String>,
+}
+
 /// Why a stream ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum StreamEnd {
@@ -233,16 +242,21 @@ impl LiveTimeline {
     /// Takes WAL from the compute of epoch `epoch`, which belongs to `branch`. `on_close` is told when the stream must
     /// end. Gives the stream and the standby name that the compute must wait for.
     ///
+    /// Whether the tenant is still ours is asked of the store: a compute may come from a server that took it over, and
+    /// that has what it acknowledged since.
+    ///
     /// # Errors
-    /// [`EngineError::EpochOver`] when a later epoch has begun, [`EngineError::BranchMoved`].
+    /// [`EngineError::EpochOver`] when a later epoch has begun, [`EngineError::BranchMoved`]; the log's, when the
+    /// tenant is another server's.
     pub async fn open_stream(
         self: &Arc<Self>,
         log: &TenantLog,
         branch: &BranchName,
         epoch: WriterEpoch,
-        flushed: Lsn,
+        flushed: Flushed,
         on_close: impl FnOnce(StreamEnd) + Send + 'static,
     ) -> Result<(WalStream, String), EngineError> {
+        log.check_ownership().await?;
         let mut writer = self.writer.lock().await;
         // An epoch or a restore that is on its way to the store counts, too, though whoever asked for it may have given
         // up waiting: what were acknowledged beyond its start would be void. With no edits of its own this waits until
@@ -268,9 +282,12 @@ impl LiveTimeline {
         let gate = Arc::new(Gate { closed: Mutex::default(), on_close: Mutex::new(Some(Box::new(on_close))) });
         writer.gate = Some(gate.clone());
         let start = self.positions().head();
-        if writer.tail.get() == Tail::Unknown {
+        // While another server's word counts there, more may be acknowledged than is flushed now: the compute says it
+        // again once only ours does.
+        let is_all = flushed.waits_for.is_none_or(|waits_for| waits_for == name);
+        if writer.tail.get() == Tail::Unknown && is_all {
             let (live, log) = (self.clone(), log.clone());
-            tokio::spawn(live.learn_tail(log, epoch, flushed));
+            tokio::spawn(live.learn_tail(log, epoch, flushed.lsn));
         }
         self.touch();
         Ok((WalStream { live: self.clone(), gate, epoch, position: None, appended: start, framed: start }, name))

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use varve_engine::resolve::{Moment, Resolved, resolve};
-use varve_engine::timeline::StreamEnd;
+use varve_engine::timeline::{Flushed, StreamEnd};
 use varve_engine::{EngineError, LiveTimeline, Tenant, moments};
 use varve_postgres::{Lsn, Timestamp};
 use varve_simulation::template;
@@ -251,7 +251,7 @@ impl World {
         let process = self.process(server)?.clone();
         let compute = &mut self.computes[at];
         let live = tenant.timeline(compute.timeline).await?;
-        let flushed = compute.writer.end();
+        let flushed = Flushed { lsn: compute.writer.end(), waits_for: None };
         let (stream, standby) = live.open_stream(tenant.log(), &compute.branch, compute.epoch, flushed, |_| {}).await?;
         let from = stream.start();
         compute.connect(server, &process, stream, standby);
