@@ -59,6 +59,29 @@ pub struct Begin {
     pub startup_blocks: Vec<BlockName>,
 }
 
+/// Parameters of `GET` and `POST /v1/computes/{id}/leftover-wal`: whose WAL is left in the compute's `pg_wal` after its
+/// processes were killed. `POST` brings it as `application/octet-stream`, before the compute begins again.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct LeftoverQuery {
+    /// The timeline that it wrote.
+    pub timeline_id: String,
+    /// The epoch in which it did.
+    pub epoch: u32,
+    /// Where the bytes begin; only with `POST`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub start: Option<String>,
+    /// Where the last whole record ends; only with `POST`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub end: Option<String>,
+}
+
+/// Answer to both: where the pageserver's WAL of that epoch ends; none when what is left does not count any more.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct LeftoverStart {
+    /// The position.
+    pub lsn: Option<String>,
+}
+
 /// Body of `POST /v1/computes/{id}/attach`: Postgres runs.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Attach {

@@ -190,7 +190,7 @@ impl<P: Pageserver> Control<P> {
             };
             self.environment.within(LOST_MAX, is_lost).await;
         }
-        self.pageserver.forgive(id);
+        self.pageserver.forgive(id).await;
         self.own(id, "an operator takes it").await?;
         self.show_tenant(tenant).await
     }

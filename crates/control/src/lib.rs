@@ -21,6 +21,7 @@ mod environment;
 mod error;
 mod hosts;
 pub mod http;
+mod leftovers;
 mod logs;
 mod moment;
 mod password;

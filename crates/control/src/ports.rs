@@ -7,6 +7,7 @@
 use std::future::Future;
 
 use bytes::Bytes;
+use futures::stream::BoxStream;
 use varve_api::Refusal;
 use varve_api::host::{BlockName, Walsender};
 use varve_postgres::{Lsn, Timestamp};
@@ -156,6 +157,20 @@ pub trait Pageserver: Send + Sync + 'static {
     /// Errors: [`varve_api::Code::Fenced`] when a later epoch has begun or the branch points elsewhere.
     fn attach_writer(&self, writer: AttachWriter) -> impl Future<Output = PortResult<String>> + Send;
 
+    /// Where what is left in the `pg_wal` of a compute that was killed would go on; none when it does not count any
+    /// more.
+    fn leftover_start(&self, of: LeftoverOf) -> impl Future<Output = PortResult<Option<Lsn>>> + Send;
+
+    /// Takes what is left, of which `bytes` begin at `start` and whole records end at `end`. Gives up to where it is
+    /// durable now.
+    fn take_leftover(
+        &self,
+        of: LeftoverOf,
+        start: Lsn,
+        end: Lsn,
+        bytes: BoxStream<'static, PortResult<Bytes>>,
+    ) -> impl Future<Output = PortResult<Lsn>> + Send;
+
     /// The compute of epoch `epoch` ended cleanly after it sent all its WAL: puts everything into the store and closes
     /// the epoch.
     fn close_epoch(&self, tenant: TenantId, timeline: TimelineId, epoch: WriterEpoch) -> impl Future<Output = PortResult<()>> + Send;
@@ -195,7 +210,7 @@ pub trait Pageserver: Send + Sync + 'static {
     fn forget_orphans(&self, tenant: TenantId, timeline: Option<TimelineId>) -> impl Future<Output = usize> + Send;
 
     /// A tenant that was lost may be taken again, at an operator's word.
-    fn forgive(&self, tenant: TenantId);
+    fn forgive(&self, tenant: TenantId) -> impl Future<Output = ()> + Send;
 
     /// The tenants that it lost to others since it was started.
     fn lost(&self) -> Vec<Lost>;
@@ -219,4 +234,17 @@ pub struct AttachWriter {
     pub flushed: Lsn,
     /// The standby name that it waited for then, if it said so.
     pub waits_for: Option<String>,
+}
+
+/// Whose WAL is left in the `pg_wal` of a compute that was killed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LeftoverOf {
+    /// The tenant.
+    pub tenant: TenantId,
+    /// The compute's branch.
+    pub branch: BranchName,
+    /// The timeline that it wrote.
+    pub timeline: TimelineId,
+    /// In which epoch.
+    pub epoch: WriterEpoch,
 }

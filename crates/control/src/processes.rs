@@ -82,7 +82,7 @@ impl<P: Pageserver> Control<P> {
 
     /// The compute that a process says it is. One that nobody has told of yet is asked to try again: its host says
     /// hello first, and ends it if it is not wanted.
-    fn process(&self, id: &str) -> Result<Arc<Entry>, Error> {
+    pub(crate) fn process(&self, id: &str) -> Result<Arc<Entry>, Error> {
         let id = arguments::endpoint_id(id)?;
         self.computes.get(id).ok_or_else(|| Error::NotYetKnown(id.to_string()))
     }

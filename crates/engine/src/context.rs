@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 use tokio::sync::Notify;
-use varve_storage::ids::{TenantId, TimelineId, WalLogId};
+use varve_storage::ids::{Generation, TenantId, TimelineId, WalLogId};
 use varve_storage::store::Store;
 use varve_storage::threads::Threads;
 use varve_storage::timeline::Resources;
@@ -52,20 +52,21 @@ impl Context {
 /// Tenants that turned out to be another server's, until they are dealt with. At most one entry a tenant.
 #[derive(Debug, Default)]
 pub struct LostTenants {
-    tenants: Mutex<BTreeSet<TenantId>>,
+    tenants: Mutex<BTreeSet<(TenantId, Generation)>>,
     news: Notify,
 }
 
 impl LostTenants {
-    /// A tenant's log or manifest said that another server has it.
-    pub fn note(&self, tenant: TenantId) {
-        if self.tenants.lock().insert(tenant) {
+    /// A tenant's log or manifest, which we wrote in `generation`, said that another server has it. By now it may be ours
+    /// again, in a later one.
+    pub fn note(&self, tenant: TenantId, generation: Generation) {
+        if self.tenants.lock().insert((tenant, generation)) {
             self.news.notify_one();
         }
     }
 
     /// Waits for some, and takes them.
-    pub async fn take(&self) -> BTreeSet<TenantId> {
+    pub async fn take(&self) -> BTreeSet<(TenantId, Generation)> {
         loop {
             let news = self.news.notified();
             let taken = std::mem::take(&mut *self.tenants.lock());

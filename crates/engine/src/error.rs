@@ -17,6 +17,7 @@ use varve_storage::wal_log::WalLogError;
 use crate::base_backup::BaseBackupError;
 use crate::moments::MomentError;
 use crate::template::TemplateError;
+use crate::timeline::StreamEnd;
 
 /// See the module's doc.
 #[derive(Debug, thiserror::Error)]
@@ -76,6 +77,22 @@ pub enum EngineError {
         timeline: TimelineId,
         /// What is wrong, and where.
         error: WalError,
+    },
+    /// What is left in a compute's `pg_wal` is no WAL of the timeline.
+    #[error("what is left in the pg_wal of timeline {timeline}'s compute is no WAL of it: {error}")]
+    LeftoverWal {
+        /// The timeline.
+        timeline: TimelineId,
+        /// What is wrong, and where.
+        error: WalError,
+    },
+    /// A stream has ended while it was used.
+    #[error("timeline {timeline}: the stream has ended: {end}")]
+    StreamOver {
+        /// The timeline.
+        timeline: TimelineId,
+        /// Why.
+        end: StreamEnd,
     },
     /// A later compute writes.
     #[error("writer epoch {epoch} of timeline {timeline} is over: epoch {current} writes now")]

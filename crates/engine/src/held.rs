@@ -15,7 +15,8 @@ use crate::context::Context;
 pub enum Claim {
     /// The store may lack it.
     Needed,
-    /// The timeline was deleted, or the newest writer's WAL is in another server's log, which has all that came before.
+    /// The timeline was deleted, or the newest writer's WAL is in layers, or in another server's log, which has all that
+    /// came before.
     Void,
     /// The log knows no such timeline, and does not remember that there was one.
     Unknown,
@@ -28,9 +29,11 @@ pub fn claim(state: &TenantState, held: &Unattached, mine: WalLogId) -> Claim {
     }
     let Ok(timeline) = state.timeline(held.timeline) else { return Claim::Unknown };
     match timeline.epochs.last() {
-        // Of an epoch that is newer than all that the tenant's log knows, that log has lost something: whoever opens
-        // the timeline will say so.
-        Some(newest) if newest.wal_log != mine && held.newest <= newest.epoch => Claim::Void,
+        // Of an epoch that is newer than all that the tenant's log knows, that log has lost something: whoever opens the
+        // timeline will say so.
+        Some(newest) if held.newest > newest.epoch => Claim::Needed,
+        // An epoch is closed when all of it is in layers.
+        Some(newest) if newest.wal_log != mine || newest.closed.is_some() => Claim::Void,
         _ => Claim::Needed,
     }
 }
@@ -40,7 +43,7 @@ impl Context {
     pub async fn forget_void(&self, held: Unattached) {
         let wal = self.wal.clone();
         let Unattached { tenant, timeline, .. } = held;
-        match self.threads.call(move || wal.forget_unattached(tenant, timeline)).await {
+        match self.threads.call(move || wal.forget_unattached(held)).await {
             Ok(Ok(true)) => tracing::info!(%tenant, %timeline, "the WAL log lets go of WAL that the tenant's log says is not needed here"),
             Ok(Ok(false)) => {}
             Ok(Err(error)) => tracing::warn!(%tenant, %timeline, %error, "that WAL is not needed could not be written into the WAL log"),
@@ -89,6 +92,10 @@ mod tests {
         assert_eq!(claim(&state(MINE), &held(2), MINE), Claim::Needed);
         assert_eq!(claim(&state(OTHERS), &held(2), MINE), Claim::Void, "another log has it");
         assert_eq!(claim(&state(OTHERS), &held(3), MINE), Claim::Needed, "an epoch that the tenant's log has lost");
+        let mut closed = state(MINE);
+        closed.apply(&TenantEdit::EpochClosed { timeline: TIMELINE, epoch: WriterEpoch(2), lsn: Lsn(0x200) }).unwrap();
+        assert_eq!(claim(&closed, &held(2), MINE), Claim::Void, "all of it is in layers");
+        assert_eq!(claim(&closed, &held(3), MINE), Claim::Needed, "an epoch that the tenant's log has lost");
         let mut gone = state(MINE);
         gone.apply(&TenantEdit::TimelineRemoved { timeline: TIMELINE }).unwrap();
         assert_eq!(claim(&gone, &held(2), MINE), Claim::Void);

@@ -4,8 +4,9 @@ use std::io;
 use std::path::PathBuf;
 
 use varve_engine::EngineError;
+use varve_postgres::Lsn;
 use varve_storage::edit_log::EditLogError;
-use varve_storage::ids::{RandomError, TenantId};
+use varve_storage::ids::{RandomError, TenantId, TimelineId};
 use varve_storage::store::{ParseObjectNameError, StoreError};
 use varve_storage::tenant_log::TenantError;
 use varve_storage::tenant_log::names::NameError;
@@ -17,6 +18,16 @@ use crate::tenants::LostTo;
 /// See the module's doc.
 #[derive(Debug, thiserror::Error)]
 pub enum ServerError {
+    /// Leftover WAL does not join on to what is here.
+    #[error("the WAL that is left of timeline {timeline} begins at {start}, and what is here ends at {head}")]
+    LeftoverGap {
+        /// The timeline.
+        timeline: TimelineId,
+        /// Where the leftover begins.
+        start: Lsn,
+        /// Where it would have to.
+        head: Lsn,
+    },
     /// The engine's.
     #[error(transparent)]
     Engine(EngineError),

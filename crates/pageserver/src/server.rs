@@ -11,8 +11,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::Bytes;
-use futures::{StreamExt as _, stream};
+use bytes::{Buf as _, Bytes};
+use futures::{Stream, StreamExt as _, stream};
 use parking_lot::Mutex;
 use tokio_util::sync::CancellationToken;
 use varve_engine::held::{Claim, claim};
@@ -66,7 +66,22 @@ pub struct PageserverConfig {
     pub idle: Duration,
 }
 
-/// WAL in the WAL log of which no log in the store knows.
+/// What is left in the `pg_wal` of a compute whose processes were killed.
+#[derive(Clone, Debug)]
+pub struct LeftoverWal {
+    /// The compute's branch.
+    pub branch: BranchName,
+    /// The timeline that it wrote.
+    pub timeline: TimelineId,
+    /// Its epoch.
+    pub epoch: WriterEpoch,
+    /// Where the bytes begin.
+    pub start: Lsn,
+    /// Where the last whole record ends.
+    pub end: Lsn,
+}
+
+/// WAL in the WAL log that cannot be put into the store.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct OrphanedWal {
     /// The tenant that it is of.
@@ -75,6 +90,26 @@ pub struct OrphanedWal {
     pub timeline: TimelineId,
     /// What is wrong and what to do.
     pub problem: String,
+    /// Whether no log in the store knows of it: an operator may give it up.
+    pub is_unknown: bool,
+}
+
+/// Why WAL in the WAL log stays there.
+struct Unsettled {
+    problem: String,
+    is_unknown: bool,
+}
+
+impl Unsettled {
+    /// No log in the store knows of it.
+    fn unknown(problem: String) -> Unsettled {
+        Unsettled { problem, is_unknown: true }
+    }
+
+    /// It may be settled later.
+    fn for_now(problem: impl std::fmt::Display) -> Unsettled {
+        Unsettled { problem: format!("{problem}"), is_unknown: false }
+    }
 }
 
 /// What a mount must know of a data directory before it has read any of it.
@@ -140,29 +175,34 @@ impl Pageserver {
     pub async fn run(&self) {
         let timer = WorkQueue::run_timer(Arc::downgrade(&self.context.queue));
         tokio::pin!(timer);
-        let mut sweep = tokio::time::interval(SWEEP_INTERVAL);
-        sweep.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        let settling = self.keep_settled();
-        tokio::pin!(settling);
-        loop {
-            tokio::select! {
-                biased;
-                () = self.stopping.cancelled() => break,
-                lost = self.context.lost.take() => {
-                    for tenant in lost {
-                        self.tenants.lose(tenant).await;
-                    }
-                }
-                () = &mut timer => {}
-                () = &mut settling => {}
-                _ = sweep.tick() => {
-                    self.tenants.find_lost().await;
-                    self.tenants.sweep(self.config.idle).await;
-                }
-            }
+        // None waits for another one, least of all the timer.
+        let others = async { tokio::join!(self.keep_lost_out(), self.keep_swept(), self.keep_settled()) };
+        tokio::select! {
+            biased;
+            () = self.stopping.cancelled() => {}
+            () = &mut timer => {}
+            _ = others => {}
         }
         // Flushes still need the timer until all is in the store.
         timer.await;
+    }
+
+    /// Lets go of tenants whose logs or manifests said that they are another server's.
+    async fn keep_lost_out(&self) {
+        loop {
+            let lost = self.context.lost.take().await;
+            let lose = |(tenant, generation)| self.tenants.lose_generation(tenant, generation);
+            stream::iter(lost).for_each_concurrent(None, lose).await;
+        }
+    }
+
+    /// Looks from time to time for tenants that others took over, and for what nobody has use for.
+    async fn keep_swept(&self) {
+        loop {
+            tokio::time::sleep(SWEEP_INTERVAL).await;
+            self.tenants.find_lost().await;
+            self.tenants.sweep(self.config.idle).await;
+        }
     }
 
     /// Looks after what the WAL log holds of timelines that are not open: what the store may lack is opened, so that it
@@ -171,8 +211,8 @@ impl Pageserver {
         let held = self.context.wal.unattached();
         let orphans: Vec<OrphanedWal> = stream::iter(held)
             .map(|held| async move {
-                let problem = self.settle(held).await.err()?;
-                Some(OrphanedWal { tenant: held.tenant, timeline: held.timeline, problem })
+                let Unsettled { problem, is_unknown } = self.settle(held).await.err()?;
+                Some(OrphanedWal { tenant: held.tenant, timeline: held.timeline, problem, is_unknown })
             })
             .buffer_unordered(OPENED_AT_ONCE)
             .filter_map(std::future::ready)
@@ -180,7 +220,7 @@ impl Pageserver {
             .await;
         let mut known = self.orphans.lock();
         for orphan in orphans.iter().filter(|orphan| !known.contains(orphan)) {
-            let OrphanedWal { tenant, timeline, problem } = orphan;
+            let OrphanedWal { tenant, timeline, problem, .. } = orphan;
             tracing::error!(%tenant, %timeline, problem, "the WAL log holds WAL that cannot be put into the store; it is kept");
         }
         *known = orphans;
@@ -210,18 +250,18 @@ impl Pageserver {
         }
     }
 
-    async fn settle(&self, held: Unattached) -> Result<(), String> {
+    async fn settle(&self, held: Unattached) -> Result<(), Unsettled> {
         let Unattached { tenant, timeline, .. } = held;
         let state = match self.tenants.awake(tenant) {
             Some(tenant) => tenant.log().state(),
-            None => match tenant_log::read(&self.context.store, tenant).await.map_err(|error| error.to_string())? {
+            None => match tenant_log::read(&self.context.store, tenant).await.map_err(Unsettled::for_now)? {
                 Some(state) => Arc::new(state),
                 None => {
-                    return Err(format!(
+                    return Err(Unsettled::unknown(format!(
                         "the store has no log of tenant {tenant}: if the tenant was deleted, 'varve wal forget {tenant}' lets go of its WAL; if \
                          not, the store has lost it: restore the objects below tenants/{tenant} from the bucket's versions, then start this \
                          server again"
-                    ));
+                    )));
                 }
             },
         };
@@ -231,10 +271,10 @@ impl Pageserver {
                 return Ok(());
             }
             Claim::Unknown => {
-                return Err(format!(
+                return Err(Unsettled::unknown(format!(
                     "the log of tenant {tenant} knows no timeline {timeline}: if its branch was deleted, 'varve wal forget {tenant} {timeline}' \
                      lets go of its WAL; if not, the newest objects below tenants/{tenant}/log are lost: restore them from the bucket's versions"
-                ));
+                )));
             }
             Claim::Needed => {}
         }
@@ -243,28 +283,32 @@ impl Pageserver {
             if !self.tenants.is_known(tenant) {
                 self.tenants.note_lost(tenant, LostTo::from(owner));
             }
-            return Err("another server has taken the tenant over; its computes send there what that one lacks".to_owned());
+            return Err(Unsettled::for_now("another server has taken the tenant over; its computes send there what that one lacks"));
         }
-        let owned = self.tenants.own(tenant, "the WAL log holds WAL of it").await.map_err(|error| error.to_string())?;
-        owned.timeline(timeline).await.map(drop).map_err(|error| error.to_string())
+        let owned = self.tenants.own(tenant, "the WAL log holds WAL of it").await.map_err(Unsettled::for_now)?;
+        owned.timeline(timeline).await.map(drop).map_err(Unsettled::for_now)
     }
 
-    /// Lets go of WAL of which no log in the store knows, at an operator's word.
+    /// Lets go of WAL of which no log in the store knows, at an operator's word. How many timelines' that was.
     pub async fn forget_orphans(&self, tenant: TenantId, timeline: Option<TimelineId>) -> usize {
-        let forgotten: Vec<TimelineId> = {
-            let mut orphans = self.orphans.lock();
-            let is_meant = |orphan: &OrphanedWal| orphan.tenant == tenant && timeline.is_none_or(|timeline| timeline == orphan.timeline);
-            let forgotten = orphans.iter().filter(|orphan| is_meant(orphan)).map(|orphan| orphan.timeline).collect();
-            orphans.retain(|orphan| !is_meant(orphan));
-            forgotten
+        // What was unknown a while ago may be known by now.
+        self.settle_held().await;
+        let is_meant = |orphan: &&OrphanedWal| {
+            orphan.is_unknown && orphan.tenant == tenant && timeline.is_none_or(|timeline| timeline == orphan.timeline)
         };
-        let count = forgotten.len();
-        self.context.forget_wal(tenant, forgotten).await;
+        let meant: Vec<TimelineId> = self.orphans.lock().iter().filter(is_meant).map(|orphan| orphan.timeline).collect();
+        let held = self.context.wal.unattached();
+        let held = held.into_iter().filter(|held| held.tenant == tenant && meant.contains(&held.timeline));
+        let count = meant.len();
+        for held in held {
+            self.context.forget_void(held).await;
+        }
+        self.settle_held().await;
         tracing::warn!(%tenant, timelines = count, "WAL of which no log in the store knows was given up, as an operator said");
         count
     }
 
-    /// WAL in the WAL log of which no log in the store knows.
+    /// WAL in the WAL log that cannot be put into the store.
     pub fn orphans(&self) -> Vec<OrphanedWal> {
         self.orphans.lock().clone()
     }
@@ -407,6 +451,60 @@ impl Pageserver {
     pub async fn attach_writer(&self, tenant: TenantId, timeline: TimelineId, writer: Writer) -> Result<String, ServerError> {
         let (tenant, live) = self.live(tenant, timeline, "a compute attaches").await?;
         self.writers.attach(&tenant, &live, writer).await
+    }
+
+    /// Where what is left in the `pg_wal` of epoch `epoch`'s compute would go on; none when it does not count any more.
+    ///
+    /// # Errors
+    /// [`ServerError`].
+    pub async fn leftover_start(
+        &self,
+        tenant: TenantId,
+        branch: &BranchName,
+        timeline: TimelineId,
+        epoch: WriterEpoch,
+    ) -> Result<Option<Lsn>, ServerError> {
+        let tenant = self.tenants.own(tenant, "a compute has WAL left").await?;
+        if tenant.log().state().timeline(timeline).is_err() {
+            return Ok(None); // it was deleted
+        }
+        let live = tenant.timeline(timeline).await?;
+        Ok(live.leftover_start(tenant.log(), branch, epoch)?)
+    }
+
+    /// Takes what is left in a compute's `pg_wal`. The returned position is durable.
+    ///
+    /// # Errors
+    /// What `failed` makes of a [`ServerError`]; what the sender's bytes end with. What came before counts.
+    pub async fn take_leftover<E>(
+        &self,
+        tenant: TenantId,
+        leftover: LeftoverWal,
+        bytes: impl Stream<Item = Result<Bytes, E>> + Send,
+        failed: impl Fn(ServerError) -> E + Copy,
+    ) -> Result<Lsn, E> {
+        let LeftoverWal { branch, timeline, epoch, start, end } = leftover;
+        let (tenant, live) = self.live(tenant, timeline, "a compute has WAL left").await.map_err(failed)?;
+        let stream = live.take_leftover(tenant.log(), &branch, epoch, end).await;
+        let mut stream = stream.map_err(|error| failed(error.into()))?;
+        let mut at = start;
+        let mut bytes = std::pin::pin!(bytes);
+        while let Some(next) = bytes.next().await {
+            let mut next = next?;
+            // What is here already is not needed again.
+            let known = stream.position().0.saturating_sub(at.0).min(next.len() as u64);
+            at += next.len() as u64;
+            next.advance(known as usize);
+            if !next.is_empty() {
+                if at.0 - next.len() as u64 > stream.position().0 {
+                    return Err(failed(ServerError::LeftoverGap { timeline, start, head: stream.position() }));
+                }
+                stream = stream.push(next).await.map_err(|error| failed(error.into()))?;
+            }
+        }
+        let framed = stream.framed();
+        tracing::info!(timeline = live.name(), %framed, "what a compute that was killed had in its pg_wal is here");
+        Ok(framed)
     }
 
     /// The compute of epoch `epoch` ended cleanly after it sent all its WAL.

@@ -14,18 +14,24 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::{StreamExt as _, stream};
 use parking_lot::Mutex;
 use tokio::sync::OnceCell;
 use varve_engine::template::Templates;
 use varve_engine::{Context, Tenant};
 use varve_storage::edit_log::Ownership;
-use varve_storage::ids::{TenantId, TenantName};
+use varve_storage::ids::{Generation, TenantId, TenantName};
 use varve_storage::tenant_log::{FoundOwner, Owner, TenantLog, find_owner, names, take_over, tenant_folder};
 
 use crate::error::ServerError;
 
 /// How often a tenant's log is told of the sizes of branches that are being written.
 const FIGURES_INTERVAL: Duration = Duration::from_secs(60);
+
+/// Tenants that are looked at at once.
+const LOOKED_AT_ONCE: usize = 16;
+/// How long the store may take to say whose a tenant is, before the next look.
+const LOOK_MAX: Duration = Duration::from_secs(10);
 
 /// Who this server is, as the logs of tenants that it owns say.
 #[derive(Clone, Debug)]
@@ -68,11 +74,14 @@ struct Awake {
     tenant: OnceCell<Arc<Tenant>>,
 }
 
+/// Held while what was open of a lost tenant is closed: who takes it again waits for that.
+type Losing = Arc<tokio::sync::Mutex<()>>;
+
 #[derive(Debug)]
 enum Slot {
     Awake(Arc<Awake>),
     Asleep(Ownership),
-    Lost(LostTo),
+    Lost(LostTo, Losing),
 }
 
 /// See the module's doc.
@@ -106,7 +115,7 @@ impl Tenants {
                     *slot = Slot::Awake(awake.clone());
                     awake
                 }
-                Slot::Lost(owner) => return Err(ServerError::NotOwner { tenant: id, owner: owner.clone() }),
+                Slot::Lost(owner, _) => return Err(ServerError::NotOwner { tenant: id, owner: owner.clone() }),
             }
         };
         let opened = awake.tenant.get_or_try_init(|| self.open(id, awake.ownership, why)).await.cloned();
@@ -147,10 +156,13 @@ impl Tenants {
         self.own(id, why).await
     }
 
-    /// Nothing is left of a slot that could not be opened but by what right it was ours.
+    /// Nothing is left of a slot that could not be opened but by what right it was ours. While others wait for it, it
+    /// stays: the next of them opens it, and a tenant that is open is in the map, or it would be opened twice.
     fn opening_failed(&self, id: TenantId, awake: &Arc<Awake>) {
         let mut slots = self.slots.lock();
-        if matches!(slots.get(&id), Some(Slot::Awake(other)) if Arc::ptr_eq(other, awake)) && awake.tenant.get().is_none() {
+        let is_ours = matches!(slots.get(&id), Some(Slot::Awake(other)) if Arc::ptr_eq(other, awake));
+        // One is the map's and one our own; whoever takes another has the map locked.
+        if is_ours && awake.tenant.get().is_none() && Arc::strong_count(awake) == 2 {
             match awake.ownership {
                 Some(ownership) => slots.insert(id, Slot::Asleep(ownership)),
                 None => slots.remove(&id),
@@ -202,7 +214,7 @@ impl Tenants {
     pub fn awake(&self, id: TenantId) -> Option<Arc<Tenant>> {
         match self.slots.lock().get(&id)? {
             Slot::Awake(awake) => awake.tenant.get().cloned(),
-            Slot::Asleep(_) | Slot::Lost(_) => None,
+            Slot::Asleep(_) | Slot::Lost(..) => None,
         }
     }
 
@@ -211,7 +223,7 @@ impl Tenants {
         let slots = self.slots.lock();
         let tenant = |slot: &Slot| match slot {
             Slot::Awake(awake) => awake.tenant.get().cloned(),
-            Slot::Asleep(_) | Slot::Lost(_) => None,
+            Slot::Asleep(_) | Slot::Lost(..) => None,
         };
         slots.values().filter_map(tenant).collect()
     }
@@ -230,7 +242,7 @@ impl Tenants {
     pub fn lost(&self) -> Vec<(TenantId, LostTo)> {
         let slots = self.slots.lock();
         let lost = |(id, slot): (&TenantId, &Slot)| match slot {
-            Slot::Lost(owner) => Some((*id, owner.clone())),
+            Slot::Lost(owner, _) => Some((*id, owner.clone())),
             Slot::Awake(_) | Slot::Asleep(_) => None,
         };
         slots.iter().filter_map(lost).collect()
@@ -251,17 +263,43 @@ impl Tenants {
 
     /// Another server has the tenant: nothing of it is acknowledged or served any more. Gives who has it.
     pub async fn lose(&self, id: TenantId) -> LostTo {
-        let owner = self.owner_of(id).await;
-        let before = self.slots.lock().insert(id, Slot::Lost(owner.clone()));
-        if let Some(Slot::Awake(awake)) = &before
-            && let Some(tenant) = awake.tenant.get()
-        {
-            tenant.lose().await;
+        // First it ends here; who has it is only for people.
+        let losing = Losing::default();
+        let under_way = losing.clone().lock_owned().await;
+        let before = {
+            let mut slots = self.slots.lock();
+            if let Some(Slot::Lost(owner, _)) = slots.get(&id) {
+                return owner.clone();
+            }
+            let unknown = LostTo { server: "not known yet".to_owned(), url: None };
+            slots.insert(id, Slot::Lost(unknown, losing.clone()))
+        };
+        let close = async {
+            if let Some(Slot::Awake(awake)) = &before
+                && let Some(tenant) = awake.tenant.get()
+            {
+                tenant.lose().await;
+            }
+        };
+        let (owner, ()) = tokio::join!(self.owner_of(id), close);
+        if let Some(Slot::Lost(told, _)) = self.slots.lock().get_mut(&id) {
+            *told = owner.clone();
         }
-        if !matches!(before, Some(Slot::Lost(_))) {
-            tracing::error!(tenant = %id, %owner, "the tenant was taken over: nothing of it is acknowledged or served here any more");
-        }
+        drop(under_way);
+        tracing::error!(tenant = %id, %owner, "the tenant was taken over: nothing of it is acknowledged or served here any more");
         owner
+    }
+
+    /// The same, if it is still the server's of `generation`.
+    pub async fn lose_generation(&self, id: TenantId, generation: Generation) {
+        let is_meant = match self.slots.lock().get(&id) {
+            Some(Slot::Awake(awake)) => awake.tenant.get().is_some_and(|tenant| tenant.log().ownership().generation == generation),
+            Some(Slot::Asleep(ownership)) => ownership.generation == generation,
+            Some(Slot::Lost(..)) | None => false,
+        };
+        if is_meant {
+            self.lose(id).await;
+        }
     }
 
     async fn owner_of(&self, id: TenantId) -> LostTo {
@@ -278,13 +316,18 @@ impl Tenants {
 
     /// Says that the tenant is another server's, without having had it.
     pub(crate) fn note_lost(&self, id: TenantId, owner: LostTo) {
-        self.slots.lock().insert(id, Slot::Lost(owner));
+        self.slots.lock().insert(id, Slot::Lost(owner, Losing::default()));
     }
 
-    /// Gives a tenant that was lost free to be taken again, at an operator's word.
-    pub fn forgive(&self, id: TenantId) {
+    /// Gives a tenant that was lost free to be taken again, at an operator's word, once all that was open of it is closed.
+    pub async fn forgive(&self, id: TenantId) {
+        let losing = match self.slots.lock().get(&id) {
+            Some(Slot::Lost(_, losing)) => losing.clone(),
+            _ => return,
+        };
+        let _closed = losing.lock().await;
         let mut slots = self.slots.lock();
-        if matches!(slots.get(&id), Some(Slot::Lost(_))) {
+        if matches!(slots.get(&id), Some(Slot::Lost(_, now)) if Arc::ptr_eq(now, &losing)) {
             slots.remove(&id);
         }
     }
@@ -302,38 +345,60 @@ impl Tenants {
     /// Finds tenants that others took over: those whose logs have said so already, and, with a look into the store,
     /// those that a compute writes here. The latter must not wait until the next flush collides.
     pub async fn find_lost(&self) {
-        for tenant in self.all_awake() {
-            if tenant.is_written()
-                && let Err(error) = tenant.log().check_ownership().await
-            {
-                tracing::debug!(tenant = %tenant.id(), %error, "whose the tenant is was looked for");
+        let look = |tenant: Arc<Tenant>| async move {
+            if tenant.is_written() {
+                match tokio::time::timeout(LOOK_MAX, tenant.log().check_ownership()).await {
+                    Ok(Ok(())) => {}
+                    Ok(Err(error)) => tracing::debug!(tenant = %tenant.id(), %error, "whose the tenant is was looked for"),
+                    Err(_) => tracing::debug!(tenant = %tenant.id(), "the store does not say whose the tenant is"),
+                }
             }
             if tenant.log().lost().is_some() {
-                self.lose(tenant.id()).await;
+                self.lose_generation(tenant.id(), tenant.log().ownership().generation).await;
             }
-        }
+        };
+        stream::iter(self.all_awake()).for_each_concurrent(LOOKED_AT_ONCE, look).await;
     }
 
     /// Closes timelines that nobody had use for since `unused`, and puts tenants to sleep that have none left and that
     /// nobody holds.
     pub async fn sweep(&self, unused: Duration) {
-        for tenant in self.all_awake() {
-            let id = tenant.id();
-            tenant.note_figures(FIGURES_INTERVAL.min(unused)).await;
-            if !tenant.close_idle(unused).await {
-                continue;
+        self.forget_unopened();
+        stream::iter(self.all_awake()).for_each_concurrent(LOOKED_AT_ONCE, |tenant| self.sweep_one(tenant, unused)).await;
+    }
+
+    async fn sweep_one(&self, tenant: Arc<Tenant>, unused: Duration) {
+        let id = tenant.id();
+        tenant.note_figures(FIGURES_INTERVAL.min(unused)).await;
+        if !tenant.close_idle(unused).await {
+            return;
+        }
+        drop(tenant);
+        let mut slots = self.slots.lock();
+        let Some(Slot::Awake(awake)) = slots.get(&id) else { return };
+        let asleep = match awake.tenant.get() {
+            // Whoever wants it goes through the map, which is locked.
+            Some(tenant) if Arc::strong_count(awake) == 1 && Arc::strong_count(tenant) == 1 && tenant.may_sleep(unused) => {
+                tenant.log().ownership()
             }
-            drop(tenant);
-            let mut slots = self.slots.lock();
-            let Some(Slot::Awake(awake)) = slots.get(&id) else { continue };
-            let asleep = match awake.tenant.get() {
-                // Whoever wants it goes through the map, which is locked.
-                Some(tenant) if Arc::strong_count(awake) == 1 && Arc::strong_count(tenant) == 1 && tenant.may_sleep(unused) => {
-                    tenant.log().ownership()
-                }
-                _ => continue,
+            _ => return,
+        };
+        slots.insert(id, Slot::Asleep(asleep));
+    }
+
+    /// Slots whose opening failed, and for which nobody waits any more, say only by what right they are ours.
+    fn forget_unopened(&self) {
+        let mut slots = self.slots.lock();
+        let unopened = |slot: &Slot| match slot {
+            Slot::Awake(awake) if awake.tenant.get().is_none() && Arc::strong_count(awake) == 1 => Some(awake.ownership),
+            _ => None,
+        };
+        let found: Vec<_> = slots.iter().filter_map(|(id, slot)| Some((*id, unopened(slot)?))).collect();
+        for (id, ownership) in found {
+            match ownership {
+                Some(ownership) => slots.insert(id, Slot::Asleep(ownership)),
+                None => slots.remove(&id),
             };
-            slots.insert(id, Slot::Asleep(asleep));
         }
     }
 

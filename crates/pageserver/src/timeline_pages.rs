@@ -8,6 +8,7 @@ use std::time::Duration;
 use futures::FutureExt as _;
 use varve_engine::backup::{self, BackupOptions};
 use varve_engine::{EngineError, LiveTimeline, Tenant, catalog};
+use varve_postgres::page::ZERO_PAGE;
 use varve_postgres::slru::{PAGES_PER_SEGMENT, SlruKind};
 use varve_postgres::{BlockNumber, Fork, Lsn, Oid, Page, RelFork};
 use varve_protocol::{ReadLsn, RelationSize, SlruSegmentSize};
@@ -142,6 +143,13 @@ impl TimelinePages for Pages {
                 for (index, page) in pages.into_iter().enumerate() {
                     match page {
                         Ok(page) => each(index, Ok(&page)),
+                        // A hint that was kept before a restart may not be kept after it: a page without one says that
+                        // no space is free.
+                        Err(RelationError::NoRelation { .. } | RelationError::BeyondEnd { .. })
+                            if blocks[index].0.fork == Fork::FreeSpaceMap =>
+                        {
+                            each(index, Ok(&ZERO_PAGE));
+                        }
                         Err(error) => each(index, Err(error.into())),
                     }
                 }

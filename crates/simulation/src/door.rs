@@ -5,13 +5,14 @@
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-use bytes::Bytes;
-use futures::FutureExt as _;
+use bytes::{Buf as _, Bytes};
 use futures::future::BoxFuture;
+use futures::stream::BoxStream;
+use futures::{FutureExt as _, StreamExt as _};
 use varve_api::host::BlockName;
 use varve_api::{Code, Refusal};
 use varve_control::ports::{
-    AttachWriter, EpochStart, Live, Lost, Moment, OrphanedWal, Pageserver, Places, PortResult, Resolved, Template, WalRange,
+    AttachWriter, EpochStart, LeftoverOf, Live, Lost, Moment, OrphanedWal, Pageserver, Places, PortResult, Resolved, Template, WalRange,
 };
 use varve_control::{Config, Control, Environment, NoRandom, Surroundings};
 use varve_engine::moments::MomentError;
@@ -200,6 +201,27 @@ impl Pageserver for Door {
         self.said(&node, attached).await
     }
 
+    async fn leftover_start(&self, of: LeftoverOf) -> PortResult<Option<Lsn>> {
+        let (node, tenant, live) = self.live(of.timeline).await?;
+        let start = live.leftover_start(tenant.log(), &of.branch, of.epoch);
+        self.said(&node, start).await
+    }
+
+    async fn take_leftover(&self, of: LeftoverOf, start: Lsn, end: Lsn, bytes: BoxStream<'static, PortResult<Bytes>>) -> PortResult<Lsn> {
+        let (node, tenant, live) = self.live(of.timeline).await?;
+        let taken = async {
+            let mut leftover = live.take_leftover(tenant.log(), &of.branch, of.epoch, end).await?;
+            let bytes: Vec<Bytes> = bytes.filter_map(|bytes| async { bytes.ok() }).collect().await;
+            for mut bytes in bytes {
+                bytes.advance(leftover.position().0.saturating_sub(start.0).min(bytes.len() as u64) as usize);
+                leftover = leftover.push(bytes).await?;
+            }
+            Ok(leftover.framed())
+        };
+        let taken = taken.await;
+        self.said(&node, taken).await
+    }
+
     async fn close_epoch(&self, _tenant: TenantId, timeline: TimelineId, epoch: WriterEpoch) -> PortResult<()> {
         let (node, tenant, live) = self.live(timeline).await?;
         let closed = live.close_epoch(tenant.log(), epoch).await;
@@ -252,7 +274,7 @@ impl Pageserver for Door {
         0
     }
 
-    fn forgive(&self, _tenant: TenantId) {
+    async fn forgive(&self, _tenant: TenantId) {
         if let Some(node) = self.node.upgrade() {
             node.forgive();
         }

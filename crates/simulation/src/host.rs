@@ -111,15 +111,15 @@ struct Shared {
 }
 
 impl Shared {
-    fn about(&self, crash: Option<Kind>, lost: Kind) -> About {
-        About { crash, lost, slow: self.host.slow(), ..PLAIN }
+    fn about(&self, lost: Kind) -> About {
+        About { lost, slow: self.host.slow(), ..PLAIN }
     }
 
     /// Reports, however long the control plane is away. False where it does not want to know.
     async fn report(&self, compute: &str, report: &ComputeReport) -> bool {
         loop {
             let (host, id, told) = (self.host.id.to_string(), compute.to_owned(), report.clone());
-            let about = self.about(None, Kind::ReportLost);
+            let about = self.about(Kind::ReportLost);
             match call(&self.world, about, |plane| async move { plane.report(&host, &id, told).await }).await {
                 Ok(()) => return true,
                 Err(refusal) if refusal.code == Code::Unavailable => tokio::time::sleep(RETRY_WAIT).await,
@@ -188,7 +188,7 @@ impl Agent {
 
     async fn orders(&self, known: Option<u64>) -> Result<HostOrders, Refusal> {
         let id = self.shared.host.id.to_string();
-        let about = self.shared.about(None, Kind::MessageLost);
+        let about = self.shared.about(Kind::MessageLost);
         call(&self.shared.world, about, |plane| async move { plane.host_orders(&id, known).await }).await
     }
 
@@ -211,7 +211,7 @@ impl Agent {
                 computes: computes.collect(),
             };
             let id = self.shared.host.id.to_string();
-            let about = self.shared.about(None, Kind::MessageLost);
+            let about = self.shared.about(Kind::MessageLost);
             match call(&self.shared.world, about, |plane| async move { plane.hello(&id, hello).await }).await {
                 Ok(welcome) => return welcome.server_run,
                 Err(_) => tokio::time::sleep(RETRY_WAIT).await,

@@ -30,7 +30,7 @@ pub async fn engine_error(world: &World, node: &Node, error: &EngineError) {
 pub async fn log_error(world: &World, node: &Node, error: &EditLogError) {
     match error {
         EditLogError::Unconfirmed { .. } => world.counts.add(Kind::Unconfirmed),
-        EditLogError::Fenced { .. } => node.context().lost.note(world.tenant),
+        EditLogError::Fenced { .. } => node.note_lost(),
         EditLogError::Contradiction { .. } | EditLogError::Missing { .. } | EditLogError::Conflict { .. } => {
             // What belongs to a timeline that is being deleted may be gone in part.
             let (state, error) = (world.learn().await, error.to_string());

@@ -165,7 +165,7 @@ impl Machine {
         }
         *self.node.lock() = Some(node.clone());
         node.spawn(WorkQueue::run_timer(Arc::downgrade(&node.context.queue)));
-        node.spawn(node.clone().note_lost(world.clone()));
+        node.spawn(node.clone().keep_lost_out(world.clone()));
         node.spawn(node.clone().watch(world.clone()));
         Ok(node)
     }
@@ -254,6 +254,13 @@ impl Node {
         self.has_lost.load(Ordering::SeqCst)
     }
 
+    /// The tenant's log, or something of it, says that it is another server's.
+    pub fn note_lost(&self) {
+        if let Some(tenant) = self.owned() {
+            self.context.lost.note(tenant.id(), tenant.log().ownership().generation);
+        }
+    }
+
     /// It may take the tenant again.
     pub fn forgive(&self) {
         self.has_lost.store(false, Ordering::SeqCst);
@@ -290,12 +297,13 @@ impl Node {
     }
 
     /// Lets go of a tenant that is another server's.
-    async fn note_lost(self: Arc<Self>, world: Arc<World>) {
+    async fn keep_lost_out(self: Arc<Self>, world: Arc<World>) {
         loop {
-            self.context.lost.take().await;
+            let lost = self.context.lost.take().await;
             // Who takes it again waits until all of it is closed.
             let _one = self.tenant.lock().await;
-            let lost = self.owned.lock().take();
+            let is_meant = |tenant: &mut Arc<Tenant>| lost.contains(&(tenant.id(), tenant.log().ownership().generation));
+            let lost = self.owned.lock().take_if(is_meant);
             if let Some(tenant) = lost {
                 self.has_lost.store(true, Ordering::SeqCst);
                 world.counts.add(Kind::LostTenant);
@@ -314,7 +322,7 @@ impl Node {
             if tenant.log().ended().is_some()
                 || world.chance(300) && tenant.log().check_ownership().await.is_err_and(|error| is_fenced(&error))
             {
-                self.context.lost.note(world.tenant);
+                self.note_lost();
                 continue;
             }
             self.note_moved(&world, &tenant);

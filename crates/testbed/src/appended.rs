@@ -113,7 +113,7 @@ async fn append(
         let (client, mut connection) = match connected {
             Ok(Ok(connected)) => connected,
             failed => {
-                *trouble.lock() = format!("no connection: {:?}", failed.map(|failed| failed.err()));
+                *trouble.lock() = format!("no connection: {:?}", failed.map(Result::err));
                 tokio::time::sleep(AGAIN).await;
                 continue;
             }

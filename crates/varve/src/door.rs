@@ -4,14 +4,16 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
+use futures::stream::BoxStream;
 use varve_api::host::BlockName;
 use varve_api::{Code, Refusal};
 use varve_control::ports::{
-    self, AttachWriter, EpochStart, Live, Lost, Moment, OrphanedWal, Places, PortResult, Resolved, Template, WalRange,
+    self, AttachWriter, EpochStart, LeftoverOf, Live, Lost, Moment, OrphanedWal, Places, PortResult, Resolved, Template, WalRange,
 };
 use varve_engine::EngineError;
 use varve_engine::moments::MomentError;
 use varve_engine::timeline::Flushed;
+use varve_pageserver::server::LeftoverWal;
 use varve_pageserver::writers::{Walsender, Writer};
 use varve_pageserver::{Pageserver, ServerError};
 use varve_postgres::{Lsn, Major, Timestamp};
@@ -42,7 +44,7 @@ fn code(error: &ServerError) -> Code {
         ServerError::NotOwner { .. } => Code::NotOwner,
         ServerError::Name(NameError::Taken { .. }) => Code::NameTaken,
         ServerError::Name(NameError::Store(_)) => Code::Unavailable,
-        ServerError::Archive(_) | ServerError::UnsupportedMajor(_) => Code::InvalidArgument,
+        ServerError::Archive(_) | ServerError::UnsupportedMajor(_) | ServerError::LeftoverGap { .. } => Code::InvalidArgument,
         ServerError::Name(_) | ServerError::Thread(_) | ServerError::File { .. } | ServerError::WalLogId(_) => Code::Internal,
     }
 }
@@ -55,7 +57,8 @@ fn engine_code(error: &EngineError) -> Code {
         EngineError::Log(EditLogError::Unconfirmed { .. } | EditLogError::Stopped { .. } | EditLogError::Store(_))
         | EngineError::Store(_) => Code::Unavailable,
         EngineError::Wait(WaitError::Deadline { .. } | WaitError::Closing { .. }) | EngineError::TailUnknown { .. } => Code::Unavailable,
-        EngineError::EpochOver { .. } | EngineError::BranchMoved { .. } => Code::Fenced,
+        EngineError::EpochOver { .. } | EngineError::BranchMoved { .. } | EngineError::StreamOver { .. } => Code::Fenced,
+        EngineError::LeftoverWal { .. } => Code::InvalidArgument,
         EngineError::Moment(MomentError::Future { .. }) => Code::InTheFuture,
         EngineError::Moment(MomentError::BeforeHistory { .. } | MomentError::BeforeTime { .. }) | EngineError::WalNotKept { .. } => {
             Code::NotRetained
@@ -156,6 +159,17 @@ impl ports::Pageserver for Door {
         self.pageserver.attach_writer(tenant, timeline, writer).await.map_err(refusal)
     }
 
+    async fn leftover_start(&self, of: LeftoverOf) -> PortResult<Option<Lsn>> {
+        let LeftoverOf { tenant, branch, timeline, epoch } = of;
+        self.pageserver.leftover_start(tenant, &branch, timeline, epoch).await.map_err(refusal)
+    }
+
+    async fn take_leftover(&self, of: LeftoverOf, start: Lsn, end: Lsn, bytes: BoxStream<'static, PortResult<Bytes>>) -> PortResult<Lsn> {
+        let LeftoverOf { tenant, branch, timeline, epoch } = of;
+        let leftover = LeftoverWal { branch, timeline, epoch, start, end };
+        self.pageserver.take_leftover(tenant, leftover, bytes, refusal).await
+    }
+
     async fn close_epoch(&self, tenant: TenantId, timeline: TimelineId, epoch: WriterEpoch) -> PortResult<()> {
         self.pageserver.close_epoch(tenant, timeline, epoch).await.map_err(refusal)
     }
@@ -206,7 +220,7 @@ impl ports::Pageserver for Door {
 
     fn orphans(&self) -> Vec<OrphanedWal> {
         let orphan = |orphan: varve_pageserver::server::OrphanedWal| {
-            let varve_pageserver::server::OrphanedWal { tenant, timeline, problem } = orphan;
+            let varve_pageserver::server::OrphanedWal { tenant, timeline, problem, .. } = orphan;
             OrphanedWal { tenant, timeline, problem }
         };
         self.pageserver.orphans().into_iter().map(orphan).collect()
@@ -216,8 +230,8 @@ impl ports::Pageserver for Door {
         self.pageserver.forget_orphans(tenant, timeline).await
     }
 
-    fn forgive(&self, tenant: TenantId) {
-        self.pageserver.tenants().forgive(tenant);
+    async fn forgive(&self, tenant: TenantId) {
+        self.pageserver.tenants().forgive(tenant).await;
     }
 
     fn lost(&self) -> Vec<Lost> {

@@ -3,10 +3,12 @@
 use axum::Json;
 use axum::extract::{FromRequest, Request, State};
 use bytes::Bytes;
+use futures::StreamExt as _;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use varve_api::host::{
-    Attach, Attached, Begin, BeginRequest, ComputeReport, Ended, FileVersion, Hello, HostOrders, Orders, StartupBlocks, Welcome,
+    Attach, Attached, Begin, BeginRequest, ComputeReport, Ended, FileVersion, Hello, HostOrders, LeftoverQuery, LeftoverStart, Orders,
+    StartupBlocks, Welcome,
 };
 use varve_api::{Code, Problem, Refusal};
 
@@ -91,6 +93,39 @@ pub(super) async fn put_file<P: Pageserver>(
     Sent(file): Sent<FileVersion, FILE>,
 ) -> Answer<()> {
     to_its_end!(server, |control| control.put_file(&id, file)).map(Json)
+}
+
+pub(super) async fn leftover_start<P: Pageserver>(
+    State(server): State<Server<P>>,
+    Names(id): Names<String>,
+    Parameters(query): Parameters<LeftoverQuery>,
+) -> Answer<LeftoverStart> {
+    server.control.leftover_start(&id, &query).await.map(Json)
+}
+
+/// WAL of any size, as it comes: its sender may be slow, but not silent.
+pub(super) async fn take_leftover<P: Pageserver>(
+    State(server): State<Server<P>>,
+    Names(id): Names<String>,
+    Parameters(query): Parameters<LeftoverQuery>,
+    request: Request,
+) -> Answer<LeftoverStart> {
+    let (parts, body) = request.into_parts();
+    if !extract::is_type(&parts.headers, "application/octet-stream") {
+        return Err(RequestError::MediaType("application/octet-stream").into());
+    }
+    let (environment, silence) = (server.control.environment().clone(), server.config.body_max);
+    let bytes = futures::stream::unfold(body.into_data_stream(), move |mut body| {
+        let environment = environment.clone();
+        async move {
+            let next = match environment.within(silence, body.next()).await {
+                Some(next) => next?.map_err(|error| RequestError::BrokeOff(error.to_string())),
+                None => Err(RequestError::TooSlow(silence.as_secs())),
+            };
+            Some((next.map_err(|error| Error::from(error).refusal()), body))
+        }
+    });
+    server.control.take_leftover(&id, &query, bytes.boxed()).await.map(Json)
 }
 
 /// Where a waiting compute stands.

@@ -5,11 +5,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use bytes::Bytes;
+use futures::stream::BoxStream;
 use parking_lot::Mutex;
 use varve_api::host::BlockName;
 use varve_api::{Code, Refusal};
 use varve_control::ports::{
-    AttachWriter, EpochStart, Live, Lost, Moment, OrphanedWal, Pageserver, Places, PortResult, Resolved, Template, WalRange,
+    AttachWriter, EpochStart, LeftoverOf, Live, Lost, Moment, OrphanedWal, Pageserver, Places, PortResult, Resolved, Template, WalRange,
 };
 use varve_postgres::{Lsn, Timestamp};
 use varve_storage::edit_log::CommitError;
@@ -186,6 +187,20 @@ impl Pageserver for FakePageserver {
         Ok(format!("standby_{}", writer.epoch))
     }
 
+    async fn leftover_start(&self, _of: LeftoverOf) -> PortResult<Option<Lsn>> {
+        Ok(None)
+    }
+
+    async fn take_leftover(
+        &self,
+        of: LeftoverOf,
+        _start: Lsn,
+        _end: Lsn,
+        _bytes: BoxStream<'static, PortResult<Bytes>>,
+    ) -> PortResult<Lsn> {
+        Err(Refusal::new(Code::Fenced, format!("{of:?} has none")))
+    }
+
     async fn close_epoch(&self, tenant: TenantId, timeline: TimelineId, epoch: WriterEpoch) -> PortResult<()> {
         if self.cannot_close.load(Ordering::SeqCst) {
             return Err(refused(Code::Internal, "the last WAL has not arrived"));
@@ -240,7 +255,7 @@ impl Pageserver for FakePageserver {
         0
     }
 
-    fn forgive(&self, _tenant: TenantId) {}
+    async fn forgive(&self, _tenant: TenantId) {}
 
     fn lost(&self) -> Vec<Lost> {
         self.lost.lock().clone()

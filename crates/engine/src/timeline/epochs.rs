@@ -186,7 +186,7 @@ fn standby_name() -> Result<String, EngineError> {
 }
 
 /// Whether `branch` still points to the timeline; a compute belongs to a branch, never to a timeline.
-fn check_branch(state: &TenantState, branch: &BranchName, live: &LiveTimeline) -> Result<(), EngineError> {
+pub(super) fn check_branch(state: &TenantState, branch: &BranchName, live: &LiveTimeline) -> Result<(), EngineError> {
     if state.is_removed() || state.branch(branch.as_str())?.facts.id != live.id() {
         return Err(EngineError::BranchMoved { branch: branch.clone(), timeline: live.id() });
     }

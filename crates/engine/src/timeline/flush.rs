@@ -104,7 +104,7 @@ impl LiveTimeline {
     pub(super) fn is_lost(&self, error: &FlushError) -> bool {
         let lost = matches!(error, FlushError::Publish(PublishError::Fenced(_)));
         if lost {
-            self.context.lost.note(self.tenant);
+            self.context.lost.note(self.tenant, self.manifest.generation());
         }
         lost
     }

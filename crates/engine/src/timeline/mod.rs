@@ -19,6 +19,7 @@ mod epochs;
 mod flush;
 mod ingest;
 mod kept_wal;
+mod leftover;
 mod merge;
 mod open;
 
@@ -36,6 +37,7 @@ use varve_storage::timeline::{Position, Positions, Stopped, Timeline, WaitError}
 
 pub use epochs::{EpochStart, Flushed, StreamEnd, StreamError, Tail, WalStream};
 pub use kept_wal::KeptRange;
+pub use leftover::Leftover;
 pub(crate) use open::OpenTimeline;
 
 use crate::context::Context;

@@ -58,8 +58,9 @@ use segments::Segments;
 
 /// Bytes in a segment file.
 pub const SEGMENT_SIZE: u64 = 16 * 1024 * 1024;
-/// An old segment is freed by copying where at most one part in so many of it still counts.
-const LAGGARD_SHARE: u64 = 4;
+/// An old segment is freed by copying where at most so many quarters of it still count: above half of the limit, and
+/// above the limit, when everybody waits. Each copy then wins at least a quarter.
+const LAGGARD_QUARTERS: (u64, u64) = (1, 3);
 
 type Owner = (TenantId, TimelineId);
 
@@ -436,12 +437,13 @@ impl WalLog {
         }
     }
 
-    /// As [`WalLog::forget`], unless the timeline is attached; whether it was not.
+    /// As [`WalLog::forget`], unless the timeline is attached by now, or more came to it; whether neither is so.
     ///
     /// # Errors
     /// As [`WalLog::forget`].
-    pub fn forget_unattached(&self, tenant: TenantId, timeline: TimelineId) -> Result<bool, WalLogError> {
-        self.forget_if(tenant, timeline, |index| index.attached == 0)
+    pub fn forget_unattached(&self, held: Unattached) -> Result<bool, WalLogError> {
+        let is_as_it_was = |index: &TimelineIndex| index.attached == 0 && index.newest_epoch() <= Some(held.newest);
+        self.forget_if(held.tenant, held.timeline, is_as_it_was)
     }
 
     /// The timeline is gone: nothing of it is needed. A chunk without bytes says so to whoever opens the log next, so
@@ -539,6 +541,8 @@ impl WalLog {
             if state.segments.bytes() * 2 <= self.options.limit_bytes || oldest >= state.synced / segment_bytes {
                 return Ok(Vec::new());
             }
+            let is_full = state.segments.bytes() > self.options.limit_bytes;
+            let quarters = if is_full { LAGGARD_QUARTERS.1 } else { LAGGARD_QUARTERS.0 };
             let in_oldest = |run: &&Run| run.at / segment_bytes == oldest;
             let of_timeline = |(owner, index): (&Owner, &TimelineIndex)| {
                 let runs = index.live().iter().filter(in_oldest);
@@ -547,7 +551,7 @@ impl WalLog {
             let mut found: Vec<(Owner, Run)> = state.timelines.iter().flat_map(of_timeline).collect();
             found.sort_unstable_by_key(|(_, run)| run.at);
             let bytes: u64 = found.iter().map(|(_, run)| run.end.0 - run.start.0).sum();
-            let Some(file) = state.segments.file(oldest * segment_bytes).filter(|_| bytes * LAGGARD_SHARE <= segment_bytes) else {
+            let Some(file) = state.segments.file(oldest * segment_bytes).filter(|_| bytes * 4 <= segment_bytes * quarters) else {
                 return Ok(Vec::new());
             };
             (found, file)

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use varve_postgres::Lsn;
 use varve_storage::ids::{TenantId, TimelineId, WriterEpoch};
-use varve_storage::wal_log::{LogPosition, WalLog, WalLogError, WalLogOptions};
+use varve_storage::wal_log::{LogPosition, Unattached, WalLog, WalLogError, WalLogOptions};
 use varve_testing::random::SeededRng;
 use varve_testing::sim_disk::{DiskFaults, SimDisk};
 
@@ -498,20 +498,21 @@ fn only_what_no_open_timeline_needs_can_be_let_go_of() {
     let folder = tempfile::tempdir().unwrap();
     let log = WalLog::open(folder.path(), u64::MAX).unwrap();
     let timeline = TimelineId([7; 16]);
+    let held = Unattached { tenant: TENANT, timeline, newest: WriterEpoch(1) };
     let epochs = [(WriterEpoch(1), Lsn(0))];
     log.attach(TENANT, timeline, &epochs, Lsn(0)).unwrap();
     let position = log.append(TENANT, timeline, WriterEpoch(1), Lsn(0), &[1; 1000]).unwrap();
     log.sync(position).unwrap();
     assert!(log.unattached().is_empty(), "it is open");
-    assert!(!log.forget_unattached(TENANT, timeline).unwrap(), "it is open");
+    assert!(!log.forget_unattached(held).unwrap(), "it is open");
     // Twice open, as while one that is being closed is opened again.
     log.attach(TENANT, timeline, &epochs, Lsn(0)).unwrap();
     log.detach(TENANT, timeline);
-    assert!(!log.forget_unattached(TENANT, timeline).unwrap(), "it is still open");
+    assert!(!log.forget_unattached(held).unwrap(), "it is still open");
     assert_eq!(log.read(TENANT, timeline, Lsn(0), 10).unwrap().len(), 10);
     log.detach(TENANT, timeline);
     assert_eq!(log.unattached().iter().map(|held| (held.timeline, held.newest)).collect::<Vec<_>>(), [(timeline, WriterEpoch(1))]);
-    assert!(log.forget_unattached(TENANT, timeline).unwrap());
+    assert!(log.forget_unattached(held).unwrap());
     assert!(log.unattached().is_empty());
     drop(log);
     assert!(WalLog::open(folder.path(), u64::MAX).unwrap().unattached().is_empty(), "nor does it come back");
