@@ -6,6 +6,7 @@ mod bad_input;
 mod comparison;
 mod damaged_files;
 mod harder_loads;
+mod left_in_pg_wal;
 mod main_job;
 mod majors;
 mod minio;

@@ -3,10 +3,12 @@
 //! A call ends in its answer, in the server's [`Refusal`], or in an error that says why there was none. Each call has a
 //! time limit. The client follows no redirect and uses no proxy, so that its token goes to the named server only.
 
+use std::io;
 use std::sync::{Arc, RwLock};
 use std::time::Duration;
 
 use bytes::Bytes;
+use futures::Stream;
 use reqwest::{Method, StatusCode, header};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -138,6 +140,12 @@ impl Call {
 
     /// With a body of another type.
     pub fn body(self, content_type: &str, body: Bytes) -> Call {
+        Call { request: self.request.header(header::CONTENT_TYPE, content_type).body(body), ..self }
+    }
+
+    /// With a body that comes in pieces.
+    pub fn stream(self, content_type: &str, pieces: impl Stream<Item = io::Result<Bytes>> + Send + 'static) -> Call {
+        let body = reqwest::Body::wrap_stream(pieces);
         Call { request: self.request.header(header::CONTENT_TYPE, content_type).body(body), ..self }
     }
 

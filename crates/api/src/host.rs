@@ -168,8 +168,18 @@ pub struct StartupBlocks {
 pub struct Ended {
     /// The incarnation that ended.
     pub incarnation: u64,
-    /// Whether Postgres shut down cleanly, so that all its WAL was sent.
+    /// The timeline that it wrote: a server that was started since may not know.
+    #[serde(default)]
+    pub timeline_id: Option<String>,
+    /// The epoch in which it did.
+    #[serde(default)]
+    pub epoch: Option<u32>,
+    /// Whether Postgres shut down cleanly, and everything that is kept of its files was taken.
     pub clean: bool,
+    /// Where the shutdown checkpoint is with which it did, as Postgres prints it: its end is clean once the pageserver has
+    /// that.
+    #[serde(default)]
+    pub checkpoint: Option<String>,
     /// Why, in words.
     pub reason: String,
 }

@@ -172,8 +172,16 @@ pub trait Pageserver: Send + Sync + 'static {
     ) -> impl Future<Output = PortResult<Lsn>> + Send;
 
     /// The compute of epoch `epoch` ended cleanly after it sent all its WAL: puts everything into the store and closes
-    /// the epoch.
-    fn close_epoch(&self, tenant: TenantId, timeline: TimelineId, epoch: WriterEpoch) -> impl Future<Output = PortResult<()>> + Send;
+    /// the epoch. A `checkpoint` with which it ended must be here.
+    ///
+    /// Errors: [`varve_api::Code::Unavailable`] when it is not.
+    fn close_epoch(
+        &self,
+        tenant: TenantId,
+        timeline: TimelineId,
+        epoch: WriterEpoch,
+        checkpoint: Option<Lsn>,
+    ) -> impl Future<Output = PortResult<()>> + Send;
 
     /// What a mount of a timeline at `lsn` must know; waits until that is applied.
     fn places(&self, tenant: TenantId, timeline: TimelineId, lsn: Lsn) -> impl Future<Output = PortResult<Places>> + Send;

@@ -236,12 +236,16 @@ impl<P: Pageserver> Control<P> {
         }
         let mut clean = ended.clean;
         if ended.clean && entry.writes() {
-            match (status.timeline, status.epoch) {
+            let told = ended.timeline_id.as_ref().map(|id| id.parse().map_err(|error| Error::argument("timeline_id", error)));
+            // Where we were started since it attached, its own word says what it wrote; its checkpoint, that it is here.
+            let told: Option<TimelineId> = told.transpose()?.filter(|_| ended.checkpoint.is_some());
+            match (status.timeline.or(told), status.epoch.or(ended.epoch.map(WriterEpoch))) {
                 (Some(timeline), Some(epoch)) => {
                     self.own_for_compute(entry.tenant, "a compute has ended").await?;
-                    self.pageserver.close_epoch(entry.tenant, timeline, epoch).await?;
+                    let checkpoint = ended.checkpoint.as_deref().map(|text| moment::lsn("checkpoint", text)).transpose()?;
+                    self.pageserver.close_epoch(entry.tenant, timeline, epoch, checkpoint).await?;
                 }
-                // We were restarted since it attached: what it sent last may not have arrived.
+                // What it sent last may not have arrived.
                 _ => clean = false,
             }
         }

@@ -94,6 +94,16 @@ pub enum EngineError {
         /// Why.
         end: StreamEnd,
     },
+    /// A compute ended cleanly, and not all of its WAL is here.
+    #[error("timeline {timeline} ends at {head}: its compute's WAL up to the shutdown checkpoint at {checkpoint} is not all here yet")]
+    CheckpointMissing {
+        /// The timeline.
+        timeline: TimelineId,
+        /// What is here.
+        head: Lsn,
+        /// Where the checkpoint's record begins.
+        checkpoint: Lsn,
+    },
     /// A later compute writes.
     #[error("writer epoch {epoch} of timeline {timeline} is over: epoch {current} writes now")]
     EpochOver {

@@ -12,6 +12,7 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 
 use crate::identity::ProcessId;
+use crate::leftover::Leftover;
 use crate::record::{PostmasterRecord, Record as _, RecordError, remove_file};
 
 /// Characters of a compute's id that names in the run folder have: paths of sockets must be short.
@@ -174,6 +175,11 @@ impl Dirs {
         std::fs::rename(temporary, path)
     }
 
+    /// What is left of a compute that runs no more.
+    pub fn leftover(&self) -> Leftover {
+        Leftover { pg_wal: self.home.join("pg_wal"), record: self.home.with_extension("writer") }
+    }
+
     fn postmaster_record(&self) -> PathBuf {
         self.home.with_extension("postmaster")
     }
@@ -229,6 +235,7 @@ impl Dirs {
             return Err(io::Error::other(format!("something is still mounted in {}", self.home.display())));
         }
         remove_tree(&self.home)?;
+        remove_file(&self.leftover().record)?;
         remove_file(&self.postmaster_record())
     }
 }

@@ -28,6 +28,8 @@ const FLUSH_MAX: Duration = Duration::from_secs(30);
 struct Shared {
     /// Newest version of each file that was not uploaded yet: at most one a path.
     pending: Mutex<BTreeMap<String, Option<Vec<u8>>>>,
+    /// Files that the server did not take.
+    refused: Mutex<Vec<String>>,
     changed: Notify,
     idle: Notify,
     hba: Mutex<Option<Dirs>>,
@@ -58,6 +60,11 @@ pub struct Uploader {
     shared: Arc<Shared>,
     task: tokio::task::JoinHandle<()>,
 }
+
+/// Files of the data directory that the server did not take.
+#[derive(Debug, thiserror::Error)]
+#[error("these files of its data directory are not kept beyond this compute: {0}")]
+pub struct NotKept(String);
 
 impl Uploader {
     /// Starts the upload task; a throw-away compute (`keep` false) forgets what it writes.
@@ -94,7 +101,10 @@ impl Uploader {
     }
 
     /// Waits until everything was uploaded, within a limit.
-    pub async fn flush(&self) {
+    ///
+    /// # Errors
+    /// [`NotKept`] with what was not.
+    pub async fn flush(&self) -> Result<(), NotKept> {
         let wait = async {
             loop {
                 let idle = self.shared.idle.notified();
@@ -105,9 +115,12 @@ impl Uploader {
                 idle.await;
             }
         };
+        let mut left: Vec<String> = self.shared.refused.lock().clone();
         if tokio::time::timeout(FLUSH_MAX, wait).await.is_err() {
-            tracing::warn!("settings or statistics of this compute could not be uploaded within {FLUSH_MAX:?}");
+            left.extend(self.shared.pending.lock().keys().cloned());
         }
+        left.retain(|path| !path.starts_with("pg_stat/")); // statistics are no promise
+        if left.is_empty() { Ok(()) } else { Err(NotKept(left.join(", "))) }
     }
 }
 
@@ -172,7 +185,10 @@ async fn upload(shared: Arc<Shared>, server: Server, incarnation: u64, keep: boo
                     tokio::time::sleep(RETRY_WAIT).await;
                     continue;
                 }
-                Err(error) => tracing::warn!(path, %error, "a file was not kept"),
+                Err(error) => {
+                    tracing::warn!(path, %error, "a file was not kept");
+                    shared.refused.lock().push(path.clone());
+                }
             }
         }
         let mut pending = shared.pending.lock();

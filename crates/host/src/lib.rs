@@ -20,6 +20,7 @@ pub mod files;
 pub mod handover;
 pub mod identity;
 pub mod initdb;
+pub mod leftover;
 pub mod mount;
 pub mod page_fetcher;
 pub mod ports;

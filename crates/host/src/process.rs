@@ -13,6 +13,7 @@
 //! names another server run, to which we attach again. Our folder stays when we end; the host removes it when it is
 //! told to.
 
+use std::borrow::Cow;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -23,13 +24,17 @@ use varve_api::Code;
 use varve_api::client::ClientError;
 use varve_api::host::{Attach, Begin, Desired, Ended, Orders};
 use varve_api::token::Token;
+use varve_postgres::control::{ClusterState, ControlFile};
+use varve_postgres::{Lsn, Major};
 
 use crate::bin_dirs::{BinDirError, BinDirs};
 use crate::config;
 use crate::dirs::{Dirs, User};
 use crate::files::Uploader;
 use crate::handover::{Handover, HandoverError};
+use crate::leftover::LeftoverError;
 use crate::postgres::{Postgres, PostgresError};
+use crate::record::{Record as _, RecordError, WriterRecord};
 use crate::server::{Server, is_fenced, is_transient};
 use crate::sessions::Sessions;
 use crate::start::{self, MountError};
@@ -90,6 +95,9 @@ pub enum ProcessError {
     /// The socket of the walsender could not be made.
     #[error(transparent)]
     Handover(#[from] HandoverError),
+    /// It could not be noted who writes here.
+    #[error(transparent)]
+    Record(#[from] RecordError),
     /// Something on this host.
     #[error(transparent)]
     Io(#[from] std::io::Error),
@@ -111,7 +119,7 @@ enum Failure {
 /// How an incarnation ended.
 enum End {
     /// As ordered or signalled; nothing more is to be done.
-    Stopped { clean: bool, reason: &'static str },
+    Stopped { clean: bool, reason: Cow<'static, str> },
     /// The server wants another incarnation, or the branch has another history.
     Replaced,
     /// Postgres or the mount failed.
@@ -138,6 +146,10 @@ pub async fn run(config: ProcessConfig) -> Result<(), ProcessError> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut failed_starts = 0;
     loop {
+        // What a predecessor was killed with belongs to the history that the next epoch begins with.
+        if !send_leftover(&server, &dirs, &mut terminate).await {
+            return Ok(());
+        }
         let begin = match begin(&server, &mut terminate).await? {
             Begun::Begin(begin) => begin,
             Begun::Signalled => return Ok(()),
@@ -157,15 +169,16 @@ pub async fn run(config: ProcessConfig) -> Result<(), ProcessError> {
         );
         let preparing = dirs.clone();
         let prepared = tokio::task::spawn_blocking(move || preparing.prepare()).await.map_err(std::io::Error::other)?;
-        let mut ran = false;
+        let (mut ran, mut stopped) = (false, None);
         let end = match prepared {
-            Ok(()) => incarnation(&server, &begin, &dirs, &config.bin_dirs, &mut terminate, &mut ran).await,
+            Ok(()) => incarnation(&server, &begin, &dirs, &config.bin_dirs, &mut terminate, (&mut ran, &mut stopped)).await,
             Err(error) => Err(error.into()),
         };
         match end {
             Ok(End::Stopped { clean, reason }) => {
-                tracing::info!(clean, reason, "stopped");
-                tell_end(&server, &begin, clean, reason).await?;
+                tracing::info!(clean, reason = &*reason, "stopped");
+                let end = stopped.take().filter(|_| clean);
+                tell_end(&server, &begin, &dirs, end, &reason).await?;
                 return Ok(());
             }
             Ok(End::Replaced) => {
@@ -183,7 +196,7 @@ pub async fn run(config: ProcessConfig) -> Result<(), ProcessError> {
                 tracing::warn!(%error, "could not start");
                 failed_starts += 1;
                 if failed_starts >= FAILED_STARTS_MAX || !is_worth_another_try(&error) {
-                    tell_end(&server, &begin, false, &error.to_string()).await?;
+                    tell_end(&server, &begin, &dirs, None, &error.to_string()).await?;
                     return Err(error);
                 }
             }
@@ -201,17 +214,55 @@ fn is_worth_another_try(error: &ProcessError) -> bool {
         ProcessError::Server(error) => is_transient(error),
         ProcessError::Mount(error) => error.is_transient(),
         ProcessError::Postgres(error) => error.is_transient(),
-        ProcessError::NoPostgres(_) | ProcessError::Handover(_) | ProcessError::Io(_) => false,
+        ProcessError::NoPostgres(_) | ProcessError::Handover(_) | ProcessError::Record(_) | ProcessError::Io(_) => false,
     }
 }
 
-/// Tells how it ended. A clean end counts once all of its WAL is durable, which may take several tries; when that takes
-/// too long, the end is not clean, and the host keeps `pg_wal`. A server that does not want to know has made up its
-/// mind already.
-async fn tell_end(server: &Server, begin: &Begin, clean: bool, reason: &str) -> Result<(), ClientError> {
-    let mut ended = Ended { incarnation: begin.incarnation, clean, reason: reason.to_owned() };
+/// Sends what is left in `pg_wal`, waiting as long as the server is away. False when a signal says to end.
+async fn send_leftover(server: &Server, dirs: &Dirs, terminate: &mut Signal) -> bool {
+    let leftovers = dirs.clone();
+    // Nobody may write there any more.
+    if let Err(error) = tokio::task::spawn_blocking(move || leftovers.end_leftovers()).await {
+        tracing::error!(%error, "what an earlier incarnation left was not ended");
+    }
+    loop {
+        match dirs.leftover().send(server).await {
+            Ok(()) => return true,
+            Err(LeftoverError::Server(error)) if is_transient(&error) => tracing::info!(%error, "waiting for the server"),
+            Err(error) => {
+                // What was acknowledged is not in question, and whoever begins is told more.
+                tracing::warn!(%error, "what is left in pg_wal was not taken");
+                return true;
+            }
+        }
+        tokio::select! {
+            () = tokio::time::sleep(RETRY_WAIT) => {}
+            _ = terminate.recv() => return false,
+        }
+    }
+}
+
+/// Tells how it ended: cleanly, with the shutdown checkpoint that Postgres wrote, or otherwise. A clean end counts once
+/// all of its WAL is durable, which may take several tries; when that takes too long, the end is not clean, and the host
+/// keeps `pg_wal`. A server that does not want to know has made up its mind already.
+async fn tell_end(server: &Server, begin: &Begin, dirs: &Dirs, stopped: Option<Lsn>, reason: &str) -> Result<(), ClientError> {
+    let checkpoint = stopped.map(|lsn| lsn.to_string());
+    let mut ended = Ended {
+        incarnation: begin.incarnation,
+        timeline_id: Some(begin.timeline_id.clone()),
+        epoch: begin.epoch,
+        clean: stopped.is_some(),
+        checkpoint,
+        reason: reason.to_owned(),
+    };
     let deadline = tokio::time::Instant::now() + END_MAX;
     loop {
+        // Postgres sends all before it ends, unless nobody took it.
+        if ended.clean
+            && let Ok(Err(error)) = tokio::time::timeout_at(deadline, dirs.leftover().send(server)).await
+        {
+            tracing::info!(%error, "the rest of pg_wal is not taken yet");
+        }
         match server.ended(&ended).await {
             Err(error) if is_unwanted(&error) => {
                 tracing::info!(%error, "the server does not want to know of the end");
@@ -264,12 +315,16 @@ async fn incarnation(
     dirs: &Dirs,
     bin_dirs: &BinDirs,
     terminate: &mut Signal,
-    ran: &mut bool,
+    (ran, stopped): (&mut bool, &mut Option<Lsn>),
 ) -> Result<End, ProcessError> {
     let bin_dir = bin_dirs.path(begin.pg_version);
     let uploader = Arc::new(Uploader::start(server.clone(), begin.incarnation, begin.epoch.is_some()));
     let mount = start::mount(begin, dirs, &uploader).await?;
     uploader.watch_hba(dirs);
+    if let Some(epoch) = begin.epoch {
+        let writer = WriterRecord { timeline_id: begin.timeline_id.clone(), epoch, pg_version: begin.pg_version };
+        writer.write(&dirs.leftover().record)?;
+    }
     let started = match dirs.write("postgresql.conf", &config::postgresql_conf(dirs, begin.standby_name.as_deref())) {
         Ok(()) => Postgres::start(&bin_dir, begin, dirs).await.map_err(ProcessError::from),
         Err(error) => Err(error.into()),
@@ -290,11 +345,18 @@ async fn incarnation(
     uploader.reload_with(postgres.pid());
     let end = match serve(server, begin, dirs, (&mut postgres, &uploader), terminate).await {
         Ok(End::Stopped { clean: true, reason }) => {
-            let clean = postgres.stop().await;
+            if postgres.stop().await {
+                *stopped = shutdown_checkpoint(begin, dirs).await;
+            }
             // Unmounting tells of the last changes to files, among them the statistics that Postgres has just written.
             start::unmount(mount, dirs).await;
-            uploader.flush().await;
-            return Ok(End::Stopped { clean, reason });
+            return Ok(match uploader.flush().await {
+                Ok(()) => End::Stopped { clean: stopped.is_some(), reason },
+                Err(error) => {
+                    tracing::error!(%error, "not everything of this compute is kept");
+                    End::Stopped { clean: false, reason: error.to_string().into() }
+                }
+            });
         }
         other => {
             // Its processes cannot be killed while they wait for a pageserver that is away.
@@ -306,6 +368,30 @@ async fn incarnation(
     drop((waiters, password));
     start::unmount(mount, dirs).await;
     end
+}
+
+/// Where the shutdown checkpoint is with which Postgres ended, as its control file says; none if there is none.
+async fn shutdown_checkpoint(begin: &Begin, dirs: &Dirs) -> Option<Lsn> {
+    let (path, major) = (dirs.pgdata().join("global/pg_control"), Major::from_number(begin.pg_version)?);
+    let read = tokio::task::spawn_blocking(move || std::fs::read(path)).await.map_err(std::io::Error::other).flatten();
+    let control = match read {
+        Ok(bytes) => ControlFile::decode(&bytes, major),
+        Err(error) => {
+            tracing::error!(%error, "pg_control cannot be read");
+            return None;
+        }
+    };
+    match control {
+        Ok(control) if control.state == ClusterState::ShutDown => Some(control.checkpoint),
+        Ok(control) => {
+            tracing::error!(state = control.state.name(), "Postgres ended without a shutdown checkpoint");
+            None
+        }
+        Err(error) => {
+            tracing::error!(%error, "pg_control cannot be read");
+            None
+        }
+    }
 }
 
 /// A task that ends with what it serves.
@@ -364,7 +450,7 @@ async fn serve(
             }
             _ = terminate.recv() => {
                 orders.abort();
-                return Ok(End::Stopped { clean: true, reason: "told to end by a signal" });
+                return Ok(End::Stopped { clean: true, reason: "told to end by a signal".into() });
             }
             () = uploader.standby_names_taken() => {
                 tracing::error!("synchronous_standby_names is varve's: what ALTER SYSTEM set it to is taken back");
@@ -378,9 +464,9 @@ async fn serve(
             answer = &mut orders => answer.map_err(std::io::Error::other)?,
         };
         match answer {
-            Ok(Orders { desired: Desired::Stop, .. }) => return Ok(End::Stopped { clean: true, reason: "stopped" }),
+            Ok(Orders { desired: Desired::Stop, .. }) => return Ok(End::Stopped { clean: true, reason: "stopped".into() }),
             Ok(Orders { desired: Desired::Fenced, .. }) => {
-                return Ok(End::Stopped { clean: false, reason: "another compute writes the branch" });
+                return Ok(End::Stopped { clean: false, reason: "another compute writes the branch".into() });
             }
             Ok(Orders { incarnation, .. }) if incarnation > begin.incarnation => return Ok(End::Replaced),
             Ok(Orders { server_run: run, .. }) if run != server_run => {
@@ -418,7 +504,7 @@ async fn serve(
                     }
                     Err(error) if error.code() == Some(Code::NotOwner) => {
                         tracing::error!(%error, "stopping; pg_wal is kept");
-                        return Ok(End::Stopped { clean: false, reason: "another server owns the tenant" });
+                        return Ok(End::Stopped { clean: false, reason: "another server owns the tenant".into() });
                     }
                     Err(error) => return Ok(End::Failed(Failure::Refused(error))),
                 }
@@ -427,7 +513,7 @@ async fn serve(
             Err(error) if is_transient(&error) => tokio::time::sleep(RETRY_WAIT).await,
             Err(error) => {
                 tracing::warn!(%error, "no orders");
-                return Ok(End::Stopped { clean: false, reason: "the server does not know this compute" });
+                return Ok(End::Stopped { clean: false, reason: "the server does not know this compute".into() });
             }
         }
         orders = poll(server, begin, &server_run);

@@ -128,6 +128,22 @@ impl Record for PostmasterRecord {
     const MAGIC: [u8; 4] = *b"VHPM";
 }
 
+/// Who wrote the WAL in a compute's `pg_wal`: `<endpoint>.writer`, outside what Postgres's user can write, from before
+/// Postgres starts until the pageserver has all of it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WriterRecord {
+    /// The timeline, 32 hexadecimal digits.
+    pub timeline_id: String,
+    /// The writer epoch.
+    pub epoch: u32,
+    /// Postgres major.
+    pub pg_version: u32,
+}
+
+impl Record for WriterRecord {
+    const MAGIC: [u8; 4] = *b"VHWR";
+}
+
 fn envelope(magic: [u8; 4], content: &[u8]) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(HEAD + content.len() + 4);
     bytes.extend_from_slice(&magic);

@@ -1,16 +1,23 @@
 //! The control plane, as a compute process uses it.
 
+use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use bytes::Bytes;
+use futures::stream::BoxStream;
+use reqwest::Method;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use varve_api::Code;
 use varve_api::client::{Call, Client, ClientError, segment};
-use varve_api::host::{Attach, Attached, Begin, BeginRequest, Ended, FileVersion, Orders, StartupBlocks};
+use varve_api::host::{Attach, Attached, Begin, BeginRequest, Ended, FileVersion, LeftoverQuery, LeftoverStart, Orders, StartupBlocks};
 use varve_api::token::Token;
+use varve_postgres::Lsn;
 
+/// Limit of a call that moves a `pg_wal`.
+const LEFTOVER_MAX: Duration = Duration::from_secs(600);
 /// Limit of calls that move a file.
 const FILE_MAX: Duration = Duration::from_secs(60);
 
@@ -86,6 +93,31 @@ impl Server {
     /// [`ClientError`].
     pub async fn attach(&self, attach: &Attach) -> Result<Attached, ClientError> {
         self.post("attach", attach).await
+    }
+
+    /// Where the server's WAL of an epoch ends; none when what is left of it does not count any more.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub async fn leftover_start(&self, query: &LeftoverQuery) -> Result<Option<Lsn>, ClientError> {
+        let LeftoverQuery { timeline_id, epoch, .. } = query;
+        let epoch = epoch.to_string();
+        let query = [("timeline_id", timeline_id.as_str()), ("epoch", epoch.as_str())];
+        let answer: LeftoverStart = self.send(|| self.client.get(&self.path("leftover-wal")).query(&query)).await?;
+        Ok(answer.lsn.and_then(|lsn| lsn.parse().ok()))
+    }
+
+    /// Sends what is left. It may be large, and the server may have to make room first.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub async fn leftover(&self, query: &LeftoverQuery, bytes: BoxStream<'static, io::Result<Bytes>>) -> Result<(), ClientError> {
+        let LeftoverQuery { timeline_id, epoch, start, end } = query;
+        let epoch = epoch.to_string();
+        let (start, end) = (start.as_deref().unwrap_or_default(), end.as_deref().unwrap_or_default());
+        let query = [("timeline_id", timeline_id.as_str()), ("epoch", epoch.as_str()), ("start", start), ("end", end)];
+        let call = self.client.call(Method::POST, &self.path("leftover-wal")).query(&query);
+        call.stream("application/octet-stream", bytes).within(LEFTOVER_MAX).send::<LeftoverStart>().await.map(drop)
     }
 
     /// Says that Postgres ended.

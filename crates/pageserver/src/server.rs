@@ -511,9 +511,15 @@ impl Pageserver {
     ///
     /// # Errors
     /// [`ServerError`].
-    pub async fn close_epoch(&self, tenant: TenantId, timeline: TimelineId, epoch: WriterEpoch) -> Result<(), ServerError> {
+    pub async fn close_epoch(
+        &self,
+        tenant: TenantId,
+        timeline: TimelineId,
+        epoch: WriterEpoch,
+        checkpoint: Option<Lsn>,
+    ) -> Result<(), ServerError> {
         let (tenant, live) = self.live(tenant, timeline, "a compute ended").await?;
-        live.close_epoch(tenant.log(), epoch).await?;
+        live.close_epoch(tenant.log(), epoch, checkpoint).await?;
         tenant.note_figures(Duration::ZERO).await;
         Ok(())
     }

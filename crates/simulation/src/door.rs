@@ -222,9 +222,9 @@ impl Pageserver for Door {
         self.said(&node, taken).await
     }
 
-    async fn close_epoch(&self, _tenant: TenantId, timeline: TimelineId, epoch: WriterEpoch) -> PortResult<()> {
+    async fn close_epoch(&self, _tenant: TenantId, timeline: TimelineId, epoch: WriterEpoch, checkpoint: Option<Lsn>) -> PortResult<()> {
         let (node, tenant, live) = self.live(timeline).await?;
-        let closed = live.close_epoch(tenant.log(), epoch).await;
+        let closed = live.close_epoch(tenant.log(), epoch, checkpoint).await;
         self.said(&node, closed).await
     }
 

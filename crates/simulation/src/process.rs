@@ -9,6 +9,7 @@ use parking_lot::Mutex;
 use tokio::time::Instant;
 use varve_api::host::{Attach, Begin, BeginRequest, Desired, Ended, Orders, Walsender};
 use varve_api::{Code, Refusal};
+use varve_postgres::Lsn;
 use varve_storage::ids::TimelineId;
 
 use crate::compute::{self, Compute};
@@ -114,7 +115,9 @@ impl Process {
                 End::Stopped { clean, reason } => {
                     let clean = clean && postgres.shut_down(SHUT_DOWN_MAX).await;
                     postgres.kill(world, reason);
-                    return self.tell_end(world, &begin, clean, reason).await;
+                    // Its last record is the checkpoint.
+                    let checkpoint = clean.then(|| Lsn(postgres.flushed().0.0 - 1));
+                    return self.tell_end(world, &begin, checkpoint, reason).await;
                 }
                 End::Replaced => postgres.kill(world, "another incarnation is wanted"),
                 End::Failed => {
@@ -243,8 +246,16 @@ impl Process {
     }
 
     /// Tells how it ended; a clean end until it counts, or takes too long.
-    async fn tell_end(&self, world: &Arc<World>, begin: &Begin, clean: bool, reason: &str) {
-        let mut ended = Ended { incarnation: begin.incarnation, clean, reason: reason.to_owned() };
+    async fn tell_end(&self, world: &Arc<World>, begin: &Begin, stopped: Option<Lsn>, reason: &str) {
+        let checkpoint = stopped.map(|lsn| lsn.to_string());
+        let mut ended = Ended {
+            incarnation: begin.incarnation,
+            timeline_id: Some(begin.timeline_id.clone()),
+            epoch: begin.epoch,
+            clean: stopped.is_some(),
+            checkpoint,
+            reason: reason.to_owned(),
+        };
         let deadline = Instant::now() + END_MAX;
         loop {
             let (id, told) = (self.id.clone(), ended.clone());

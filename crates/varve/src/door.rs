@@ -56,7 +56,9 @@ fn engine_code(error: &EngineError) -> Code {
         EngineError::Log(EditLogError::Fenced { .. }) | EngineError::NotOwner { .. } => Code::NotOwner,
         EngineError::Log(EditLogError::Unconfirmed { .. } | EditLogError::Stopped { .. } | EditLogError::Store(_))
         | EngineError::Store(_) => Code::Unavailable,
-        EngineError::Wait(WaitError::Deadline { .. } | WaitError::Closing { .. }) | EngineError::TailUnknown { .. } => Code::Unavailable,
+        EngineError::Wait(WaitError::Deadline { .. } | WaitError::Closing { .. })
+        | EngineError::TailUnknown { .. }
+        | EngineError::CheckpointMissing { .. } => Code::Unavailable,
         EngineError::EpochOver { .. } | EngineError::BranchMoved { .. } | EngineError::StreamOver { .. } => Code::Fenced,
         EngineError::LeftoverWal { .. } => Code::InvalidArgument,
         EngineError::Moment(MomentError::Future { .. }) => Code::InTheFuture,
@@ -170,8 +172,8 @@ impl ports::Pageserver for Door {
         self.pageserver.take_leftover(tenant, leftover, bytes, refusal).await
     }
 
-    async fn close_epoch(&self, tenant: TenantId, timeline: TimelineId, epoch: WriterEpoch) -> PortResult<()> {
-        self.pageserver.close_epoch(tenant, timeline, epoch).await.map_err(refusal)
+    async fn close_epoch(&self, tenant: TenantId, timeline: TimelineId, epoch: WriterEpoch, checkpoint: Option<Lsn>) -> PortResult<()> {
+        self.pageserver.close_epoch(tenant, timeline, epoch, checkpoint).await.map_err(refusal)
     }
 
     async fn places(&self, tenant: TenantId, timeline: TimelineId, lsn: Lsn) -> PortResult<Places> {

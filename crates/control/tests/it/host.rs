@@ -217,7 +217,9 @@ impl FakeHost {
             let request = &BeginRequest { host: Some(self.id.clone()) };
             let Ok(begin) = self.call(|plane| async move { plane.begin(id, request).await }).await else { return };
             let Manners { broken, unclean, .. } = self.state.lock().manners.clone();
-            let mut ended = Ended { incarnation: begin.incarnation, clean: false, reason: "Postgres does not start".to_owned() };
+            let reason = "Postgres does not start".to_owned();
+            let mut ended =
+                Ended { incarnation: begin.incarnation, timeline_id: None, epoch: None, clean: false, checkpoint: None, reason };
             if broken {
                 let ended = &ended;
                 let _ = self.call(|plane| async move { plane.ended(id, ended).await }).await;

@@ -201,7 +201,7 @@ impl Pageserver for FakePageserver {
         Err(Refusal::new(Code::Fenced, format!("{of:?} has none")))
     }
 
-    async fn close_epoch(&self, tenant: TenantId, timeline: TimelineId, epoch: WriterEpoch) -> PortResult<()> {
+    async fn close_epoch(&self, tenant: TenantId, timeline: TimelineId, epoch: WriterEpoch, _checkpoint: Option<Lsn>) -> PortResult<()> {
         if self.cannot_close.load(Ordering::SeqCst) {
             return Err(refused(Code::Internal, "the last WAL has not arrived"));
         }

@@ -293,13 +293,14 @@ impl LiveTimeline {
         Ok((WalStream { live: self.clone(), gate, epoch, position: None, appended: start, framed: start }, name))
     }
 
-    /// The compute of epoch `epoch` ended cleanly after it sent all its WAL: puts everything into the store and closes
-    /// the epoch.
+    /// The compute of epoch `epoch` ended cleanly, with the shutdown checkpoint at `checkpoint`, after it sent all its
+    /// WAL: puts everything into the store and closes the epoch.
     ///
     /// # Errors
+    /// [`EngineError::CheckpointMissing`] when it did not.
     /// When the store cannot be written. [`EngineError::TailUnknown`] where the compute sent its WAL to another server:
     /// what it sent ends beyond our head.
-    pub async fn close_epoch(self: &Arc<Self>, log: &TenantLog, epoch: WriterEpoch) -> Result<(), EngineError> {
+    pub async fn close_epoch(self: &Arc<Self>, log: &TenantLog, epoch: WriterEpoch, checkpoint: Option<Lsn>) -> Result<(), EngineError> {
         {
             let mut writer = self.writer.lock().await;
             if writer.epoch != epoch {
@@ -311,8 +312,12 @@ impl LiveTimeline {
             writer.end_stream(StreamEnd::Ended, &self.context.threads).await?;
         }
         let lsn = self.settle_head().await?;
-        self.flush_up_to(lsn).await?;
         let timeline = self.id();
+        // That Postgres ended well does not say that we took all of it.
+        if let Some(checkpoint) = checkpoint.filter(|checkpoint| lsn <= *checkpoint) {
+            return Err(EngineError::CheckpointMissing { timeline, head: lsn, checkpoint });
+        }
+        self.flush_up_to(lsn).await?;
         log.commit(|state| {
             let newest = state.timeline(timeline)?.epochs.last().map(|last| last.epoch);
             let edits = if newest == Some(epoch) { vec![TenantEdit::EpochClosed { timeline, epoch, lsn }] } else { Vec::new() };

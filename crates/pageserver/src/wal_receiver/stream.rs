@@ -8,7 +8,7 @@ use varve_postgres::wal::{FramedRecord, Framer};
 use varve_protocol::ClientError;
 use varve_protocol::connect::blocking::{Connection, Received};
 use varve_protocol::wire::replication::{StandbyStatus, WalSenderMessage};
-use varve_protocol::wire::{BackendMessage, Frame, ServerMessage, backend::sqlstate, frontend};
+use varve_protocol::wire::{BackendMessage, Frame, ServerMessage, frontend};
 
 use super::receiver::SessionEnd;
 use super::shared::{ReceiverPositions, Shared};
@@ -179,10 +179,10 @@ impl<'a, S: WalSink> Stream<'a, S> {
         }
     }
 
+    /// Whatever ended it (somebody who cancels backends, for one), a stream that ran can be had again; whether the
+    /// history is still right is asked when it starts.
     fn server_error(&self, message: ServerMessage) -> SessionEnd {
-        let transient = sqlstate::is_transient(&message.code);
-        let source = ClientError::Server { endpoint: self.connection.endpoint().to_owned(), message: Box::new(message) };
-        if transient { source.into() } else { ReceiverError::Server { start: self.framer.framed(), source }.into() }
+        ClientError::Server { endpoint: self.connection.endpoint().to_owned(), message: Box::new(message) }.into()
     }
 
     /// Frames, then keeps. A message in which something is wrong is not kept at all.

@@ -205,7 +205,7 @@ impl World {
         let process = self.process(server)?;
         let Some(tenant) = process.owned() else { return Ok(format!("server {server} does not have acme")) };
         let Err(error) = tenant.log().check_ownership().await else { return Ok(format!("server {server} has acme")) };
-        process.context().lost.note(self.tenant);
+        process.context().lost.note(self.tenant, tenant.log().ownership().generation);
         while process.owned().is_some() {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
@@ -290,7 +290,8 @@ impl World {
         let tenant = self.own(self.active).await?;
         let compute = &mut self.computes[at];
         let live = tenant.timeline(compute.timeline).await?;
-        live.close_epoch(tenant.log(), compute.epoch).await?;
+        let checkpoint = Lsn(compute.writer.end().0 - 1);
+        live.close_epoch(tenant.log(), compute.epoch, Some(checkpoint)).await?;
         compute.disconnect();
         Ok(format!("{} has stopped, and layers have {} up to {}", compute.name, live.id(), live.positions().layered()))
     }
