@@ -106,7 +106,7 @@ impl Writers {
             let link = link.clone();
             move |_| link.stream_ended()
         };
-        let (stream, standby_name) = live.open_stream(tenant.log(), &writer.branch, writer.epoch, writer.flushed, on_close).await?;
+        let (stream, standby) = live.open_stream(tenant.log(), &writer.branch, writer.epoch, writer.flushed, on_close).await?;
         let start = stream.start();
         let endpoint = Endpoint::handover(writer.walsender.socket, writer.walsender.credential);
         let settings = [("varve.timeline", live.id().to_string()), ("varve.epoch", writer.epoch.0.to_string())];
@@ -114,7 +114,7 @@ impl Writers {
             label: live.name().to_owned(),
             connect: ConnectConfig::new(endpoint, INTERNAL_ROLE),
             database: "postgres".to_owned(),
-            standby_name: standby_name.clone(),
+            standby_name: standby.name.clone(),
             system_identifier: live.system_identifier(),
             major: live.major(),
             tli: live.facts().tli,
@@ -122,16 +122,18 @@ impl Writers {
             start,
             last_record: None,
             settings: settings.into_iter().map(|(name, value)| (name.to_owned(), value)).collect(),
-            synchronous_standby_names: Some(standby_name.clone()),
+            synchronous_standby_names: Some(standby.first.clone()),
             slot: Some(SlotConfig { name: "varve".to_owned(), interval: SLOT_INTERVAL }),
         };
         let receiver = Receiver::spawn(config, Sink(stream)).map_err(ServerError::Thread)?;
         link.receiver_runs(&receiver.stopper());
-        let mut receivers = self.receivers.lock();
-        // Those whose streams were ended have nothing more to do.
-        receivers.retain(|_, receiver| receiver.phase() != crate::wal_receiver::ReceiverPhase::Ended);
-        drop(receivers.insert((live.tenant(), live.id()), receiver));
-        Ok(standby_name)
+        {
+            let mut receivers = self.receivers.lock();
+            // Those whose streams were ended have nothing more to do.
+            receivers.retain(|_, receiver| receiver.phase() != crate::wal_receiver::ReceiverPhase::Ended);
+            drop(receivers.insert((live.tenant(), live.id()), receiver));
+        }
+        Ok(live.waits_for(standby).await?)
     }
 
     /// How many computes' WAL is received.

@@ -385,10 +385,10 @@ impl Node {
             }
         };
         let epoch = varve_storage::ids::WriterEpoch(compute.epoch);
-        let (stream, name) = live.open_stream(tenant.log(), branch, epoch, flushed, on_close).await?;
+        let (stream, names) = live.open_stream(tenant.log(), branch, epoch, flushed, on_close).await?;
         let open = Open { branch: branch.clone(), timeline: compute.timeline, ended: ended.clone() };
         self.streams.lock().push(open);
-        let (node, world, compute, standby) = (self.clone(), world.clone(), compute.clone(), name.clone());
+        let (node, world, compute, standby) = (self.clone(), world.clone(), compute.clone(), names.name.clone());
         let life = self.life.clone();
         tokio::spawn(async move {
             let why = tokio::select! {
@@ -399,7 +399,7 @@ impl Node {
             node.streams.lock().retain(|open| !Arc::ptr_eq(&open.ended, &ended));
             world.say(format_args!("{} is not connected any more: {why}", compute.name()));
         });
-        Ok(name)
+        live.waits_for(names).await
     }
 
     /// The WAL receiver: what the socket has is framed, appended, made durable, acknowledged.

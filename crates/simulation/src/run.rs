@@ -70,6 +70,7 @@ pub fn run(options: Options) -> anyhow::Result<Outcome> {
         for _ in 0..64 {
             tokio::task::yield_now().await;
         }
+        world.pool.let_go();
         anyhow::Ok(Outcome { trace, counts, violation })
     });
     chance::give(None);

@@ -151,6 +151,11 @@ impl Pool {
         })
     }
 
+    /// Lets the threads go that have nothing to do: whoever still holds us need not hold them.
+    pub fn let_go(&self) {
+        self.idle.lock().clear();
+    }
+
     /// How much work has panicked, other than by its node's death.
     pub fn panics(&self) -> u64 {
         self.panics.load(Ordering::SeqCst)

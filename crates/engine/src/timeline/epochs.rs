@@ -11,6 +11,12 @@
 //! **The tail.** What the store does not have of the newest epoch is in one WAL log, which the tenant log names. When
 //! that is not ours (our disk was lost), only the epoch's own compute has it, in its pg_wal, and must send it again
 //! before anybody may branch off head or begin the next epoch. Until then the tail is [`Tail::Unknown`].
+//!
+//! The server that has that WAL log may live and acknowledge, though another one has the tenant by now. So a tail is
+//! learnt in three steps. The compute waits for a name that nobody has: from then on nothing more is acknowledged. It
+//! says how far its WAL is flushed ([`Flushed`]), sends that, and the tenant log names our WAL log. Only then is it told
+//! to wait for us. What were acknowledged before that row is durable would be void as soon as the other server has the
+//! tenant again.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -31,6 +37,8 @@ use crate::error::EngineError;
 const TAIL_WAIT_MAX: Duration = Duration::from_secs(20);
 /// How long the compute that has the tail may take to send it again.
 const TAIL_ARRIVAL_MAX: Duration = Duration::from_secs(24 * 60 * 60);
+/// What is put behind our standby name to make one that nobody has.
+const NOBODY: &str = "_later";
 /// How often a stream that the WAL log's limit stopped looks again.
 const LIMIT_WAIT: Duration = Duration::from_millis(20);
 
@@ -61,6 +69,17 @@ pub struct Flushed {
     pub lsn: Lsn,
     /// The standby name that it waited for when it said so; none where it does not say.
     pub waits_for: Option<String>,
+}
+
+/// The standby names of a stream.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Standby {
+    /// Ours.
+    pub name: String,
+    /// The one that the compute has when its WAL begins to come in: ours, or one that nobody has.
+    pub first: String,
+    /// Whether the tail is being learnt from this stream.
+    is_learnt: bool,
 }
 
 /// Why a stream ended.
@@ -240,7 +259,7 @@ impl LiveTimeline {
     }
 
     /// Takes WAL from the compute of epoch `epoch`, which belongs to `branch`. `on_close` is told when the stream must
-    /// end. Gives the stream and the standby name that the compute must wait for.
+    /// end. Gives the stream, and whom the compute must wait for: [`LiveTimeline::waits_for`] says it in the end.
     ///
     /// Whether the tenant is still ours is asked of the store: a compute may come from a server that took it over, and
     /// that has what it acknowledged since.
@@ -255,7 +274,7 @@ impl LiveTimeline {
         epoch: WriterEpoch,
         flushed: Flushed,
         on_close: impl FnOnce(StreamEnd) + Send + 'static,
-    ) -> Result<(WalStream, String), EngineError> {
+    ) -> Result<(WalStream, Standby), EngineError> {
         log.check_ownership().await?;
         let mut writer = self.writer.lock().await;
         // An epoch or a restore that is on its way to the store counts, too, though whoever asked for it may have given
@@ -282,15 +301,30 @@ impl LiveTimeline {
         let gate = Arc::new(Gate { closed: Mutex::default(), on_close: Mutex::new(Some(Box::new(on_close))) });
         writer.gate = Some(gate.clone());
         let start = self.positions().head();
-        // While another server's word counts there, more may be acknowledged than is flushed now: the compute says it
-        // again once only ours does.
-        let is_all = flushed.waits_for.is_none_or(|waits_for| waits_for == name);
-        if writer.tail.get() == Tail::Unknown && is_all {
+        let nobody = format!("{name}{NOBODY}");
+        let is_known = writer.tail.get() == Tail::Known;
+        let waits_for_nobody = flushed.waits_for.as_ref() == Some(&nobody);
+        if !is_known && (waits_for_nobody || flushed.waits_for.is_none()) {
             let (live, log) = (self.clone(), log.clone());
             tokio::spawn(live.learn_tail(log, epoch, flushed.lsn));
         }
+        let first = if is_known || flushed.waits_for.is_none() { name.clone() } else { nobody };
+        let standby = Standby { name, first, is_learnt: !is_known && waits_for_nobody };
         self.touch();
-        Ok((WalStream { live: self.clone(), gate, epoch, position: None, appended: start, framed: start }, name))
+        Ok((WalStream { live: self.clone(), gate, epoch, position: None, appended: start, framed: start }, standby))
+    }
+
+    /// Whom a compute, whose WAL comes in, must wait for from now on. Where it waits for another one yet, it attaches
+    /// again afterwards.
+    ///
+    /// # Errors
+    /// [`EngineError::TailUnknown`] where it does not send all that it has.
+    pub async fn waits_for(&self, standby: Standby) -> Result<String, EngineError> {
+        if standby.is_learnt {
+            self.wait_tail().await?;
+            return Ok(standby.name);
+        }
+        Ok(standby.first)
     }
 
     /// The compute of epoch `epoch` ended cleanly, with the shutdown checkpoint at `checkpoint`, after it sent all its

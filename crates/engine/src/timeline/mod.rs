@@ -35,7 +35,7 @@ use varve_storage::tenant_log::TimelineFacts;
 use varve_storage::threads::Threads;
 use varve_storage::timeline::{Position, Positions, Stopped, Timeline, WaitError};
 
-pub use epochs::{EpochStart, Flushed, StreamEnd, StreamError, Tail, WalStream};
+pub use epochs::{EpochStart, Flushed, Standby, StreamEnd, StreamError, Tail, WalStream};
 pub use kept_wal::KeptRange;
 pub use leftover::Leftover;
 pub(crate) use open::OpenTimeline;

@@ -254,7 +254,7 @@ impl World {
         let flushed = Flushed { lsn: compute.writer.end(), waits_for: None };
         let (stream, standby) = live.open_stream(tenant.log(), &compute.branch, compute.epoch, flushed, |_| {}).await?;
         let from = stream.start();
-        compute.connect(server, &process, stream, standby);
+        compute.connect(server, &process, stream, standby.name);
         let acknowledged = compute.send(from, Sent::All).await?.acknowledged?;
         Ok(format!("{} sends to server {server} from {from} on, acknowledged up to {acknowledged}", compute.name))
     }
