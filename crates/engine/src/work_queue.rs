@@ -281,6 +281,13 @@ impl WorkQueue {
         Kind::ALL.iter().all(|&kind| !inner.entries.contains_key(&WorkId { kind, tenant, timeline }))
     }
 
+    /// Forgets all work, of a process that ends as if it were killed: work holds its timeline, and that holds the queue.
+    pub fn forget_all(&self) {
+        let entries = std::mem::take(&mut self.inner.lock().entries);
+        // In an order that is the same in each run.
+        drop(entries.into_iter().collect::<BTreeMap<WorkId, Entry>>());
+    }
+
     /// Takes away what is scheduled on a timeline, and waits for steps that run. The caller sees to it that nothing is
     /// scheduled any more.
     pub async fn cancel(&self, tenant: TenantId, timeline: TimelineId) {

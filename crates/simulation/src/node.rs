@@ -237,6 +237,7 @@ impl Node {
     fn end(&self) {
         self.client.set_link(Link::Frozen);
         self.life.end();
+        self.context.queue.forget_all();
     }
 
     /// Runs a task that ends with the process.
