@@ -2,8 +2,8 @@
 //!
 //! **Keys.** A client that does not know whether its request was done sends it again with the same `Idempotency-Key`,
 //! and gets the answer that the first one got. The row that says so is part of the mutation's own commit, so this holds
-//! over restarts, too. Keys are remembered within a tenant, the newest 1,000 of them; a key is 1 to 255 visible ASCII
-//! characters. A failure is not remembered.
+//! over restarts, too. Keys are remembered within a tenant, the newest 1,000 of them, among them that of the call that
+//! created it. A key is 1 to 255 visible ASCII characters. A failure is not remembered.
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -37,14 +37,6 @@ impl Key {
             hash.update(part);
         }
         Ok(Key { key: key.to_owned(), request: hex(&hash.finalize()) })
-    }
-
-    /// 128 bits that the key alone decides: what a tenant's id is made of that is created under it.
-    pub(crate) fn digest(&self) -> [u8; 16] {
-        let hash = Sha256::digest([b"varve tenant id ", self.key.as_bytes()].concat());
-        let mut id = [0; 16];
-        id.copy_from_slice(&hash[..16]);
-        id
     }
 
     /// The key itself.

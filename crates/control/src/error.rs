@@ -5,7 +5,6 @@ use std::fmt::Display;
 
 use varve_api::{Code, Refusal};
 use varve_storage::edit_log::{CommitError, EditLogError};
-use varve_storage::ids::TenantId;
 use varve_storage::store::{ParseObjectNameError, StoreError};
 use varve_storage::tenant_log::names::NameError;
 use varve_storage::tenant_log::{CreateTenantError, TenantError};
@@ -120,14 +119,6 @@ pub enum Error {
     /// All names for what a restored branch was are taken.
     #[error("no free name is left for what was {0}")]
     NoNameLeft(String),
-    /// What is stored of a tenant is not what it must be.
-    #[error("tenant {tenant}: {problem}")]
-    Damaged {
-        /// The tenant.
-        tenant: TenantId,
-        /// What is wrong.
-        problem: &'static str,
-    },
     /// An answer that was kept cannot be written or read.
     #[error("an answer cannot be kept: {0}")]
     Answer(String),
@@ -240,7 +231,7 @@ impl Error {
             Error::AlreadyRunning { .. } => Code::AlreadyRunning,
             Error::NotClean { .. } => Code::NotClean,
             Error::NotStarted { .. } | Error::NoHost(_) => Code::HostUnfit,
-            Error::NotBack { .. } | Error::Damaged { .. } | Error::ObjectName(_) | Error::Answer(_) | Error::Random(_) => Code::Internal,
+            Error::NotBack { .. } | Error::ObjectName(_) | Error::Answer(_) | Error::Random(_) => Code::Internal,
             Error::Fenced(_) => Code::Fenced,
             Error::NotOwner(_) => Code::NotOwner,
             Error::NotYetKnown(_) | Error::Moved(_) | Error::HostSilent { .. } | Error::Stopping | Error::Store(_) => Code::Unavailable,

@@ -85,6 +85,13 @@ impl Host {
         self.change(|orders| drop(orders.computes.insert(id, order)));
     }
 
+    /// Orders something about a compute unless something is ordered already.
+    fn order_first(&self, id: EndpointId, order: ComputeOrder) {
+        self.change(|orders| {
+            orders.computes.entry(id).or_insert(order);
+        });
+    }
+
     /// Orders nothing about a compute any more.
     pub(crate) fn withdraw(&self, id: EndpointId) {
         self.change(|orders| drop(orders.computes.remove(&id)));
@@ -240,13 +247,18 @@ impl<P: Pageserver> Control<P> {
         }
     }
 
+    /// Whether a compute's orders to a host are somebody else's matter: it has some, or is about to get them.
+    fn has_orders(&self, host: &Host, id: EndpointId) -> bool {
+        let is_looked_after = |known: Arc<Entry>| {
+            let status = known.status();
+            host_of(&known) == Some(host.id) && !(status.noted && status.desired == Desired::Run)
+        };
+        host.action(id).is_some() || self.computes.get(id).is_some_and(is_looked_after)
+    }
+
     async fn settle_one(&self, host: &Arc<Host>, id: EndpointId, compute: &HostedCompute) -> Result<(), Error> {
-        if let Some(known) = self.computes.get(id) {
-            let action = host.action(id);
-            let ours = host_of(&known) == Some(host.id);
-            if ours || action.is_some() {
-                return Ok(()); // it has its orders, or is about to
-            }
+        if self.has_orders(host, id) {
+            return Ok(());
         }
         let tenant: TenantId = compute.tenant_id.parse().map_err(|error| Error::argument("computes", error))?;
         let end = |why: &str| {
@@ -254,9 +266,14 @@ impl<P: Pageserver> Control<P> {
             let (id_text, tenant_id) = (id.to_string(), compute.tenant_id.clone());
             let order =
                 ComputeOrder { id: id_text, tenant_id, branch: String::new(), listen: String::new(), port: 0, action: HostAction::End };
-            host.order(id, order);
+            host.order_first(id, order);
         };
-        let state = match self.read(tenant).await {
+        let read = self.read(tenant).await;
+        // Somebody may have started or stopped it while that was read: what was read is older, and says nothing then.
+        if self.has_orders(host, id) {
+            return Ok(());
+        }
+        let state = match read {
             Ok(state) => state,
             Err(Error::UnknownTenant(_)) => {
                 end("there is no such tenant any more");
@@ -276,6 +293,16 @@ impl<P: Pageserver> Control<P> {
         let name = crate::logs::facts(&state, tenant)?.name.clone();
         if row.wanted {
             let entry = self.computes.note(Entry::new(tenant, name, &row, Phase::Starting));
+            if entry.status().noted {
+                entry.set_row(row);
+            } else if host_of(&entry).is_some_and(|other| other != host.id) {
+                return Err(Error::Moved(entry.branch())); // it is being started there; what comes of it is known soon
+            }
+            entry.update(|status| {
+                if status.phase == Phase::Unknown {
+                    status.phase = Phase::Starting;
+                }
+            });
             self.order(&entry, HostAction::Run);
             return Ok(());
         }
@@ -293,7 +320,7 @@ impl<P: Pageserver> Control<P> {
             return Ok(());
         }
         let action = if is_expendable(&state, &row) { HostAction::Remove } else { HostAction::End };
-        host.order(id, Entry::new(tenant, name, &row, Phase::Stopping).order(action));
+        host.order_first(id, Entry::new(tenant, name, &row, Phase::Stopping).order(action));
         Ok(())
     }
 
@@ -372,6 +399,7 @@ impl<P: Pageserver> Control<P> {
             // What was answered already is not answered again.
             let stands = host.orders.with(|orders| orders.computes.get(&entry.id) == Some(&order));
             entry.update(|status| {
+                status.noted = false;
                 let is_over = action == HostAction::End && matches!(status.process, Process::Gone | Process::Removed);
                 if !stands && !is_over {
                     status.process = Process::Unsaid;

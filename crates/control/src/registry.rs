@@ -79,6 +79,8 @@ pub(crate) struct Status {
     pub(crate) process: Process,
     /// The port that the host said.
     pub(crate) port: u16,
+    /// It is known from its row alone: its host has not been ordered anything about it.
+    pub(crate) noted: bool,
 }
 
 /// A compute.
@@ -107,6 +109,7 @@ impl Entry {
             mount_pid: None,
             process: Process::Unsaid,
             port: row.port,
+            noted: false,
         };
         let (row, id) = (Mutex::new(row.clone()), row.id);
         Entry { id, tenant, tenant_name, row, status: Watched::new(status), turn: tokio::sync::Mutex::new(()) }
@@ -184,7 +187,7 @@ pub(crate) struct Registry {
 }
 
 impl Registry {
-    /// Adds a compute, in the place of what was known of it.
+    /// Adds a compute, in the place of what was known of it. Who does so gives its host an order next.
     pub(crate) fn add(&self, entry: Entry) -> Arc<Entry> {
         let entry = Arc::new(entry);
         let mut entries = self.entries.write();
@@ -203,8 +206,9 @@ impl Registry {
         entry
     }
 
-    /// Adds a compute unless it is known.
+    /// Adds a compute unless it is known. That alone orders nothing.
     pub(crate) fn note(&self, entry: Entry) -> Arc<Entry> {
+        entry.update(|status| status.noted = true);
         self.entries.write().entry(entry.id).or_insert_with(|| Arc::new(entry)).clone()
     }
 

@@ -17,7 +17,7 @@ use crate::call::Call;
 use crate::error::Error;
 use crate::logs::{Plan, branch, facts};
 use crate::ports::{Moment, Pageserver};
-use crate::registry::{Entry, Phase, Process, is_expendable, not_there};
+use crate::registry::{Entry, Phase, Process, Status, is_expendable, not_there};
 use crate::{Control, arguments, moment};
 
 /// How long a compute may take to start.
@@ -78,6 +78,11 @@ struct Place {
     facts: Arc<TenantFacts>,
 }
 
+/// Whether a compute runs, or is about to.
+fn is_alive(row: &EndpointRow, status: &Status) -> bool {
+    row.wanted && status.desired == Desired::Run && matches!(status.phase, Phase::Starting | Phase::Running)
+}
+
 impl<P: Pageserver> Control<P> {
     /// Sees to it that a compute runs on a branch, and answers when it takes connections. One that runs already is the
     /// answer; with other arguments it is an error, unless `replace` says that it is to begin anew with them. At a
@@ -88,6 +93,7 @@ impl<P: Pageserver> Control<P> {
     pub async fn ensure_running(&self, call: &Call, tenant: &str, branch_text: &str, new: &NewCompute) -> Result<Started, Error> {
         let wanted = Wanted::parse(new)?;
         let tenant = self.find(tenant).await?;
+        self.look_before_taking(call, tenant, branch_text, &wanted).await?;
         let log = self.own(tenant, "a compute is to run").await?;
         let (name, _) = branch(&log.state(), branch_text)?;
         let place = Place { facts: facts(&log.state(), tenant)?.clone(), log, tenant };
@@ -108,6 +114,21 @@ impl<P: Pageserver> Control<P> {
         drop(turn);
         self.wait_running(&place, &entry, fresh).await?;
         Ok(Started { compute: self.describe_entry(&entry, Some(&place.facts.password)), fresh })
+    }
+
+    /// Refuses what no host here can run before the tenant is taken from whoever has it. Its log is only read for that.
+    async fn look_before_taking(&self, call: &Call, tenant: TenantId, branch_text: &str, wanted: &Wanted) -> Result<(), Error> {
+        if self.pageserver.owned(tenant).is_some() {
+            return Ok(());
+        }
+        let state = self.read(tenant).await?;
+        let (name, _) = branch(&state, branch_text)?;
+        let runs = |row: &Arc<EndpointRow>| self.computes.get(row.id).is_some_and(|entry| is_alive(row, &entry.status()));
+        let runs_here = wanted.moment == Moment::Head && state.endpoints_of(&name).any(|row| row.moment.is_none() && runs(row));
+        if !runs_here && call.prior::<Compute>(&state)?.is_none() {
+            self.hosts.choose(&self.environment, facts(&state, tenant)?.pg_version, None).await?;
+        }
+        Ok(())
     }
 
     fn new_row(&self, branch: &BranchName, wanted: &Wanted, moment: Option<EndpointMoment>) -> Result<EndpointRow, Error> {
@@ -138,7 +159,7 @@ impl<P: Pageserver> Control<P> {
         };
         if let Some(entry) = self.computes.get(row.id) {
             let status = entry.status();
-            let alive = row.wanted && status.desired == Desired::Run && matches!(status.phase, Phase::Starting | Phase::Running);
+            let alive = is_alive(&row, &status);
             if alive && !wanted.replace {
                 if !wanted.fits(&row) {
                     let (port, listen) = (row.port, row.listen.clone());
@@ -177,6 +198,7 @@ impl<P: Pageserver> Control<P> {
     /// Has a host start a process for `row`, and commits the row once the host says that it can.
     async fn launch(&self, call: &Call, place: &Place, row: EndpointRow) -> Result<Arc<Entry>, Error> {
         let host = self.hosts.choose(&self.environment, place.facts.pg_version, row.host).await?;
+        let former = row.host.filter(|former| *former != host.id);
         let row = EndpointRow { host: Some(host.id), wanted: true, ..row };
         let entry = Entry::new(place.tenant, place.facts.name.clone(), &Arc::new(row), Phase::Starting);
         let entry = self.computes.add(entry);
@@ -197,6 +219,10 @@ impl<P: Pageserver> Control<P> {
             }
             self.computes.remove(&entry);
             return Err(error);
+        }
+        if let Some(former) = former.and_then(|former| self.hosts.get(former)) {
+            // It had the order to run it, and would start it for ever, though it may not begin there any more.
+            former.order(entry.id, entry.order(HostAction::End));
         }
         drop(turn);
         Ok(entry)
@@ -270,8 +296,7 @@ impl<P: Pageserver> Control<P> {
     /// Waits until a compute runs. One that this call started and that does not is not wanted any more.
     async fn wait_running(&self, place: &Place, entry: &Arc<Entry>, fresh: bool) -> Result<(), Error> {
         let begun = self.environment.now();
-        let is_over =
-            |status: &crate::registry::Status| matches!(status.phase, Phase::Running | Phase::Failed(_)) || status.desired != Desired::Run;
+        let is_over = |status: &Status| matches!(status.phase, Phase::Running | Phase::Failed(_)) || status.desired != Desired::Run;
         let status = entry.wait(&self.environment, START_MAX, is_over).await;
         if status.is_some_and(|status| status.phase == Phase::Running && status.desired == Desired::Run) {
             let elapsed_ms = (self.environment.now().unix_micros() - begun.unix_micros()) / 1000;

@@ -1,11 +1,14 @@
 //! Tenants: created from a template with two small objects, deleted with all that is theirs.
 
 use futures::{StreamExt as _, stream};
+use varve_api::Code;
 use varve_api::admin::{Deleted, NewTenant, Tenant};
 use varve_postgres::Timestamp;
 use varve_storage::edit_log::{EditLogError, read_state};
 use varve_storage::ids::{BranchName, TenantId, TenantName, TimelineId};
-use varve_storage::tenant_log::{TenantEdit, TenantFacts, TenantState, TimelineFacts, create_tenant, delete_objects, names, tenant_folder};
+use varve_storage::tenant_log::{
+    CreateTenantError, TenantEdit, TenantFacts, TenantLog, TenantState, TimelineFacts, create_tenant, delete_objects, names, tenant_folder,
+};
 
 use crate::arguments::{Listed, Page};
 use crate::call::Call;
@@ -88,16 +91,12 @@ impl<P: Pageserver> Control<P> {
     pub async fn create_tenant(&self, call: &Call, new: &NewTenant) -> Result<Tenant, Error> {
         let name = arguments::new_tenant_name(&new.name)?;
         let _turn = self.creating.take(name.clone()).await;
-        // Under a key the id is the key's: so what became of the first try is found, whatever it came to.
-        let id = TenantId(match &call.key {
-            Some(key) => key.digest(),
-            None => self.environment.random()?,
-        });
-        if call.key.is_some()
-            && let Some(before) = self.created_before(call, id).await?
-        {
+        if let Some(before) = self.created_before(call, &name).await? {
             return Ok(before);
         }
+        // Never one that was there before, not even under the same key: whoever had that one may not know yet that it
+        // was deleted, and would take this one for it.
+        let id = TenantId(self.environment.random()?);
         let template = self.template(new.pg_version).await?;
         let (facts, mut edits) = self.first_day(&name, id, &template)?;
         let mut state = TenantState::default();
@@ -106,28 +105,35 @@ impl<P: Pageserver> Control<P> {
         let answer = self.describe_tenant(&state, id)?;
         edits.push(self.audit(call, &format!("created tenant {name}")));
         edits.extend(call.row(&answer)?);
-        let log = create_tenant(&self.store, facts, edits).await?;
+        let log = match create_tenant(&self.store, facts, edits).await {
+            Ok(log) => log,
+            Err(error @ CreateTenantError::NameTaken(_)) => {
+                // Perhaps by this same call: its first try went on meanwhile, here or at another server.
+                return self.created_before(call, &name).await?.ok_or_else(|| error.into());
+            }
+            Err(error) => return Err(error.into()),
+        };
         self.remember(name.clone(), id);
         self.pageserver.adopt(log).await?;
         tracing::info!(tenant = %name, %id, "tenant created");
         Ok(answer)
     }
 
-    /// The answer to the call that made a tenant with this id. A first try that wrote the log and not the name is
-    /// completed.
-    async fn created_before(&self, call: &Call, id: TenantId) -> Result<Option<Tenant>, Error> {
+    /// The answer to the same call, if it made the tenant that has this name. A first try that did not get as far as
+    /// the name made nothing.
+    async fn created_before(&self, call: &Call, name: &TenantName) -> Result<Option<Tenant>, Error> {
+        if call.key.is_none() {
+            return Ok(None);
+        }
+        let Some(id) = names::lookup(&self.store, name).await? else { return Ok(None) };
         let Some((state, _)) = read_state::<TenantState>(&self.store, &tenant_folder(id)?).await? else { return Ok(None) };
-        let answer: Option<Tenant> = call.prior(&state)?;
-        let (Some(answer), Some(facts)) = (answer, state.facts()) else {
-            return Err(Error::Damaged { tenant: id, problem: "its log does not say which request made it" });
-        };
-        if state.is_removed() {
+        let answer = call.prior::<Tenant>(&state)?;
+        if answer.is_some() && state.is_removed() {
             return Err(
                 varve_api::Refusal::unavailable("the tenant that this key made is being deleted: try again, or take a new key").into()
             );
         }
-        names::reserve(&self.store, &facts.name, id).await?;
-        Ok(Some(answer))
+        Ok(answer)
     }
 
     /// A tenant's facts, and the other edits of its first day.
@@ -159,11 +165,12 @@ impl<P: Pageserver> Control<P> {
             return Ok(answer);
         }
         let id = self.find(tenant).await?;
-        let log = self.pageserver.own(id, "the tenant is deleted").await?;
-        let state = log.state();
-        let name = state.facts().ok_or_else(|| Error::UnknownTenant(id.to_string()))?.name.clone();
-        let audit = self.audit(call, &format!("deleted tenant {name}"));
-        self.commit_edits(&log, |state| Ok(if state.is_removed() { Vec::new() } else { vec![audit, TenantEdit::TenantRemoved] })).await?;
+        let name = match self.pageserver.own(id, "the tenant is deleted").await {
+            Ok(log) => self.commit_removal(call, id, &log).await?,
+            // A deletion that broke off after its commit: nobody can own the tenant any more, and this one goes on.
+            Err(refusal) if refusal.code == Code::UnknownTenant => self.removed_name(id).await?.ok_or(refusal)?,
+            Err(refusal) => return Err(refusal.into()),
+        };
         self.end_for_good(self.computes.of_tenant(id)).await;
         self.pageserver.forget(id).await;
         // The name goes first: once it is free, nobody finds the objects that are left.
@@ -179,6 +186,21 @@ impl<P: Pageserver> Control<P> {
             }
         }
         Ok(answer)
+    }
+
+    /// From here on the tenant is unknown to all servers. Gives its name.
+    async fn commit_removal(&self, call: &Call, id: TenantId, log: &TenantLog) -> Result<TenantName, Error> {
+        let name = log.state().facts().ok_or_else(|| Error::UnknownTenant(id.to_string()))?.name.clone();
+        let audit = self.audit(call, &format!("deleted tenant {name}"));
+        self.commit_edits(log, |state| Ok(if state.is_removed() { Vec::new() } else { vec![audit, TenantEdit::TenantRemoved] })).await?;
+        Ok(name)
+    }
+
+    /// The name of a tenant whose log says that it was removed.
+    async fn removed_name(&self, id: TenantId) -> Result<Option<TenantName>, Error> {
+        let read = read_state::<TenantState>(&self.store, &tenant_folder(id)?).await?;
+        let removed = read.map(|(state, _)| state).filter(TenantState::is_removed);
+        Ok(removed.and_then(|state| state.facts().map(|facts| facts.name.clone())))
     }
 
     /// What a deletion under this key answered. No log is left that could keep it over a restart: after one the tenant

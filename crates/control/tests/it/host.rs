@@ -94,10 +94,22 @@ impl FakeHost {
         }
     }
 
+    /// The machine is started anew: its processes are gone, its records are not.
+    pub(crate) fn kill_processes(&self) {
+        let mut state = self.state.lock();
+        state.serves.clear();
+        state.records.values_mut().filter_map(|record| record.process.take()).for_each(|process| process.abort());
+    }
+
+    /// Its processes reach a control plane to which it has not said hello yet.
+    pub(crate) fn meet(&self, plane: &Plane) {
+        *self.plane.lock() = Some(plane.clone());
+    }
+
     /// Says hello to a control plane and does what it orders.
     pub(crate) async fn connect(&self, plane: &Plane) {
         self.disconnect();
-        *self.plane.lock() = Some(plane.clone());
+        self.meet(plane);
         plane.hello(&self.id, self.hello()).await.unwrap();
         let (me, plane) = (self.clone(), plane.clone());
         *self.agent.lock() = Some(tokio::spawn(async move { me.agent(plane).await }));

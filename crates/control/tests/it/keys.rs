@@ -4,9 +4,10 @@ use std::collections::BTreeSet;
 
 use varve_api::Code;
 use varve_api::admin::{NewBranch, NewCompute, NewTenant, Restore};
+use varve_control::Call;
 use varve_control::arguments::Page;
 
-use crate::world::{World, code, keyed};
+use crate::world::{World, code, keyed, server};
 
 #[tokio::test(start_paused = true)]
 async fn a_branch_is_made_once_and_answered_alike_after_a_restart() {
@@ -43,14 +44,36 @@ async fn a_tenant_is_made_once_even_where_the_first_try_broke_off() {
     world.restart().await;
     let again = world.plane.create_tenant(&keyed("k", "acme"), &new("acme")).await.unwrap();
     assert_eq!((&again.id, &again.created_at), (&first.id, &first.created_at));
-    assert_eq!(code(world.plane.create_tenant(&keyed("k", "other"), &new("other")).await), Code::KeyReused);
+    assert_eq!(code(world.plane.create_tenant(&keyed("k", "other"), &new("acme")).await), Code::KeyReused);
     assert_eq!(code(world.plane.create_tenant(&keyed("k2", "acme"), &new("acme")).await), Code::NameTaken);
     // As if the first try had been killed between the log and the name.
     world.objects.set(&"names/acme".parse().unwrap(), None);
     world.restart().await;
     assert_eq!(code(world.plane.show_tenant("acme").await), Code::UnknownTenant);
-    assert_eq!(world.plane.create_tenant(&keyed("k", "acme"), &new("acme")).await.unwrap().id, first.id);
-    assert_eq!(world.plane.show_tenant("acme").await.unwrap().id, first.id);
+    let second = world.plane.create_tenant(&keyed("k", "acme"), &new("acme")).await.unwrap();
+    assert_eq!(world.plane.create_tenant(&keyed("k", "acme"), &new("acme")).await.unwrap().id, second.id);
+    assert_eq!(world.plane.show_tenant("acme").await.unwrap().id, second.id);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_tenant_is_made_once_by_two_servers_at_once() {
+    let world = World::new().await;
+    let (_, other) = server(&world.store, "b");
+    let new = NewTenant { name: "acme".to_owned(), pg_version: Some(15) };
+    let call = keyed("k", "acme");
+    let (one, two) = futures::future::join(world.plane.create_tenant(&call, &new), other.create_tenant(&call, &new)).await;
+    assert_eq!(one.unwrap().id, two.unwrap().id);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_key_makes_no_tenant_that_was_deleted_again() {
+    let mut world = World::new().await;
+    let new = NewTenant { name: "acme".to_owned(), pg_version: Some(15) };
+    let first = world.plane.create_tenant(&keyed("k", "acme"), &new).await.unwrap();
+    world.plane.delete_tenant(&Call::default(), "acme").await.unwrap();
+    world.restart().await;
+    let second = world.plane.create_tenant(&keyed("k", "acme"), &new).await.unwrap();
+    assert_ne!(second.id, first.id);
 }
 
 #[tokio::test(start_paused = true)]

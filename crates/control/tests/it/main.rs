@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used)] // helpers of tests are tests
 
+mod broken_off;
 mod door;
 mod host;
 mod keys;

@@ -99,7 +99,7 @@ impl Pageserver for FakePageserver {
         }
         self.note(format!("own {tenant}: {why}"));
         let taken = take_over(&self.store, tenant, &self.name, &self.url).await.map_err(Refusal::unavailable)?;
-        let log = taken.ok_or_else(|| refused(Code::UnknownTenant, "no such tenant"))?;
+        let log = taken.filter(|log| !log.state().is_removed()).ok_or_else(|| refused(Code::UnknownTenant, "no such tenant"))?;
         self.owned.lock().insert(tenant, log.clone());
         self.lost.lock().retain(|lost| lost.tenant != tenant);
         Ok(log)

@@ -3,9 +3,13 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::FutureExt as _;
+use futures::future::BoxFuture;
 use varve_api::Code;
 use varve_api::admin::{Branch, Compute, NewBranch, NewCompute, NewTenant};
-use varve_control::{Call, Config, Control, Environment, Error, Key};
+use varve_control::{Call, Config, Control, Environment, Error, Key, NoRandom, Surroundings};
+use varve_postgres::Timestamp;
+use varve_storage::chance;
 use varve_storage::ids::{TenantId, TimelineId};
 use varve_storage::store::Store;
 use varve_testing::sim_store::SimStore;
@@ -22,11 +26,41 @@ pub(crate) struct World {
     pub(crate) host: FakeHost,
 }
 
+/// The real surroundings, but for a wall clock that goes with the tests' clock.
+struct TestSurroundings {
+    started: tokio::time::Instant,
+    started_at: Timestamp,
+}
+
+impl Surroundings for TestSurroundings {
+    fn now(&self) -> Timestamp {
+        Timestamp::from_unix_micros(self.started_at.unix_micros() + self.started.elapsed().as_micros() as i64)
+    }
+
+    fn fill(&self, bytes: &mut [u8]) -> Result<(), NoRandom> {
+        chance::fill(bytes).map_err(|error| NoRandom(error.to_string()))
+    }
+
+    fn sleep(&self, duration: Duration) -> BoxFuture<'static, ()> {
+        tokio::time::sleep(duration).boxed()
+    }
+
+    fn spawn(&self, task: BoxFuture<'static, ()>) {
+        tokio::spawn(task);
+    }
+}
+
 /// A server over a store.
 pub(crate) fn server(store: &Store, name: &str) -> (Arc<FakePageserver>, Arc<Control<FakePageserver>>) {
+    server_that_reads(store, store, name)
+}
+
+/// A server whose control plane reads another store than its pageserver has.
+pub(crate) fn server_that_reads(read: &Store, store: &Store, name: &str) -> (Arc<FakePageserver>, Arc<Control<FakePageserver>>) {
     let pageserver = FakePageserver::new(store.clone(), name);
+    let surroundings = TestSurroundings { started: tokio::time::Instant::now(), started_at: Environment::system().now() };
     let config = Config { server: name.to_owned(), url: format!("http://{name}:9898"), version: "0".to_owned() };
-    let plane = Control::new(pageserver.clone(), store.clone(), config, Environment::system()).unwrap();
+    let plane = Control::new(pageserver.clone(), read.clone(), config, Environment::new(surroundings)).unwrap();
     (pageserver, plane)
 }
 
