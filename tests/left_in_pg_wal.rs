@@ -1,5 +1,5 @@
-//! What Postgres had flushed when its processes were killed, or when it was stopped while nobody took its WAL, is in the
-//! branch's history afterwards, as it is after a crash of a stock server: asynchronous commits, too.
+//! What Postgres had flushed when its processes were killed, or when it was stopped while nobody took its WAL, is in
+//! the branch's history afterwards, as it is after a crash of a stock server: asynchronous commits, too.
 
 use std::time::{Duration, Instant};
 

@@ -176,8 +176,8 @@ pub struct Ended {
     pub epoch: Option<u32>,
     /// Whether Postgres shut down cleanly, and everything that is kept of its files was taken.
     pub clean: bool,
-    /// Where the shutdown checkpoint is with which it did, as Postgres prints it: its end is clean once the pageserver has
-    /// that.
+    /// Where the shutdown checkpoint is with which it did, as Postgres prints it: its end is clean once the pageserver
+    /// has that.
     #[serde(default)]
     pub checkpoint: Option<String>,
     /// Why, in words.

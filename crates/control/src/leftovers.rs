@@ -1,5 +1,5 @@
-//! WAL that is left in the `pg_wal` of a compute whose processes were killed: before it begins again, its process brings
-//! what of it the pageserver lacks.
+//! WAL that is left in the `pg_wal` of a compute whose processes were killed: before it begins again, its process
+//! brings what of it the pageserver lacks.
 
 use bytes::Bytes;
 use futures::stream::BoxStream;

@@ -237,8 +237,8 @@ pub struct AttachWriter {
     pub epoch: WriterEpoch,
     /// Where its walsender is reached.
     pub walsender: Walsender,
-    /// Where its WAL was flushed to when it said so: everything it ever got acknowledged by whom it waited for then ends
-    /// at or before.
+    /// Where its WAL was flushed to when it said so: everything it ever got acknowledged by whom it waited for then
+    /// ends at or before.
     pub flushed: Lsn,
     /// The standby name that it waited for then, if it said so.
     pub waits_for: Option<String>,

@@ -237,7 +237,8 @@ impl<P: Pageserver> Control<P> {
         let mut clean = ended.clean;
         if ended.clean && entry.writes() {
             let told = ended.timeline_id.as_ref().map(|id| id.parse().map_err(|error| Error::argument("timeline_id", error)));
-            // Where we were started since it attached, its own word says what it wrote; its checkpoint, that it is here.
+            // Where we were started since it attached, its own word says what it wrote; its checkpoint, that it is
+            // here.
             let told: Option<TimelineId> = told.transpose()?.filter(|_| ended.checkpoint.is_some());
             match (status.timeline.or(told), status.epoch.or(ended.epoch.map(WriterEpoch))) {
                 (Some(timeline), Some(epoch)) => {

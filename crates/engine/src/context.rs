@@ -57,8 +57,8 @@ pub struct LostTenants {
 }
 
 impl LostTenants {
-    /// A tenant's log or manifest, which we wrote in `generation`, said that another server has it. By now it may be ours
-    /// again, in a later one.
+    /// A tenant's log or manifest, which we wrote in `generation`, said that another server has it. By now it may be
+    /// ours again, in a later one.
     pub fn note(&self, tenant: TenantId, generation: Generation) {
         if self.tenants.lock().insert((tenant, generation)) {
             self.news.notify_one();

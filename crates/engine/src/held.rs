@@ -15,8 +15,8 @@ use crate::context::Context;
 pub enum Claim {
     /// The store may lack it.
     Needed,
-    /// The timeline was deleted, or the newest writer's WAL is in layers, or in another server's log, which has all that
-    /// came before.
+    /// The timeline was deleted, or the newest writer's WAL is in layers, or in another server's log, which has all
+    /// that came before.
     Void,
     /// The log knows no such timeline, and does not remember that there was one.
     Unknown,
@@ -29,8 +29,8 @@ pub fn claim(state: &TenantState, held: &Unattached, mine: WalLogId) -> Claim {
     }
     let Ok(timeline) = state.timeline(held.timeline) else { return Claim::Unknown };
     match timeline.epochs.last() {
-        // Of an epoch that is newer than all that the tenant's log knows, that log has lost something: whoever opens the
-        // timeline will say so.
+        // Of an epoch that is newer than all that the tenant's log knows, that log has lost something: whoever opens
+        // the timeline will say so.
         Some(newest) if held.newest > newest.epoch => Claim::Needed,
         // An epoch is closed when all of it is in layers.
         Some(newest) if newest.wal_log != mine || newest.closed.is_some() => Claim::Void,

@@ -281,7 +281,8 @@ impl WorkQueue {
         Kind::ALL.iter().all(|&kind| !inner.entries.contains_key(&WorkId { kind, tenant, timeline }))
     }
 
-    /// Forgets all work, of a process that ends as if it were killed: work holds its timeline, and that holds the queue.
+    /// Forgets all work, of a process that ends as if it were killed: work holds its timeline, and that holds the
+    /// queue.
     pub fn forget_all(&self) {
         let entries = std::mem::take(&mut self.inner.lock().entries);
         // In an order that is the same in each run.

@@ -4,8 +4,8 @@
 //! Others may have heard of it: clients that commit asynchronously, a publisher whose subscriber reported it. Stock
 //! Postgres has it after a crash of its processes, and so has the branch. It can be lost with the host only.
 //!
-//! `pg_wal` is in a folder that Postgres's user can write. Nothing there is followed that is a link, only plain files are
-//! read, and what is sent is whole records with the right checksums; the pageserver checks them again.
+//! `pg_wal` is in a folder that Postgres's user can write. Nothing there is followed that is a link, only plain files
+//! are read, and what is sent is whole records with the right checksums; the pageserver checks them again.
 
 use std::fs::File;
 use std::io;
@@ -52,8 +52,8 @@ pub struct Leftover {
 }
 
 impl Leftover {
-    /// Sends what is left, if anything is. Postgres must not run. What was sent, or does not count any more, is not sent
-    /// again.
+    /// Sends what is left, if anything is. Postgres must not run. What was sent, or does not count any more, is not
+    /// sent again.
     ///
     /// # Errors
     /// [`LeftoverError`].

@@ -9,8 +9,8 @@
 //!   begins anew when Postgres ends in any way but a clean shutdown: the cache is disposable, and durability is the
 //!   pageserver's.
 //!
-//! It knows the other roles only through the page service ([`page_fetcher`]) and the messages of `varve-api`. No path of
-//! another process's disk comes here, and none of ours goes out but that of a socket.
+//! It knows the other roles only through the page service ([`page_fetcher`]) and the messages of `varve-api`. No path
+//! of another process's disk comes here, and none of ours goes out but that of a socket.
 
 pub mod agent;
 pub mod bin_dirs;

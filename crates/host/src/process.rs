@@ -243,8 +243,8 @@ async fn send_leftover(server: &Server, dirs: &Dirs, terminate: &mut Signal) -> 
 }
 
 /// Tells how it ended: cleanly, with the shutdown checkpoint that Postgres wrote, or otherwise. A clean end counts once
-/// all of its WAL is durable, which may take several tries; when that takes too long, the end is not clean, and the host
-/// keeps `pg_wal`. A server that does not want to know has made up its mind already.
+/// all of its WAL is durable, which may take several tries; when that takes too long, the end is not clean, and the
+/// host keeps `pg_wal`. A server that does not want to know has made up its mind already.
 async fn tell_end(server: &Server, begin: &Begin, dirs: &Dirs, stopped: Option<Lsn>, reason: &str) -> Result<(), ClientError> {
     let checkpoint = stopped.map(|lsn| lsn.to_string());
     let mut ended = Ended {

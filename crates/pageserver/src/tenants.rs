@@ -319,7 +319,8 @@ impl Tenants {
         self.slots.lock().insert(id, Slot::Lost(owner, Losing::default()));
     }
 
-    /// Gives a tenant that was lost free to be taken again, at an operator's word, once all that was open of it is closed.
+    /// Gives a tenant that was lost free to be taken again, at an operator's word, once all that was open of it is
+    /// closed.
     pub async fn forgive(&self, id: TenantId) {
         let losing = match self.slots.lock().get(&id) {
             Some(Slot::Lost(_, losing)) => losing.clone(),

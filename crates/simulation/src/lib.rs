@@ -2,13 +2,13 @@
 //!
 //! A run is one world ([`world::World`]) in one tokio runtime with paused time:
 //!
-//! - an object store, and two machines, each with a server ([`node::Node`]): the real engine, and the real control plane
-//!   over it ([`door::control`]), which dies with it;
+//! - an object store, and two machines, each with a server ([`node::Node`]): the real engine, and the real control
+//!   plane over it ([`door::control`]), which dies with it;
 //! - two hosts ([`host::Host`]) that poll the control plane for orders and report, and compute processes on them
 //!   ([`process::Process`]) that begin, attach and follow orders; each runs a Postgres ([`compute::Compute`]) that
 //!   writes real WAL and waits for acknowledgements;
-//! - people who branch, restore, delete, start, stop and read ([`actors::person`]; what they ask of the control plane is
-//!   [`steward`]), and misfortune ([`actors::misfortune`]).
+//! - people who branch, restore, delete, start, stop and read ([`actors::person`]; what they ask of the control plane
+//!   is [`steward`]), and misfortune ([`actors::misfortune`]).
 //!
 //! All of them know one address, which leads to the server that should have the tenant; messages are late or lost
 //! ([`network`]). A seed decides everything, so a run can be had again: [`run::run`]. Afterwards the faults end, and

@@ -2,19 +2,19 @@
 //! the WAL log that makes bytes durable before they get there.
 //!
 //! - What is durable first: [`wal_log::WalLog`], one log on one disk for the WAL of all timelines.
-//! - What becomes of it: [`memtable`]s, flushed as [`layer`]s into the [`store::Store`], merged as [`compaction`] plans;
-//!   [`manifest::Manifest`] says which layers a timeline has, [`history::History`] reads a key at any LSN.
+//! - What becomes of it: [`memtable`]s, flushed as [`layer`]s into the [`store::Store`], merged as [`compaction`]
+//!   plans; [`manifest::Manifest`] says which layers a timeline has, [`history::History`] reads a key at any LSN.
 //! - Who it belongs to: [`tenant_log::TenantLog`], the one place of a tenant's branches, timelines, writer epochs and
 //!   endpoints. Log and manifests are [`edit_log`]s, which one owner writes and the next one fences.
 //! - How a timeline is addressed: [`key`] and [`value`] for what is stored, [`ids`] for what is named, [`moment`] for
 //!   points in its history, [`timeline::Positions`] for how far it has come.
 //!
 //! **It promises** that what [`wal_log::WalLog::sync`] or a commit returned is there after any crash; that a damaged or
-//! missing byte is an error with a name, never another answer; that an owner that was fenced writes nothing that counts.
-//! Every durable byte is in an [`envelope`] or a chunk with a checksum and a version (docs/storage.md).
+//! missing byte is an error with a name, never another answer; that an owner that was fenced writes nothing that
+//! counts. Every durable byte is in an [`envelope`] or a chunk with a checksum and a version (docs/storage.md).
 //!
-//! **It must not know** sockets, HTTP, processes, or how Postgres changes a page. Clock, chance, threads, disk and store
-//! are given.
+//! **It must not know** sockets, HTTP, processes, or how Postgres changes a page. Clock, chance, threads, disk and
+//! store are given.
 
 pub mod block_cache;
 pub mod budget;

@@ -14,9 +14,9 @@
 //!
 //! The server that has that WAL log may live and acknowledge, though another one has the tenant by now. So a tail is
 //! learnt in three steps. The compute waits for a name that nobody has: from then on nothing more is acknowledged. It
-//! says how far its WAL is flushed ([`Flushed`]), sends that, and the tenant log names our WAL log. Only then is it told
-//! to wait for us. What were acknowledged before that row is durable would be void as soon as the other server has the
-//! tenant again.
+//! says how far its WAL is flushed ([`Flushed`]), sends that, and the tenant log names our WAL log. Only then is it
+//! told to wait for us. What were acknowledged before that row is durable would be void as soon as the other server has
+//! the tenant again.
 
 use std::sync::Arc;
 use std::time::Duration;
