@@ -65,8 +65,18 @@ impl Raw {
     }
 
     pub(super) async fn log_in(&mut self) {
+        assert!(self.is_let_in().await, "the server must let a client in");
+    }
+
+    /// Logs in; whether the server lets it.
+    pub(super) async fn is_let_in(&mut self) -> bool {
         self.send(|out| StartupPacket::startup(&[("user", "u")]).encode(out)).await;
-        while !matches!(self.message().await, Some(BackendMessage::ReadyForQuery(_))) {}
+        while let Some(message) = self.message().await {
+            if matches!(message, BackendMessage::ReadyForQuery(_)) {
+                return true;
+            }
+        }
+        false
     }
 
     pub(super) async fn stream(&mut self) {
