@@ -517,3 +517,27 @@ fn only_what_no_open_timeline_needs_can_be_let_go_of() {
     drop(log);
     assert!(WalLog::open(folder.path(), u64::MAX).unwrap().unattached().is_empty(), "nor does it come back");
 }
+
+#[test]
+fn a_full_log_is_freed_though_much_of_its_oldest_segments_still_counts() {
+    let options = WalLogOptions { limit_bytes: 20 * 4096, segment_bytes: 4096, make_spares: false };
+    let log = WalLog::open_on(Arc::new(SimDisk::new(1)), options).unwrap();
+    let (held, busy) = (TimelineId([1; 16]), TimelineId([2; 16]));
+    for timeline in [held, busy] {
+        log.attach(TENANT, timeline, &[(WriterEpoch(1), Lsn(0))], Lsn(0)).unwrap();
+    }
+    let mut end = Lsn(0);
+    while !log.is_over_limit() {
+        // About half of each segment is of the one that lags: too much to be copied while there is room.
+        assert_eq!(log.copy_laggards().unwrap(), 0, "with {} bytes", log.bytes());
+        for timeline in [held, busy] {
+            let position = log.append(TENANT, timeline, WriterEpoch(1), end, &[timeline.0[0]; 500]).unwrap();
+            log.sync(position).unwrap();
+        }
+        end += 500;
+        log.release(TENANT, busy, end);
+    }
+    while log.copy_laggards().unwrap() > 0 {}
+    assert!(!log.is_over_limit(), "everybody waits for {} bytes, of which {} count", log.bytes(), end.0);
+    assert_eq!(read_all(&log, held, Lsn(0), end.0 as usize), vec![1; end.0 as usize], "what was copied is what it was");
+}
