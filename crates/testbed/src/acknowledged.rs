@@ -5,8 +5,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use crate::warned::Warned;
 use anyhow::{Context as _, ensure};
-use tokio_postgres::{AsyncMessage, NoTls};
 
 /// How long a client waits for one answer before it connects anew. Commits wait as long as a server restarts.
 const ANSWER_MAX: Duration = Duration::from_secs(30);
@@ -115,41 +115,30 @@ impl Acknowledged {
 
 async fn write(conninfo: &str, writer: i32, stop: &AtomicBool, count: &AtomicU64) {
     while !stop.load(Ordering::SeqCst) {
-        let Ok(Ok((client, mut connection))) = tokio::time::timeout(ANSWER_MAX, tokio_postgres::connect(conninfo, NoTls)).await else {
+        let Ok(session) = Warned::connect(conninfo, ANSWER_MAX).await else {
             tokio::time::sleep(Duration::from_millis(20)).await;
             continue;
         };
-        let warned = Arc::new(AtomicBool::new(false));
-        let seen = warned.clone();
-        let driver = tokio::spawn(async move {
-            loop {
-                match std::future::poll_fn(|context| connection.poll_message(context)).await {
-                    Some(Ok(AsyncMessage::Notice(_))) => seen.store(true, Ordering::SeqCst),
-                    Some(Ok(_)) => {}
-                    _ => return,
-                }
-            }
-        });
         while !stop.load(Ordering::SeqCst) {
             let n = count.load(Ordering::SeqCst) as i64;
-            warned.store(false, Ordering::SeqCst);
+            session.begin();
             // A row that was committed but not acknowledged may be there already.
             let sql = "INSERT INTO acknowledged (writer, n) VALUES ($1, $2) ON CONFLICT DO NOTHING";
-            match tokio::time::timeout(ANSWER_MAX, client.execute(sql, &[&writer, &n])).await {
+            match tokio::time::timeout(ANSWER_MAX, session.client.execute(sql, &[&writer, &n])).await {
                 // Nothing was inserted: the row is visible but its commit may never have been acknowledged; write
                 // another to be sure.
                 Ok(Ok(0)) => {
                     let sql = "UPDATE acknowledged SET filler = 'again' WHERE writer = $1 AND n = $2";
-                    match tokio::time::timeout(ANSWER_MAX, client.execute(sql, &[&writer, &n])).await {
-                        Ok(Ok(1)) if !warned.load(Ordering::SeqCst) => count.store(n as u64 + 1, Ordering::SeqCst),
+                    match tokio::time::timeout(ANSWER_MAX, session.client.execute(sql, &[&writer, &n])).await {
+                        Ok(Ok(1)) if !session.is_warned() => count.store(n as u64 + 1, Ordering::SeqCst),
                         _ => break,
                     };
                 }
-                Ok(Ok(_)) if !warned.load(Ordering::SeqCst) => count.store(n as u64 + 1, Ordering::SeqCst),
+                Ok(Ok(_)) if !session.is_warned() => count.store(n as u64 + 1, Ordering::SeqCst),
                 _ => break,
             }
         }
-        driver.abort();
+        drop(session);
         if !stop.load(Ordering::SeqCst) {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }

@@ -9,9 +9,9 @@ use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use crate::warned::Warned;
 use anyhow::{Context as _, ensure};
 use parking_lot::Mutex;
-use tokio_postgres::{AsyncMessage, NoTls};
 
 /// How long a client waits for one answer before it connects anew. Commits wait as long as a server restarts.
 const ANSWER_MAX: Duration = Duration::from_secs(60);
@@ -109,34 +109,22 @@ async fn append(
     attempts: &mut Vec<Attempt>,
 ) {
     while !stop.load(Ordering::SeqCst) {
-        let connected = tokio::time::timeout(ANSWER_MAX, tokio_postgres::connect(conninfo, NoTls)).await;
-        let (client, mut connection) = match connected {
-            Ok(Ok(connected)) => connected,
-            failed => {
-                *trouble.lock() = format!("no connection: {:?}", failed.map(Result::err));
+        let session = match Warned::connect(conninfo, ANSWER_MAX).await {
+            Ok(session) => session,
+            Err(error) => {
+                *trouble.lock() = format!("{error:#}");
                 tokio::time::sleep(AGAIN).await;
                 continue;
             }
         };
-        let warned = Arc::new(AtomicBool::new(false));
-        let seen = warned.clone();
-        let driver = tokio::spawn(async move {
-            loop {
-                match std::future::poll_fn(|context| connection.poll_message(context)).await {
-                    Some(Ok(AsyncMessage::Notice(_))) => seen.store(true, Ordering::SeqCst),
-                    Some(Ok(_)) => {}
-                    _ => return,
-                }
-            }
-        });
         while !stop.load(Ordering::SeqCst) {
             let n = next.fetch_add(1, Ordering::SeqCst);
-            warned.store(false, Ordering::SeqCst);
+            session.begin();
             attempts.push(Attempt { n, sent: Instant::now(), acknowledged: None });
-            let answer = tokio::time::timeout(ANSWER_MAX, client.execute("INSERT INTO appended (n) VALUES ($1)", &[&n])).await;
+            let answer = tokio::time::timeout(ANSWER_MAX, session.client.execute("INSERT INTO appended (n) VALUES ($1)", &[&n])).await;
             // A commit that was let go ends with a warning.
-            if !matches!(answer, Ok(Ok(1))) || warned.load(Ordering::SeqCst) {
-                *trouble.lock() = format!("{answer:?}, with a warning: {}", warned.load(Ordering::SeqCst));
+            if !matches!(answer, Ok(Ok(1))) || session.is_warned() {
+                *trouble.lock() = format!("{answer:?}, with a warning: {}", session.is_warned());
                 break;
             }
             if let Some(attempt) = attempts.last_mut() {
@@ -145,7 +133,7 @@ async fn append(
             }
             tokio::time::sleep(PAUSE).await;
         }
-        driver.abort();
+        drop(session);
         if !stop.load(Ordering::SeqCst) {
             tokio::time::sleep(AGAIN).await;
         }

@@ -14,3 +14,4 @@ pub mod postgres;
 pub mod redo;
 pub mod redo_coverage;
 pub mod suites;
+mod warned;
