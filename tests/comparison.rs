@@ -8,8 +8,9 @@ use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 use serde_json::Value;
-use varve_postgres::{Lsn, Major};
-use varve_protocol::client::{BaseBackup, BaseBackupOptions};
+use varve_postgres::{BLCKSZ, Fork, Lsn, Major, RelNode};
+use varve_protocol::ReadLsn;
+use varve_protocol::client::{BaseBackup, BaseBackupOptions, BlockingOptions, BlockingPageClient};
 use varve_protocol::connect::{ConnectConfig, Endpoint};
 use varve_testbed::application::{load, start};
 use varve_testbed::beside::{Private, make_plain, wait_replayed};
@@ -180,4 +181,28 @@ fn after_a_load_on_17() -> anyhow::Result<()> {
 #[test]
 fn after_a_load_on_18() -> anyhow::Result<()> {
     the_same_everywhere(Major::V18, 1, 5, &[])
+}
+
+/// Whoever reads a map of free space as long as it was before a restart gets empty pages where it is shorter now. Any
+/// other fork has an end.
+#[test]
+fn a_map_of_free_space_is_read_as_far_as_one_asks() -> anyhow::Result<()> {
+    let dev = Dev::start(VARVE)?;
+    dev.json(&["tenant", "create", "acme"])?;
+    let db = dev.compute("acme/main", &[])?;
+    psql(&db, "CREATE TABLE t AS SELECT generate_series(1, 1000) AS i")?;
+    let lsn = settle(&db)?;
+    let node = psql(&db, "SELECT oid || ' ' || pg_relation_filenode('t') FROM pg_database WHERE datname = current_database()")?;
+    let (database, relation) = node.split_once(' ').context("two numbers")?;
+    let table = RelNode { spc: 1663, db: database.parse()?, rel: relation.parse()? };
+    let (tenant, timeline) =
+        (text(&dev.json(&["tenant", "show", "acme"])?, "id")?, text(&dev.json(&["branch", "show", "acme/main"])?, "timeline_id")?);
+    let service = ConnectConfig::new(Endpoint::tcp("127.0.0.1", dev.pages_port()), "test");
+    let client = BlockingPageClient::new(service, &tenant, &timeline, BlockingOptions::default());
+    let read = |fork| client.page_range(table.fork(fork), 0, 20, ReadLsn::at(lsn));
+    ensure!(read(Fork::Main)?.len() == 5 * BLCKSZ, "1,000 rows are 5 pages");
+    let map = read(Fork::FreeSpaceMap)?;
+    ensure!(map.len() == 20 * BLCKSZ, "{} bytes of 20 pages of the map", map.len());
+    ensure!(map[10 * BLCKSZ..].iter().all(|byte| *byte == 0), "what the map has not is empty");
+    Ok(())
 }

@@ -9,7 +9,7 @@
 //! and whoever asks is told who has it). The map of slots is locked for look-ups only; each slot is opened by whoever
 //! comes first, while others wait for that slot alone.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
@@ -84,13 +84,53 @@ enum Slot {
     Lost(LostTo, Losing),
 }
 
+/// What is known of each tenant. Those that sleep are apart: what looks at all others from time to time costs nothing
+/// for them, however many there are.
+#[derive(Debug, Default)]
+struct Slots {
+    awake: BTreeMap<TenantId, Arc<Awake>>,
+    asleep: HashMap<TenantId, Ownership>,
+    lost: BTreeMap<TenantId, (LostTo, Losing)>,
+}
+
+impl Slots {
+    fn get(&self, id: TenantId) -> Option<Slot> {
+        let awake = || self.awake.get(&id).map(|awake| Slot::Awake(awake.clone()));
+        let asleep = || self.asleep.get(&id).map(|ownership| Slot::Asleep(*ownership));
+        let lost = || self.lost.get(&id).map(|(owner, losing)| Slot::Lost(owner.clone(), losing.clone()));
+        awake().or_else(asleep).or_else(lost)
+    }
+
+    fn contains(&self, id: TenantId) -> bool {
+        self.awake.contains_key(&id) || self.asleep.contains_key(&id) || self.lost.contains_key(&id)
+    }
+
+    /// Gives what was there before.
+    fn insert(&mut self, id: TenantId, slot: Slot) -> Option<Slot> {
+        let before = self.remove(id);
+        match slot {
+            Slot::Awake(awake) => drop(self.awake.insert(id, awake)),
+            Slot::Asleep(ownership) => drop(self.asleep.insert(id, ownership)),
+            Slot::Lost(owner, losing) => drop(self.lost.insert(id, (owner, losing))),
+        }
+        before
+    }
+
+    fn remove(&mut self, id: TenantId) -> Option<Slot> {
+        let awake = self.awake.remove(&id).map(Slot::Awake);
+        let asleep = self.asleep.remove(&id).map(Slot::Asleep);
+        let lost = self.lost.remove(&id).map(|(owner, losing)| Slot::Lost(owner, losing));
+        awake.or(asleep).or(lost)
+    }
+}
+
 /// See the module's doc.
 #[derive(Debug)]
 pub struct Tenants {
     context: Arc<Context>,
     templates: Arc<Templates>,
     identity: Identity,
-    slots: Mutex<BTreeMap<TenantId, Slot>>,
+    slots: Mutex<Slots>,
 }
 
 impl Tenants {
@@ -107,16 +147,20 @@ impl Tenants {
     pub async fn own(&self, id: TenantId, why: &str) -> Result<Arc<Tenant>, ServerError> {
         let awake = {
             let mut slots = self.slots.lock();
-            let slot = slots.entry(id).or_insert_with(|| Slot::Awake(Arc::default()));
-            match slot {
-                Slot::Awake(awake) => awake.clone(),
-                Slot::Asleep(ownership) => {
-                    let awake = Arc::new(Awake { ownership: Some(*ownership), tenant: OnceCell::new() });
-                    *slot = Slot::Awake(awake.clone());
+            let ownership = match slots.get(id) {
+                Some(Slot::Awake(awake)) => Err(awake),
+                Some(Slot::Asleep(ownership)) => Ok(Some(ownership)),
+                Some(Slot::Lost(owner, _)) => return Err(ServerError::NotOwner { tenant: id, owner }),
+                None => Ok(None),
+            };
+            ownership.map_or_else(
+                |awake| awake,
+                |ownership| {
+                    let awake = Arc::new(Awake { ownership, tenant: OnceCell::new() });
+                    slots.insert(id, Slot::Awake(awake.clone()));
                     awake
-                }
-                Slot::Lost(owner, _) => return Err(ServerError::NotOwner { tenant: id, owner: owner.clone() }),
-            }
+                },
+            )
         };
         let opened = awake.tenant.get_or_try_init(|| self.open(id, awake.ownership, why)).await.cloned();
         match opened {
@@ -140,7 +184,7 @@ impl Tenants {
     /// # Errors
     /// As [`Tenants::own`]; [`ServerError::NotOwner`] for another server's.
     pub async fn own_if_ours(&self, id: TenantId, why: &str) -> Result<Arc<Tenant>, ServerError> {
-        if !self.slots.lock().contains_key(&id) {
+        if !self.slots.lock().contains(id) {
             match find_owner(&self.context.store, id).await? {
                 None => return Err(ServerError::UnknownTenant(id)),
                 Some(FoundOwner { owner: Some(owner), .. }) if owner.server != self.identity.server => {
@@ -160,12 +204,12 @@ impl Tenants {
     /// stays: the next of them opens it, and a tenant that is open is in the map, or it would be opened twice.
     fn opening_failed(&self, id: TenantId, awake: &Arc<Awake>) {
         let mut slots = self.slots.lock();
-        let is_ours = matches!(slots.get(&id), Some(Slot::Awake(other)) if Arc::ptr_eq(other, awake));
+        let is_ours = slots.awake.get(&id).is_some_and(|other| Arc::ptr_eq(other, awake));
         // One is the map's and one our own; whoever takes another has the map locked.
         if is_ours && awake.tenant.get().is_none() && Arc::strong_count(awake) == 2 {
             match awake.ownership {
                 Some(ownership) => slots.insert(id, Slot::Asleep(ownership)),
-                None => slots.remove(&id),
+                None => slots.remove(id),
             };
         }
     }
@@ -212,40 +256,27 @@ impl Tenants {
 
     /// A tenant that is awake here; takes nothing.
     pub fn awake(&self, id: TenantId) -> Option<Arc<Tenant>> {
-        match self.slots.lock().get(&id)? {
-            Slot::Awake(awake) => awake.tenant.get().cloned(),
-            Slot::Asleep(_) | Slot::Lost(..) => None,
-        }
+        self.slots.lock().awake.get(&id)?.tenant.get().cloned()
     }
 
     /// All tenants that are awake here.
     pub fn all_awake(&self) -> Vec<Arc<Tenant>> {
-        let slots = self.slots.lock();
-        let tenant = |slot: &Slot| match slot {
-            Slot::Awake(awake) => awake.tenant.get().cloned(),
-            Slot::Asleep(_) | Slot::Lost(..) => None,
-        };
-        slots.values().filter_map(tenant).collect()
+        self.slots.lock().awake.values().filter_map(|awake| awake.tenant.get().cloned()).collect()
     }
 
     /// Whether the tenant is this server's, as far as it knows.
     pub fn owns(&self, id: TenantId) -> bool {
-        matches!(self.slots.lock().get(&id), Some(Slot::Awake(_) | Slot::Asleep(_)))
+        matches!(self.slots.lock().get(id), Some(Slot::Awake(_) | Slot::Asleep(_)))
     }
 
     /// Whether anything was found out about the tenant: it is this server's, or was lost.
     pub(crate) fn is_known(&self, id: TenantId) -> bool {
-        self.slots.lock().contains_key(&id)
+        self.slots.lock().contains(id)
     }
 
     /// The tenants that were lost, and to whom.
     pub fn lost(&self) -> Vec<(TenantId, LostTo)> {
-        let slots = self.slots.lock();
-        let lost = |(id, slot): (&TenantId, &Slot)| match slot {
-            Slot::Lost(owner, _) => Some((*id, owner.clone())),
-            Slot::Awake(_) | Slot::Asleep(_) => None,
-        };
-        slots.iter().filter_map(lost).collect()
+        self.slots.lock().lost.iter().map(|(id, (owner, _))| (*id, owner.clone())).collect()
     }
 
     /// The id of the tenant of a name.
@@ -268,7 +299,7 @@ impl Tenants {
         let under_way = losing.clone().lock_owned().await;
         let before = {
             let mut slots = self.slots.lock();
-            if let Some(Slot::Lost(owner, _)) = slots.get(&id) {
+            if let Some((owner, _)) = slots.lost.get(&id) {
                 return owner.clone();
             }
             let unknown = LostTo { server: "not known yet".to_owned(), url: None };
@@ -282,7 +313,7 @@ impl Tenants {
             }
         };
         let (owner, ()) = tokio::join!(self.owner_of(id), close);
-        if let Some(Slot::Lost(told, _)) = self.slots.lock().get_mut(&id) {
+        if let Some((told, _)) = self.slots.lock().lost.get_mut(&id) {
             *told = owner.clone();
         }
         drop(under_way);
@@ -292,7 +323,7 @@ impl Tenants {
 
     /// The same, if it is still the server's of `generation`.
     pub async fn lose_generation(&self, id: TenantId, generation: Generation) {
-        let is_meant = match self.slots.lock().get(&id) {
+        let is_meant = match self.slots.lock().get(id) {
             Some(Slot::Awake(awake)) => awake.tenant.get().is_some_and(|tenant| tenant.log().ownership().generation == generation),
             Some(Slot::Asleep(ownership)) => ownership.generation == generation,
             Some(Slot::Lost(..)) | None => false,
@@ -322,20 +353,17 @@ impl Tenants {
     /// Gives a tenant that was lost free to be taken again, at an operator's word, once all that was open of it is
     /// closed.
     pub async fn forgive(&self, id: TenantId) {
-        let losing = match self.slots.lock().get(&id) {
-            Some(Slot::Lost(_, losing)) => losing.clone(),
-            _ => return,
-        };
+        let Some((_, losing)) = self.slots.lock().lost.get(&id).cloned() else { return };
         let _closed = losing.lock().await;
         let mut slots = self.slots.lock();
-        if matches!(slots.get(&id), Some(Slot::Lost(_, now)) if Arc::ptr_eq(now, &losing)) {
-            slots.remove(&id);
+        if slots.lost.get(&id).is_some_and(|(_, now)| Arc::ptr_eq(now, &losing)) {
+            slots.lost.remove(&id);
         }
     }
 
     /// The tenant was deleted: its timelines are closed and it is forgotten.
     pub async fn forget(&self, id: TenantId) {
-        let before = self.slots.lock().remove(&id);
+        let before = self.slots.lock().remove(id);
         if let Some(Slot::Awake(awake)) = before
             && let Some(tenant) = awake.tenant.get()
         {
@@ -376,7 +404,7 @@ impl Tenants {
         }
         drop(tenant);
         let mut slots = self.slots.lock();
-        let Some(Slot::Awake(awake)) = slots.get(&id) else { return };
+        let Some(awake) = slots.awake.get(&id) else { return };
         let asleep = match awake.tenant.get() {
             // Whoever wants it goes through the map, which is locked.
             Some(tenant) if Arc::strong_count(awake) == 1 && Arc::strong_count(tenant) == 1 && tenant.may_sleep(unused) => {
@@ -390,15 +418,12 @@ impl Tenants {
     /// Slots whose opening failed, and for which nobody waits any more, say only by what right they are ours.
     fn forget_unopened(&self) {
         let mut slots = self.slots.lock();
-        let unopened = |slot: &Slot| match slot {
-            Slot::Awake(awake) if awake.tenant.get().is_none() && Arc::strong_count(awake) == 1 => Some(awake.ownership),
-            _ => None,
-        };
-        let found: Vec<_> = slots.iter().filter_map(|(id, slot)| Some((*id, unopened(slot)?))).collect();
+        let is_unopened = |awake: &Arc<Awake>| awake.tenant.get().is_none() && Arc::strong_count(awake) == 1;
+        let found: Vec<_> = slots.awake.iter().filter(|(_, awake)| is_unopened(awake)).map(|(id, awake)| (*id, awake.ownership)).collect();
         for (id, ownership) in found {
             match ownership {
                 Some(ownership) => slots.insert(id, Slot::Asleep(ownership)),
-                None => slots.remove(&id),
+                None => slots.remove(id),
             };
         }
     }

@@ -2,6 +2,7 @@
 //! it never will.
 
 use std::io::Write;
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -156,6 +157,16 @@ impl TimelinePages for Pages {
             }
             Err(error) => (0..blocks.len()).for_each(|index| each(index, Err(error.clone()))),
         }
+    }
+
+    /// What `get_pages` says of maps of free space holds for ranges of them, too: whoever was told of a longer one
+    /// before a restart gets empty pages.
+    fn range(&self, rel: RelFork, first: BlockNumber, count: u32, at: ReadLsn) -> Result<Range<BlockNumber>, SourceError> {
+        let asked = first..first.saturating_add(count);
+        if rel.fork == Fork::FreeSpaceMap {
+            return Ok(asked);
+        }
+        Ok(first..self.nblocks(rel, at)?.min(asked.end))
     }
 
     fn exists(&self, rel: RelFork, at: ReadLsn) -> Result<bool, SourceError> {

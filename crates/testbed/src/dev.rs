@@ -1,6 +1,7 @@
 //! A `varve dev` to test against: starts the binary on free ports with folders of its own, runs CLI commands on it,
 //! kills it, loses its disk, and takes everything away at the end.
 
+use std::io::{Read as _, Write as _};
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -15,6 +16,9 @@ use crate::postgres::bin_dir;
 
 /// How long a server may take until it answers, on a machine where everything runs at once.
 const START_MAX: Duration = Duration::from_secs(60);
+
+/// How long one question whether it answers may take.
+const ANSWER_MAX: Duration = Duration::from_secs(5);
 
 /// How long each step of taking everything away may take, before it is killed.
 const END_MAX: Duration = Duration::from_secs(30);
@@ -162,9 +166,8 @@ impl Dev {
                 let log = std::fs::read_to_string(folder.join("dev.log")).unwrap_or_default();
                 bail!("varve dev ended ({status}) before it answered:\n{log}");
             }
-            Ok(std::net::TcpStream::connect(("127.0.0.1", self.http)).ok())
-        })?;
-        Ok(())
+            Ok(is_alive(self.http).then_some(()))
+        })
     }
 
     /// Stops the server as Ctrl-C does.
@@ -334,6 +337,19 @@ impl Drop for Dev {
             signal(process.pid, rustix::process::Signal::KILL);
         }
     }
+}
+
+/// Whether a server answers on this port. Its socket listens before it has its folder.
+fn is_alive(port: u16) -> bool {
+    let ask = || -> std::io::Result<bool> {
+        let mut socket = std::net::TcpStream::connect(("127.0.0.1", port))?;
+        socket.set_read_timeout(Some(ANSWER_MAX))?;
+        socket.write_all(b"GET /livez HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n")?;
+        let mut answer = String::new();
+        socket.read_to_string(&mut answer)?;
+        Ok(answer.starts_with("HTTP/1.1 200"))
+    };
+    ask().unwrap_or(false)
 }
 
 /// Runs `pg_amcheck --heapallindexed` on all databases of the server at `conninfo`, a libpq URI or string.

@@ -1,6 +1,7 @@
 //! What the page service serves from.
 
 use std::io::Write;
+use std::ops::Range;
 use std::sync::Arc;
 
 use futures::future::BoxFuture;
@@ -98,8 +99,7 @@ pub trait TimelinePages: Send + Sync + 'static {
     /// # Errors
     /// [`SourceError`] says why not.
     fn page_range(&self, rel: RelFork, first: BlockNumber, count: u32, at: ReadLsn, out: &mut Vec<u8>) -> Result<(), SourceError> {
-        let end = self.nblocks(rel, at)?.min(first.saturating_add(count));
-        let blocks: Vec<_> = (first..end).map(|blkno| (rel, blkno)).collect();
+        let blocks: Vec<_> = self.range(rel, first, count, at)?.map(|blkno| (rel, blkno)).collect();
         out.reserve(blocks.len() * BLCKSZ);
         let mut result = Ok(());
         self.get_pages(&blocks, at, &mut |_, page| match page {
@@ -107,6 +107,14 @@ pub trait TimelinePages: Send + Sync + 'static {
             Err(error) => result = Err(error),
         });
         result
+    }
+
+    /// Those of the `count` blocks from `first` on that can be read.
+    ///
+    /// # Errors
+    /// As [`TimelinePages::nblocks`].
+    fn range(&self, rel: RelFork, first: BlockNumber, count: u32, at: ReadLsn) -> Result<Range<BlockNumber>, SourceError> {
+        Ok(first..self.nblocks(rel, at)?.min(first.saturating_add(count)))
     }
 
     /// Whether the fork exists.
