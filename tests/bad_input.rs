@@ -6,7 +6,8 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use anyhow::ensure;
+use anyhow::{Context as _, ensure};
+use varve_testbed::beside::Private;
 use varve_testbed::dev::{Dev, psql};
 use varve_testbed::limit::{self, COMMAND_MAX};
 
@@ -175,9 +176,12 @@ fn extension(folder: &std::path::Path) -> anyhow::Result<std::path::PathBuf> {
 fn a_record_of_an_extension_ends_what_can_be_read_and_takes_nothing_back() -> anyhow::Result<()> {
     let mut dev = Dev::start(VARVE)?;
     dev.json(&["tenant", "create", "acme"])?;
-    let db = dev.compute("acme/main", &[])?;
+    let compute = dev.json(&["compute", "start", "acme/main"])?;
+    let db = compute["conninfo"].as_str().context("a compute has a connection string")?.to_owned();
     let folder = tempfile::tempdir()?;
-    let library = extension(folder.path())?;
+    // The server sees nothing of this machine but its own folders.
+    let library = Private::of(&compute)?.data_dir().join("extension.so");
+    std::fs::copy(extension(folder.path())?, &library)?;
     psql(&db, &format!("CREATE FUNCTION emit() RETURNS pg_lsn LANGUAGE c AS '{}', 'emit'", library.display()))?;
     psql(&db, "CREATE TABLE t AS SELECT generate_series(1, 1000) AS i")?;
     // One transaction, so that the records before the extension's come with it.

@@ -14,6 +14,7 @@ mod nothing_is_lost;
 mod postgres_suites;
 mod random_lsns;
 mod restores_under_kills;
+mod sandbox;
 mod tidy;
 mod two_machines;
 mod verify;

@@ -6,7 +6,7 @@
 
 use varve_api::host::Begin;
 
-use crate::dirs::Dirs;
+use crate::dirs::{Dirs, Isolation};
 
 /// The internal superuser, for the supervisor and the WAL receiver, over the private socket only.
 pub const INTERNAL_ROLE: &str = "varve";
@@ -24,23 +24,49 @@ pub fn postgresql_conf(dirs: &Dirs, standby_name: Option<&str>) -> String {
     )
 }
 
-/// Text of our `pg_hba.conf`: the internal role over the private socket, then the user's lines.
-pub fn pg_hba_conf(users_own: &str) -> String {
+/// Text of our `pg_hba.conf`: the internal role over the private socket, then the user's lines. Who may take that role
+/// is told by the user that connects, where a sandbox keeps the tenant from being the same.
+pub fn pg_hba_conf(isolation: Isolation, users_own: &str) -> String {
+    let method = match isolation {
+        Isolation::Sandbox { .. } => format!("peer map={INTERNAL_ROLE}"),
+        Isolation::None(_) => "trust".to_owned(),
+    };
     format!(
         "# Written by varve at each start: these lines, then those of pg_hba.conf in the data directory.\n\
-         local all {INTERNAL_ROLE} trust\n\
-         local replication {INTERNAL_ROLE} trust\n\
+         local all {INTERNAL_ROLE} {method}\n\
+         local replication {INTERNAL_ROLE} {method}\n\
          host all {INTERNAL_ROLE} all reject\n\
          {users_own}"
     )
 }
 
-/// Arguments of `postgres`.
-pub fn arguments(begin: &Begin, dirs: &Dirs) -> Vec<String> {
-    let settings: Vec<(&str, String)> = vec![
-        ("config_file", dirs.file("postgresql.conf").display().to_string()),
-        ("hba_file", dirs.file("pg_hba.conf").display().to_string()),
-        ("listen_addresses", begin.listen.clone()),
+/// Text of our `pg_ident.conf`: the supervisor may take the internal role. Then the user's lines, which can name other
+/// maps.
+pub fn pg_ident_conf(users_own: &str) -> String {
+    let foreign = |line: &&str| line.split_whitespace().next().is_none_or(|map| map.trim_matches('"') != INTERNAL_ROLE);
+    let users_own: Vec<&str> = users_own.lines().filter(foreign).collect();
+    format!(
+        "# Written by varve at each start: this line, then those of pg_ident.conf in the data directory.\n\
+         {INTERNAL_ROLE} root {INTERNAL_ROLE}\n\
+         {}\n",
+        users_own.join("\n")
+    )
+}
+
+/// Arguments of `postgres`, which listens on `addresses`.
+pub fn arguments(begin: &Begin, addresses: &str, dirs: &Dirs) -> Vec<String> {
+    let conf = |name: &str| dirs.conf().join(name).display().to_string();
+    let mut settings: Vec<(&str, String)> = vec![
+        // A file of the tenant's cannot name another folder, socket or log.
+        ("data_directory", dirs.pgdata().display().to_string()),
+        ("config_file", conf("postgresql.conf")),
+        ("hba_file", conf("pg_hba.conf")),
+        ("ident_file", conf("pg_ident.conf")),
+        ("external_pid_file", String::new()),
+        ("unix_socket_permissions", "0777".to_owned()),
+        ("unix_socket_group", String::new()),
+        ("log_destination", "stderr".to_owned()),
+        ("listen_addresses", addresses.to_owned()),
         ("port", begin.port.to_string()),
         ("unix_socket_directories", dirs.socket().display().to_string()),
         ("logging_collector", "off".to_owned()),
@@ -61,6 +87,10 @@ pub fn arguments(begin: &Begin, dirs: &Dirs) -> Vec<String> {
         ("varve.timeline", begin.timeline_id.clone()),
         ("varve.epoch", begin.epoch.map_or_else(String::new, |epoch| epoch.to_string())),
     ];
+    if begin.pg_version >= 18 && matches!(dirs.isolation(), Isolation::Sandbox { .. }) {
+        // io_uring is closed in a sandbox: it goes around the filter of system calls.
+        settings.push(("io_method", "worker".to_owned()));
+    }
     let mut arguments = vec!["-D".to_owned(), dirs.pgdata().display().to_string()];
     for (name, value) in settings {
         arguments.push("-c".to_owned());

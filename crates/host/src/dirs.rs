@@ -1,19 +1,23 @@
 //! Where a compute keeps things on its host, and what a predecessor that was killed left there.
 //!
 //! The compute's folder holds `cache/` (fetched and written blocks), `pg_wal/`, `socket/`, the mountpoint `pgdata/`,
-//! the server configuration and the log. When we are root, Postgres runs as another user, which may not be able to
-//! reach the folder (think of `/root` or a private temporary directory) and whose socket paths must be short; so the
-//! folder is bound to `<run folder>/<id>`.
+//! the server's configuration in `conf/`, its log, and `root/`, on which a sandbox's root directory is put together.
+//! When we are root, the folder is bound to `<run folder>/<id>`: paths of sockets must be short, and a Postgres without
+//! a sandbox may not be able to reach the folder itself (think of `/root`). In a sandbox the same paths lead to the
+//! parts that Postgres needs.
 //!
-//! The postmaster's record stands beside the folder, where Postgres's user cannot write: whom it names is killed.
+//! Of a sandboxed compute only `pg_wal/` and `socket/` are its user's. In all else it cannot make a name, so what we
+//! write there follows nobody's link. The postmaster's record stands beside the folder: whom it names is killed.
 
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 
+use crate::cgroup::{CgroupError, Group, Limits};
 use crate::identity::ProcessId;
 use crate::leftover::Leftover;
 use crate::record::{PostmasterRecord, Record as _, RecordError, remove_file};
+use crate::sandbox::NetworkAccess;
 
 /// Characters of a compute's id that names in the run folder have: paths of sockets must be short.
 const SHORT_ID: usize = 12;
@@ -52,6 +56,32 @@ impl User {
     }
 }
 
+/// How a compute's Postgres is kept apart from everything else.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Isolation {
+    /// In a sandbox, as a user of its own.
+    Sandbox {
+        /// The user and group that nobody else is.
+        uid: u32,
+        /// What it sees of networks.
+        network: NetworkAccess,
+        /// What it may take of the machine.
+        limits: Limits,
+    },
+    /// Not at all: as a user of this machine.
+    None(User),
+}
+
+impl Isolation {
+    /// Whom Postgres runs as.
+    pub fn user(self) -> User {
+        match self {
+            Isolation::Sandbox { uid, .. } => User { uid, gid: uid },
+            Isolation::None(user) => user,
+        }
+    }
+}
+
 /// The folders of one compute.
 #[derive(Clone, Debug)]
 pub struct Dirs {
@@ -62,15 +92,15 @@ pub struct Dirs {
     /// The folder of what is there while it runs.
     run: PathBuf,
     short_id: String,
-    user: User,
+    isolation: Isolation,
 }
 
 impl Dirs {
     /// The folders of compute `id` in `home`, as they are. Sockets and bound folders are in `run`.
-    pub fn existing(home: &Path, run: &Path, id: &str, user: User) -> Dirs {
+    pub fn existing(home: &Path, run: &Path, id: &str, isolation: Isolation) -> Dirs {
         let short_id: String = id.chars().filter(char::is_ascii_alphanumeric).take(SHORT_ID).collect();
         let root = if rustix::process::geteuid().is_root() { run.join(&short_id) } else { home.to_owned() };
-        Dirs { root, home: home.to_owned(), run: run.to_owned(), short_id, user }
+        Dirs { root, home: home.to_owned(), run: run.to_owned(), short_id, isolation }
     }
 
     /// Makes a run folder: others may pass through it and may not list or change it.
@@ -93,6 +123,9 @@ impl Dirs {
         self.end_predecessor();
         self.unmount();
         let _ = std::fs::remove_file(self.walsender());
+        if let (Isolation::Sandbox { .. }, Ok(group)) = (self.isolation, self.group()) {
+            group.remove();
+        }
     }
 
     /// Prepares the folder, after ending and removing what an earlier incarnation left. Blocks.
@@ -103,14 +136,22 @@ impl Dirs {
         std::fs::create_dir_all(&self.home)?;
         self.end_predecessor();
         self.unmount();
-        for part in ["cache", "pg_wal", "socket", "pgdata"] {
+        std::fs::set_permissions(&self.home, std::fs::Permissions::from_mode(0o700))?;
+        let User { uid, gid } = self.user();
+        let (is_apart, we) = (matches!(self.isolation, Isolation::Sandbox { .. }), rustix::process::geteuid().as_raw());
+        for (part, is_theirs) in [("cache", false), ("pgdata", false), ("root", false), ("conf", false), ("pg_wal", true), ("socket", true)]
+        {
             let path = self.home.join(part);
             remove_tree(&path)?;
-            std::fs::DirBuilder::new().mode(0o700).create(&path)?;
-            chown(&path, Some(self.user.uid), Some(self.user.gid))?;
+            let mode = if part == "conf" { 0o750 } else { 0o700 };
+            std::fs::DirBuilder::new().mode(mode).create(&path)?;
+            chown(&path, Some(if is_theirs || !is_apart { uid } else { we }), Some(gid))?;
         }
-        std::fs::set_permissions(&self.home, std::fs::Permissions::from_mode(0o700))?;
-        chown(&self.home, Some(self.user.uid), Some(self.user.gid))?;
+        if is_apart {
+            chown(&self.home, Some(we), None)?;
+        } else {
+            chown(&self.home, Some(uid), Some(gid))?;
+        }
         Dirs::make_run(&self.run)?;
         if self.is_bound() {
             std::fs::create_dir_all(&self.root)?;
@@ -126,7 +167,35 @@ impl Dirs {
 
     /// Postgres's user.
     pub fn user(&self) -> User {
-        self.user
+        self.isolation.user()
+    }
+
+    /// How Postgres is kept apart.
+    pub fn isolation(&self) -> Isolation {
+        self.isolation
+    }
+
+    /// The control groups of its sandbox.
+    ///
+    /// # Errors
+    /// When a controller is missing here.
+    pub fn group(&self) -> Result<Group, CgroupError> {
+        Group::of(&self.short_id)
+    }
+
+    /// On which the root directory of a sandbox is put together.
+    pub fn sandbox_root(&self) -> PathBuf {
+        self.root.join("root")
+    }
+
+    /// Postgres's log.
+    pub fn log(&self) -> PathBuf {
+        self.root.join("postgres.log")
+    }
+
+    /// Files that Postgres reads and cannot write: its configuration.
+    pub fn conf(&self) -> PathBuf {
+        self.root.join("conf")
     }
 
     /// The mountpoint: Postgres's data directory.
@@ -149,29 +218,21 @@ impl Dirs {
         self.root.join("socket")
     }
 
-    /// The socket of Postgres in it.
-    pub fn postgres_socket(&self, port: u16) -> PathBuf {
-        self.socket().join(format!(".s.PGSQL.{port}"))
-    }
-
     /// The socket on which connections to the walsender are handed out.
     pub fn walsender(&self) -> PathBuf {
         self.run.join(format!("{}.walsender", self.short_id))
     }
 
-    /// A file of the compute itself, such as its configuration.
-    pub fn file(&self, name: &str) -> PathBuf {
-        self.root.join(name)
-    }
-
-    /// Writes a file of the compute itself, readable by Postgres.
+    /// Writes a file of the configuration, readable by Postgres.
     ///
     /// # Errors
     /// Those of the file system.
     pub fn write(&self, name: &str, contents: &str) -> io::Result<()> {
-        let (path, temporary) = (self.file(name), self.file(&format!("{name}.new")));
+        let (path, temporary) = (self.conf().join(name), self.conf().join(format!("{name}.new")));
         std::fs::write(&temporary, contents)?;
-        chown(&temporary, Some(self.user.uid), Some(self.user.gid))?;
+        std::fs::set_permissions(&temporary, std::fs::Permissions::from_mode(0o640))?;
+        let owner = matches!(self.isolation, Isolation::None(_)).then_some(self.user().uid);
+        chown(&temporary, owner, Some(self.user().gid))?;
         std::fs::rename(temporary, path)
     }
 

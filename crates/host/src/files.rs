@@ -32,7 +32,8 @@ struct Shared {
     refused: Mutex<Vec<String>>,
     changed: Notify,
     idle: Notify,
-    hba: Mutex<Option<Dirs>>,
+    /// Where our own files of who may connect stand.
+    access: Mutex<Option<Dirs>>,
     postmaster: Mutex<Option<u32>>,
     standby_names_taken: Notify,
 }
@@ -79,9 +80,9 @@ impl Uploader {
         Arc::new(Observer { shared: self.shared.clone() })
     }
 
-    /// From now on a written `pg_hba.conf` is also taken into ours.
-    pub fn watch_hba(&self, dirs: &Dirs) {
-        *self.shared.hba.lock() = Some(dirs.clone());
+    /// From now on a written `pg_hba.conf` or `pg_ident.conf` is also taken into ours.
+    pub fn watch_access(&self, dirs: &Dirs) {
+        *self.shared.access.lock() = Some(dirs.clone());
     }
 
     /// Says which postmaster to tell when `pg_hba.conf` changed.
@@ -143,12 +144,13 @@ impl FileObserver for Observer {
         if path.starts_with("pg_replslot/varve/") {
             return; // the WAL receiver's own, made anew at each start
         }
-        if path == "pg_hba.conf" {
+        if matches!(path, "pg_hba.conf" | "pg_ident.conf") {
             let text = String::from_utf8_lossy(&contents).into_owned();
-            if let Some(dirs) = &*self.shared.hba.lock()
-                && let Err(error) = dirs.write("pg_hba.conf", &config::pg_hba_conf(&text))
-            {
-                tracing::warn!(%error, "pg_hba.conf could not be taken over");
+            if let Some(dirs) = &*self.shared.access.lock() {
+                let ours = if path == "pg_hba.conf" { config::pg_hba_conf(dirs.isolation(), &text) } else { config::pg_ident_conf(&text) };
+                if let Err(error) = dirs.write(path, &ours) {
+                    tracing::warn!(path, %error, "it could not be taken over");
+                }
             }
             if let Some(pid) = self.shared.postmaster.lock().and_then(|pid| Pid::from_raw(pid as i32)) {
                 let _ = kill_process(pid, Signal::HUP);

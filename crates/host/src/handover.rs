@@ -11,7 +11,6 @@ use std::mem::MaybeUninit;
 use std::os::fd::AsFd as _;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
@@ -21,6 +20,8 @@ use tokio::task::{AbortHandle, JoinHandle, JoinSet};
 use varve_api::host::Walsender;
 use varve_api::token::Token;
 use varve_protocol::connect::HANDOVER_LINE_MAX;
+
+use crate::sessions::PrivateSocket;
 
 /// How long a client may take to send its line, and to take the answer.
 const CLIENT_MAX: Duration = Duration::from_secs(5);
@@ -56,11 +57,11 @@ pub struct Handover {
 }
 
 impl Handover {
-    /// Hands out connections to the Unix socket `postgres` on a new socket `path`; the credential is random.
+    /// Hands out connections to `postgres` on a new socket `path`; the credential is random.
     ///
     /// # Errors
     /// [`HandoverError`].
-    pub fn open(path: &Path, postgres: &Path) -> Result<Handover, HandoverError> {
+    pub fn open(path: &Path, postgres: &PrivateSocket) -> Result<Handover, HandoverError> {
         if path.as_os_str().len() > SOCKET_PATH_MAX {
             return Err(HandoverError::PathTooLong(path.to_owned()));
         }
@@ -70,7 +71,7 @@ impl Handover {
         let listener = UnixListener::bind(path).map_err(failed)?;
         std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o666)).map_err(failed)?;
         let credential = Token::random().map_err(failed)?;
-        let task = tokio::spawn(accept(listener, credential.clone(), postgres.to_owned()));
+        let task = tokio::spawn(accept(listener, credential.clone(), postgres.clone()));
         Ok(Handover { path: path.to_owned(), credential, task })
     }
 
@@ -87,8 +88,7 @@ impl Drop for Handover {
     }
 }
 
-async fn accept(listener: UnixListener, credential: Token, postgres: PathBuf) {
-    let postgres: Arc<Path> = postgres.into();
+async fn accept(listener: UnixListener, credential: Token, postgres: PrivateSocket) {
     let mut waiting: VecDeque<AbortHandle> = VecDeque::new();
     // Ends them when we end: a credential opens nothing once its incarnation is over.
     let mut tasks = JoinSet::new();
@@ -121,7 +121,7 @@ async fn accept(listener: UnixListener, credential: Token, postgres: PathBuf) {
     }
 }
 
-async fn serve(door: &mut UnixStream, credential: &Token, postgres: &Path) -> io::Result<()> {
+async fn serve(door: &mut UnixStream, credential: &Token, postgres: &PrivateSocket) -> io::Result<()> {
     let Some(line) = read_line(door).await? else {
         say(door, "expected one line with the credential").await;
         return Ok(());
@@ -131,13 +131,7 @@ async fn serve(door: &mut UnixStream, credential: &Token, postgres: &Path) -> io
         say(door, "wrong credential").await;
         return Ok(());
     }
-    // Never waits: a connection that Postgres has no room for is refused.
-    let connected = UnixStream::connect(postgres).await.and_then(|stream| {
-        let stream = stream.into_std()?;
-        stream.set_nonblocking(false)?;
-        Ok(stream)
-    });
-    match connected {
+    match postgres.connect() {
         Ok(stream) => {
             door.async_io(Interest::WRITABLE, || {
                 let descriptors = [stream.as_fd()];

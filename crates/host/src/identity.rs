@@ -63,6 +63,15 @@ impl ProcessId {
         Ok(self.runs()?.then_some(Held { descriptor }))
     }
 
+    /// Kills it, if it runs.
+    pub fn kill(&self) {
+        if matches!(self.runs(), Ok(true))
+            && let Some(pid) = raw(self.pid)
+        {
+            let _ = rustix::process::kill_process(pid, Signal::KILL);
+        }
+    }
+
     /// Kills it and its children at once, and waits until they are gone. Blocks.
     pub fn kill_tree(&self) {
         if !matches!(self.runs(), Ok(true)) {

@@ -13,7 +13,9 @@
 //! of another process's disk comes here, and none of ours goes out but that of a socket.
 
 pub mod agent;
+mod beneath;
 pub mod bin_dirs;
+pub mod cgroup;
 pub mod config;
 pub mod dirs;
 pub mod files;
@@ -21,13 +23,17 @@ pub mod handover;
 pub mod identity;
 pub mod initdb;
 pub mod leftover;
+mod log;
 pub mod mount;
 pub mod page_fetcher;
+mod passage;
 pub mod ports;
 pub mod postgres;
 pub mod process;
 pub mod record;
+pub mod sandbox;
 pub mod server;
 pub mod sessions;
 mod start;
+pub mod uids;
 pub mod waiters;

@@ -1,7 +1,7 @@
 //! Ports that computes listen on: chosen and checked on the machine where they are.
 
 use std::io;
-use std::net::TcpListener;
+use std::net::{TcpListener, ToSocketAddrs as _};
 
 /// A port that a compute cannot have.
 #[derive(Debug, thiserror::Error)]
@@ -32,6 +32,28 @@ fn bind(address: &str, port: u16) -> Result<TcpListener, PortError> {
 /// When another process does, or the machine has no such address.
 pub fn check(listen: &str, port: u16) -> Result<(), PortError> {
     addresses(listen).into_iter().try_for_each(|address| bind(address, port).map(drop))
+}
+
+/// The addresses of `listen` as numbers, as a `listen_addresses`. May ask a name server.
+///
+/// # Errors
+/// When a name is not known.
+pub fn numeric(listen: &str) -> Result<String, PortError> {
+    let mut numbers = Vec::new();
+    for address in addresses(listen) {
+        let found = (address, 0).to_socket_addrs().map_err(|source| PortError { port: 0, address: address.to_owned(), source })?;
+        numbers.extend(found.map(|address| address.ip().to_string()));
+    }
+    numbers.dedup();
+    Ok(numbers.join(","))
+}
+
+/// Listens on `port` of all addresses of `listen`. May ask a name server.
+///
+/// # Errors
+/// As [`check`].
+pub fn listen(listen: &str, port: u16) -> Result<Vec<TcpListener>, PortError> {
+    addresses(listen).into_iter().map(|address| bind(address, port)).collect()
 }
 
 /// A port that is free now on all addresses of `listen`, and none of `taken`.

@@ -11,11 +11,16 @@ use rustix::process::{Pid, Signal, kill_process};
 use tokio::process::{Child, Command};
 use varve_api::host::Begin;
 
+use crate::cgroup::{CgroupError, Group, Limits};
 use crate::config;
-use crate::dirs::Dirs;
+use crate::dirs::{Dirs, Isolation, User};
 use crate::identity::ProcessId;
+use crate::log::Log;
+use crate::passage::Passage;
+use crate::ports::{self, PortError};
 use crate::record::RecordError;
-use crate::sessions::Sessions;
+use crate::sandbox::{Dialer, NetworkAccess, Running, SandboxError, Spec};
+use crate::sessions::{PrivateSocket, Sessions};
 
 /// How long Postgres may take until it answers.
 const START_MAX: Duration = Duration::from_secs(120);
@@ -25,6 +30,13 @@ const START_POLL: Duration = Duration::from_millis(2);
 const STOP_MAX: Duration = Duration::from_secs(300);
 /// Bytes of the server's log that an error quotes.
 const LOG_TAIL: usize = 2000;
+/// This program, whatever has become of its file.
+const OURSELVES: &str = "/proc/self/exe";
+/// What a sandbox gets. Processes and open files are far beyond what Postgres takes by default; shared memory is for
+/// parallel queries.
+const SHM_BYTES_MAX: u64 = 1 << 30;
+const TMP_BYTES: u64 = 64 << 20;
+const FILES_MAX: u64 = 4096;
 /// Where util-linux has `setpriv`, which asks the kernel to end a program with its parent.
 const SETPRIV: &str = "/usr/bin/setpriv";
 
@@ -59,6 +71,15 @@ pub enum PostgresError {
     /// It could not be noted which process it is.
     #[error(transparent)]
     Record(#[from] RecordError),
+    /// It has no sandbox.
+    #[error(transparent)]
+    Sandbox(#[from] SandboxError),
+    /// Its control groups cannot be made.
+    #[error(transparent)]
+    Cgroup(#[from] CgroupError),
+    /// Clients cannot reach it.
+    #[error(transparent)]
+    Port(#[from] PortError),
 }
 
 impl PostgresError {
@@ -68,18 +89,30 @@ impl PostgresError {
         match self {
             PostgresError::Ended { status, .. } => status.signal().is_some(),
             PostgresError::Silent { .. } => true,
-            PostgresError::Missing { .. } | PostgresError::Io(_) | PostgresError::Record(_) => false,
+            PostgresError::Missing { .. }
+            | PostgresError::Io(_)
+            | PostgresError::Record(_)
+            | PostgresError::Sandbox(_)
+            | PostgresError::Cgroup(_)
+            | PostgresError::Port(_) => false,
         }
     }
+}
+
+/// The processes of a Postgres.
+#[derive(Debug)]
+enum Processes {
+    /// In a sandbox, with its log and, where it has a network of its own, the way in.
+    Sandboxed { running: Running, log: Log, group: Group, passage: Option<Passage> },
+    /// As they are.
+    Plain(Child),
 }
 
 /// A running Postgres.
 #[derive(Debug)]
 pub struct Postgres {
-    child: Child,
+    processes: Processes,
     pid: u32,
-    /// The socket, as a sign that asking is worth while.
-    socket: PathBuf,
     sessions: Sessions,
 }
 
@@ -93,46 +126,93 @@ impl Postgres {
         if !binary.exists() {
             return Err(PostgresError::Missing { version: begin.pg_version, path: binary });
         }
-        let log_path = dirs.file("postgres.log");
-        let log = File::options().create(true).append(true).open(&log_path)?;
-        let user = dirs.user();
-        let mut command = bound_to_us(&binary);
+        let mut postgres = match dirs.isolation() {
+            Isolation::Sandbox { uid, network, limits } => {
+                let group = dirs.group()?;
+                group.make(&limits)?;
+                let spec = Spec { cgroups: group.folders(), ..spec(bin_dir, dirs, uid, network, &limits)? };
+                Self::sandboxed(spec, begin, dirs).await?
+            }
+            Isolation::None(user) => Self::plain(&binary, begin, dirs, user)?,
+        };
+        if let Err(error) = postgres.remember(dirs) {
+            postgres.kill().await; // nobody could end it after us
+            return Err(error.into());
+        }
+        postgres.answers(dirs).await?;
+        if let Err(error) = postgres.let_clients_in(begin).await {
+            postgres.kill().await;
+            return Err(error);
+        }
+        Ok(postgres)
+    }
+
+    async fn sandboxed(spec: Spec, begin: &Begin, dirs: &Dirs) -> Result<Postgres, PostgresError> {
+        let listen = begin.listen.clone();
+        // Inside nobody knows names.
+        let addresses = tokio::task::spawn_blocking(move || ports::numeric(&listen)).await.map_err(io::Error::other)??;
+        let spec = Spec { arguments: config::arguments(begin, &addresses, dirs), ..spec };
+        let (running, pipe) = Running::start(Path::new(OURSELVES), &spec).await?;
+        let pid = running.processes().map_or(0, |(_, postmaster)| postmaster);
+        let processes = Processes::Sandboxed { running, log: Log::start(&dirs.log(), pipe), group: dirs.group()?, passage: None };
+        Ok(Postgres { processes, pid, sessions: Sessions::new(PrivateSocket::new(dirs.socket(), begin.port, dirs.user().uid)) })
+    }
+
+    fn plain(binary: &Path, begin: &Begin, dirs: &Dirs, user: User) -> Result<Postgres, PostgresError> {
+        let log = File::options().create(true).append(true).open(dirs.log())?;
+        let mut command = bound_to_us(binary);
         command
-            .args(config::arguments(begin, dirs))
+            .args(config::arguments(begin, &begin.listen, dirs))
             .current_dir("/")
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
             .stderr(log)
             .process_group(0)
             .env_clear()
-            .env("PATH", "/usr/local/bin:/usr/bin:/bin")
-            .env("LC_ALL", "C.UTF-8")
-            .env("PGUSER", config::INTERNAL_ROLE);
+            .envs(environment());
         if rustix::process::geteuid().is_root() {
             command.uid(user.uid).gid(user.gid);
         }
         let child = command.spawn()?;
         let pid = child.id().ok_or_else(|| io::Error::other("it ended as it started"))?;
-        let (socket, sessions) = (dirs.postgres_socket(begin.port), Sessions::new(dirs.socket(), begin.port));
-        let mut postgres = Postgres { child, pid, socket, sessions };
-        if let Err(error) = dirs.remember_postmaster(pid) {
-            postgres.kill().await; // nobody could end it after us
-            return Err(error.into());
+        let sessions = Sessions::new(PrivateSocket::new(dirs.socket(), begin.port, dirs.user().uid));
+        Ok(Postgres { processes: Processes::Plain(child), pid, sessions })
+    }
+
+    /// Notes what to end if we cannot: init of the sandbox, with which all of it ends, or the postmaster.
+    fn remember(&self, dirs: &Dirs) -> Result<(), RecordError> {
+        match &self.processes {
+            Processes::Sandboxed { running, .. } => running.processes().map_or(Ok(()), |(init, _)| dirs.remember_postmaster(init.pid)),
+            Processes::Plain(_) => dirs.remember_postmaster(self.pid),
         }
+    }
+
+    /// Waits until it answers.
+    async fn answers(&mut self, dirs: &Dirs) -> Result<(), PostgresError> {
         let deadline = Instant::now() + START_MAX;
         loop {
-            if postgres.socket.exists() && postgres.sessions.flushed().await.is_ok() {
-                return Ok(postgres);
+            if self.sessions.socket().exists() && self.sessions.flushed().await.is_ok() {
+                return Ok(());
             }
-            if let Some(status) = postgres.child.try_wait()? {
-                return Err(PostgresError::Ended { status, log: log_tail(&log_path) });
+            if let Some(status) = self.try_wait()? {
+                self.log_is_whole().await;
+                return Err(PostgresError::Ended { status, log: log_tail(&dirs.log()) });
             }
             if Instant::now() > deadline {
-                postgres.kill().await;
-                return Err(PostgresError::Silent { log: log_tail(&log_path) });
+                self.kill().await;
+                return Err(PostgresError::Silent { log: log_tail(&dirs.log()) });
             }
             tokio::time::sleep(START_POLL).await;
         }
+    }
+
+    /// Opens the compute's port, where Postgres does not do that itself.
+    async fn let_clients_in(&mut self, begin: &Begin) -> Result<(), PostgresError> {
+        let Processes::Sandboxed { running, passage, .. } = &mut self.processes else { return Ok(()) };
+        if let Some(namespace) = running.network()? {
+            *passage = Some(Passage::open(&begin.listen, begin.port, Dialer::start(namespace)?)?);
+        }
+        Ok(())
     }
 
     /// The postmaster's process id.
@@ -151,8 +231,13 @@ impl Postgres {
     }
 
     fn signal(&self, signal: Signal) {
-        if let Some(pid) = Pid::from_raw(self.pid as i32) {
-            let _ = kill_process(pid, signal);
+        match &self.processes {
+            Processes::Sandboxed { running, .. } => running.signal(signal),
+            Processes::Plain(_) => {
+                if let Some(pid) = Pid::from_raw(self.pid as i32) {
+                    let _ = kill_process(pid, signal);
+                }
+            }
         }
     }
 
@@ -160,14 +245,37 @@ impl Postgres {
     ///
     /// # Errors
     /// When the process cannot be waited for.
-    pub async fn wait(&mut self) -> io::Result<std::process::ExitStatus> {
-        self.child.wait().await
+    pub async fn wait(&mut self) -> io::Result<ExitStatus> {
+        match &mut self.processes {
+            Processes::Sandboxed { running, group, .. } => {
+                let status = running.wait().await?;
+                let kills = group.out_of_memory_kills();
+                if kills > 0 {
+                    tracing::warn!(kills, "the compute was out of memory: the kernel has killed processes of it");
+                }
+                Ok(status)
+            }
+            Processes::Plain(child) => child.wait().await,
+        }
+    }
+
+    fn try_wait(&mut self) -> io::Result<Option<ExitStatus>> {
+        match &mut self.processes {
+            Processes::Sandboxed { running, .. } => running.try_wait(),
+            Processes::Plain(child) => child.try_wait(),
+        }
+    }
+
+    async fn log_is_whole(&mut self) {
+        if let Processes::Sandboxed { log, .. } = &mut self.processes {
+            log.rest().await;
+        }
     }
 
     /// Fast shutdown: sessions end, a checkpoint is written, all WAL is sent. Whether it was clean.
     pub async fn stop(&mut self) -> bool {
         self.signal(Signal::INT);
-        match tokio::time::timeout(STOP_MAX, self.child.wait()).await {
+        match tokio::time::timeout(STOP_MAX, self.wait()).await {
             Ok(Ok(status)) => status.success(),
             _ => {
                 self.kill().await;
@@ -176,14 +284,46 @@ impl Postgres {
         }
     }
 
-    /// Kills Postgres and its backends at once.
+    /// Kills Postgres, its backends and, in a sandbox, whatever else they started, at once.
     pub async fn kill(&mut self) {
-        // Nobody has waited for it yet, so the number is still its own.
-        if let Ok(Some(process)) = ProcessId::of(self.pid) {
-            let _ = tokio::task::spawn_blocking(move || process.kill_tree()).await;
+        match &mut self.processes {
+            Processes::Sandboxed { running, .. } => running.kill().await,
+            Processes::Plain(child) => {
+                // Nobody has waited for it yet, so the number is still its own.
+                if let Ok(Some(process)) = ProcessId::of(self.pid) {
+                    let _ = tokio::task::spawn_blocking(move || process.kill_tree()).await;
+                }
+                let _ = child.kill().await;
+            }
         }
-        let _ = self.child.kill().await;
     }
+}
+
+/// The sandbox of a compute: its own folders, and the installation of Postgres.
+fn spec(bin_dir: &Path, dirs: &Dirs, uid: u32, network: NetworkAccess, limits: &Limits) -> io::Result<Spec> {
+    // Programs find their libraries and files beside their folder.
+    let installation = |bin_dir: &Path| bin_dir.parent().filter(|parent| parent.parent().is_some()).map(Path::to_owned);
+    let mut read_only: Vec<PathBuf> = [bin_dir, &bin_dir.canonicalize()?].into_iter().filter_map(installation).collect();
+    read_only.dedup();
+    read_only.push(dirs.conf());
+    Ok(Spec {
+        uid,
+        root: dirs.sandbox_root(),
+        read_only,
+        writable: vec![dirs.pgdata(), dirs.pg_wal(), dirs.socket()],
+        network,
+        shm_bytes: limits.memory_bytes.map_or(SHM_BYTES_MAX, |bytes| (bytes / 2).min(SHM_BYTES_MAX)),
+        tmp_bytes: TMP_BYTES,
+        files_max: FILES_MAX,
+        cgroups: Vec::new(),
+        program: bin_dir.join("postgres"),
+        arguments: Vec::new(),
+        environment: environment().into_iter().map(|(name, value)| (name.to_owned(), value.to_owned())).collect(),
+    })
+}
+
+fn environment() -> [(&'static str, &'static str); 3] {
+    [("PATH", "/usr/local/bin:/usr/bin:/bin"), ("LC_ALL", "C.UTF-8"), ("PGUSER", config::INTERNAL_ROLE)]
 }
 
 /// The program, to be ended at once (`SIGQUIT`, which a postmaster passes on to its backends) when we die, however that

@@ -14,6 +14,7 @@
 //! told to.
 
 use std::borrow::Cow;
+use std::io::Read as _;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -28,8 +29,7 @@ use varve_postgres::control::{ClusterState, ControlFile};
 use varve_postgres::{Lsn, Major};
 
 use crate::bin_dirs::{BinDirError, BinDirs};
-use crate::config;
-use crate::dirs::{Dirs, User};
+use crate::dirs::{Dirs, Isolation};
 use crate::files::Uploader;
 use crate::handover::{Handover, HandoverError};
 use crate::leftover::LeftoverError;
@@ -39,6 +39,7 @@ use crate::server::{Server, is_fenced, is_transient};
 use crate::sessions::Sessions;
 use crate::start::{self, MountError};
 use crate::waiters;
+use crate::{beneath, config};
 
 /// Wait between tries to reach a server that is away.
 const RETRY_WAIT: Duration = Duration::from_millis(100);
@@ -46,6 +47,8 @@ const RETRY_WAIT: Duration = Duration::from_millis(100);
 const BACKOFF_MAX: Duration = Duration::from_secs(10);
 /// Incarnations that may fail in a row before they ever ran; then the compute gives up and says why.
 const FAILED_STARTS_MAX: u32 = 5;
+/// Bytes of a control file (`PG_CONTROL_FILE_SIZE`).
+const CONTROL_FILE_MAX: u64 = 8192;
 /// How long the server may take until it takes the end of a compute.
 const END_MAX: Duration = Duration::from_secs(60);
 /// How long a start waits for the tenant's password to be set. Whoever connects should find it set; whoever commits
@@ -75,6 +78,8 @@ pub struct ProcessConfig {
     pub token_file: PathBuf,
     /// The Postgres installations.
     pub bin_dirs: BinDirs,
+    /// How Postgres is kept apart.
+    pub isolation: Isolation,
 }
 
 /// Why a compute process cannot go on.
@@ -141,8 +146,7 @@ enum Begun {
 /// When it cannot be started, after some tries, or the server refuses it.
 pub async fn run(config: ProcessConfig) -> Result<(), ProcessError> {
     let server = Server::new(&config.server_url, &config.id, &config.host, config.token, config.token_file)?;
-    let user = User::for_postgres()?;
-    let dirs = Dirs::existing(&config.home, &config.run_dir, &config.id, user);
+    let dirs = Dirs::existing(&config.home, &config.run_dir, &config.id, config.isolation);
     let mut terminate = signal(SignalKind::terminate())?;
     let mut failed_starts = 0;
     loop {
@@ -320,7 +324,7 @@ async fn incarnation(
     let bin_dir = bin_dirs.path(begin.pg_version);
     let uploader = Arc::new(Uploader::start(server.clone(), begin.incarnation, begin.epoch.is_some()));
     let mount = start::mount(begin, dirs, &uploader).await?;
-    uploader.watch_hba(dirs);
+    uploader.watch_access(dirs);
     if let Some(epoch) = begin.epoch {
         let writer = WriterRecord { timeline_id: begin.timeline_id.clone(), epoch, pg_version: begin.pg_version };
         writer.write(&dirs.leftover().record)?;
@@ -372,8 +376,13 @@ async fn incarnation(
 
 /// Where the shutdown checkpoint is with which Postgres ended, as its control file says; none if there is none.
 async fn shutdown_checkpoint(begin: &Begin, dirs: &Dirs) -> Option<Lsn> {
-    let (path, major) = (dirs.pgdata().join("global/pg_control"), Major::from_number(begin.pg_version)?);
-    let read = tokio::task::spawn_blocking(move || std::fs::read(path)).await.map_err(std::io::Error::other).flatten();
+    let (folder, major) = (dirs.pgdata(), Major::from_number(begin.pg_version)?);
+    let read = move || {
+        let mut bytes = Vec::new();
+        beneath::file(&folder, "global/pg_control")?.take(CONTROL_FILE_MAX).read_to_end(&mut bytes)?;
+        Ok(bytes)
+    };
+    let read = tokio::task::spawn_blocking(read).await.map_err(std::io::Error::other).flatten();
     let control = match read {
         Ok(bytes) => ControlFile::decode(&bytes, major),
         Err(error) => {
@@ -428,7 +437,7 @@ async fn serve(
     terminate: &mut Signal,
 ) -> Result<End, ProcessError> {
     // Open as long as the incarnation is attached or may be.
-    let handover = Handover::open(&dirs.walsender(), &dirs.postgres_socket(begin.port))?;
+    let handover = Handover::open(&dirs.walsender(), postgres.sessions().socket())?;
     let mut attach = Attach {
         timeline_id: begin.timeline_id.clone(),
         epoch: begin.epoch,

@@ -111,6 +111,9 @@ pub struct ComputeRecord {
     pub port: u16,
     /// Its process, from when it was started until it was seen to be gone.
     pub process: Option<ProcessId>,
+    /// User id of its sandbox, which no other compute has while this record is there.
+    #[serde(default)]
+    pub uid: Option<u32>,
 }
 
 impl Record for ComputeRecord {
@@ -220,7 +223,14 @@ mod tests {
     fn record() -> ComputeRecord {
         let process = ProcessId { pid: 7, start: "99".to_owned(), boot: "b".to_owned() };
         let text = |text: &str| text.to_owned();
-        ComputeRecord { endpoint: text("e1"), tenant: text("t1"), listen: text("127.0.0.1"), port: 5433, process: Some(process) }
+        ComputeRecord {
+            endpoint: text("e1"),
+            tenant: text("t1"),
+            listen: text("127.0.0.1"),
+            port: 5433,
+            process: Some(process),
+            uid: Some(2_000_000),
+        }
     }
 
     #[test]

@@ -6,16 +6,18 @@
 //! `pg_authid` ([`crate::waiters`] sees to that one). A session with a database may wait for the locks of commits;
 //! whoever uses it says for how long.
 
+use std::io;
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use varve_postgres::Lsn;
 use varve_protocol::ClientError;
 use varve_protocol::connect::blocking::Connection;
-use varve_protocol::connect::{ConnectConfig, Endpoint};
+use varve_protocol::connect::{ConnectConfig, Endpoint, Socket};
 use varve_protocol::wire::Row;
 
-use crate::config;
+use crate::{beneath, config};
 
 /// How long Postgres may take to say where its WAL is.
 const ANSWER_MAX: Duration = Duration::from_secs(10);
@@ -23,6 +25,9 @@ const ANSWER_MAX: Duration = Duration::from_secs(10);
 /// Why a session came to nothing.
 #[derive(Debug, thiserror::Error)]
 pub enum SessionError {
+    /// There is no connection.
+    #[error("Postgres takes no connection: {0}")]
+    Connect(#[source] io::Error),
     /// What Postgres or the connection to it says.
     #[error(transparent)]
     Client(#[from] ClientError),
@@ -34,16 +39,59 @@ pub enum SessionError {
     Task(#[from] tokio::task::JoinError),
 }
 
+/// Postgres's socket, in a folder where the tenant can make names: what is no socket of his Postgres's is not connected
+/// to.
+#[derive(Clone, Debug)]
+pub struct PrivateSocket {
+    folder: PathBuf,
+    port: u16,
+    uid: u32,
+}
+
+impl PrivateSocket {
+    /// In this folder, of a Postgres that has this port and runs as this user.
+    pub fn new(folder: impl Into<PathBuf>, port: u16, uid: u32) -> PrivateSocket {
+        PrivateSocket { folder: folder.into(), port, uid }
+    }
+
+    /// Whether there is one, as a sign that connecting is worth while.
+    pub fn exists(&self) -> bool {
+        self.folder.join(self.name()).symlink_metadata().is_ok()
+    }
+
+    /// Connects. Never waits: a connection that Postgres has no room for is refused.
+    ///
+    /// # Errors
+    /// When there is no socket of Postgres's, or it takes no connection.
+    pub fn connect(&self) -> io::Result<UnixStream> {
+        beneath::connect(&self.folder, &self.name(), self.uid)
+    }
+
+    fn name(&self) -> String {
+        format!(".s.PGSQL.{}", self.port)
+    }
+
+    /// For messages.
+    fn endpoint(&self) -> Endpoint {
+        Endpoint::unix(self.folder.clone(), self.port)
+    }
+}
+
 /// Where the sessions of one Postgres are had.
 #[derive(Clone, Debug)]
 pub struct Sessions {
-    endpoint: Endpoint,
+    socket: PrivateSocket,
 }
 
 impl Sessions {
-    /// Through the socket in `socket_dir`.
-    pub fn new(socket_dir: impl Into<PathBuf>, port: u16) -> Sessions {
-        Sessions { endpoint: Endpoint::unix(socket_dir, port) }
+    /// Through this socket.
+    pub fn new(socket: PrivateSocket) -> Sessions {
+        Sessions { socket }
+    }
+
+    /// The socket.
+    pub fn socket(&self) -> &PrivateSocket {
+        &self.socket
     }
 
     /// Where its WAL is flushed to: everything that was ever acknowledged ends at or before.
@@ -52,7 +100,7 @@ impl Sessions {
     /// When Postgres does not answer.
     pub async fn flushed(&self) -> Result<Lsn, SessionError> {
         let config = self.config().parameter("replication", "true");
-        let rows = run(config, "IDENTIFY_SYSTEM".to_owned(), ANSWER_MAX).await?;
+        let rows = self.run(config, "IDENTIFY_SYSTEM".to_owned(), ANSWER_MAX).await?;
         let text = rows.first().and_then(|row| row.get(2)).cloned().flatten().unwrap_or_default();
         text.parse().map_err(|_| SessionError::Position(text))
     }
@@ -63,11 +111,11 @@ impl Sessions {
     /// When Postgres refuses, or does not come to it within `limit`.
     pub async fn set_password(&self, verifier: &str, limit: Duration) -> Result<(), SessionError> {
         let select = "SELECT rolpassword FROM pg_authid WHERE rolname = 'postgres'".to_owned();
-        let rows = run(self.database(), select, limit).await?;
+        let rows = self.run(self.database(), select, limit).await?;
         match rows.first() {
             Some(row) if row.first().and_then(Option::as_deref) != Some(verifier) => {
                 let quoted = verifier.replace('\'', "''");
-                run(self.database(), format!("ALTER ROLE postgres PASSWORD '{quoted}'"), limit).await?;
+                self.run(self.database(), format!("ALTER ROLE postgres PASSWORD '{quoted}'"), limit).await?;
                 Ok(())
             }
             _ => Ok(()),
@@ -79,26 +127,28 @@ impl Sessions {
     /// # Errors
     /// When Postgres refuses, or does not come to it in time.
     pub async fn take_back_standby_names(&self) -> Result<(), SessionError> {
-        run(self.database(), "ALTER SYSTEM RESET synchronous_standby_names".to_owned(), ANSWER_MAX).await?;
+        self.run(self.database(), "ALTER SYSTEM RESET synchronous_standby_names".to_owned(), ANSWER_MAX).await?;
         Ok(())
     }
 
     fn config(&self) -> ConnectConfig {
-        ConnectConfig::new(self.endpoint.clone(), config::INTERNAL_ROLE).parameter("application_name", "varve supervisor")
+        ConnectConfig::new(self.socket.endpoint(), config::INTERNAL_ROLE).parameter("application_name", "varve supervisor")
     }
 
     fn database(&self) -> ConnectConfig {
         let config = self.config().parameter("replication", "database").parameter("database", "postgres");
         config.parameter("options", "-c synchronous_commit=local")
     }
-}
 
-/// Runs one statement (a walsender of 14 takes no more at once), and gives its rows.
-async fn run(config: ConnectConfig, statement: String, limit: Duration) -> Result<Vec<Row>, SessionError> {
-    let session = move || {
-        let mut connection = Connection::connect(&config, limit)?;
-        connection.set_read_timeout(Some(limit))?;
-        connection.simple_query(&statement)
-    };
-    Ok(tokio::task::spawn_blocking(session).await??)
+    /// Runs one statement (a walsender of 14 takes no more at once), and gives its rows.
+    async fn run(&self, config: ConnectConfig, statement: String, limit: Duration) -> Result<Vec<Row>, SessionError> {
+        let socket = self.socket.clone();
+        let session = move || -> Result<Vec<Row>, SessionError> {
+            let stream = socket.connect().map_err(SessionError::Connect)?;
+            let mut connection = Connection::over(Socket::Unix(stream), &config, limit)?;
+            connection.set_read_timeout(Some(limit))?;
+            Ok(connection.simple_query(&statement)?)
+        };
+        tokio::task::spawn_blocking(session).await?
+    }
 }

@@ -110,16 +110,19 @@ fn mount_blocking(begin: &Begin, dirs: &Dirs, uploader: &Uploader) -> Result<Mou
     let backup = BaseBackup::start(&connection, &begin.tenant_id, &begin.timeline_id, Some(lsn), options, BACKUP_SILENCE_MAX)?;
     let files = fetch(backup, dirs)?;
     let fetched = started.elapsed();
-    let users_hba = files.iter().find_map(|file| match &file.content {
-        InitialContent::File(bytes) if file.path == "pg_hba.conf" => Some(String::from_utf8_lossy(bytes).into_owned()),
-        _ => None,
-    });
+    let users_own = |name: &str| {
+        files.iter().find_map(|file| match &file.content {
+            InitialContent::File(bytes) if file.path == name => Some(String::from_utf8_lossy(bytes).into_owned()),
+            _ => None,
+        })
+    };
     for file in &files {
         if let InitialContent::File(bytes) = &file.content {
             uploader.look_at(&file.path, bytes);
         }
     }
-    dirs.write("pg_hba.conf", &config::pg_hba_conf(users_hba.as_deref().unwrap_or_default()))?;
+    dirs.write("pg_hba.conf", &config::pg_hba_conf(dirs.isolation(), &users_own("pg_hba.conf").unwrap_or_default()))?;
+    dirs.write("pg_ident.conf", &config::pg_ident_conf(&users_own("pg_ident.conf").unwrap_or_default()))?;
     let source = Arc::new(PageFetcher::new(connection, &begin.tenant_id, &begin.timeline_id, lsn));
     let user = dirs.user();
     let major = Major::from_number(begin.pg_version).ok_or_else(|| MountError::begin("a major of Postgres", &begin.pg_version))?;
@@ -252,7 +255,8 @@ fn write_wal(entry: &mut impl Read, name: &str, directory: bool, dirs: &Dirs) ->
         std::fs::create_dir_all(&path)?;
         return chown(&path, Some(user.uid), Some(user.gid));
     }
-    let mut file = File::create(&path)?;
+    // Nobody has made the name before us: the folder is new.
+    let mut file = File::create_new(&path)?;
     let mut bytes = Vec::new();
     entry.read_to_end(&mut bytes)?;
     let end = bytes.iter().rposition(|byte| *byte != 0).map_or(0, |last| last + 1);
@@ -266,7 +270,7 @@ fn write_wal(entry: &mut impl Read, name: &str, directory: bool, dirs: &Dirs) ->
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::dirs::User;
+    use crate::dirs::{Isolation, User};
 
     /// What comes before the end, which is an error.
     struct Breaks(&'static [u8], Option<io::Error>);
@@ -287,7 +291,7 @@ mod tests {
     fn fetched(before: &'static [u8], error: io::Error) -> MountError {
         let home = tempfile::tempdir().unwrap();
         let user = User { uid: rustix::process::geteuid().as_raw(), gid: rustix::process::getegid().as_raw() };
-        let dirs = Dirs::existing(home.path(), home.path(), "0123", user);
+        let dirs = Dirs::existing(home.path(), home.path(), "0123", Isolation::None(user));
         match fetch(Breaks(before, Some(error)), &dirs) {
             Err(error) => error,
             Ok(files) => panic!("{} files of an archive without an end", files.len()),

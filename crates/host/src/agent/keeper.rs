@@ -13,10 +13,11 @@ use tokio::time::Instant;
 use varve_api::Code;
 use varve_api::host::{ComputeOrder, ComputeReport, HostAction};
 
-use super::{Known, Shared};
+use super::{Known, Sandboxing, Shared};
 use crate::identity::{Held, ProcessId};
 use crate::ports::{self, PortError};
 use crate::record::{ComputeRecord, Record as _, RecordError, remove_file};
+use crate::uids::UidError;
 
 /// Wait before a process that could not be looked at is looked at again.
 const UNSURE_WAIT: Duration = Duration::from_secs(1);
@@ -59,6 +60,8 @@ enum StartError {
     #[error(transparent)]
     Port(#[from] PortError),
     #[error(transparent)]
+    Uid(#[from] UidError),
+    #[error(transparent)]
     Record(#[from] RecordError),
     #[error("{what}: {source}")]
     Io { what: &'static str, source: std::io::Error },
@@ -71,7 +74,7 @@ impl StartError {
 
     fn report(&self) -> ComputeReport {
         let code = match self {
-            StartError::Unfit(_) => Code::HostUnfit,
+            StartError::Unfit(_) | StartError::Uid(_) => Code::HostUnfit,
             StartError::Port(_) => Code::PortInUse,
             StartError::Record(_) | StartError::Io { .. } => Code::Internal,
         };
@@ -233,13 +236,30 @@ impl Keeper {
         if let Some(lack) = self.shared.lacks().into_iter().next() {
             return Err(StartError::Unfit(lack));
         }
+        if let Some(crowded) = self.shared.is_crowded(&order.tenant_id) {
+            return Err(StartError::Unfit(crowded));
+        }
         // What is left may hold the port.
         self.end_leftovers().await;
         let port = self.choose_port(order).await?;
-        let mut record =
-            ComputeRecord { endpoint: self.id.clone(), tenant: order.tenant_id.clone(), listen: order.listen.clone(), port, process: None };
+        let uid = match self.uid() {
+            Some(uid) => Some(uid),
+            None => {
+                let shared = self.shared.clone();
+                let taken = tokio::task::spawn_blocking(move || shared.take_uid()).await;
+                taken.map_err(|error| StartError::io("a user id")(std::io::Error::other(error)))??
+            }
+        };
+        let mut record = ComputeRecord {
+            endpoint: self.id.clone(),
+            tenant: order.tenant_id.clone(),
+            listen: order.listen.clone(),
+            port,
+            process: None,
+            uid,
+        };
         self.keep(record.clone())?;
-        let mut child = self.spawn()?;
+        let mut child = self.spawn(uid)?;
         let pid = child.id().unwrap_or_default();
         record.process = ProcessId::of(pid).map_err(StartError::io("the new process cannot be looked at"))?;
         // A child whose record is not durable gets no line, and ends.
@@ -284,7 +304,12 @@ impl Keeper {
         Ok(())
     }
 
-    fn spawn(&self) -> Result<Child, StartError> {
+    /// The user id of its sandbox, if it has had one.
+    fn uid(&self) -> Option<u32> {
+        self.record.as_ref().and_then(|record| record.uid)
+    }
+
+    fn spawn(&self, uid: Option<u32>) -> Result<Child, StartError> {
         let log = File::options().create(true).append(true).open(self.shared.log_path(&self.id));
         let log = log.map_err(StartError::io("its log cannot be opened"))?;
         let errors = log.try_clone().map_err(StartError::io("its log cannot be opened"))?;
@@ -300,6 +325,15 @@ impl Keeper {
             .arg(self.shared.token_path());
         for dir in self.shared.bin_dirs.arguments() {
             command.args(["--pg-bin-dir", &dir]);
+        }
+        if let (Some(uid), Sandboxing::Full { network, limits, .. }) = (uid, &self.shared.config.sandboxing) {
+            command.args(["--uid", &uid.to_string(), "--network", network.name(), "--processes", &limits.processes.to_string()]);
+            if let Some(cpu_milli) = limits.cpu_milli {
+                command.args(["--cpu-milli", &cpu_milli.to_string()]);
+            }
+            if let Some(bytes) = limits.memory_bytes {
+                command.args(["--memory-bytes", &bytes.to_string()]);
+            }
         }
         // In a group of its own: the Ctrl-C that ends us in a terminal is not for it.
         command.current_dir("/").process_group(0).stdin(Stdio::piped()).stdout(log).stderr(errors);
@@ -362,14 +396,22 @@ impl Keeper {
         if self.record.is_none() && !self.shared.record_path(&self.id).exists() {
             return true;
         }
-        let (dirs, log, record) = (self.shared.dirs(&self.id), self.shared.log_path(&self.id), self.shared.record_path(&self.id));
+        let (dirs, log, record) =
+            (self.shared.dirs(&self.id, self.uid()), self.shared.log_path(&self.id), self.shared.record_path(&self.id));
+        let (shared, uid) = (self.shared.clone(), self.uid());
         let removed = tokio::task::spawn_blocking(move || {
             if let Some(dirs) = dirs {
                 dirs.remove()?;
             }
             remove_file(&log)?;
             // Last: as long as there is something, there is a record of it.
-            remove_file(&record)
+            remove_file(&record)?;
+            if let (Some(uids), Some(uid)) = (&shared.uids, uid)
+                && let Err(error) = uids.release(uid)
+            {
+                tracing::warn!(%error, "a user id stays claimed until the host starts again");
+            }
+            Ok(())
         });
         match removed.await.unwrap_or_else(|error| Err(std::io::Error::other(error))) {
             Ok(()) => {
@@ -386,7 +428,7 @@ impl Keeper {
 
     /// Ends a postmaster and mounts that a compute process which was killed has left.
     async fn end_leftovers(&self) {
-        let Some(dirs) = self.shared.dirs(&self.id) else { return };
+        let Some(dirs) = self.shared.dirs(&self.id, self.uid()) else { return };
         if let Err(error) = tokio::task::spawn_blocking(move || dirs.end_leftovers()).await {
             tracing::error!(compute = self.id, %error, "what its process left cannot be ended");
         }

@@ -18,6 +18,8 @@ mod keeper;
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::io;
+use std::ops::Range;
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -33,9 +35,12 @@ use varve_api::host::{Hello, HostOrders, HostedCompute, TemplateOrder};
 use varve_api::{Code, Refusal};
 
 use crate::bin_dirs::BinDirs;
-use crate::dirs::{Dirs, User};
+use crate::cgroup::Limits;
+use crate::dirs::{Dirs, Isolation, User};
 use crate::initdb;
 use crate::record::{ComputeRecord, HostRecord, Record as _, RecordError, write_file};
+use crate::sandbox::{self, NetworkAccess};
+use crate::uids::{UidError, Uids};
 use control::{Control, worth_another_try};
 use keeper::{Keeper, Told};
 
@@ -73,6 +78,24 @@ pub struct HostConfig {
     pub run_dir: Option<PathBuf>,
     /// The `varve` program, which is run as `compute-process`.
     pub program: PathBuf,
+    /// How computes are kept apart.
+    pub sandboxing: Sandboxing,
+}
+
+/// How a host keeps its computes apart.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Sandboxing {
+    /// Each has a sandbox, with a user id from this range. Only root can make one.
+    Full {
+        /// The user ids, which nobody else uses on this machine.
+        uids: Range<u32>,
+        /// What computes see of networks.
+        network: NetworkAccess,
+        /// What each may take of the machine.
+        limits: Limits,
+    },
+    /// Not at all. Then only one tenant's computes run here.
+    None,
 }
 
 /// Why a host cannot run.
@@ -92,6 +115,9 @@ pub enum HostError {
     /// Its identity cannot be read.
     #[error(transparent)]
     Record(#[from] RecordError),
+    /// The user ids of its computes cannot be had.
+    #[error(transparent)]
+    Uid(#[from] UidError),
     /// It has no token.
     #[error(transparent)]
     Token(#[from] TokenSourceError),
@@ -127,8 +153,12 @@ struct Shared {
     config: HostConfig,
     bin_dirs: BinDirs,
     run_dir: PathBuf,
-    /// Whom Postgres runs as; none where there is nobody.
+    /// Whom `initdb` runs as, and Postgres where it has no sandbox; none where there is nobody.
     user: Option<User>,
+    /// Why no sandbox can be made here, if none can.
+    no_sandbox: Mutex<Option<String>>,
+    /// The user ids of this host's sandboxes.
+    uids: Option<Uids>,
     control: Control,
     /// The computes that have a record.
     known: Mutex<BTreeMap<String, Known>>,
@@ -164,8 +194,27 @@ impl Shared {
         token_path(&self.config.data)
     }
 
-    fn dirs(&self, id: &str) -> Option<Dirs> {
-        Some(Dirs::existing(&self.home(id), &self.run_dir, id, self.user?))
+    /// The folders of a compute whose sandbox has user `uid`, if it has one.
+    fn dirs(&self, id: &str, uid: Option<u32>) -> Option<Dirs> {
+        let isolation = match (&self.config.sandboxing, uid) {
+            (Sandboxing::Full { network, limits, .. }, Some(uid)) => Isolation::Sandbox { uid, network: *network, limits: *limits },
+            _ => Isolation::None(self.user?),
+        };
+        Some(Dirs::existing(&self.home(id), &self.run_dir, id, isolation))
+    }
+
+    /// A user id for the sandbox of a new compute; none where there are no sandboxes. Blocks.
+    fn take_uid(&self) -> Result<Option<u32>, UidError> {
+        self.uids.as_ref().map(Uids::take).transpose()
+    }
+
+    /// Why a compute of `tenant` cannot run beside those that are here.
+    fn is_crowded(&self, tenant: &str) -> Option<String> {
+        let is_other = |known: &Known| known.tenant != tenant;
+        (self.config.sandboxing == Sandboxing::None && self.known.lock().values().any(is_other)).then(|| {
+            "this host runs computes without a sandbox (--sandbox none), so those of one tenant only; another tenant's are here already"
+                .to_owned()
+        })
     }
 
     /// What this machine lacks to run computes.
@@ -180,7 +229,32 @@ impl Shared {
         if let Err(error) = User::for_postgres() {
             lacks.push(error.to_string());
         }
+        lacks.extend(self.no_sandbox.lock().clone());
         lacks
+    }
+
+    /// Tries whether sandboxes can be made.
+    async fn try_sandbox(&self) {
+        let Sandboxing::Full { uids, network, limits } = &self.config.sandboxing else {
+            tracing::warn!(
+                "--sandbox none: computes run as a user of this machine, unsandboxed. Whoever is superuser in one can read and change \
+                 what that user can. For one tenant whom you trust"
+            );
+            return;
+        };
+        let why = if rustix::process::geteuid().is_root() {
+            match sandbox::probe(&self.config.program, &self.run_dir, uids.start, *network, limits).await {
+                Ok(()) => None,
+                Err(error) => Some(error.to_string()),
+            }
+        } else {
+            Some(
+                "computes run in sandboxes, which only root can make: run varve as root, or, for one tenant whom you trust, with \
+                 --sandbox none"
+                    .to_owned(),
+            )
+        };
+        *self.no_sandbox.lock() = why;
     }
 }
 
@@ -229,6 +303,7 @@ impl Agent {
         };
         let mut config = config;
         std::fs::create_dir_all(&config.data).map_err(at(&config.data))?;
+        std::fs::set_permissions(&config.data, std::fs::Permissions::from_mode(0o700)).map_err(at(&config.data))?;
         config.data = config.data.canonicalize().map_err(at(&config.data))?;
         let lock_path = config.data.join("lock");
         let lock = File::options().create(true).write(true).truncate(false).open(&lock_path).map_err(at(&lock_path))?;
@@ -263,11 +338,23 @@ impl Agent {
             (record.endpoint.clone(), Known { tenant: record.tenant.clone(), runs, port: record.port })
         });
         let known = Mutex::new(known.collect());
+        let owner = |id: &String| std::fs::symlink_metadata(config.data.join(id).join("pg_wal")).ok().map(|found| found.uid());
+        let uids = match &config.sandboxing {
+            Sandboxing::Full { uids, .. } => Some(Uids::new(uids.clone(), &config.data)),
+            Sandboxing::None => None,
+        };
+        if let Some(uids) = uids.as_ref().filter(|_| rustix::process::geteuid().is_root()) {
+            // Where a record cannot be read, the folder says whose it is.
+            let recorded = found.iter().filter_map(|record| record.uid).chain(unreadable.iter().filter_map(owner));
+            uids.begin(&recorded.collect::<Vec<_>>())?;
+        }
         let client = Client::new(&config.control_url, Some(token)).map_err(HostError::Client)?;
         let shared = Arc::new(Shared {
             bin_dirs: BinDirs::new(config.pg_bin_dirs.clone()),
             run_dir,
             user: User::for_postgres().ok(),
+            no_sandbox: Mutex::default(),
+            uids,
             control: Control::new(client, config.token.clone(), &id),
             known,
             round: AtomicU64::new(0),
@@ -355,6 +442,7 @@ impl Agent {
 
     /// Says hello until it is heard.
     async fn hello(&self) -> Result<String, HostError> {
+        self.shared.try_sandbox().await;
         let shared = self.shared.clone();
         let facts = tokio::task::spawn_blocking(move || (shared.lacks(), shared.bin_dirs.installed(), shared.bin_dirs.problems())).await;
         let (lacks, installed, problems) = facts.unwrap_or_default();

@@ -21,7 +21,7 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use varve_api::host::{ComputeOrder, ComputeReport, Hello, HostAction, HostOrders, TemplateOrder, Welcome};
 use varve_api::token::Token;
-use varve_host::agent::{self, HostConfig, HostError, TokenSource};
+use varve_host::agent::{self, HostConfig, HostError, Sandboxing, TokenSource};
 use varve_host::identity::ProcessId;
 use varve_host::record::{ComputeRecord, Record as _};
 
@@ -172,6 +172,7 @@ impl Machine {
             pg_bin_dirs: Vec::new(),
             run_dir: Some(self.folder.path().join("run")),
             program: self.folder.path().join("varve"),
+            sandboxing: Sandboxing::None,
         }
     }
 

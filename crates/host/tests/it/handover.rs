@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use varve_host::handover::{Handover, HandoverError};
+use varve_host::sessions::PrivateSocket;
 use varve_protocol::connect::{ClientError, Endpoint, Socket};
 
 const LIMIT: Duration = Duration::from_secs(20);
@@ -34,8 +35,13 @@ struct Place {
 
 fn place() -> Place {
     let folder = tempfile::tempdir().unwrap();
-    let (postgres, door) = (folder.path().join("postgres"), folder.path().join("door"));
+    let (postgres, door) = (folder.path().join(".s.PGSQL.5432"), folder.path().join("door"));
     Place { _folder: folder, postgres, door }
+}
+
+/// The socket of a Postgres that we run.
+fn private(postgres: &Path) -> PrivateSocket {
+    PrivateSocket::new(postgres.parent().unwrap(), 5432, rustix::process::geteuid().as_raw())
 }
 
 async fn ask(endpoint: Endpoint, limit: Duration) -> Result<Socket, ClientError> {
@@ -62,7 +68,7 @@ fn right(handover: &Handover) -> Endpoint {
 async fn the_credential_opens_and_nothing_else_does() {
     let place = place();
     postgres(&place.postgres);
-    let handover = Handover::open(&place.door, &place.postgres).unwrap();
+    let handover = Handover::open(&place.door, &private(&place.postgres)).unwrap();
     let mode = std::fs::metadata(&place.door).unwrap().permissions().mode();
     assert_eq!(mode & 0o777, 0o666, "another user's pageserver must be able to connect");
     for _ in 0..3 {
@@ -78,7 +84,7 @@ async fn the_credential_opens_and_nothing_else_does() {
             assert!(error.to_string().contains("wrong credential"), "{error}");
         }
     }
-    let another = Handover::open(&place.door, &place.postgres).unwrap();
+    let another = Handover::open(&place.door, &private(&place.postgres)).unwrap();
     let error = ask(Endpoint::handover(&place.door, credential), LIMIT).await.unwrap_err();
     assert!(error.to_string().contains("wrong credential"), "an incarnation's credential ends with it: {error}");
     drop(handover);
@@ -88,7 +94,7 @@ async fn the_credential_opens_and_nothing_else_does() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_postgres_that_is_away_is_told() {
     let place = place();
-    let handover = Handover::open(&place.door, &place.postgres).unwrap();
+    let handover = Handover::open(&place.door, &private(&place.postgres)).unwrap();
     let error = ask(right(&handover), LIMIT).await.unwrap_err();
     assert!(error.to_string().contains("Postgres takes no connection"), "{error}");
     assert!(error.is_transient(), "it may be there soon");
@@ -100,7 +106,7 @@ async fn a_postgres_that_is_away_is_told() {
 async fn silent_clients_keep_nobody_out_and_are_sent_away() {
     let place = place();
     postgres(&place.postgres);
-    let handover = Handover::open(&place.door, &place.postgres).unwrap();
+    let handover = Handover::open(&place.door, &private(&place.postgres)).unwrap();
     let mut silent = Vec::new();
     for _ in 0..300 {
         silent.push(UnixStream::connect(&place.door).unwrap());
@@ -172,6 +178,6 @@ fn connect_at_once(path: &Path) -> Option<std::os::fd::OwnedFd> {
 #[tokio::test]
 async fn a_path_that_no_socket_can_have_is_named() {
     let path = PathBuf::from(format!("/tmp/{}", "long/".repeat(30)));
-    let error = Handover::open(&path, Path::new("/nowhere")).unwrap_err();
+    let error = Handover::open(&path, &private(Path::new("/nowhere/socket"))).unwrap_err();
     assert!(matches!(error, HandoverError::PathTooLong(_)), "{error}");
 }

@@ -54,7 +54,23 @@ impl Connection {
         timeout: Duration,
         connected: impl FnOnce(SocketCloser),
     ) -> Result<Connection, ClientError> {
-        let socket = Socket::connect(&config.endpoint, timeout)?;
+        Self::start(Socket::connect(&config.endpoint, timeout)?, config, timeout, connected)
+    }
+
+    /// The same on a socket that is connected already, to what `config` names as its endpoint.
+    ///
+    /// # Errors
+    /// [`ClientError`] says what went wrong.
+    pub fn over(socket: Socket, config: &ConnectConfig, timeout: Duration) -> Result<Connection, ClientError> {
+        Self::start(socket, config, timeout, |_| {})
+    }
+
+    fn start(
+        socket: Socket,
+        config: &ConnectConfig,
+        timeout: Duration,
+        connected: impl FnOnce(SocketCloser),
+    ) -> Result<Connection, ClientError> {
         let endpoint = config.endpoint.to_string();
         connected(socket.closer().map_err(|source| ClientError::io(&endpoint, "cannot duplicate the socket", source))?);
         let mut connection = Connection {

@@ -59,6 +59,8 @@ pub(crate) struct DevArgs {
     /// Megabytes that the WAL log may hold before commits have to wait for layers.
     #[arg(long, default_value_t = 4096, value_parser = clap::value_parser!(u64).range(64..=1 << 24))]
     wal_log_limit_mb: u64,
+    #[command(flatten)]
+    sandbox: super::host::SandboxArgs,
     /// Megabytes for caches of pages and blocks.
     #[arg(long, default_value_t = 512, value_parser = clap::value_parser!(u64).range(1..=1 << 24))]
     cache_mb: u64,
@@ -181,6 +183,7 @@ pub(crate) async fn run(args: DevArgs) -> anyhow::Result<()> {
             pg_bin_dirs: args.pg_bin_dir,
             run_dir: None,
             program: std::env::current_exe().context("the path of this program is not known")?,
+            sandboxing: args.sandbox.sandboxing(),
         };
         Some(tokio::spawn(agent::run(config, shutdown.clone())))
     };

@@ -1,19 +1,99 @@
 //! `varve host`: runs computes on this machine for a control plane elsewhere, and the compute processes themselves.
 
 use std::io::Read as _;
+use std::ops::Range;
 use std::path::PathBuf;
 
 use anyhow::Context as _;
-use clap::Args;
+use clap::{Args, ValueEnum};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use varve_api::token::Token;
-use varve_host::agent::{self, HostConfig, TokenSource};
+use varve_host::agent::{self, HostConfig, Sandboxing, TokenSource};
 use varve_host::bin_dirs::BinDirs;
+use varve_host::cgroup::Limits;
+use varve_host::dirs::{Isolation, User};
 use varve_host::process::{self, ProcessConfig};
+use varve_host::sandbox::NetworkAccess;
 
 use super::dev;
 use crate::host_token;
+
+/// How a host keeps computes apart.
+#[derive(Debug, Args)]
+pub(crate) struct SandboxArgs {
+    /// Keep each compute in a sandbox of its own (full; only root can), or run it as a user of this machine (none; for
+    /// one tenant whom you trust).
+    #[arg(long, value_enum, default_value_t = Sandbox::Full)]
+    sandbox: Sandbox,
+    /// What computes see of networks: one of their own, on which nothing leads out, or the host's.
+    #[arg(long, value_enum, default_value_t = Network::Own)]
+    compute_network: Network,
+    /// User ids of sandboxes, as first-last: nobody else's on this machine.
+    #[arg(long, default_value = "2000000-2065535", value_parser = uid_range)]
+    uids: Range<u32>,
+    /// Processors that a compute may use, such as 0.5; without it all that are free.
+    #[arg(long, value_parser = processors)]
+    compute_cpus: Option<u64>,
+    /// Megabytes of memory that a compute may use, with what the kernel caches for it; without it half of the machine's.
+    #[arg(long, value_parser = clap::value_parser!(u64).range(64..=1 << 24))]
+    compute_memory_mb: Option<u64>,
+}
+
+/// Processes and threads of a compute: far beyond what Postgres takes by default.
+const PROCESSES_MAX: u64 = 4096;
+
+/// Processors, in thousandths.
+fn processors(text: &str) -> Result<u64, String> {
+    let wrong = || "write a number of processors from 0.05 to 1024".to_owned();
+    let number: f64 = text.parse().map_err(|_| wrong())?;
+    if (0.05..=1024.0).contains(&number) { Ok((number * 1000.0) as u64) } else { Err(wrong()) }
+}
+
+/// Half of the machine's memory: one compute leaves something for all else.
+fn half_of_the_memory() -> u64 {
+    let info = rustix::system::sysinfo();
+    u64::try_from(info.totalram).unwrap_or(u64::MAX).saturating_mul(info.mem_unit.into()) / 2
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Sandbox {
+    Full,
+    None,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Network {
+    Own,
+    Host,
+}
+
+impl SandboxArgs {
+    pub(crate) fn sandboxing(self) -> Sandboxing {
+        let network = match self.compute_network {
+            Network::Own => NetworkAccess::Own,
+            Network::Host => NetworkAccess::Host,
+        };
+        match self.sandbox {
+            Sandbox::Full => {
+                let memory = self.compute_memory_mb.map_or_else(half_of_the_memory, |megabytes| megabytes << 20);
+                let limits = Limits { cpu_milli: self.compute_cpus, memory_bytes: Some(memory), processes: PROCESSES_MAX };
+                Sandboxing::Full { uids: self.uids, network, limits }
+            }
+            Sandbox::None => Sandboxing::None,
+        }
+    }
+}
+
+/// Lowest user id of a sandbox: below are those of the system and its people.
+const UID_MIN: u32 = 100_000;
+
+fn uid_range(text: &str) -> Result<Range<u32>, String> {
+    let wrong = || format!("write first-last, with numbers from {UID_MIN} to {}", u32::MAX - 2);
+    let (first, last) = text.split_once('-').ok_or_else(wrong)?;
+    let (first, last): (u32, u32) = (first.parse().map_err(|_| wrong())?, last.parse().map_err(|_| wrong())?);
+    if first < UID_MIN || last < first || last >= u32::MAX - 1 { Err(wrong()) } else { Ok(first..last + 1) }
+}
 
 #[derive(Debug, Args)]
 pub(crate) struct HostArgs {
@@ -32,6 +112,8 @@ pub(crate) struct HostArgs {
     /// Folder of sockets, with a short path; by default /run/varve for root, else run in --data.
     #[arg(long)]
     run_dir: Option<PathBuf>,
+    #[command(flatten)]
+    sandbox: SandboxArgs,
     /// Name of this host, for people; by default the machine's.
     #[arg(long)]
     name: Option<String>,
@@ -48,6 +130,7 @@ pub(crate) async fn run(args: HostArgs) -> anyhow::Result<()> {
         pg_bin_dirs: args.pg_bin_dir,
         run_dir: args.run_dir,
         program: std::env::current_exe().context("the path of this program is not known")?,
+        sandboxing: args.sandbox.sandboxing(),
     };
     let shutdown = CancellationToken::new();
     let (mut interrupt, mut terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
@@ -84,6 +167,17 @@ pub(crate) struct ComputeProcessArgs {
     token_file: PathBuf,
     #[arg(long, value_parser = dev::version_and_folder)]
     pg_bin_dir: Vec<(u32, PathBuf)>,
+    /// User id of the sandbox; without it there is none.
+    #[arg(long)]
+    uid: Option<u32>,
+    #[arg(long, default_value = "own")]
+    network: NetworkAccess,
+    #[arg(long, default_value_t = PROCESSES_MAX)]
+    processes: u64,
+    #[arg(long)]
+    cpu_milli: Option<u64>,
+    #[arg(long)]
+    memory_bytes: Option<u64>,
 }
 
 /// One compute's mount and supervisor. The line on standard input, a token, is the host's word that it knows of us;
@@ -93,7 +187,15 @@ pub(crate) async fn compute_process(args: ComputeProcessArgs) -> anyhow::Result<
     let mut line = String::new();
     std::io::stdin().take(8192).read_to_string(&mut line).context("no token on standard input")?;
     let token = Token::parse(&line).context("the host said nothing: it ended, or does not want this process any more")?;
+    let isolation = match args.uid {
+        Some(uid) => {
+            let limits = Limits { cpu_milli: args.cpu_milli, memory_bytes: args.memory_bytes, processes: args.processes };
+            Isolation::Sandbox { uid, network: args.network, limits }
+        }
+        None => Isolation::None(User::for_postgres()?),
+    };
     let config = ProcessConfig {
+        isolation,
         server_url: args.server,
         id: args.id,
         host: args.host,

@@ -75,6 +75,28 @@ pub(crate) enum Command {
     /// One compute's mount and supervisor; started by the host.
     #[command(hide = true)]
     ComputeProcess(host::ComputeProcessArgs),
+    /// Makes the namespaces of a compute's sandbox.
+    #[command(hide = true)]
+    SandboxLaunch(SandboxArgs),
+    /// The first process of a compute's sandbox.
+    #[command(hide = true)]
+    SandboxInit(SandboxArgs),
+}
+
+/// What the processes of a sandbox are told.
+#[derive(Debug, Args)]
+pub(crate) struct SandboxArgs {
+    #[arg(long)]
+    spec: String,
+}
+
+/// Does what is to be done by a process of one thread, and gives its exit status; none for all else.
+pub(crate) fn run_alone(cli: &Cli) -> Option<i32> {
+    match &cli.command {
+        Command::SandboxLaunch(args) => Some(varve_host::sandbox::launch(&args.spec)),
+        Command::SandboxInit(args) => Some(varve_host::sandbox::init(&args.spec)),
+        _ => None,
+    }
 }
 
 /// A branch as a person writes it: `tenant/branch`.
@@ -123,6 +145,7 @@ pub(crate) async fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Verify(command) => return verify::run(command, &Client::new(&url)?, json).await,
         Command::Host(args) => host::run(args).await?,
         Command::ComputeProcess(args) => host::compute_process(args).await?,
+        Command::SandboxLaunch(_) | Command::SandboxInit(_) => anyhow::bail!("a sandbox is made by a process of one thread"),
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -1,0 +1,199 @@
+//! Control groups: what of the machine the processes of a sandbox may take.
+//!
+//! Both kinds of hierarchies are used, where the controllers are: version 2, or version 1 with one hierarchy for each.
+//! A compute has one group in each, below `varve`; all weigh the same, so that none gets more of the processors than
+//! another that wants them, too.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::Duration;
+
+/// Name of the group that all of ours are in.
+const PARENT: &str = "varve";
+/// The controllers that a sandbox needs.
+const CONTROLLERS: [&str; 3] = ["cpu", "memory", "pids"];
+/// Weight of a compute, beside 1,024 of a process without a group. A version 1 group weighs as one task against each of
+/// those, and a Postgres has many.
+const SHARES: u64 = 8192;
+/// The same in a version 2 hierarchy, where 100 is a process's.
+const WEIGHT: u64 = 800;
+/// Period of a limit of processor time.
+const PERIOD_US: u64 = 100_000;
+/// A group can be removed once the kernel has buried its processes.
+const REMOVE_TRIES: u32 = 50;
+const REMOVE_WAIT: Duration = Duration::from_millis(10);
+
+/// What a compute may take.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Limits {
+    /// Thousandths of a processor; none: what there is.
+    pub cpu_milli: Option<u64>,
+    /// Bytes of memory, with the page cache that its processes fill; none: what there is.
+    pub memory_bytes: Option<u64>,
+    /// Processes and threads.
+    pub processes: u64,
+}
+
+/// Why a group is not there.
+#[derive(Debug, thiserror::Error)]
+pub enum CgroupError {
+    /// A controller is nowhere mounted.
+    #[error("the kernel's control groups have no '{0}' controller here: mount a cgroup hierarchy that has it")]
+    NoController(&'static str),
+    /// The file system says no.
+    #[error("{path}: {source}", path = .path.display())]
+    Io {
+        /// Which file or folder.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Version {
+    One,
+    Two,
+}
+
+/// The groups of one compute.
+#[derive(Clone, Debug)]
+pub struct Group {
+    /// Each controller's version and folder.
+    folders: Vec<(&'static str, Version, PathBuf)>,
+}
+
+impl Group {
+    /// The groups of compute `name`, whether they are there or not.
+    ///
+    /// # Errors
+    /// When a controller is missing.
+    pub fn of(name: &str) -> Result<Group, CgroupError> {
+        let path = Path::new("/proc/self/mountinfo");
+        let mounts = fs::read_to_string(path).map_err(at(path))?;
+        let folder = |controller| {
+            let (version, root) = find(&mounts, controller).ok_or(CgroupError::NoController(controller))?;
+            Ok((controller, version, root.join(PARENT).join(name)))
+        };
+        Ok(Group { folders: CONTROLLERS.into_iter().map(folder).collect::<Result<_, _>>()? })
+    }
+
+    /// Makes the groups and sets their limits.
+    ///
+    /// # Errors
+    /// [`CgroupError::Io`].
+    pub fn make(&self, limits: &Limits) -> Result<(), CgroupError> {
+        for (controller, version, folder) in &self.folders {
+            if *version == Version::Two {
+                for above in folder.ancestors().skip(1).take(2).collect::<Vec<_>>().into_iter().rev() {
+                    fs::create_dir_all(above).map_err(at(above))?;
+                    write(above, "cgroup.subtree_control", &format!("+{controller}"))?;
+                }
+            }
+            fs::create_dir_all(folder).map_err(at(folder))?;
+        }
+        self.limit(limits)
+    }
+
+    /// Changes the limits.
+    ///
+    /// # Errors
+    /// [`CgroupError::Io`].
+    pub fn limit(&self, limits: &Limits) -> Result<(), CgroupError> {
+        let quota = limits.cpu_milli.map(|milli| (milli * PERIOD_US / 1000).max(1000));
+        let or_max = |value: Option<u64>| value.map_or_else(|| "max".to_owned(), |value| value.to_string());
+        for (controller, version, folder) in &self.folders {
+            match (*controller, version) {
+                ("cpu", Version::One) => {
+                    write(folder, "cpu.shares", &SHARES.to_string())?;
+                    write(folder, "cpu.cfs_period_us", &PERIOD_US.to_string())?;
+                    write(folder, "cpu.cfs_quota_us", &quota.map_or_else(|| "-1".to_owned(), |quota| quota.to_string()))?;
+                }
+                ("cpu", Version::Two) => {
+                    write(folder, "cpu.weight", &WEIGHT.to_string())?;
+                    write(folder, "cpu.max", &format!("{} {PERIOD_US}", or_max(quota)))?;
+                }
+                ("memory", Version::One) => {
+                    let bytes = limits.memory_bytes.map_or_else(|| "-1".to_owned(), |bytes| bytes.to_string());
+                    write(folder, "memory.limit_in_bytes", &bytes)?;
+                }
+                ("memory", Version::Two) => write(folder, "memory.max", &or_max(limits.memory_bytes))?,
+                _ => write(folder, "pids.max", &limits.processes.to_string())?,
+            }
+        }
+        Ok(())
+    }
+
+    /// Their folders, into whose `cgroup.procs` a process writes itself.
+    pub fn folders(&self) -> Vec<PathBuf> {
+        let mut folders: Vec<PathBuf> = self.folders.iter().map(|(_, _, folder)| folder.clone()).collect();
+        folders.dedup();
+        folders
+    }
+
+    /// How many processes the kernel has killed because the memory was not enough.
+    pub fn out_of_memory_kills(&self) -> u64 {
+        let memory = self.folders.iter().find(|(controller, ..)| *controller == "memory");
+        let Some((_, version, folder)) = memory else { return 0 };
+        let file = if *version == Version::One { "memory.oom_control" } else { "memory.events" };
+        let text = fs::read_to_string(folder.join(file)).unwrap_or_default();
+        text.lines().find_map(|line| line.strip_prefix("oom_kill ")?.trim().parse().ok()).unwrap_or(0)
+    }
+
+    /// Removes the groups; their processes have ended. Blocks a moment.
+    pub fn remove(&self) {
+        for folder in self.folders() {
+            for _ in 0..REMOVE_TRIES {
+                match fs::remove_dir(&folder) {
+                    Err(error) if error.raw_os_error() == Some(rustix::io::Errno::BUSY.raw_os_error()) => thread::sleep(REMOVE_WAIT),
+                    _ => break,
+                }
+            }
+        }
+    }
+}
+
+fn at(path: &Path) -> impl Fn(io::Error) -> CgroupError {
+    let path = path.to_owned();
+    move |source| CgroupError::Io { path: path.clone(), source }
+}
+
+fn write(folder: &Path, file: &str, value: &str) -> Result<(), CgroupError> {
+    let path = folder.join(file);
+    fs::write(&path, value).map_err(at(&path))
+}
+
+/// Where a controller is mounted, by the text of mountinfo.
+fn find(mounts: &str, controller: &str) -> Option<(Version, PathBuf)> {
+    let mounted = |line: &str| -> Option<(Version, PathBuf)> {
+        let (before, after) = line.split_once(" - ")?;
+        let folder = PathBuf::from(before.split(' ').nth(4)?);
+        let mut after = after.split(' ');
+        let (kind, options) = (after.next()?, after.nth(1)?);
+        match kind {
+            "cgroup" if options.split(',').any(|option| option == controller) => Some((Version::One, folder)),
+            "cgroup2" => {
+                let there = fs::read_to_string(folder.join("cgroup.controllers")).ok()?;
+                there.split_whitespace().any(|name| name == controller).then_some((Version::Two, folder))
+            }
+            _ => None,
+        }
+    };
+    mounts.lines().find_map(mounted)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn controllers_are_found_where_they_are_mounted() {
+        let mounts = "30 25 0:26 / /sys/fs/cgroup/cpu,cpuacct rw shared:1 - cgroup cgroup rw,cpu,cpuacct\n\
+                      31 25 0:27 / /sys/fs/cgroup/pids rw - cgroup none rw,pids\n";
+        assert_eq!(find(mounts, "cpu"), Some((Version::One, PathBuf::from("/sys/fs/cgroup/cpu,cpuacct"))));
+        assert_eq!(find(mounts, "pids"), Some((Version::One, PathBuf::from("/sys/fs/cgroup/pids"))));
+        assert_eq!(find(mounts, "memory"), None);
+    }
+}
