@@ -12,7 +12,7 @@ use base64::engine::general_purpose::STANDARD as BASE64;
 use varve_api::Code;
 use varve_api::host::{Attach, Attached, Begin, BeginRequest, BlockName, Desired, Ended, FileVersion, HostAction, Orders};
 use varve_postgres::Lsn;
-use varve_storage::ids::{TimelineId, WriterEpoch};
+use varve_storage::ids::{TenantId, TimelineId, WriterEpoch};
 use varve_storage::tenant_log::{EndpointRow, FileContents, TenantEdit, TenantLog, TenantState};
 
 use crate::error::Error;
@@ -303,6 +303,16 @@ impl<P: Pageserver> Control<P> {
             Some(text) => Some(BASE64.decode(text).map_err(|error| Error::argument("contents", error))?),
             None => None,
         };
+    /// The position of a file that is written now: behind the last record that there is, so that a moment up to there
+    /// does not have it.
+    pub(crate) async fn behind_head(&self, tenant: TenantId, timeline: TimelineId) -> Result<Lsn, Error> {
+        let head = match self.pageserver.live(tenant, timeline) {
+            Some(live) => live.head,
+            None => self.pageserver.resolve(tenant, timeline, Moment::Head).await?.lsn,
+        };
+        Ok(Lsn(head.0 + 1))
+    }
+
         let entry = self.process(id)?;
         let status = entry.status();
         if status.incarnation == 0 {
@@ -316,10 +326,7 @@ impl<P: Pageserver> Control<P> {
             Some(bytes) => self.pageserver.put_file(entry.tenant, bytes).await?,
             None => FileContents::Removed,
         };
-        let lsn = match self.pageserver.live(entry.tenant, timeline) {
-            Some(live) => live.head,
-            None => self.pageserver.resolve(entry.tenant, timeline, Moment::Head).await?.lsn,
-        };
+        let lsn = self.behind_head(entry.tenant, timeline).await?;
         let id = entry.id;
         self.commit_edits(&log, |state| {
             let row = state.endpoint(id).map_err(|_| Error::Fenced("its branch was deleted"))?;

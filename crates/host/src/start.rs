@@ -106,7 +106,8 @@ fn mount_blocking(begin: &Begin, dirs: &Dirs, uploader: &Uploader) -> Result<Mou
     let started = Instant::now();
     let lsn: Lsn = begin.base_lsn.parse().map_err(|_| MountError::begin("an LSN", &begin.base_lsn))?;
     let connection = page_service(begin)?;
-    let options = BaseBackupOptions { no_slru: true, ..BaseBackupOptions::default() };
+    // Who writes the branch goes on at its head, with all that was written there.
+    let options = BaseBackupOptions { no_slru: true, newest_files: begin.epoch.is_some(), ..BaseBackupOptions::default() };
     let backup = BaseBackup::start(&connection, &begin.tenant_id, &begin.timeline_id, Some(lsn), options, BACKUP_SILENCE_MAX)?;
     let files = fetch(backup, dirs)?;
     let fetched = started.elapsed();

@@ -155,7 +155,7 @@ pub enum TenantEdit {
         timeline: TimelineId,
         /// Path relative to the data directory.
         path: String,
-        /// Head of the timeline when it was written.
+        /// One past the head of the timeline when it was written: a moment up to head does not have it.
         #[serde(with = "crate::row_fields::lsn")]
         lsn: Lsn,
         /// What it holds.

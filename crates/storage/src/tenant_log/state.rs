@@ -207,6 +207,29 @@ impl TenantState {
     ///
     /// # Errors
     /// [`TenantError::BranchExists`].
+    /// The newest version of each file without WAL, by path: what goes on at head has, though some were written behind
+    /// the last record. Their LSN is past head's.
+    ///
+    /// # Errors
+    /// [`TenantError::UnknownTimeline`].
+    pub fn newest_files(&self, timeline: TimelineId) -> Result<BTreeMap<String, Arc<FileContents>>, TenantError> {
+        self.files_at(timeline, Lsn::MAX)
+    }
+
+    /// The edits that give a new timeline, which leaves another one at its head `lsn`, the files that were written
+    /// there behind the last record.
+    ///
+    /// # Errors
+    /// [`TenantError::UnknownTimeline`] of the ancestor.
+    pub fn files_at_head(&self, ancestor: TimelineId, lsn: Lsn, timeline: TimelineId) -> Result<Vec<TenantEdit>, TenantError> {
+        let (newest, known) = (self.newest_files(ancestor)?, self.files_at(ancestor, lsn)?);
+        let removed = known.keys().filter(|path| !newest.contains_key(*path)).map(|path| (path.clone(), FileContents::Removed));
+        let written = newest.iter().filter(|(path, contents)| known.get(*path) != Some(*contents));
+        let written = written.map(|(path, contents)| (path.clone(), FileContents::clone(contents)));
+        let edits = written.chain(removed).map(|(path, contents)| TenantEdit::File { timeline, path, lsn, contents });
+        Ok(edits.collect())
+    }
+
     pub fn check_free(&self, name: &BranchName) -> Result<(), TenantError> {
         if self.branches.contains_key(name) { Err(TenantError::BranchExists(name.clone())) } else { Ok(()) }
     }
@@ -545,6 +568,36 @@ mod tests {
         assert_eq!(after.edits(), before.edits());
         assert_eq!(after.owner().map(|owner| owner.server.as_str()), Some("b"));
         assert_eq!(after.endpoints_of(&name("dev")).count(), 1, "the snapshot has the endpoint");
+    }
+
+    #[test]
+    fn files_written_behind_the_last_record_are_those_of_head_only() {
+        let file = |path: &str, lsn: u64, contents: FileContents| TenantEdit::File {
+            timeline: TimelineId([1; 16]),
+            path: path.to_owned(),
+            lsn: Lsn(lsn),
+            contents,
+        };
+        let inline = |text: &str| FileContents::Inline(text.as_bytes().to_vec());
+        let mut state = state(&[
+            timeline(1, 1, None),
+            file("kept", 20, inline("old")),
+            file("gone", 20, inline("old")),
+            file("same", 20, inline("old")),
+            file("kept", 51, inline("new")),
+            file("gone", 51, FileContents::Removed),
+        ]);
+        let of = |state: &TenantState, id: u8| -> Vec<(String, FileContents)> {
+            let files = state.files_at(TimelineId([id; 16]), Lsn(50)).unwrap();
+            files.into_iter().map(|(path, contents)| (path, FileContents::clone(&contents))).collect()
+        };
+        let old = |path: &str| (path.to_owned(), inline("old"));
+        assert_eq!(of(&state, 1), [old("gone"), old("kept"), old("same")], "a moment has what was there before it");
+        let edits = state.files_at_head(TimelineId([1; 16]), Lsn(50), TimelineId([2; 16])).unwrap();
+        state.apply(&timeline(2, 2, Some((1, 50)))).unwrap();
+        edits.iter().for_each(|edit| state.apply(edit).unwrap());
+        assert_eq!(edits.len(), 2, "only what changed is written again");
+        assert_eq!(of(&state, 2), [("kept".to_owned(), inline("new")), old("same")], "a branch at head has what head has");
     }
 
     #[test]
