@@ -9,7 +9,7 @@ use imbl::{HashMap, OrdMap, OrdSet, Vector};
 use varve_postgres::Lsn;
 
 use super::TenantError;
-use super::edit::{AuditRow, EndpointRow, FileContents, TenantEdit, TenantFacts, TimelineFacts};
+use super::edit::{AuditRow, EndpointRow, FileContents, PasswordRow, TenantEdit, TenantFacts, TimelineFacts};
 use crate::ids::{BranchName, EndpointId, Generation, TimelineId, WalLogId, WriterEpoch};
 
 /// Audit rows that are kept; older ones are in older entries of the log.
@@ -86,6 +86,8 @@ impl TimelineState {
 pub struct TenantState {
     facts: Option<Arc<TenantFacts>>,
     owner: Option<Arc<Owner>>,
+    /// The newest, if there ever was another one than the first.
+    password: Option<Arc<PasswordRow>>,
     pub(super) branches: OrdMap<BranchName, TimelineId>,
     /// The branch of each exists.
     endpoints: OrdMap<EndpointId, Arc<EndpointRow>>,
@@ -109,6 +111,16 @@ impl TenantState {
     /// Who took the tenant over last, unless nobody has said so yet.
     pub fn owner(&self) -> Option<&Owner> {
         self.owner.as_deref()
+    }
+
+    /// The superuser's password, as Varve gave it last; none of a log that is empty.
+    pub fn password(&self) -> Option<PasswordRow> {
+        let first = |facts: &Arc<TenantFacts>| PasswordRow {
+            number: 1,
+            password: facts.password.clone(),
+            verifier: facts.password_verifier.clone(),
+        };
+        self.password.as_deref().cloned().or_else(|| self.facts.as_ref().map(first))
     }
 
     /// Whether the tenant was deleted.
@@ -195,18 +207,6 @@ impl TenantState {
         Ok(files)
     }
 
-    /// A Postgres timeline that is above all that this tenant ever had.
-    ///
-    /// # Errors
-    /// [`TenantError::NoTliLeft`].
-    pub fn next_tli(&self) -> Result<u32, TenantError> {
-        if self.tli_max < TLI_MAX { Ok(self.tli_max + 1) } else { Err(TenantError::NoTliLeft) }
-    }
-
-    /// Whether a new branch may have this name.
-    ///
-    /// # Errors
-    /// [`TenantError::BranchExists`].
     /// The newest version of each file without WAL, by path: what goes on at head has, though some were written behind
     /// the last record. Their LSN is past head's.
     ///
@@ -230,6 +230,18 @@ impl TenantState {
         Ok(edits.collect())
     }
 
+    /// A Postgres timeline that is above all that this tenant ever had.
+    ///
+    /// # Errors
+    /// [`TenantError::NoTliLeft`].
+    pub fn next_tli(&self) -> Result<u32, TenantError> {
+        if self.tli_max < TLI_MAX { Ok(self.tli_max + 1) } else { Err(TenantError::NoTliLeft) }
+    }
+
+    /// Whether a new branch may have this name.
+    ///
+    /// # Errors
+    /// [`TenantError::BranchExists`].
     pub fn check_free(&self, name: &BranchName) -> Result<(), TenantError> {
         if self.branches.contains_key(name) { Err(TenantError::BranchExists(name.clone())) } else { Ok(()) }
     }
@@ -336,6 +348,13 @@ impl TenantState {
                 }
             }
             TenantEdit::TimelineGone { timeline } => self.remember_gone(*timeline),
+            TenantEdit::Password(row) => {
+                let known = self.password().map_or(0, |row| row.number);
+                if row.number <= known {
+                    return contradiction(format!("password {} follows password {known}", row.number));
+                }
+                self.password = Some(Arc::new(row.clone()));
+            }
             TenantEdit::Epoch { timeline, epoch, lsn, wal_log } => {
                 let state = self.change(*timeline)?;
                 if let Some(last) = state.epochs.last().filter(|last| last.epoch >= *epoch || last.lsn > *lsn) {
@@ -449,6 +468,7 @@ impl TenantState {
             let Owner { generation, server, url } = Owner::clone(owner);
             TenantEdit::Owner { generation, server, url }
         }));
+        edits.extend(self.password.iter().map(|row| TenantEdit::Password(PasswordRow::clone(row))));
         // By TLI: an ancestor's is below its children's.
         let mut timelines: Vec<&TimelineState> = self.timelines().collect();
         timelines.sort_by_key(|timeline| timeline.facts.tli);
@@ -551,26 +571,6 @@ mod tests {
     }
 
     #[test]
-    fn a_snapshot_makes_the_same_state() {
-        let before = state(&[
-            timeline(1, 1, None),
-            branch("main", 1),
-            TenantEdit::Epoch { timeline: TimelineId([1; 16]), epoch: WriterEpoch(1), lsn: Lsn(8), wal_log: WalLogId([7; 16]) },
-            TenantEdit::EpochClosed { timeline: TimelineId([1; 16]), epoch: WriterEpoch(1), lsn: Lsn(80) },
-            timeline(2, 2, Some((1, 50))),
-            branch("dev", 2),
-            TenantEdit::Figures { timeline: TimelineId([1; 16]), head: Lsn(80), size_bytes: 9 },
-            TenantEdit::Owner { generation: Generation(2), server: "b".to_owned(), url: "http://b".to_owned() },
-            endpoint(7, "dev", Some((1, 40))),
-            TenantEdit::Audit(AuditRow { time: 1, action: "made a branch".to_owned() }),
-        ]);
-        let after = state(&before.edits());
-        assert_eq!(after.edits(), before.edits());
-        assert_eq!(after.owner().map(|owner| owner.server.as_str()), Some("b"));
-        assert_eq!(after.endpoints_of(&name("dev")).count(), 1, "the snapshot has the endpoint");
-    }
-
-    #[test]
     fn files_written_behind_the_last_record_are_those_of_head_only() {
         let file = |path: &str, lsn: u64, contents: FileContents| TenantEdit::File {
             timeline: TimelineId([1; 16]),
@@ -598,6 +598,28 @@ mod tests {
         edits.iter().for_each(|edit| state.apply(edit).unwrap());
         assert_eq!(edits.len(), 2, "only what changed is written again");
         assert_eq!(of(&state, 2), [("kept".to_owned(), inline("new")), old("same")], "a branch at head has what head has");
+    }
+
+    #[test]
+    fn a_snapshot_makes_the_same_state() {
+        let before = state(&[
+            timeline(1, 1, None),
+            branch("main", 1),
+            TenantEdit::Epoch { timeline: TimelineId([1; 16]), epoch: WriterEpoch(1), lsn: Lsn(8), wal_log: WalLogId([7; 16]) },
+            TenantEdit::EpochClosed { timeline: TimelineId([1; 16]), epoch: WriterEpoch(1), lsn: Lsn(80) },
+            timeline(2, 2, Some((1, 50))),
+            branch("dev", 2),
+            TenantEdit::Figures { timeline: TimelineId([1; 16]), head: Lsn(80), size_bytes: 9 },
+            TenantEdit::Owner { generation: Generation(2), server: "b".to_owned(), url: "http://b".to_owned() },
+            endpoint(7, "dev", Some((1, 40))),
+            TenantEdit::Audit(AuditRow { time: 1, action: "made a branch".to_owned() }),
+            TenantEdit::Password(PasswordRow { number: 2, password: "p".to_owned(), verifier: "v".to_owned() }),
+        ]);
+        let after = state(&before.edits());
+        assert_eq!(after.edits(), before.edits());
+        assert_eq!(after.password().map(|row| row.number), Some(2));
+        assert_eq!(after.owner().map(|owner| owner.server.as_str()), Some("b"));
+        assert_eq!(after.endpoints_of(&name("dev")).count(), 1, "the snapshot has the endpoint");
     }
 
     #[test]
