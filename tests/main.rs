@@ -18,3 +18,4 @@ mod tidy;
 mod two_machines;
 mod verify;
 mod waiting_commits;
+mod way_back;

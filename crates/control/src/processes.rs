@@ -10,7 +10,7 @@ use std::time::Duration;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use varve_api::Code;
-use varve_api::host::{Attach, Attached, Begin, BeginRequest, BlockName, Desired, Ended, FileVersion, HostAction, Orders};
+use varve_api::host::{Attach, Attached, Begin, BeginRequest, BlockName, Desired, Ended, FileVersion, HostAction, Orders, Password};
 use varve_postgres::Lsn;
 use varve_storage::ids::{TenantId, TimelineId, WriterEpoch};
 use varve_storage::tenant_log::{EndpointRow, FileContents, TenantEdit, TenantLog, TenantState};
@@ -44,6 +44,12 @@ struct Beginning {
 fn running_row(state: &TenantState, entry: &Entry) -> Result<Arc<EndpointRow>, Error> {
     let row = state.endpoint(entry.id).map_err(|_| Error::Fenced("its branch was deleted, or it was thrown away"))?;
     if row.wanted { Ok(row.clone()) } else { Err(Error::Fenced("it was told to end")) }
+}
+
+/// The password that a compute's superuser is to have.
+fn password(state: &TenantState, tenant: TenantId) -> Result<Password, Error> {
+    let row = state.password().ok_or_else(|| Error::UnknownTenant(tenant.to_string()))?;
+    Ok(Password { number: row.number, verifier: row.verifier })
 }
 
 /// The timeline that a compute serves: its branch's, or its moment's.
@@ -129,6 +135,7 @@ impl<P: Pageserver> Control<P> {
         });
         let state = log.state();
         let facts = facts(&state, entry.tenant)?;
+        let password = password(&state, entry.tenant)?;
         Ok(Begin {
             tenant: facts.name.to_string(),
             branch: row.branch.to_string(),
@@ -142,11 +149,13 @@ impl<P: Pageserver> Control<P> {
             page_service: self.pageserver.page_service(),
             listen: row.listen.clone(),
             port: row.port,
-            password_verifier: facts.password_verifier.clone(),
+            password_verifier: password.verifier,
+            password_number: password.number,
             databases: places.databases,
             tablespaces: places.tablespaces,
             catalog_version: places.catalog_version,
             startup_blocks: places.startup_blocks,
+            settings: entry.settings(),
         })
     }
 
@@ -215,11 +224,12 @@ impl<P: Pageserver> Control<P> {
             status.timeline = Some(timeline);
             status.pid = Some(attach.pid);
             status.mount_pid = Some(attach.mount_pid);
+            status.warnings.clone_from(&attach.warnings);
             if status.desired == Desired::Run {
                 status.phase = Phase::Running;
             }
         });
-        Ok(Attached { standby_name })
+        Ok(Attached { standby_name, password: Some(password(&log.state(), entry.tenant)?) })
     }
 
     /// A compute's process ends. Where it ended cleanly its epoch is closed first, so that an answer means that nothing
@@ -293,16 +303,6 @@ impl<P: Pageserver> Control<P> {
         Ok(self.pageserver.learn_startup_blocks(entry.tenant, blocks).await?)
     }
 
-    /// Keeps a new version of a file that has no WAL.
-    ///
-    /// # Errors
-    /// [`Error::Argument`] of a path that is none of those; [`Error::Fenced`] of an incarnation that is over.
-    pub async fn put_file(&self, id: &str, file: FileVersion) -> Result<(), Error> {
-        arguments::file_path(&file.path)?;
-        let bytes = match &file.contents {
-            Some(text) => Some(BASE64.decode(text).map_err(|error| Error::argument("contents", error))?),
-            None => None,
-        };
     /// The position of a file that is written now: behind the last record that there is, so that a moment up to there
     /// does not have it.
     pub(crate) async fn behind_head(&self, tenant: TenantId, timeline: TimelineId) -> Result<Lsn, Error> {
@@ -313,6 +313,16 @@ impl<P: Pageserver> Control<P> {
         Ok(Lsn(head.0 + 1))
     }
 
+    /// Keeps a new version of a file that has no WAL.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] of a path that is none of those; [`Error::Fenced`] of an incarnation that is over.
+    pub async fn put_file(&self, id: &str, file: FileVersion) -> Result<(), Error> {
+        arguments::file_path(&file.path)?;
+        let bytes = match &file.contents {
+            Some(text) => Some(BASE64.decode(text).map_err(|error| Error::argument("contents", error))?),
+            None => None,
+        };
         let entry = self.process(id)?;
         let status = entry.status();
         if status.incarnation == 0 {

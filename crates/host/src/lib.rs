@@ -30,4 +30,5 @@ pub mod record;
 pub mod server;
 pub mod sessions;
 mod start;
+pub mod start_failure;
 pub mod waiters;
