@@ -19,3 +19,4 @@ mod tidy;
 mod two_machines;
 mod verify;
 mod waiting_commits;
+mod way_back;

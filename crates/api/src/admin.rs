@@ -2,6 +2,8 @@
 //!
 //! LSNs are texts as Postgres prints them, times RFC 3339 in UTC.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
@@ -37,6 +39,19 @@ pub struct Tenant {
     /// In a list: why nothing else is known of this tenant than its name and id. Its log cannot be read.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub problem: Option<String>,
+}
+
+/// The password of a tenant's superuser, as Varve gave it last. What the tenant made of it by SQL is not known here.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct TenantPassword {
+    /// The tenant's name.
+    pub tenant: String,
+    /// The role that has it.
+    pub role: String,
+    /// The password.
+    pub password: String,
+    /// How many there were, with this one.
+    pub number: u32,
 }
 
 /// The server that owns a tenant.
@@ -159,6 +174,10 @@ pub struct NewCompute {
     /// Begin anew where a compute runs already, with these arguments. Without it a running compute is left alone.
     #[serde(default, skip_serializing_if = "is_false")]
     pub replace: bool,
+    /// Settings by name that hold for this start only, over those of the branch. Those that Varve makes itself are
+    /// refused.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub settings: BTreeMap<String, String>,
 }
 
 #[allow(clippy::trivially_copy_pass_by_ref)] // serde gives a reference
@@ -188,6 +207,36 @@ pub struct Compute {
     pub lsn: Option<String>,
     /// Why it failed.
     pub error: Option<String>,
+    /// What was done at its start that its owner should know of, such as a repair.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub warnings: Vec<String>,
+}
+
+/// The settings of a branch: those of its `postgresql.auto.conf`, which `ALTER SYSTEM` changes, too.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Settings {
+    /// The branch, `tenant/branch`.
+    pub branch: String,
+    /// Values by name.
+    pub settings: BTreeMap<String, String>,
+    /// Lines of the file that are no settings, and stay as they are; `reset_all` takes them out.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub others: Vec<String>,
+}
+
+/// Body of `PATCH /v1/tenants/{tenant}/branches/{branch}/settings`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct SettingsChange {
+    /// Take all settings back first.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub reset_all: bool,
+    /// Settings to take back, by name.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub reset: Vec<String>,
+    /// Settings to make, by name. Those that Varve makes itself are refused.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub set: BTreeMap<String, String>,
 }
 
 /// The WAL of a branch and its ancestors that can be had: that written with `wal_consistency_checking`, of which redo

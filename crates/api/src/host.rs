@@ -47,8 +47,11 @@ pub struct Begin {
     pub listen: String,
     /// Port that Postgres listens on.
     pub port: u16,
-    /// SCRAM verifier of the superuser's password, as `pg_authid.rolpassword` holds it.
+    /// SCRAM verifier of the superuser's password, see [`Password`].
     pub password_verifier: String,
+    /// Its number. A server of an older release has the first one only.
+    #[serde(default = "first_password")]
+    pub password_number: u32,
     /// Databases, each (tablespace, database), whose directories the mount must show.
     pub databases: Vec<(u32, u32)>,
     /// Tablespaces but for the two default ones.
@@ -57,6 +60,20 @@ pub struct Begin {
     pub catalog_version: u32,
     /// Blocks (tablespace, database, relation, fork, block) that a start reads, to be fetched in one batch.
     pub startup_blocks: Vec<BlockName>,
+    /// Settings that hold for this start, over those of the branch.
+    #[serde(default)]
+    pub settings: Vec<(String, String)>,
+}
+
+fn first_password() -> u32 {
+    1
+}
+
+impl Begin {
+    /// The superuser's password.
+    pub fn password(&self) -> Password {
+        Password { number: self.password_number, verifier: self.password_verifier.clone() }
+    }
 }
 
 /// Parameters of `GET` and `POST /v1/computes/{id}/leftover-wal`: whose WAL is left in the compute's `pg_wal` after its
@@ -103,6 +120,9 @@ pub struct Attach {
     /// one first, and then attaches again: until then a former server may have acknowledged more.
     #[serde(default)]
     pub waits_for: Option<String>,
+    /// What was done at this start that its owner should know of, in words.
+    #[serde(default)]
+    pub warnings: Vec<String>,
 }
 
 /// Where a host hands out connections to a compute's walsender: a Unix socket of the host's. Whoever connects sends
@@ -128,6 +148,26 @@ impl std::fmt::Debug for Walsender {
 pub struct Attached {
     /// Name that `synchronous_standby_names` must have; it changes when another server process takes the tenant over.
     pub standby_name: Option<String>,
+    /// The superuser's password: another one than at the beginning once it was rotated.
+    #[serde(default)]
+    pub password: Option<Password>,
+}
+
+/// A password of the superuser. The first is given to a server whose superuser has none, each further one once to each
+/// history: what the tenant makes of it afterwards stays.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Password {
+    /// 1 is the first.
+    pub number: u32,
+    /// Its SCRAM verifier, as `pg_authid.rolpassword` holds it.
+    pub verifier: String,
+}
+
+impl std::fmt::Debug for Password {
+    /// Without the verifier.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Password").field("number", &self.number).finish_non_exhaustive()
+    }
 }
 
 /// What a compute is to do.

@@ -4,6 +4,7 @@
 //! - [`admin`]: bodies of the admin API `/v1`, as operators and the CLI use it.
 //! - [`host`]: bodies of the routes that hosts and the computes on them use.
 //! - [`client`]: the HTTP client that hosts, computes and the CLI use; [`token`]: what it shows.
+//! - [`settings`]: which settings of Postgres a tenant cannot make.
 //! - [`refusal`]: why something was not done: a code that stays, and a sentence that says what to do.
 //!
 //! This crate stands below all roles and knows none of them: no storage, no sockets of Postgres, no processes.
@@ -12,6 +13,7 @@ pub mod admin;
 pub mod client;
 pub mod host;
 pub mod refusal;
+pub mod settings;
 pub mod token;
 
 pub use refusal::{Code, Problem, Refusal};

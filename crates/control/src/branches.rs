@@ -94,7 +94,7 @@ impl<P: Pageserver> Control<P> {
     /// [`Error`].
     pub async fn create_branch(&self, call: &Call, tenant: &str, new: &NewBranch) -> Result<Branch, Error> {
         let name = arguments::new_branch_name(&new.name)?;
-        let at = moment::parse(new.lsn.as_deref(), new.at.as_deref())?;
+        let asked = moment::parse(new.lsn.as_deref(), new.at.as_deref())?;
         let id = self.find(tenant).await?;
         let log = self.own(id, "a branch is made").await?;
         if let Some(prior) = call.prior(&log.state())? {
@@ -102,14 +102,17 @@ impl<P: Pageserver> Control<P> {
         }
         log.state().check_free(&name)?;
         let (_, parent) = branch(&log.state(), new.from.as_deref().unwrap_or("main"))?;
-        let at = self.resolve(id, parent, at).await?;
+        let at = self.resolve(id, parent, asked).await?;
         let facts = self.new_timeline(at)?;
         let timeline = facts.id;
         let action = format!("created branch {name} from timeline {} at {}", at.timeline, at.lsn);
         let created = self.commit(&log, call, |state| {
             state.check_free(&name)?;
             let facts = TimelineFacts { tli: state.next_tli()?, ..facts };
-            let edits = vec![TenantEdit::Timeline(facts), TenantEdit::Branch { name: name.clone(), timeline }];
+            let mut edits = vec![TenantEdit::Timeline(facts), TenantEdit::Branch { name: name.clone(), timeline }];
+            if asked == Moment::Head {
+                edits.extend(state.files_at_head(at.timeline, at.lsn, timeline)?);
+            }
             Ok(Plan { edits, action, answer: |after: &TenantState| self.describe_branch(after, id, &name, timeline) })
         });
         let created = created.await?;

@@ -51,7 +51,7 @@ impl<P: Pageserver> Control<P> {
     pub async fn show_compute(&self, id: &str) -> Result<Compute, Error> {
         let entry = self.entry(id)?;
         let state = self.read(entry.tenant).await?;
-        Ok(self.describe_entry(&entry, Some(&facts(&state, entry.tenant)?.password)))
+        Ok(self.describe_entry(&entry, state.password().map(|row| row.password).as_deref()))
     }
 
     /// The compute with this id.
@@ -84,6 +84,7 @@ impl<P: Pageserver> Control<P> {
             port: row.port,
             lsn: row.moment.map(|moment| moment.lsn.to_string()),
             error,
+            warnings: status.warnings,
         }
     }
 

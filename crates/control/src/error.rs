@@ -74,6 +74,9 @@ pub enum Error {
         /// What became of its WAL.
         kept: &'static str,
     },
+    /// A compute runs on the branch whose settings are to change.
+    #[error("a compute runs on {0}: change its settings there with ALTER SYSTEM, or stop it first ('varve compute stop {0}')")]
+    ComputeRuns(String),
     /// A compute that did not start.
     #[error("{branch} did not start: {reason}")]
     NotStarted {
@@ -228,7 +231,7 @@ impl Error {
             Error::UnknownBranch { .. } => Code::UnknownBranch,
             Error::UnknownCompute(_) => Code::UnknownCompute,
             Error::UnknownHost(_) => Code::UnknownHost,
-            Error::AlreadyRunning { .. } => Code::AlreadyRunning,
+            Error::AlreadyRunning { .. } | Error::ComputeRuns(_) => Code::AlreadyRunning,
             Error::NotClean { .. } => Code::NotClean,
             Error::NotStarted { .. } | Error::NoHost(_) => Code::HostUnfit,
             Error::NotBack { .. } | Error::ObjectName(_) | Error::Answer(_) | Error::Random(_) => Code::Internal,

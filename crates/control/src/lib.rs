@@ -28,6 +28,7 @@ mod password;
 pub mod ports;
 mod processes;
 mod registry;
+mod settings;
 mod start;
 mod templates;
 mod tenants;

@@ -189,6 +189,9 @@ pub trait Pageserver: Send + Sync + 'static {
     /// Keeps a file of a data directory: in the row where it is small, as an object of its own elsewhere.
     fn put_file(&self, tenant: TenantId, bytes: Vec<u8>) -> impl Future<Output = PortResult<FileContents>> + Send;
 
+    /// What [`Pageserver::put_file`] kept.
+    fn get_file(&self, tenant: TenantId, contents: FileContents) -> impl Future<Output = PortResult<Vec<u8>>> + Send;
+
     /// Where there is WAL of a timeline and its ancestors of which redo can be checked, ascending, and its head.
     fn kept_wal(&self, tenant: TenantId, timeline: TimelineId) -> impl Future<Output = PortResult<(Lsn, Vec<WalRange>)>> + Send;
 

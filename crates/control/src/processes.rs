@@ -10,9 +10,9 @@ use std::time::Duration;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use varve_api::Code;
-use varve_api::host::{Attach, Attached, Begin, BeginRequest, BlockName, Desired, Ended, FileVersion, HostAction, Orders};
+use varve_api::host::{Attach, Attached, Begin, BeginRequest, BlockName, Desired, Ended, FileVersion, HostAction, Orders, Password};
 use varve_postgres::Lsn;
-use varve_storage::ids::{TimelineId, WriterEpoch};
+use varve_storage::ids::{TenantId, TimelineId, WriterEpoch};
 use varve_storage::tenant_log::{EndpointRow, FileContents, TenantEdit, TenantLog, TenantState};
 
 use crate::error::Error;
@@ -44,6 +44,12 @@ struct Beginning {
 fn running_row(state: &TenantState, entry: &Entry) -> Result<Arc<EndpointRow>, Error> {
     let row = state.endpoint(entry.id).map_err(|_| Error::Fenced("its branch was deleted, or it was thrown away"))?;
     if row.wanted { Ok(row.clone()) } else { Err(Error::Fenced("it was told to end")) }
+}
+
+/// The password that a compute's superuser is to have.
+fn password(state: &TenantState, tenant: TenantId) -> Result<Password, Error> {
+    let row = state.password().ok_or_else(|| Error::UnknownTenant(tenant.to_string()))?;
+    Ok(Password { number: row.number, verifier: row.verifier })
 }
 
 /// The timeline that a compute serves: its branch's, or its moment's.
@@ -129,6 +135,7 @@ impl<P: Pageserver> Control<P> {
         });
         let state = log.state();
         let facts = facts(&state, entry.tenant)?;
+        let password = password(&state, entry.tenant)?;
         Ok(Begin {
             tenant: facts.name.to_string(),
             branch: row.branch.to_string(),
@@ -142,11 +149,13 @@ impl<P: Pageserver> Control<P> {
             page_service: self.pageserver.page_service(),
             listen: row.listen.clone(),
             port: row.port,
-            password_verifier: facts.password_verifier.clone(),
+            password_verifier: password.verifier,
+            password_number: password.number,
             databases: places.databases,
             tablespaces: places.tablespaces,
             catalog_version: places.catalog_version,
             startup_blocks: places.startup_blocks,
+            settings: entry.settings(),
         })
     }
 
@@ -215,11 +224,12 @@ impl<P: Pageserver> Control<P> {
             status.timeline = Some(timeline);
             status.pid = Some(attach.pid);
             status.mount_pid = Some(attach.mount_pid);
+            status.warnings.clone_from(&attach.warnings);
             if status.desired == Desired::Run {
                 status.phase = Phase::Running;
             }
         });
-        Ok(Attached { standby_name })
+        Ok(Attached { standby_name, password: Some(password(&log.state(), entry.tenant)?) })
     }
 
     /// A compute's process ends. Where it ended cleanly its epoch is closed first, so that an answer means that nothing
@@ -293,6 +303,16 @@ impl<P: Pageserver> Control<P> {
         Ok(self.pageserver.learn_startup_blocks(entry.tenant, blocks).await?)
     }
 
+    /// The position of a file that is written now: behind the last record that there is, so that a moment up to there
+    /// does not have it.
+    pub(crate) async fn behind_head(&self, tenant: TenantId, timeline: TimelineId) -> Result<Lsn, Error> {
+        let head = match self.pageserver.live(tenant, timeline) {
+            Some(live) => live.head,
+            None => self.pageserver.resolve(tenant, timeline, Moment::Head).await?.lsn,
+        };
+        Ok(Lsn(head.0 + 1))
+    }
+
     /// Keeps a new version of a file that has no WAL.
     ///
     /// # Errors
@@ -316,10 +336,7 @@ impl<P: Pageserver> Control<P> {
             Some(bytes) => self.pageserver.put_file(entry.tenant, bytes).await?,
             None => FileContents::Removed,
         };
-        let lsn = match self.pageserver.live(entry.tenant, timeline) {
-            Some(live) => live.head,
-            None => self.pageserver.resolve(entry.tenant, timeline, Moment::Head).await?.lsn,
-        };
+        let lsn = self.behind_head(entry.tenant, timeline).await?;
         let id = entry.id;
         self.commit_edits(&log, |state| {
             let row = state.endpoint(id).map_err(|_| Error::Fenced("its branch was deleted"))?;

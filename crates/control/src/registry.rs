@@ -75,6 +75,8 @@ pub(crate) struct Status {
     pub(crate) pid: Option<u32>,
     /// Mount and supervisor.
     pub(crate) mount_pid: Option<u32>,
+    /// What its process says that its owner should know.
+    pub(crate) warnings: Vec<String>,
     /// What the host said.
     pub(crate) process: Process,
     /// The port that the host said.
@@ -90,6 +92,8 @@ pub(crate) struct Entry {
     pub(crate) tenant: TenantId,
     pub(crate) tenant_name: TenantName,
     row: Mutex<Arc<EndpointRow>>,
+    /// Settings that hold for the start that was asked for, as long as it lasts.
+    settings: Mutex<Vec<(String, String)>>,
     status: Watched<Status>,
     /// Held while one of begin, attach, start, restore or stop decides about it.
     pub(crate) turn: tokio::sync::Mutex<()>,
@@ -107,12 +111,13 @@ impl Entry {
             attach_again: 0,
             pid: None,
             mount_pid: None,
+            warnings: Vec::new(),
             process: Process::Unsaid,
             port: row.port,
             noted: false,
         };
         let (row, id) = (Mutex::new(row.clone()), row.id);
-        Entry { id, tenant, tenant_name, row, status: Watched::new(status), turn: tokio::sync::Mutex::new(()) }
+        Entry { id, tenant, tenant_name, row, settings: Mutex::default(), status: Watched::new(status), turn: tokio::sync::Mutex::new(()) }
     }
 
     /// Its endpoint, as last read or written.
@@ -123,6 +128,16 @@ impl Entry {
     /// Its endpoint was read or written.
     pub(crate) fn set_row(&self, row: Arc<EndpointRow>) {
         *self.row.lock() = row;
+    }
+
+    /// The settings of its start.
+    pub(crate) fn settings(&self) -> Vec<(String, String)> {
+        self.settings.lock().clone()
+    }
+
+    /// It is started with these.
+    pub(crate) fn set_settings(&self, settings: Vec<(String, String)>) {
+        *self.settings.lock() = settings;
     }
 
     /// `tenant/branch`.

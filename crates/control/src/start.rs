@@ -18,7 +18,7 @@ use crate::error::Error;
 use crate::logs::{Plan, branch, facts};
 use crate::ports::{Moment, Pageserver};
 use crate::registry::{Entry, Phase, Process, Status, is_expendable, not_there};
-use crate::{Control, arguments, moment};
+use crate::{Control, arguments, moment, settings};
 
 /// How long a compute may take to start.
 pub(crate) const START_MAX: Duration = Duration::from_secs(120);
@@ -44,6 +44,7 @@ struct Wanted {
     listen: Option<String>,
     moment: Moment,
     replace: bool,
+    settings: Vec<(String, String)>,
 }
 
 impl Wanted {
@@ -53,11 +54,14 @@ impl Wanted {
             return Err(Error::argument("replace", "a compute at a moment replaces none: leave it out"));
         }
         let port = new.port.map(arguments::port).transpose()?;
-        Ok(Wanted { port, listen: new.listen.as_deref().map(arguments::listen).transpose()?, moment, replace: new.replace })
+        let listen = new.listen.as_deref().map(arguments::listen).transpose()?;
+        Ok(Wanted { port, listen, moment, replace: new.replace, settings: settings::of_the_tenant(&new.settings)? })
     }
 
-    fn fits(&self, row: &EndpointRow) -> bool {
-        self.port.is_none_or(|port| port == row.port) && self.listen.as_ref().is_none_or(|listen| *listen == row.listen)
+    /// Whether a compute that runs is what is wanted.
+    fn fits(&self, row: &EndpointRow, entry: &Entry) -> bool {
+        let set = self.settings.is_empty() || self.settings == entry.settings();
+        set && self.port.is_none_or(|port| port == row.port) && self.listen.as_ref().is_none_or(|listen| *listen == row.listen)
     }
 
     /// The row that this makes of the one there is.
@@ -109,11 +113,11 @@ impl<P: Pageserver> Control<P> {
         } else {
             let at = self.resolve(tenant, timeline, wanted.moment).await?;
             let row = self.new_row(&name, &wanted, Some(EndpointMoment { timeline: at.timeline, lsn: at.lsn }))?;
-            (self.launch(call, &place, row).await?, true)
+            (self.launch(call, &place, row, &wanted).await?, true)
         };
         drop(turn);
         self.wait_running(&place, &entry, fresh).await?;
-        Ok(Started { compute: self.describe_entry(&entry, Some(&place.facts.password)), fresh })
+        Ok(Started { compute: self.describe_entry(&entry, place.log.state().password().map(|row| row.password).as_deref()), fresh })
     }
 
     /// Refuses what no host here can run before the tenant is taken from whoever has it. Its log is only read for that.
@@ -155,13 +159,13 @@ impl<P: Pageserver> Control<P> {
         let row = state.endpoints_of(name).find(|row| row.moment.is_none()).cloned();
         let Some(row) = row else {
             let row = self.new_row(name, wanted, None)?;
-            return Ok((self.launch(call, place, row).await?, true));
+            return Ok((self.launch(call, place, row, wanted).await?, true));
         };
         if let Some(entry) = self.computes.get(row.id) {
             let status = entry.status();
             let alive = is_alive(&row, &status);
             if alive && !wanted.replace {
-                if !wanted.fits(&row) {
+                if !wanted.fits(&row, &entry) {
                     let (port, listen) = (row.port, row.listen.clone());
                     return Err(Error::AlreadyRunning { branch: entry.branch(), port, listen });
                 }
@@ -170,13 +174,13 @@ impl<P: Pageserver> Control<P> {
                 return Ok((entry, false));
             }
             if alive {
-                return Ok((self.replace(call, place, &entry, wanted.row(&row)).await?, true));
+                return Ok((self.replace(call, place, &entry, wanted.row(&row), wanted).await?, true));
             }
             if matches!(status.phase, Phase::Stopping | Phase::Ended { .. }) {
                 self.wait_stopped(&entry).await?;
             }
         }
-        Ok((self.launch(call, place, wanted.row(&row)).await?, true))
+        Ok((self.launch(call, place, wanted.row(&row), wanted).await?, true))
     }
 
     /// Waits until a compute that is being stopped is out of the way.
@@ -196,11 +200,12 @@ impl<P: Pageserver> Control<P> {
     }
 
     /// Has a host start a process for `row`, and commits the row once the host says that it can.
-    async fn launch(&self, call: &Call, place: &Place, row: EndpointRow) -> Result<Arc<Entry>, Error> {
+    async fn launch(&self, call: &Call, place: &Place, row: EndpointRow, wanted: &Wanted) -> Result<Arc<Entry>, Error> {
         let host = self.hosts.choose(&self.environment, place.facts.pg_version, row.host).await?;
         let former = row.host.filter(|former| *former != host.id);
         let row = EndpointRow { host: Some(host.id), wanted: true, ..row };
         let entry = Entry::new(place.tenant, place.facts.name.clone(), &Arc::new(row), Phase::Starting);
+        entry.set_settings(wanted.settings.clone());
         let entry = self.computes.add(entry);
         // A process that is quick waits for its row.
         let turn = entry.turn.lock().await;
@@ -264,12 +269,19 @@ impl<P: Pageserver> Control<P> {
     }
 
     /// Has a compute that runs begin anew with another row, once its host says that it can.
-    async fn replace(&self, call: &Call, place: &Place, entry: &Arc<Entry>, row: EndpointRow) -> Result<Arc<Entry>, Error> {
+    async fn replace(
+        &self,
+        call: &Call,
+        place: &Place,
+        entry: &Arc<Entry>,
+        row: EndpointRow,
+        wanted: &Wanted,
+    ) -> Result<Arc<Entry>, Error> {
         let before = entry.row();
         let host = before.host.and_then(|host| self.hosts.get(host)).filter(|host| host.is_here(self.environment.now()));
         if host.is_none() {
             // Its host is away: another one starts it, and whoever wakes up on the old one is fenced when that begins.
-            return self.launch(call, place, row).await;
+            return self.launch(call, place, row, wanted).await;
         }
         let turn = entry.turn.lock().await;
         let changed = (row.port, &row.listen) != (before.port, &before.listen);
@@ -288,6 +300,7 @@ impl<P: Pageserver> Control<P> {
             self.order(entry, HostAction::Run);
             return Err(error);
         }
+        entry.set_settings(wanted.settings.clone());
         self.begin_anew(entry);
         drop(turn);
         Ok(entry.clone())
@@ -337,6 +350,6 @@ impl<P: Pageserver> Control<P> {
         let entry = prior.id.parse().ok().and_then(|id| self.computes.get(id));
         let Some(entry) = entry else { return Ok(Started { compute: prior, fresh: true }) };
         self.wait_running(place, &entry, false).await?;
-        Ok(Started { compute: self.describe_entry(&entry, Some(&place.facts.password)), fresh: true })
+        Ok(Started { compute: self.describe_entry(&entry, place.log.state().password().map(|row| row.password).as_deref()), fresh: true })
     }
 }

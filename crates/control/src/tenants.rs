@@ -2,21 +2,24 @@
 
 use futures::{StreamExt as _, stream};
 use varve_api::Code;
-use varve_api::admin::{Deleted, NewTenant, Tenant};
+use varve_api::admin::{Deleted, NewTenant, Tenant, TenantPassword};
 use varve_postgres::Timestamp;
 use varve_storage::edit_log::{EditLogError, read_state};
 use varve_storage::ids::{BranchName, TenantId, TenantName, TimelineId};
 use varve_storage::tenant_log::{
-    CreateTenantError, TenantEdit, TenantFacts, TenantLog, TenantState, TimelineFacts, create_tenant, delete_objects, names, tenant_folder,
+    CreateTenantError, PasswordRow, TenantEdit, TenantFacts, TenantLog, TenantState, TimelineFacts, create_tenant, delete_objects, names,
+    tenant_folder,
 };
 
 use crate::arguments::{Listed, Page};
 use crate::call::Call;
 use crate::error::Error;
-use crate::logs::facts;
+use crate::logs::{Plan, facts};
 use crate::ports::{Pageserver, Template};
 use crate::{Control, arguments, moment, password};
 
+/// The role that has the tenant's password.
+const SUPERUSER: &str = "postgres";
 /// Postgres timeline of a tenant's first timeline.
 const FIRST_TLI: u32 = 1;
 /// Logs that a list reads at once.
@@ -156,6 +159,39 @@ impl<P: Pageserver> Control<P> {
         Ok((facts, vec![TenantEdit::Timeline(first), TenantEdit::Branch { name: main, timeline }]))
     }
 
+    /// The password of a tenant's superuser, as it was given last.
+    ///
+    /// # Errors
+    /// [`Error`].
+    pub async fn tenant_password(&self, tenant: &str) -> Result<TenantPassword, Error> {
+        let id = self.find(tenant).await?;
+        password_answer(&*self.read(id).await?, id)
+    }
+
+    /// Gives a tenant's superuser another password: to computes that run at once, to all other histories when they are
+    /// next started. Each gets it once.
+    ///
+    /// # Errors
+    /// [`Error`].
+    pub async fn rotate_password(&self, call: &Call, tenant: &str) -> Result<TenantPassword, Error> {
+        let id = self.find(tenant).await?;
+        let log = self.own(id, "its password is rotated").await?;
+        let password = password::generate(&self.environment)?;
+        let verifier = password::verifier(&password, &self.environment.random()?);
+        let rotated = self.commit(&log, call, |state| {
+            let number = state.password().map_or(1, |row| row.number) + 1;
+            let edits = vec![TenantEdit::Password(PasswordRow { number, password, verifier })];
+            let answer = move |after: &TenantState| password_answer(after, id);
+            Ok(Plan { edits, action: format!("rotated the password of role {SUPERUSER}"), answer })
+        });
+        let rotated = rotated.await?;
+        // They hear of it when they attach.
+        for entry in self.computes.of_tenant(id) {
+            entry.update(|status| status.attach_again += 1);
+        }
+        Ok(rotated)
+    }
+
     /// Deletes a tenant: its computes end, its objects go, its name is free again.
     ///
     /// # Errors
@@ -214,6 +250,12 @@ impl<P: Pageserver> Control<P> {
             None => Ok(None),
         }
     }
+}
+
+fn password_answer(state: &TenantState, id: TenantId) -> Result<TenantPassword, Error> {
+    let tenant = facts(state, id)?.name.to_string();
+    let row = state.password().ok_or_else(|| Error::UnknownTenant(id.to_string()))?;
+    Ok(TenantPassword { tenant, role: SUPERUSER.to_owned(), password: row.password, number: row.number })
 }
 
 /// A system identifier as `initdb` makes one, seconds in the high half, with chance in the low one: unique however many

@@ -23,6 +23,8 @@ pub struct BackupOptions {
     pub full: bool,
     /// No SLRU segments.
     pub no_slru: bool,
+    /// The newest versions of files that have no WAL, rather than those of the moment.
+    pub newest_files: bool,
 }
 
 /// Writes the base backup of `live` at `lsn`, which is applied, into `sink`. `time_unix` is what its files say when
@@ -50,7 +52,8 @@ pub fn write(
         }
     }
     let mut extra_files = Vec::new();
-    for (path, contents) in state.files_at(live.id(), lsn)? {
+    let files = if options.newest_files { state.newest_files(live.id())? } else { state.files_at(live.id(), lsn)? };
+    for (path, contents) in files {
         if let Some(bytes) = tenant.file_contents(&contents)? {
             extra_files.push(ExtraFile { path, bytes });
         }

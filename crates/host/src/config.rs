@@ -91,10 +91,38 @@ pub fn arguments(begin: &Begin, addresses: &str, dirs: &Dirs) -> Vec<String> {
         // io_uring is closed in a sandbox: it goes around the filter of system calls.
         settings.push(("io_method", "worker".to_owned()));
     }
+    // What the user gives to this start beats his files, and nothing of ours.
+    let given = begin.settings.iter().map(|(name, value)| (name.as_str(), value.clone()));
     let mut arguments = vec!["-D".to_owned(), dirs.pgdata().display().to_string()];
-    for (name, value) in settings {
+    for (name, value) in given.chain(settings) {
         arguments.push("-c".to_owned());
         arguments.push(format!("{name}={value}"));
     }
     arguments
+}
+
+/// More arguments, of a single-user mode that is to repair our role: nothing of the tenant's runs in it.
+pub fn repair_arguments() -> [&'static str; 10] {
+    [
+        "-c",
+        "session_preload_libraries=",
+        "-c",
+        "local_preload_libraries=",
+        "-c",
+        "synchronous_commit=local",
+        "-c",
+        "default_transaction_read_only=off",
+        "-c",
+        "search_path=pg_catalog",
+    ]
+}
+
+/// What makes our role what it must be. Single-user mode goes on after an error, such as that the role is there. Each
+/// statement ends with an empty line.
+pub fn repair_statements() -> String {
+    format!(
+        "CREATE ROLE {INTERNAL_ROLE};\n\n\
+         ALTER ROLE {INTERNAL_ROLE} LOGIN SUPERUSER REPLICATION CONNECTION LIMIT -1;\n\n\
+         ALTER ROLE {INTERNAL_ROLE} RESET ALL;\n\n"
+    )
 }

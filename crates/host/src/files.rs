@@ -11,6 +11,7 @@ use parking_lot::Mutex;
 use rustix::process::{Pid, Signal, kill_process};
 use tokio::sync::Notify;
 use varve_api::host::FileVersion;
+use varve_postgres::settings::Configuration;
 
 use crate::config;
 use crate::dirs::Dirs;
@@ -46,13 +47,13 @@ impl Shared {
     }
 }
 
+/// The setting that is ours, though it stands in a file: it changes while Postgres runs.
+pub(crate) const STANDBY_NAMES: &str = "synchronous_standby_names";
+
 /// Whether a `postgresql.auto.conf` sets `synchronous_standby_names`, which it would do over our own configuration.
-fn sets_standby_names(contents: &[u8]) -> bool {
-    let text = String::from_utf8_lossy(contents);
-    text.lines().any(|line| {
-        let name = line.split(['=', ' ', '\t']).find(|word| !word.is_empty());
-        name.is_some_and(|name| name.eq_ignore_ascii_case("synchronous_standby_names"))
-    })
+pub(crate) fn sets_standby_names(contents: &[u8]) -> bool {
+    let file = Configuration::parse(&String::from_utf8_lossy(contents));
+    file.settings().iter().any(|(name, _)| name.eq_ignore_ascii_case(STANDBY_NAMES))
 }
 
 /// Uploads files in the background, the last version of each.
@@ -94,11 +95,6 @@ impl Uploader {
     /// for somebody else.
     pub async fn standby_names_taken(&self) {
         self.shared.standby_names_taken.notified().await;
-    }
-
-    /// Looks for it in a file that the compute begins with.
-    pub fn look_at(&self, path: &str, contents: &[u8]) {
-        self.shared.look_at(path, contents);
     }
 
     /// Waits until everything was uploaded, within a limit.

@@ -35,5 +35,6 @@ pub mod sandbox;
 pub mod server;
 pub mod sessions;
 mod start;
+pub mod start_failure;
 pub mod uids;
 pub mod waiters;

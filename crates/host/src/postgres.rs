@@ -1,13 +1,14 @@
 //! One run of stock Postgres on a mounted data directory: start it, wait until it answers, stop it.
 
 use std::fs::File;
-use std::io;
+use std::io::{self, Read as _, Seek as _};
 use std::os::unix::process::ExitStatusExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
+use tokio::io::AsyncWriteExt as _;
 use tokio::process::{Child, Command};
 use varve_api::host::Begin;
 
@@ -20,16 +21,25 @@ use crate::passage::Passage;
 use crate::ports::{self, PortError};
 use crate::record::RecordError;
 use crate::sandbox::{Dialer, NetworkAccess, Running, SandboxError, Spec};
-use crate::sessions::{PrivateSocket, Sessions};
+use crate::sessions::{PrivateSocket, SessionError, Sessions};
+use crate::start_failure::{Given, Said};
 
-/// How long Postgres may take until it answers.
+/// How long Postgres may take until it answers: as long as it says that it starts, or nothing at all.
 const START_MAX: Duration = Duration::from_secs(120);
+/// How long it may refuse our login for a reason that may pass.
+const REFUSED_MAX: Duration = Duration::from_secs(3);
 /// How often a starting Postgres is asked.
 const START_POLL: Duration = Duration::from_millis(2);
 /// How long a fast shutdown may take (it writes a checkpoint and sends all WAL) before Postgres is killed.
 const STOP_MAX: Duration = Duration::from_secs(300);
-/// Bytes of the server's log that an error quotes.
-const LOG_TAIL: usize = 2000;
+/// Bytes of what a start logged that are looked at for an error.
+const LOG_TAIL: u64 = 256 * 1024;
+/// How long single-user mode may take.
+const REPAIR_MAX: Duration = Duration::from_secs(60);
+/// Databases that single-user mode is tried in: nobody gets rid of the first one without changing catalogues by hand.
+const REPAIR_DATABASES: [&str; 3] = ["template0", "template1", "postgres"];
+/// What single-user mode is told, in the folder of the configuration.
+const REPAIR_FILE: &str = "repair.sql";
 /// This program, whatever has become of its file.
 const OURSELVES: &str = "/proc/self/exe";
 /// What a sandbox gets. Processes and open files are far beyond what Postgres takes by default; shared memory is for
@@ -52,18 +62,34 @@ pub enum PostgresError {
         path: PathBuf,
     },
     /// It ended.
-    #[error("postgres did not start ({status}); {log}")]
+    #[error("postgres did not start ({status}); {said}")]
     Ended {
         /// How.
         status: ExitStatus,
-        /// The end of its log.
-        log: String,
+        /// Why, as its log has it.
+        said: Box<Said>,
     },
     /// It ran, and took no connection.
-    #[error("postgres did not answer within {limit:?}; {log}", limit = START_MAX)]
+    #[error("postgres did not answer within {limit:?}; {said}", limit = START_MAX)]
     Silent {
-        /// The end of its log.
-        log: String,
+        /// What its log has.
+        said: Box<Said>,
+    },
+    /// It runs, and does not let us in.
+    #[error("postgres runs and refuses varve's own login: {error}; {said}")]
+    Refused {
+        /// In its words.
+        error: SessionError,
+        /// What its log has.
+        said: Box<Said>,
+    },
+    /// Single-user mode did not bring the internal role back.
+    #[error("the role '{role}' could not be repaired ({status}); {said}", role = config::INTERNAL_ROLE)]
+    NotRepaired {
+        /// How it ended.
+        status: ExitStatus,
+        /// What it said.
+        said: Box<Said>,
     },
     /// Its process could not be started or looked at.
     #[error("postgres cannot be started: {0}")]
@@ -84,18 +110,29 @@ pub enum PostgresError {
 
 impl PostgresError {
     /// Whether it may go well another time: somebody or something killed it (an operator, want of memory), or it waited
-    /// for a pageserver that was away. What Postgres itself says no to (a port that is taken) stays.
+    /// for a pageserver that was away. What Postgres itself says no to (a port that is taken) stays, and so does a
+    /// fault of its own (of a library that is to be preloaded).
     pub fn is_transient(&self) -> bool {
         match self {
-            PostgresError::Ended { status, .. } => status.signal().is_some(),
+            PostgresError::Ended { status, .. } => {
+                let killed = [Signal::KILL, Signal::TERM, Signal::INT, Signal::QUIT, Signal::HUP];
+                status.signal().is_some_and(|signal| killed.iter().any(|killed| killed.as_raw() == signal))
+            }
             PostgresError::Silent { .. } => true,
-            PostgresError::Missing { .. }
+            PostgresError::Refused { .. }
+            | PostgresError::NotRepaired { .. }
+            | PostgresError::Missing { .. }
             | PostgresError::Io(_)
             | PostgresError::Record(_)
             | PostgresError::Sandbox(_)
             | PostgresError::Cgroup(_)
             | PostgresError::Port(_) => false,
         }
+    }
+
+    /// Whether our role is not there, or may not log in: what [`repair`] is for.
+    pub fn is_locked_out(&self) -> bool {
+        matches!(self, PostgresError::Refused { error, .. } if error.is_locked_out())
     }
 }
 
@@ -117,21 +154,20 @@ pub struct Postgres {
 }
 
 impl Postgres {
-    /// Starts the `postgres` in `bin_dir` and waits until it answers.
+    /// Starts the `postgres` in `bin_dir` and waits until it answers. `settings` are those that its branch brings, to
+    /// be named where one of them is why it does not start.
     ///
     /// # Errors
-    /// When the binary is missing, or Postgres ends before it answers: the error quotes its log.
-    pub async fn start(bin_dir: &Path, begin: &Begin, dirs: &Dirs) -> Result<Postgres, PostgresError> {
+    /// When the binary is missing, or Postgres ends before it answers, or does not let us in: the error quotes its log.
+    pub async fn start(bin_dir: &Path, begin: &Begin, dirs: &Dirs, settings: &[Given]) -> Result<Postgres, PostgresError> {
         let binary = bin_dir.join("postgres");
         if !binary.exists() {
             return Err(PostgresError::Missing { version: begin.pg_version, path: binary });
         }
+        let log = LogOfStart::open(dirs)?;
         let mut postgres = match dirs.isolation() {
             Isolation::Sandbox { uid, network, limits } => {
-                let group = dirs.group()?;
-                group.make(&limits)?;
-                let spec = Spec { cgroups: group.folders(), ..spec(bin_dir, dirs, uid, network, &limits)? };
-                Self::sandboxed(spec, begin, dirs).await?
+                Self::sandboxed(spec(bin_dir, dirs, uid, network, &limits)?, begin, dirs).await?
             }
             Isolation::None(user) => Self::plain(&binary, begin, dirs, user)?,
         };
@@ -139,7 +175,7 @@ impl Postgres {
             postgres.kill().await; // nobody could end it after us
             return Err(error.into());
         }
-        postgres.answers(dirs).await?;
+        postgres.answers(&log, settings).await?;
         if let Err(error) = postgres.let_clients_in(begin).await {
             postgres.kill().await;
             return Err(error);
@@ -152,31 +188,16 @@ impl Postgres {
         // Inside nobody knows names.
         let addresses = tokio::task::spawn_blocking(move || ports::numeric(&listen)).await.map_err(io::Error::other)??;
         let spec = Spec { arguments: config::arguments(begin, &addresses, dirs), ..spec };
-        let (running, pipe) = Running::start(Path::new(OURSELVES), &spec).await?;
+        let (running, log) = in_sandbox(&spec, dirs).await?;
         let pid = running.processes().map_or(0, |(_, postmaster)| postmaster);
-        let processes = Processes::Sandboxed { running, log: Log::start(&dirs.log(), pipe), group: dirs.group()?, passage: None };
-        Ok(Postgres { processes, pid, sessions: Sessions::new(PrivateSocket::new(dirs.socket(), begin.port, dirs.user().uid)) })
+        Ok(Postgres { processes: sandboxed(running, log, dirs)?, pid, sessions: sessions(begin, dirs) })
     }
 
     fn plain(binary: &Path, begin: &Begin, dirs: &Dirs, user: User) -> Result<Postgres, PostgresError> {
-        let log = File::options().create(true).append(true).open(dirs.log())?;
-        let mut command = bound_to_us(binary);
-        command
-            .args(config::arguments(begin, &begin.listen, dirs))
-            .current_dir("/")
-            .stdin(Stdio::null())
-            .stdout(log.try_clone()?)
-            .stderr(log)
-            .process_group(0)
-            .env_clear()
-            .envs(environment());
-        if rustix::process::geteuid().is_root() {
-            command.uid(user.uid).gid(user.gid);
-        }
-        let child = command.spawn()?;
+        let mut command = command(binary, dirs, user)?;
+        let child = command.args(config::arguments(begin, &begin.listen, dirs)).stdin(Stdio::null()).spawn()?;
         let pid = child.id().ok_or_else(|| io::Error::other("it ended as it started"))?;
-        let sessions = Sessions::new(PrivateSocket::new(dirs.socket(), begin.port, dirs.user().uid));
-        Ok(Postgres { processes: Processes::Plain(child), pid, sessions })
+        Ok(Postgres { processes: Processes::Plain(child), pid, sessions: sessions(begin, dirs) })
     }
 
     /// Notes what to end if we cannot: init of the sandbox, with which all of it ends, or the postmaster.
@@ -188,19 +209,31 @@ impl Postgres {
     }
 
     /// Waits until it answers.
-    async fn answers(&mut self, dirs: &Dirs) -> Result<(), PostgresError> {
+    async fn answers(&mut self, log: &LogOfStart, settings: &[Given]) -> Result<(), PostgresError> {
         let deadline = Instant::now() + START_MAX;
+        let mut refused: Option<Instant> = None;
         loop {
-            if self.sessions.socket().exists() && self.sessions.flushed().await.is_ok() {
-                return Ok(());
-            }
+            let answer = if self.sessions.socket().exists() { Some(self.sessions.flushed().await) } else { None };
             if let Some(status) = self.try_wait()? {
                 self.log_is_whole().await;
-                return Err(PostgresError::Ended { status, log: log_tail(&dirs.log()) });
+                return Err(PostgresError::Ended { status, said: log.said(settings) });
+            }
+            match answer {
+                Some(Ok(_)) => return Ok(()),
+                Some(Err(error)) if error.is_refusal() => {
+                    let since = *refused.get_or_insert_with(Instant::now);
+                    if error.is_locked_out() || since.elapsed() >= REFUSED_MAX {
+                        self.kill().await;
+                        self.log_is_whole().await;
+                        return Err(PostgresError::Refused { error, said: log.said(settings) });
+                    }
+                }
+                Some(Err(_)) | None => refused = None,
             }
             if Instant::now() > deadline {
                 self.kill().await;
-                return Err(PostgresError::Silent { log: log_tail(&dirs.log()) });
+                self.log_is_whole().await;
+                return Err(PostgresError::Silent { said: log.said(settings) });
             }
             tokio::time::sleep(START_POLL).await;
         }
@@ -299,8 +332,76 @@ impl Postgres {
     }
 }
 
+/// Brings our role back, in Postgres's own single-user mode, in which everybody is superuser and no database need take
+/// connections. The data directory is mounted, and no Postgres runs there.
+///
+/// # Errors
+/// When single-user mode does not come about. What the role lacks then, the next login says.
+pub async fn repair(bin_dir: &Path, begin: &Begin, dirs: &Dirs, settings: &[Given]) -> Result<(), PostgresError> {
+    let log = LogOfStart::open(dirs)?;
+    dirs.write(REPAIR_FILE, &config::repair_statements())?;
+    let mut last = None;
+    for database in REPAIR_DATABASES {
+        let mut arguments = vec!["--single".to_owned(), "-j".to_owned()];
+        arguments.extend(config::arguments(begin, "", dirs));
+        arguments.extend(config::repair_arguments().map(str::to_owned));
+        arguments.push(database.to_owned());
+        let ended = match dirs.isolation() {
+            Isolation::Sandbox { uid, network, limits } => {
+                let input = Some(dirs.conf().join(REPAIR_FILE));
+                let spec = Spec { arguments, input, ..spec(bin_dir, dirs, uid, network, &limits)? };
+                let (running, log) = in_sandbox(&spec, dirs).await?;
+                let mut single = Postgres { pid: 0, sessions: sessions(begin, dirs), processes: sandboxed(running, log, dirs)? };
+                single.remember(dirs)?;
+                let ended = tokio::time::timeout(REPAIR_MAX, single.wait()).await;
+                single.kill().await;
+                single.log_is_whole().await;
+                ended
+            }
+            Isolation::None(user) => {
+                let mut command = command(&bin_dir.join("postgres"), dirs, user)?;
+                let mut child = command.args(arguments).stdin(Stdio::piped()).kill_on_drop(true).spawn()?;
+                if let Some(pid) = child.id() {
+                    dirs.remember_postmaster(pid)?;
+                }
+                if let Some(mut stdin) = child.stdin.take() {
+                    // One that ended before it read everything says why itself.
+                    let _ = stdin.write_all(config::repair_statements().as_bytes()).await;
+                }
+                tokio::time::timeout(REPAIR_MAX, child.wait()).await
+            }
+        };
+        match ended {
+            Ok(Ok(status)) if status.success() => return Ok(()),
+            Ok(Ok(status)) => last = Some(status),
+            Ok(Err(error)) => return Err(error.into()),
+            Err(_) => return Err(PostgresError::Silent { said: log.said(settings) }),
+        }
+    }
+    match last {
+        Some(status) => Err(PostgresError::NotRepaired { status, said: log.said(settings) }),
+        None => Ok(()),
+    }
+}
+
+fn sessions(begin: &Begin, dirs: &Dirs) -> Sessions {
+    Sessions::new(PrivateSocket::new(dirs.socket(), begin.port, dirs.user().uid), begin.pg_version)
+}
+
+/// Makes a sandbox in the compute's control groups.
+async fn in_sandbox(spec: &Spec, dirs: &Dirs) -> Result<(Running, Log), PostgresError> {
+    let (running, pipe) = Running::start(Path::new(OURSELVES), spec).await?;
+    Ok((running, Log::start(&dirs.log(), pipe)))
+}
+
+fn sandboxed(running: Running, log: Log, dirs: &Dirs) -> Result<Processes, PostgresError> {
+    Ok(Processes::Sandboxed { running, log, group: dirs.group()?, passage: None })
+}
+
 /// The sandbox of a compute: its own folders, and the installation of Postgres.
-fn spec(bin_dir: &Path, dirs: &Dirs, uid: u32, network: NetworkAccess, limits: &Limits) -> io::Result<Spec> {
+fn spec(bin_dir: &Path, dirs: &Dirs, uid: u32, network: NetworkAccess, limits: &Limits) -> Result<Spec, PostgresError> {
+    let group = dirs.group()?;
+    group.make(limits)?;
     // Programs find their libraries and files beside their folder.
     let installation = |bin_dir: &Path| bin_dir.parent().filter(|parent| parent.parent().is_some()).map(Path::to_owned);
     let mut read_only: Vec<PathBuf> = [bin_dir, &bin_dir.canonicalize()?].into_iter().filter_map(installation).collect();
@@ -315,9 +416,10 @@ fn spec(bin_dir: &Path, dirs: &Dirs, uid: u32, network: NetworkAccess, limits: &
         shm_bytes: limits.memory_bytes.map_or(SHM_BYTES_MAX, |bytes| (bytes / 2).min(SHM_BYTES_MAX)),
         tmp_bytes: TMP_BYTES,
         files_max: FILES_MAX,
-        cgroups: Vec::new(),
+        cgroups: group.folders(),
         program: bin_dir.join("postgres"),
         arguments: Vec::new(),
+        input: None,
         environment: environment().into_iter().map(|(name, value)| (name.to_owned(), value.to_owned())).collect(),
     })
 }
@@ -339,11 +441,49 @@ fn bound_to_us(binary: &Path) -> Command {
     command
 }
 
-/// The end of a server's log, for an error.
-fn log_tail(path: &Path) -> String {
-    let text = std::fs::read(path).unwrap_or_default();
-    let tail = &text[text.len().saturating_sub(LOG_TAIL)..];
-    format!("the end of {}:\n{}", path.display(), String::from_utf8_lossy(tail))
+/// `postgres`, bound to us, as its user, with nothing of our environment, and with its log.
+fn command(binary: &Path, dirs: &Dirs, user: User) -> io::Result<Command> {
+    let log = File::options().create(true).append(true).open(dirs.log())?;
+    let mut command = bound_to_us(binary);
+    command.current_dir("/").stdout(log.try_clone()?).stderr(log).process_group(0).env_clear().envs(environment());
+    if rustix::process::geteuid().is_root() {
+        command.uid(user.uid).gid(user.gid);
+    }
+    Ok(command)
+}
+
+/// The server's log, from where this start begins.
+struct LogOfStart {
+    path: PathBuf,
+    from: u64,
+}
+
+impl LogOfStart {
+    fn open(dirs: &Dirs) -> io::Result<LogOfStart> {
+        let path = dirs.log();
+        let from = match std::fs::metadata(&path) {
+            Ok(file) => file.len(),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => 0,
+            Err(error) => return Err(error),
+        };
+        Ok(LogOfStart { path, from })
+    }
+
+    /// What it has of this start.
+    fn said(&self, settings: &[Given]) -> Box<Said> {
+        let read = || -> io::Result<Vec<u8>> {
+            let mut file = File::open(&self.path)?;
+            let end = file.metadata()?.len();
+            // A log that is shorter than it was has begun anew.
+            let from = if end < self.from { 0 } else { self.from };
+            file.seek(io::SeekFrom::Start(from.max(end.saturating_sub(LOG_TAIL))))?;
+            let mut bytes = Vec::new();
+            file.take(LOG_TAIL).read_to_end(&mut bytes)?;
+            Ok(bytes)
+        };
+        let bytes = read().unwrap_or_default();
+        Box::new(Said::of(&String::from_utf8_lossy(&bytes), settings))
+    }
 }
 
 #[cfg(test)]
@@ -352,8 +492,9 @@ mod tests {
 
     #[test]
     fn one_that_was_killed_as_it_started_is_started_again() {
-        let ended = |status| PostgresError::Ended { status: ExitStatus::from_raw(status), log: String::new() };
+        let ended = |status| PostgresError::Ended { status: ExitStatus::from_raw(status), said: Box::new(Said::of("", &[])) };
         assert!(ended(9).is_transient(), "kill -9 says nothing about its next start");
         assert!(!ended(1 << 8).is_transient(), "it says itself that it cannot start");
+        assert!(!ended(11).is_transient(), "a fault of its own comes again");
     }
 }

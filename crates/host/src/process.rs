@@ -23,7 +23,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::task::JoinHandle;
 use varve_api::Code;
 use varve_api::client::ClientError;
-use varve_api::host::{Attach, Begin, Desired, Ended, Orders};
+use varve_api::host::{Attach, Begin, Desired, Ended, Orders, Password};
 use varve_api::token::Token;
 use varve_postgres::control::{ClusterState, ControlFile};
 use varve_postgres::{Lsn, Major};
@@ -33,10 +33,10 @@ use crate::dirs::{Dirs, Isolation};
 use crate::files::Uploader;
 use crate::handover::{Handover, HandoverError};
 use crate::leftover::LeftoverError;
-use crate::postgres::{Postgres, PostgresError};
+use crate::postgres::{self, Postgres, PostgresError};
 use crate::record::{Record as _, RecordError, WriterRecord};
 use crate::server::{Server, is_fenced, is_transient};
-use crate::sessions::Sessions;
+use crate::sessions::{SessionError, Sessions};
 use crate::start::{self, MountError};
 use crate::waiters;
 use crate::{beneath, config};
@@ -58,6 +58,9 @@ const PASSWORD_WAIT: Duration = Duration::from_secs(2);
 const PASSWORD_MAX: Duration = Duration::from_secs(600);
 /// How often that is tried. Each try that is given up may hold a walsender's place for as long as the lock is there.
 const PASSWORD_TRIES: u32 = 3;
+
+/// Said of a compute whose role was brought back.
+const REPAIRED: &str = "the role 'varve' was gone or could not log in, and was brought back: Varve needs it to run this compute";
 
 /// What a compute process is told when it starts.
 #[derive(Clone, Debug)]
@@ -119,6 +122,8 @@ enum Failure {
     StandbyNames,
     #[error("the server does not take us: {0}")]
     Refused(ClientError),
+    #[error("Postgres does not take our role any more: {0}")]
+    LockedOut(SessionError),
 }
 
 /// How an incarnation ended.
@@ -149,6 +154,8 @@ pub async fn run(config: ProcessConfig) -> Result<(), ProcessError> {
     let dirs = Dirs::existing(&config.home, &config.run_dir, &config.id, config.isolation);
     let mut terminate = signal(SignalKind::terminate())?;
     let mut failed_starts = 0;
+    // Whether our role is to be brought back before Postgres starts.
+    let mut repair = false;
     loop {
         // What a predecessor was killed with belongs to the history that the next epoch begins with.
         if !send_leftover(&server, &dirs, &mut terminate).await {
@@ -175,9 +182,10 @@ pub async fn run(config: ProcessConfig) -> Result<(), ProcessError> {
         let prepared = tokio::task::spawn_blocking(move || preparing.prepare()).await.map_err(std::io::Error::other)?;
         let (mut ran, mut stopped) = (false, None);
         let end = match prepared {
-            Ok(()) => incarnation(&server, &begin, &dirs, &config.bin_dirs, &mut terminate, (&mut ran, &mut stopped)).await,
+            Ok(()) => incarnation(&server, &begin, &dirs, &config.bin_dirs, &mut terminate, (&mut ran, &mut stopped), repair).await,
             Err(error) => Err(error.into()),
         };
+        let repaired = std::mem::take(&mut repair);
         match end {
             Ok(End::Stopped { clean, reason }) => {
                 tracing::info!(clean, reason = &*reason, "stopped");
@@ -191,10 +199,15 @@ pub async fn run(config: ProcessConfig) -> Result<(), ProcessError> {
             }
             Ok(End::Failed(failure)) => {
                 tracing::warn!(%failure, "beginning anew from the pageserver");
+                repair = matches!(failure, Failure::LockedOut(_)) && !repaired;
                 failed_starts = if ran { 0 } else { failed_starts + 1 };
             }
             Err(ProcessError::Server(error)) if is_transient(&error) => {
                 tracing::warn!(%error, "the server is away; beginning anew");
+            }
+            Err(ProcessError::Postgres(error)) if error.is_locked_out() && !repaired => {
+                tracing::warn!(%error, "the role is to be repaired; beginning anew");
+                repair = true;
             }
             Err(error) => {
                 tracing::warn!(%error, "could not start");
@@ -320,19 +333,25 @@ async fn incarnation(
     bin_dirs: &BinDirs,
     terminate: &mut Signal,
     (ran, stopped): (&mut bool, &mut Option<Lsn>),
+    repair: bool,
 ) -> Result<End, ProcessError> {
     let bin_dir = bin_dirs.path(begin.pg_version);
     let uploader = Arc::new(Uploader::start(server.clone(), begin.incarnation, begin.epoch.is_some()));
-    let mount = start::mount(begin, dirs, &uploader).await?;
+    let (mount, settings) = start::mount(begin, dirs, &uploader).await?;
     uploader.watch_access(dirs);
     if let Some(epoch) = begin.epoch {
         let writer = WriterRecord { timeline_id: begin.timeline_id.clone(), epoch, pg_version: begin.pg_version };
         writer.write(&dirs.leftover().record)?;
     }
-    let started = match dirs.write("postgresql.conf", &config::postgresql_conf(dirs, begin.standby_name.as_deref())) {
-        Ok(()) => Postgres::start(&bin_dir, begin, dirs).await.map_err(ProcessError::from),
-        Err(error) => Err(error.into()),
+    let started = async {
+        dirs.write("postgresql.conf", &config::postgresql_conf(dirs, begin.standby_name.as_deref()))?;
+        if repair {
+            postgres::repair(&bin_dir, begin, dirs, &settings).await?;
+            tracing::warn!("{REPAIRED}");
+        }
+        Ok::<_, ProcessError>(Postgres::start(&bin_dir, begin, dirs, &settings).await?)
     };
+    let started = started.await;
     let mut postgres = match started {
         Ok(postgres) => postgres,
         Err(error) => {
@@ -342,12 +361,17 @@ async fn incarnation(
     };
     *ran = true;
     let waiters = AbortOnDrop(tokio::spawn(waiters::watch(postgres.pid())));
-    let password = set_password(postgres.sessions(), &begin.password_verifier).await;
+    let password = set_password(postgres.sessions(), &begin.password()).await;
     if begin.startup_blocks.is_empty() {
         start::tell_startup_blocks(server, &mount);
     }
     uploader.reload_with(postgres.pid());
-    let end = match serve(server, begin, dirs, (&mut postgres, &uploader), terminate).await {
+    let warnings = if repair { vec![REPAIRED.to_owned()] } else { Vec::new() };
+    let served = match password {
+        Ok(password) => serve(server, begin, dirs, (&mut postgres, &uploader), terminate, (warnings, password)).await,
+        Err(error) => Ok(End::Failed(Failure::LockedOut(error))),
+    };
+    let end = match served {
         Ok(End::Stopped { clean: true, reason }) => {
             if postgres.stop().await {
                 *stopped = shutdown_checkpoint(begin, dirs).await;
@@ -369,7 +393,7 @@ async fn incarnation(
             other
         }
     };
-    drop((waiters, password));
+    drop(waiters);
     start::unmount(mount, dirs).await;
     end
 }
@@ -414,19 +438,26 @@ impl Drop for AbortOnDrop {
 
 /// Gives the superuser the tenant's password: now, or where locks or faults of the tenant's are in the way, later, by
 /// the task that this gives.
-async fn set_password(sessions: &Sessions, verifier: &str) -> Option<AbortOnDrop> {
-    let error = sessions.set_password(verifier, PASSWORD_WAIT).await.err()?;
+///
+/// # Errors
+/// When our role may not do that.
+async fn set_password(sessions: &Sessions, password: &Password) -> Result<Option<AbortOnDrop>, SessionError> {
+    let error = match sessions.set_password(password, PASSWORD_WAIT).await {
+        Ok(()) => return Ok(None),
+        Err(error) if error.is_locked_out() => return Err(error),
+        Err(error) => error,
+    };
     tracing::warn!(%error, "the tenant's password could not be set yet");
-    let (sessions, verifier) = (sessions.clone(), verifier.to_owned());
-    Some(AbortOnDrop(tokio::spawn(async move {
+    let (sessions, password) = (sessions.clone(), password.clone());
+    Ok(Some(AbortOnDrop(tokio::spawn(async move {
         for _ in 0..PASSWORD_TRIES {
-            match sessions.set_password(&verifier, PASSWORD_MAX).await {
+            match sessions.set_password(&password, PASSWORD_MAX).await {
                 Ok(()) => return tracing::info!("the tenant's password is set"),
                 Err(error) => tracing::warn!(%error, "the tenant's password could not be set"),
             }
             tokio::time::sleep(BACKOFF_MAX).await;
         }
-    })))
+    }))))
 }
 
 async fn serve(
@@ -435,6 +466,7 @@ async fn serve(
     dirs: &Dirs,
     (postgres, uploader): (&mut Postgres, &Uploader),
     terminate: &mut Signal,
+    (warnings, mut setting_password): (Vec<String>, Option<AbortOnDrop>),
 ) -> Result<End, ProcessError> {
     // Open as long as the incarnation is attached or may be.
     let handover = Handover::open(&dirs.walsender(), postgres.sessions().socket())?;
@@ -447,8 +479,10 @@ async fn serve(
         walsender: handover.walsender(),
         flushed: String::new(),
         waits_for: None,
+        warnings,
     };
     let mut standby_name = begin.standby_name.clone();
+    let mut password = begin.password_number;
     let mut server_run = String::new();
     let mut orders = poll(server, begin, &server_run);
     loop {
@@ -484,6 +518,9 @@ async fn serve(
                         attach.flushed = flushed.to_string();
                         attach.waits_for.clone_from(&standby_name);
                     }
+                    Err(error) if error.is_locked_out() => {
+                        return Ok(End::Failed(Failure::LockedOut(error)));
+                    }
                     Err(error) => {
                         tracing::warn!(%error, "Postgres does not say how far its WAL is");
                         orders = poll(server, begin, &server_run);
@@ -493,6 +530,14 @@ async fn serve(
                 }
                 match server.attach(&attach).await {
                     Ok(attached) => {
+                        if let Some(rotated) = attached.password.filter(|rotated| rotated.number > password) {
+                            password = rotated.number;
+                            drop(setting_password.take());
+                            match set_password(postgres.sessions(), &rotated).await {
+                                Ok(task) => setting_password = task,
+                                Err(error) => return Ok(End::Failed(Failure::LockedOut(error))),
+                            }
+                        }
                         if attached.standby_name == standby_name {
                             server_run = run;
                         } else {

@@ -11,16 +11,39 @@ use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use varve_api::host::Password;
 use varve_postgres::Lsn;
 use varve_protocol::ClientError;
 use varve_protocol::connect::blocking::Connection;
 use varve_protocol::connect::{ConnectConfig, Endpoint, Socket};
-use varve_protocol::wire::Row;
+use varve_protocol::wire::backend::sqlstate;
+use varve_protocol::wire::{Row, ServerMessage};
 
 use crate::{beneath, config};
 
 /// How long Postgres may take to say where its WAL is.
 const ANSWER_MAX: Duration = Duration::from_secs(10);
+
+/// Whether there is the superuser, whether he has a password, and which of ours he was given last.
+const PASSWORD_QUERY: &str = "SELECT r.rolname, r.rolpassword, shobj_description(t.oid, 'pg_tablespace') \
+                              FROM pg_tablespace t LEFT JOIN pg_authid r ON r.rolname = 'postgres' WHERE t.spcname = 'pg_global'";
+/// The comment that says so, without the number.
+const PASSWORD_COMMENT: &str = "varve password ";
+/// Databases in which a session that needs one is tried.
+const DATABASES: [&str; 2] = ["template1", "postgres"];
+/// What Postgres says to a role that is not there or may not log in, and to one that lacks a right.
+const LOCKED_OUT: [&str; 2] = ["28000", "42501"];
+/// What it says of a database that is not there, or that takes no connections.
+const NO_DATABASE: [&str; 2] = ["3D000", "55000"];
+/// Versions before this one load libraries for walsenders, too.
+const NO_LIBRARIES_FOR_WALSENDERS: u32 = 15;
+/// From this version on there are event triggers at login.
+const LOGIN_TRIGGERS: u32 = 17;
+/// Nothing that a tenant sets for sessions, for roles or for databases counts in ours.
+const NO_LIBRARIES: &str = "-c session_preload_libraries= -c local_preload_libraries=";
+/// The same, in a session with a database.
+const OUR_OWN: &str = "-c role=none -c default_transaction_read_only=off -c search_path=pg_catalog -c statement_timeout=0 \
+                       -c lock_timeout=0 -c synchronous_commit=local";
 
 /// Why a session came to nothing.
 #[derive(Debug, thiserror::Error)]
@@ -37,6 +60,25 @@ pub enum SessionError {
     /// The thread of the session ended early.
     #[error("a session of the supervisor: {0}")]
     Task(#[from] tokio::task::JoinError),
+}
+
+impl SessionError {
+    fn server(&self) -> Option<&ServerMessage> {
+        match self {
+            SessionError::Client(ClientError::Server { message, .. }) => Some(message),
+            _ => None,
+        }
+    }
+
+    /// Whether Postgres runs and says no, rather than that it is not ready yet.
+    pub fn is_refusal(&self) -> bool {
+        self.server().is_some_and(|message| !sqlstate::is_transient(&message.code))
+    }
+
+    /// Whether it says so because our role is not there, may not log in, or is no superuser any more.
+    pub fn is_locked_out(&self) -> bool {
+        self.server().is_some_and(|message| LOCKED_OUT.contains(&&*message.code))
+    }
 }
 
 /// Postgres's socket, in a folder where the tenant can make names: what is no socket of his Postgres's is not connected
@@ -81,12 +123,13 @@ impl PrivateSocket {
 #[derive(Clone, Debug)]
 pub struct Sessions {
     socket: PrivateSocket,
+    pg_version: u32,
 }
 
 impl Sessions {
     /// Through this socket.
-    pub fn new(socket: PrivateSocket) -> Sessions {
-        Sessions { socket }
+    pub fn new(socket: PrivateSocket, pg_version: u32) -> Sessions {
+        Sessions { socket, pg_version }
     }
 
     /// The socket.
@@ -99,27 +142,41 @@ impl Sessions {
     /// # Errors
     /// When Postgres does not answer.
     pub async fn flushed(&self) -> Result<Lsn, SessionError> {
-        let config = self.config().parameter("replication", "true");
-        let rows = self.run(config, "IDENTIFY_SYSTEM".to_owned(), ANSWER_MAX).await?;
+        let rows = self.run(self.walsender(), |connection: &mut Connection| connection.simple_query("IDENTIFY_SYSTEM"), ANSWER_MAX).await?;
         let text = rows.first().and_then(|row| row.get(2)).cloned().flatten().unwrap_or_default();
         text.parse().map_err(|_| SessionError::Position(text))
     }
 
-    /// Gives the superuser the tenant's password, unless it has it. It does not wait for the pageserver.
+    /// Gives the superuser the tenant's password, unless this history had it before. The first password is for a
+    /// superuser who has none. Of each further one a comment on a tablespace that nobody can drop says that it was
+    /// given: it is written in the same transaction, so neither is ever there without the other, in whatever branch or
+    /// restore. It does not wait for the pageserver.
     ///
     /// # Errors
     /// When Postgres refuses, or does not come to it within `limit`.
-    pub async fn set_password(&self, verifier: &str, limit: Duration) -> Result<(), SessionError> {
-        let select = "SELECT rolpassword FROM pg_authid WHERE rolname = 'postgres'".to_owned();
-        let rows = self.run(self.database(), select, limit).await?;
-        match rows.first() {
-            Some(row) if row.first().and_then(Option::as_deref) != Some(verifier) => {
-                let quoted = verifier.replace('\'', "''");
-                self.run(self.database(), format!("ALTER ROLE postgres PASSWORD '{quoted}'"), limit).await?;
-                Ok(())
+    pub async fn set_password(&self, password: &Password, limit: Duration) -> Result<(), SessionError> {
+        let Password { number, verifier } = password.clone();
+        let work = move |connection: &mut Connection| {
+            connection.simple_query("BEGIN")?;
+            let rows = connection.simple_query(PASSWORD_QUERY)?;
+            let column = |index: usize| rows.first().and_then(|row| row.get(index)).cloned().flatten();
+            let (role, has_one) = (column(0).is_some(), column(1).is_some());
+            let given: u32 = column(2).and_then(|text| text.strip_prefix(PASSWORD_COMMENT)?.parse().ok()).unwrap_or(1);
+            let quoted = verifier.replace('\'', "''");
+            if number == 1 && role && !has_one {
+                connection.simple_query(&format!("ALTER ROLE postgres PASSWORD '{quoted}'"))?;
+            } else if number > given {
+                // Whoever rotates wants to get in.
+                if !role {
+                    connection.simple_query("CREATE ROLE postgres")?;
+                }
+                connection.simple_query(&format!("ALTER ROLE postgres LOGIN SUPERUSER PASSWORD '{quoted}'"))?;
+                connection.simple_query(&format!("COMMENT ON TABLESPACE pg_global IS '{PASSWORD_COMMENT}{number}'"))?;
             }
-            _ => Ok(()),
-        }
+            connection.simple_query("COMMIT")
+        };
+        self.in_a_database(work, limit).await?;
+        Ok(())
     }
 
     /// Takes `synchronous_standby_names` out of what `ALTER SYSTEM` has set. A reload must follow.
@@ -127,28 +184,55 @@ impl Sessions {
     /// # Errors
     /// When Postgres refuses, or does not come to it in time.
     pub async fn take_back_standby_names(&self) -> Result<(), SessionError> {
-        self.run(self.database(), "ALTER SYSTEM RESET synchronous_standby_names".to_owned(), ANSWER_MAX).await?;
+        let work = |connection: &mut Connection| connection.simple_query("ALTER SYSTEM RESET synchronous_standby_names");
+        self.in_a_database(work, ANSWER_MAX).await?;
         Ok(())
     }
 
+    /// Does something for which any database will do. The session ends at once, so that it keeps nobody from dropping
+    /// or copying that database.
+    async fn in_a_database(&self, work: impl Work + Clone, limit: Duration) -> Result<Vec<Row>, SessionError> {
+        let mut result = Ok(Vec::new());
+        for database in DATABASES {
+            result = self.run(self.database(database), work.clone(), limit).await;
+            match &result {
+                // It is not there, or takes no connections.
+                Err(error) if error.server().is_some_and(|message| NO_DATABASE.contains(&&*message.code)) => {}
+                _ => break,
+            }
+        }
+        result
+    }
+
     fn config(&self) -> ConnectConfig {
-        ConnectConfig::new(self.socket.endpoint(), config::INTERNAL_ROLE).parameter("application_name", "varve supervisor")
+        let config = ConnectConfig::new(self.socket.endpoint(), config::INTERNAL_ROLE);
+        config.parameter("application_name", "varve supervisor")
     }
 
-    fn database(&self) -> ConnectConfig {
-        let config = self.config().parameter("replication", "database").parameter("database", "postgres");
-        config.parameter("options", "-c synchronous_commit=local")
+    fn walsender(&self) -> ConnectConfig {
+        let config = self.config().parameter("replication", "true");
+        if self.pg_version < NO_LIBRARIES_FOR_WALSENDERS { config.parameter("options", NO_LIBRARIES) } else { config }
     }
 
-    /// Runs one statement (a walsender of 14 takes no more at once), and gives its rows.
-    async fn run(&self, config: ConnectConfig, statement: String, limit: Duration) -> Result<Vec<Row>, SessionError> {
+    fn database(&self, name: &str) -> ConnectConfig {
+        let triggers = if self.pg_version >= LOGIN_TRIGGERS { " -c event_triggers=off" } else { "" };
+        let config = self.config().parameter("replication", "database").parameter("database", name);
+        config.parameter("options", format!("{NO_LIBRARIES} {OUR_OWN}{triggers}").as_str())
+    }
+
+    /// Connects, works, and hangs up.
+    async fn run(&self, config: ConnectConfig, work: impl Work, limit: Duration) -> Result<Vec<Row>, SessionError> {
         let socket = self.socket.clone();
-        let session = move || -> Result<Vec<Row>, SessionError> {
+        let session = move || {
             let stream = socket.connect().map_err(SessionError::Connect)?;
             let mut connection = Connection::over(Socket::Unix(stream), &config, limit)?;
             connection.set_read_timeout(Some(limit))?;
-            Ok(connection.simple_query(&statement)?)
+            Ok(work(&mut connection)?)
         };
         tokio::task::spawn_blocking(session).await?
     }
 }
+
+/// What a session does: one statement after the other, since a walsender of 14 takes no more at once.
+trait Work: FnOnce(&mut Connection) -> Result<Vec<Row>, ClientError> + Send + 'static {}
+impl<F: FnOnce(&mut Connection) -> Result<Vec<Row>, ClientError> + Send + 'static> Work for F {}

@@ -11,16 +11,18 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use varve_api::host::{Begin, StartupBlocks};
 use varve_postgres::lsn::WAL_SEGMENT_SIZE;
+use varve_postgres::settings::Configuration;
 use varve_postgres::{Fork, Lsn, Major, RelFork, RelNode};
 use varve_protocol::client::{BaseBackup, BaseBackupOptions};
 use varve_protocol::connect::{ClientError, ConnectConfig, Endpoint};
 
 use crate::config;
 use crate::dirs::Dirs;
-use crate::files::Uploader;
+use crate::files::{self, Uploader};
 use crate::mount::{InitialContent, InitialFile, Mount, MountConfig};
 use crate::page_fetcher::PageFetcher;
 use crate::server::Server;
+use crate::start_failure::{self, Given};
 
 /// How long the page service may be silent while a base backup comes: it may have to ingest first.
 const BACKUP_SILENCE_MAX: Duration = Duration::from_secs(120);
@@ -96,31 +98,44 @@ pub(crate) fn page_service(begin: &Begin) -> Result<ConnectConfig, MountError> {
     Ok(ConnectConfig::new(Endpoint::tcp(host, port), "varve"))
 }
 
-/// Fetches the base backup and mounts the data directory.
-pub(crate) async fn mount(begin: &Begin, dirs: &Dirs, uploader: &Arc<Uploader>) -> Result<Mount, MountError> {
+/// Fetches the base backup and mounts the data directory. Gives the settings that it brings, too.
+pub(crate) async fn mount(begin: &Begin, dirs: &Dirs, uploader: &Arc<Uploader>) -> Result<(Mount, Vec<Given>), MountError> {
     let (begin, dirs, uploader) = (begin.clone(), dirs.clone(), uploader.clone());
     tokio::task::spawn_blocking(move || mount_blocking(&begin, &dirs, &uploader)).await.map_err(io::Error::other)?
 }
 
-fn mount_blocking(begin: &Begin, dirs: &Dirs, uploader: &Uploader) -> Result<Mount, MountError> {
+fn mount_blocking(begin: &Begin, dirs: &Dirs, uploader: &Uploader) -> Result<(Mount, Vec<Given>), MountError> {
     let started = Instant::now();
     let lsn: Lsn = begin.base_lsn.parse().map_err(|_| MountError::begin("an LSN", &begin.base_lsn))?;
     let connection = page_service(begin)?;
-    let options = BaseBackupOptions { no_slru: true, ..BaseBackupOptions::default() };
+    // Who writes the branch goes on at its head, with all that was written there.
+    let options = BaseBackupOptions { no_slru: true, newest_files: begin.epoch.is_some(), ..BaseBackupOptions::default() };
     let backup = BaseBackup::start(&connection, &begin.tenant_id, &begin.timeline_id, Some(lsn), options, BACKUP_SILENCE_MAX)?;
-    let files = fetch(backup, dirs)?;
+    let mut files = fetch(backup, dirs)?;
     let fetched = started.elapsed();
+    let mut settings: Vec<Given> =
+        begin.settings.iter().map(|(name, value)| Given { name: name.clone(), value: value.clone(), source: "--set" }).collect();
+    for file in &mut files {
+        let InitialContent::File(bytes) = &mut file.content else { continue };
+        let source = match &*file.path {
+            "postgresql.auto.conf" => "ALTER SYSTEM",
+            "postgresql.conf" => "postgresql.conf",
+            _ => continue,
+        };
+        // Ours, which it would override. No session need come about to take it back.
+        if source == "ALTER SYSTEM" && files::sets_standby_names(bytes) {
+            let mut configuration = Configuration::parse(&String::from_utf8_lossy(bytes));
+            configuration.reset(files::STANDBY_NAMES);
+            *bytes = configuration.to_text().into();
+        }
+        settings.extend(start_failure::given(bytes, source));
+    }
     let users_own = |name: &str| {
         files.iter().find_map(|file| match &file.content {
             InitialContent::File(bytes) if file.path == name => Some(String::from_utf8_lossy(bytes).into_owned()),
             _ => None,
         })
     };
-    for file in &files {
-        if let InitialContent::File(bytes) = &file.content {
-            uploader.look_at(&file.path, bytes);
-        }
-    }
     dirs.write("pg_hba.conf", &config::pg_hba_conf(dirs.isolation(), &users_own("pg_hba.conf").unwrap_or_default()))?;
     dirs.write("pg_ident.conf", &config::pg_ident_conf(&users_own("pg_ident.conf").unwrap_or_default()))?;
     let source = Arc::new(PageFetcher::new(connection, &begin.tenant_id, &begin.timeline_id, lsn));
@@ -148,7 +163,7 @@ fn mount_blocking(begin: &Begin, dirs: &Dirs, uploader: &Uploader) -> Result<Mou
         prefetch_ms = (started.elapsed() - mounted).as_millis(),
         "the data directory is there"
     );
-    Ok(mount)
+    Ok((mount, settings))
 }
 
 /// Tells the pageserver what this start read, so that later ones of the same template get it in one batch.

@@ -4,10 +4,10 @@
 //! `VACUUM FULL pg_authid`, or whatever else locks that catalogue, waits for the pageserver, whose WAL receiver waits
 //! for it. Neither ends by itself.
 //!
-//! So [`watch`] looks at the postmaster's children as the system lists them. While a login of ours has been waiting for
-//! [`PATIENCE`], it cancels waits for synchronous replication, one after the other, until the login goes on. Commands
-//! that could lock a catalogue come first. A commit whose wait is cancelled stays, and its client gets a warning: it
-//! counts as not acknowledged, and each one is logged.
+//! So [`watch`] looks at the postmaster's children as the system lists them. While no walsender of ours sends WAL, and
+//! a login of ours has been waiting for [`PATIENCE`], it cancels waits for synchronous replication, one after the
+//! other, until the login goes on. Commands that could lock a catalogue come first. A commit whose wait is cancelled
+//! stays, and its client gets a warning: it counts as not acknowledged, and each one is logged.
 //!
 //! Postgres says what a process does in its title, for as long as `update_process_title` is on, which a compute's
 //! command line sees to.
@@ -46,6 +46,9 @@ pub async fn watch(postmaster: u32) {
 /// Looks once. `login` is the login that waited last time, and since when; gives the one that waits now.
 fn look(postmaster: u32, login: Option<(u32, Instant)>) -> Option<(u32, Instant)> {
     let children = identity::children_of(postmaster);
+    if children.iter().any(|pid| identity::title(*pid).is_some_and(|title| is_stream_title(&title))) {
+        return None; // commits are acknowledged; a login of the slot's keeper may wait as long as it likes
+    }
     let waiting = children.iter().copied().find(|pid| is_waiting_login(*pid))?;
     let since = match login {
         Some((pid, since)) if pid == waiting => since,
@@ -105,6 +108,11 @@ fn is_login_title(title: &str) -> bool {
     title.split_once(&ours).is_some_and(|(_, does)| matches!(does, "authentication waiting" | "startup waiting"))
 }
 
+/// Whether a title is that of a walsender of ours that sends WAL.
+fn is_stream_title(title: &str) -> bool {
+    title.contains(&format!(": walsender {INTERNAL_ROLE} [local] streaming "))
+}
+
 /// A commit that waits for synchronous replication.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Commit {
@@ -146,7 +154,9 @@ mod tests {
             assert!(!is_login_title(&format!("postgres: walsender app 127.0.0.1(4242) {does}")));
         }
         for does in ["startup", "idle", "streaming 0/16B3748"] {
-            assert!(!is_login_title(&format!("postgres: walsender varve [local] {does}")));
+            let title = format!("postgres: walsender varve [local] {does}");
+            assert!(!is_login_title(&title));
+            assert_eq!(is_stream_title(&title), does.starts_with("streaming"));
         }
     }
 

@@ -91,7 +91,6 @@ fn receiver(postgres: &Postgres, log: &Arc<WalLog>) -> Receiver<LogSink> {
     let config = ReceiverConfig {
         label: "bench".to_owned(),
         connect: ConnectConfig::new(Endpoint::unix(postgres.dir(), 5432), "postgres"),
-        database: "postgres".to_owned(),
         standby_name: "varve".to_owned(),
         system_identifier: value("SELECT system_identifier FROM pg_control_system()").parse().expect("a number"),
         major: Major::V15,

@@ -239,6 +239,7 @@ impl TimelinePages for Pages {
             Some(lsn) => ReadLsn::at(lsn),
             None => ReadLsn::newest(),
         };
+        let options = BackupOptions { newest_files: options.newest_files || lsn.is_none(), ..options };
         let lsn = self.arrived(at)?;
         let time_unix = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |time| time.as_secs() as i64);
         backup::write(&self.tenant, &self.live, lsn, options, time_unix, sink).map_err(|error| match error {

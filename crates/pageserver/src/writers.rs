@@ -12,8 +12,8 @@ use bytes::Bytes;
 use parking_lot::Mutex;
 use varve_engine::timeline::Flushed;
 use varve_engine::{LiveTimeline, StreamError, Tenant, WalStream};
-use varve_postgres::Lsn;
 use varve_postgres::wal::FramedRecord;
+use varve_postgres::{Lsn, Major};
 use varve_protocol::{ConnectConfig, Endpoint};
 use varve_storage::ids::{BranchName, TenantId, TimelineId, WriterEpoch};
 use varve_storage::wal_log::WalLogError;
@@ -109,11 +109,15 @@ impl Writers {
         let (stream, standby) = live.open_stream(tenant.log(), &writer.branch, writer.epoch, writer.flushed, on_close).await?;
         let start = stream.start();
         let endpoint = Endpoint::handover(writer.walsender.socket, writer.walsender.credential);
+        let mut connect = ConnectConfig::new(endpoint, INTERNAL_ROLE);
+        if live.major() < Major::V15 {
+            // That one loads a tenant's libraries for walsenders, too.
+            connect = connect.parameter("options", "-c session_preload_libraries= -c local_preload_libraries=");
+        }
         let settings = [("varve.timeline", live.id().to_string()), ("varve.epoch", writer.epoch.0.to_string())];
         let config = ReceiverConfig {
             label: live.name().to_owned(),
-            connect: ConnectConfig::new(endpoint, INTERNAL_ROLE),
-            database: "postgres".to_owned(),
+            connect,
             standby_name: standby.name.clone(),
             system_identifier: live.system_identifier(),
             major: live.major(),

@@ -19,6 +19,7 @@ pub mod paths;
 pub mod relation_map;
 pub mod replication_origin;
 pub mod replication_slot;
+pub mod settings;
 pub mod slru;
 pub mod timestamp;
 pub mod two_phase;

@@ -242,6 +242,12 @@ impl Pageserver for Door {
         self.said(&node, put).await
     }
 
+    async fn get_file(&self, _tenant: TenantId, contents: FileContents) -> PortResult<Vec<u8>> {
+        let (node, tenant) = self.tenant().await?;
+        let got = tenant.file_contents(&contents).map(Option::unwrap_or_default);
+        self.said(&node, got).await
+    }
+
     async fn kept_wal(&self, _tenant: TenantId, _timeline: TimelineId) -> PortResult<(Lsn, Vec<WalRange>)> {
         Err(Refusal::new(Code::NotRetained, "simulated WAL carries no pages"))
     }

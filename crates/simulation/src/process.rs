@@ -216,6 +216,7 @@ impl Process {
                         walsender: Walsender { socket: socket.to_owned(), credential: String::new() },
                         flushed: flushed.to_string(),
                         waits_for: waits_for.clone(),
+                        warnings: Vec::new(),
                     };
                     let id = self.id.clone();
                     match call(world, self.about(Some(Kind::CrashInAttach)), |plane| async move { plane.attach(&id, attach).await }).await {

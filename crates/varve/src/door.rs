@@ -187,6 +187,12 @@ impl ports::Pageserver for Door {
         tenant.put_file(bytes).await.map_err(|error| refusal(error.into()))
     }
 
+    async fn get_file(&self, tenant: TenantId, contents: FileContents) -> PortResult<Vec<u8>> {
+        let tenant = self.pageserver.tenants().own(tenant, "a file of it is read").await.map_err(refusal)?;
+        let read = tokio::task::spawn_blocking(move || tenant.file_contents(&contents)).await.map_err(Refusal::internal)?;
+        read.map(Option::unwrap_or_default).map_err(|error| refusal(error.into()))
+    }
+
     async fn kept_wal(&self, tenant: TenantId, timeline: TimelineId) -> PortResult<(Lsn, Vec<WalRange>)> {
         let (head, ranges) = self.pageserver.kept_wal(tenant, timeline).await.map_err(refusal)?;
         let range = |(timeline, range): (TimelineId, varve_engine::timeline::KeptRange)| WalRange {

@@ -31,6 +31,8 @@ use super::routes;
         routes::rename_branch,
         routes::delete_branch,
         routes::restore_branch,
+        routes::show_settings,
+        routes::change_settings,
         routes::moment,
         routes::branch_wal,
         routes::branch_wal_bytes,
@@ -40,6 +42,8 @@ use super::routes;
         routes::show_compute,
         routes::stop_compute,
         routes::take_tenant,
+        routes::show_password,
+        routes::rotate_password,
         routes::forget_wal,
         routes::show_server,
         routes::ready

@@ -7,7 +7,7 @@ use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
 use varve_api::admin::{
     Branch, BranchChange, BranchMoment, Compute, Deleted, ForgottenWal, NewBranch, NewCompute, NewTenant, Ready, Restore, Restored,
-    Server as ServerFacts, Stopped, Tenant, Wal,
+    Server as ServerFacts, Settings, SettingsChange, Stopped, Tenant, TenantPassword, Wal,
 };
 
 use super::Server;
@@ -92,6 +92,25 @@ pub(super) async fn take_tenant<P: Pageserver>(
     Mutation { call: _, body: Nothing {} }: Mutation<Nothing>,
 ) -> Answer<Tenant> {
     to_its_end!(server, |control| control.take_tenant(&tenant)).map(Json)
+}
+
+/// Shows the password of a tenant's superuser, as it was given last. What the tenant made of it by SQL is not known.
+#[utoipa::path(get, path = "/v1/tenants/{tenant}/password", params(("tenant", description = "name or id")),
+    responses((status = 200, body = TenantPassword)))]
+pub(super) async fn show_password<P: Pageserver>(State(server): State<Server<P>>, Names(tenant): Names<String>) -> Answer<TenantPassword> {
+    server.control.tenant_password(&tenant).await.map(Json)
+}
+
+/// Gives a tenant's superuser another password: running computes take it at once, everything else at its next start,
+/// once each.
+#[utoipa::path(post, path = "/v1/tenants/{tenant}/password", params(("tenant", description = "name or id")),
+    responses((status = 200, body = TenantPassword)))]
+pub(super) async fn rotate_password<P: Pageserver>(
+    State(server): State<Server<P>>,
+    Names(tenant): Names<String>,
+    Mutation { call, body: Nothing {} }: Mutation<Nothing>,
+) -> Answer<TenantPassword> {
+    to_its_end!(server, |control| control.rotate_password(&call, &tenant)).map(Json)
 }
 
 /// Says whether the server can work: it can while the store answers. Tenants that others took over are named; they do
@@ -220,6 +239,30 @@ pub(super) async fn restore_branch<P: Pageserver>(
     Mutation { call, body }: Mutation<Restore>,
 ) -> Answer<Restored> {
     to_its_end!(server, |control| control.restore_branch(&call, &tenant, &branch, &body)).map(Json)
+}
+
+/// Shows the settings of a branch, as `ALTER SYSTEM` or this API made them. No compute need run.
+#[utoipa::path(get, path = "/v1/tenants/{tenant}/branches/{branch}/settings",
+    params(("tenant", description = "name or id"), ("branch", description = "name, or id of its timeline")),
+    responses((status = 200, body = Settings)))]
+pub(super) async fn show_settings<P: Pageserver>(
+    State(server): State<Server<P>>,
+    Names((tenant, branch)): Names<(String, String)>,
+) -> Answer<Settings> {
+    server.control.settings(&tenant, &branch).await.map(Json)
+}
+
+/// Changes the settings of a branch on which no compute runs; its next start has them. A running one has
+/// `ALTER SYSTEM`, and this answers 409.
+#[utoipa::path(patch, path = "/v1/tenants/{tenant}/branches/{branch}/settings",
+    params(("tenant", description = "name or id"), ("branch", description = "name, or id of its timeline")),
+    request_body = SettingsChange, responses((status = 200, body = Settings)))]
+pub(super) async fn change_settings<P: Pageserver>(
+    State(server): State<Server<P>>,
+    Names((tenant, branch)): Names<(String, String)>,
+    Mutation { call, body }: Mutation<SettingsChange>,
+) -> Answer<Settings> {
+    to_its_end!(server, |control| control.change_settings(&call, &tenant, &branch, &body)).map(Json)
 }
 
 /// Says which LSN a time is, or which time an LSN.

@@ -266,6 +266,7 @@ impl FakeHost {
                     walsender: Walsender { socket: "/run/x".to_owned(), credential: "c".to_owned() },
                     flushed: begin.base_lsn.clone(),
                     waits_for: None,
+                    warnings: Vec::new(),
                 };
                 match self.call(|plane| async move { plane.attach(id, attach.clone()).await }).await {
                     Ok(_) => {

@@ -219,6 +219,13 @@ impl Pageserver for FakePageserver {
         Ok(FileContents::Inline(bytes))
     }
 
+    async fn get_file(&self, _tenant: TenantId, contents: FileContents) -> PortResult<Vec<u8>> {
+        match contents {
+            FileContents::Inline(bytes) => Ok(bytes),
+            FileContents::Object { .. } | FileContents::Removed => Ok(Vec::new()),
+        }
+    }
+
     async fn kept_wal(&self, tenant: TenantId, timeline: TimelineId) -> PortResult<(Lsn, Vec<WalRange>)> {
         Ok((self.head(&self.log(tenant)?.state(), timeline)?, vec![]))
     }

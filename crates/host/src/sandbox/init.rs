@@ -52,7 +52,11 @@ fn run(text: &str) -> Result<i32, String> {
     let mut program = Command::new(&spec.program);
     program.args(&spec.arguments).env_clear().envs(spec.environment.iter().cloned());
     // A program's output goes to the log; our standard output is for one line to the supervisor.
-    program.stdin(Stdio::null()).stdout(Stdio::from(errors)).process_group(0);
+    let input = match &spec.input {
+        Some(path) => Stdio::from(std::fs::File::open(path).map_err(|error| format!("{}: {error}", path.display()))?),
+        None => Stdio::null(),
+    };
+    program.stdin(input).stdout(Stdio::from(errors)).process_group(0);
     let child = program.spawn().map_err(|error| format!("{}: {error}", spec.program.display()))?;
     let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw).ok_or("the program has no process id")?;
     std::thread::spawn(move || follow_orders(pid));

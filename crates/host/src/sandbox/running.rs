@@ -176,6 +176,7 @@ async fn try_in(varve: &Path, folder: &Path, uid: u32, network: NetworkAccess, g
         cgroups: group.folders(),
         program: PROBE_PROGRAM.into(),
         arguments: Vec::new(),
+        input: None,
         environment: Vec::new(),
     };
     let (mut running, mut log) = Running::start(varve, &spec).await?;

@@ -63,6 +63,8 @@ pub struct Spec {
     pub program: PathBuf,
     /// Its arguments.
     pub arguments: Vec<String>,
+    /// What it reads from its standard input; nothing, without a file.
+    pub input: Option<PathBuf>,
     /// Its environment.
     pub environment: Vec<(String, String)>,
 }

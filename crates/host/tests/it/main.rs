@@ -10,4 +10,5 @@ mod mount_model;
 mod mount_observer;
 mod mount_postgres;
 mod mount_semantics;
+mod own_settings;
 mod support;

@@ -46,8 +46,6 @@ pub struct ReceiverConfig {
     pub label: String,
     /// The server, and a role there that may replicate.
     pub connect: ConnectConfig,
-    /// A database for the connection that keeps the slot.
-    pub database: String,
     /// The name that we give as `application_name`, by which the primary knows the standby it waits for.
     pub standby_name: String,
     /// The tenant's.

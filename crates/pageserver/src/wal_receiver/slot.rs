@@ -1,9 +1,11 @@
-//! Keeping the slot: a physical replication slot that no stream uses, moved now and then to what the store has, so that
-//! the primary retains the rest whatever happens to us. (A slot in use by the stream would follow what we flushed,
-//! which is less than what can be lost with this machine.)
+//! Keeping the slot: a physical replication slot that no stream of ours follows, moved now and then to what the store
+//! has, so that the primary retains the rest whatever happens to us. (A slot in use by the stream would follow what we
+//! flushed, which is less than what can be lost with this machine.)
 //!
-//! Functions need a database, so this session may wait behind locks of commits that wait for us. Nothing waits for it:
-//! it connects while WAL streams, so that those commits end.
+//! **How it is moved.** The function that moves a slot needs a session with a database, which would keep its owner from
+//! dropping or copying that database, and wait behind locks of commits that wait for us. A walsender needs neither. So
+//! this one begins a stream with the slot where WAL ends right now, says at once what the store has, and ends the
+//! stream: Postgres moves the slot to what its standby says, and nearly nothing is sent.
 
 use std::io;
 use std::sync::Arc;
@@ -14,12 +16,16 @@ use varve_postgres::Lsn;
 use varve_protocol::ClientError;
 use varve_protocol::ConnectConfig;
 use varve_protocol::connect::blocking::Connection;
+use varve_protocol::wire::replication::StandbyStatus;
+use varve_protocol::wire::{BackendMessage, frontend};
 
 use super::shared::{ReceiverPhase, Shared};
 use super::{ReceiverConfig, SlotConfig};
 
 /// How long connecting and each statement may take.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
+/// What Postgres says when the slot is there.
+const DUPLICATE_OBJECT: &str = "42710";
 /// Pause before trying again while the slot does not exist yet.
 const CREATE_RETRY: Duration = Duration::from_millis(200);
 /// First pause after a try that was not answered, doubled up to [`UNANSWERED_PAUSE_MAX`]: what waits for a lock of a
@@ -37,17 +43,17 @@ pub(super) struct SlotKeeper {
 
 impl SlotKeeper {
     pub(super) fn spawn(config: &ReceiverConfig, slot: SlotConfig, shared: Arc<Shared>) -> io::Result<SlotKeeper> {
-        // A walsender, since tenants may hold all places of ordinary sessions. It writes nothing that anybody should
-        // wait for a standby for.
-        let connect = config
-            .connect
-            .clone()
-            .parameter("replication", "database")
-            .parameter("database", config.database.as_str())
-            .parameter("application_name", "varve slot")
-            .parameter("options", "-c synchronous_commit=local");
-        let worker =
-            Worker { label: config.label.clone(), connect, slot, shared, connection: None, moved_to: None, used_at: Instant::now() };
+        let connect = config.connect.clone().parameter("replication", "true").parameter("application_name", "varve slot");
+        let worker = Worker {
+            label: config.label.clone(),
+            connect,
+            slot,
+            base: config.base,
+            shared,
+            connection: None,
+            moved_to: None,
+            used_at: Instant::now(),
+        };
         let name = format!("slot-{}", config.label).chars().take(15).collect();
         Ok(SlotKeeper { thread: std::thread::Builder::new().name(name).spawn(move || worker.run())? })
     }
@@ -64,6 +70,8 @@ struct Worker {
     label: String,
     connect: ConnectConfig,
     slot: SlotConfig,
+    /// Where the timeline begins, which no slot need be below.
+    base: Lsn,
     shared: Arc<Shared>,
     connection: Option<Connection>,
     /// Where the slot is; `None` as long as we do not know that it exists.
@@ -113,27 +121,39 @@ impl Worker {
         };
         self.used_at = Instant::now();
         let name = &self.slot.name;
-        // Advancing backwards is an error, and one that has never reserved WAL cannot be advanced.
-        let rows = connection.simple_query(&format!(
-            "SELECT restart_lsn, wal_status, \
-             CASE WHEN restart_lsn < '{target}' THEN (pg_replication_slot_advance(slot_name, '{target}')).end_lsn END \
-             FROM pg_replication_slots WHERE slot_name = '{name}' AND slot_type = 'physical'"
-        ))?;
-        let Some(row) = rows.first() else {
-            let rows = connection.simple_query(&format!("SELECT lsn FROM pg_create_physical_replication_slot('{name}', true)"))?;
-            self.moved_to = Some(position(rows.first().and_then(|row| row.first())));
-            tracing::info!(timeline = %self.label, slot = name, "created the slot that keeps WAL until the store has it");
-            return Ok(());
+        let moved_to = match self.moved_to {
+            Some(moved_to) => moved_to,
+            None => {
+                match connection.simple_query(&format!("CREATE_REPLICATION_SLOT {name} PHYSICAL RESERVE_WAL")) {
+                    Ok(_) => tracing::info!(timeline = %self.label, slot = name, "created the slot that keeps WAL until the store has it"),
+                    Err(ClientError::Server { message, .. }) if message.code == DUPLICATE_OBJECT => {}
+                    Err(error) => return Err(error),
+                }
+                *self.moved_to.insert(self.base)
+            }
         };
-        if row.get(1).and_then(Option::as_deref) == Some("lost") {
-            tracing::error!(timeline = %self.label, slot = name, "the primary has removed WAL that the slot should have kept (max_slot_wal_keep_size?)");
+        if target <= moved_to {
+            return Ok(());
         }
-        let (was, moved) = (position(row.first()), position(row.get(2)));
-        self.moved_to = Some(was.max(moved));
+        let rows = connection.simple_query("IDENTIFY_SYSTEM")?;
+        let end = rows.first().and_then(|row| row.get(2)).and_then(Option::as_deref).unwrap_or_default();
+        connection.start_copy(&format!("START_REPLICATION SLOT {name} PHYSICAL {end}"))?;
+        let status = StandbyStatus { written: target, flushed: target, applied: target };
+        frontend::copy_data(connection.output(), |out| status.encode(false, out));
+        frontend::copy_done(connection.output());
+        connection.flush()?;
+        // What was flushed meanwhile comes, too, and is not wanted.
+        loop {
+            match connection.message()? {
+                BackendMessage::ReadyForQuery(_) => break,
+                BackendMessage::ErrorResponse(message) => {
+                    let endpoint = connection.endpoint().to_owned();
+                    return Err(ClientError::Server { endpoint, message: Box::new(message) });
+                }
+                _ => {}
+            }
+        }
+        self.moved_to = Some(target);
         Ok(())
     }
-}
-
-fn position(value: Option<&Option<String>>) -> Lsn {
-    value.and_then(Option::as_deref).and_then(|text| text.parse().ok()).unwrap_or(Lsn::INVALID)
 }

@@ -155,7 +155,7 @@ pub enum TenantEdit {
         timeline: TimelineId,
         /// Path relative to the data directory.
         path: String,
-        /// Head of the timeline when it was written.
+        /// One past the head of the timeline when it was written: a moment up to head does not have it.
         #[serde(with = "crate::row_fields::lsn")]
         lsn: Lsn,
         /// What it holds.
@@ -219,11 +219,25 @@ pub enum TenantEdit {
         /// Its id.
         timeline: TimelineId,
     },
+    /// The superuser has another password than the tenant was created with.
+    Password(PasswordRow),
+}
+
+/// A password of the superuser `postgres`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PasswordRow {
+    /// Which: 1 is the one that the tenant was created with, each further one is one more. A history that has one notes
+    /// its number, so that each is given to it once.
+    pub number: u32,
+    /// Itself, for the connection string.
+    pub password: String,
+    /// Its SCRAM verifier.
+    pub verifier: String,
 }
 
 impl TenantEdit {
     /// How many kinds there are. A row of a kind at or above this was written by a newer release.
-    pub const KINDS: u32 = 18;
+    pub const KINDS: u32 = 19;
 }
 
 /// Who did what, when.
@@ -242,7 +256,8 @@ mod tests {
     #[test]
     fn the_last_kind_is_counted() {
         // Postcard writes a variant's number first. Whoever adds a kind after this one must count it, and name it here.
-        let last = TenantEdit::TimelineGone { timeline: TimelineId([1; 16]) };
+        let password = PasswordRow { number: 2, password: String::new(), verifier: String::new() };
+        let last = TenantEdit::Password(password);
         let row = postcard::to_stdvec(&last).unwrap();
         assert_eq!(u32::from(row[0]) + 1, TenantEdit::KINDS);
     }

@@ -9,7 +9,7 @@ use imbl::{HashMap, OrdMap, OrdSet, Vector};
 use varve_postgres::Lsn;
 
 use super::TenantError;
-use super::edit::{AuditRow, EndpointRow, FileContents, TenantEdit, TenantFacts, TimelineFacts};
+use super::edit::{AuditRow, EndpointRow, FileContents, PasswordRow, TenantEdit, TenantFacts, TimelineFacts};
 use crate::ids::{BranchName, EndpointId, Generation, TimelineId, WalLogId, WriterEpoch};
 
 /// Audit rows that are kept; older ones are in older entries of the log.
@@ -86,6 +86,8 @@ impl TimelineState {
 pub struct TenantState {
     facts: Option<Arc<TenantFacts>>,
     owner: Option<Arc<Owner>>,
+    /// The newest, if there ever was another one than the first.
+    password: Option<Arc<PasswordRow>>,
     pub(super) branches: OrdMap<BranchName, TimelineId>,
     /// The branch of each exists.
     endpoints: OrdMap<EndpointId, Arc<EndpointRow>>,
@@ -109,6 +111,16 @@ impl TenantState {
     /// Who took the tenant over last, unless nobody has said so yet.
     pub fn owner(&self) -> Option<&Owner> {
         self.owner.as_deref()
+    }
+
+    /// The superuser's password, as Varve gave it last; none of a log that is empty.
+    pub fn password(&self) -> Option<PasswordRow> {
+        let first = |facts: &Arc<TenantFacts>| PasswordRow {
+            number: 1,
+            password: facts.password.clone(),
+            verifier: facts.password_verifier.clone(),
+        };
+        self.password.as_deref().cloned().or_else(|| self.facts.as_ref().map(first))
     }
 
     /// Whether the tenant was deleted.
@@ -193,6 +205,29 @@ impl TenantState {
         }
         files.retain(|_, contents| !matches!(**contents, FileContents::Removed));
         Ok(files)
+    }
+
+    /// The newest version of each file without WAL, by path: what goes on at head has, though some were written behind
+    /// the last record. Their LSN is past head's.
+    ///
+    /// # Errors
+    /// [`TenantError::UnknownTimeline`].
+    pub fn newest_files(&self, timeline: TimelineId) -> Result<BTreeMap<String, Arc<FileContents>>, TenantError> {
+        self.files_at(timeline, Lsn::MAX)
+    }
+
+    /// The edits that give a new timeline, which leaves another one at its head `lsn`, the files that were written
+    /// there behind the last record.
+    ///
+    /// # Errors
+    /// [`TenantError::UnknownTimeline`] of the ancestor.
+    pub fn files_at_head(&self, ancestor: TimelineId, lsn: Lsn, timeline: TimelineId) -> Result<Vec<TenantEdit>, TenantError> {
+        let (newest, known) = (self.newest_files(ancestor)?, self.files_at(ancestor, lsn)?);
+        let removed = known.keys().filter(|path| !newest.contains_key(*path)).map(|path| (path.clone(), FileContents::Removed));
+        let written = newest.iter().filter(|(path, contents)| known.get(*path) != Some(*contents));
+        let written = written.map(|(path, contents)| (path.clone(), FileContents::clone(contents)));
+        let edits = written.chain(removed).map(|(path, contents)| TenantEdit::File { timeline, path, lsn, contents });
+        Ok(edits.collect())
     }
 
     /// A Postgres timeline that is above all that this tenant ever had.
@@ -313,6 +348,13 @@ impl TenantState {
                 }
             }
             TenantEdit::TimelineGone { timeline } => self.remember_gone(*timeline),
+            TenantEdit::Password(row) => {
+                let known = self.password().map_or(0, |row| row.number);
+                if row.number <= known {
+                    return contradiction(format!("password {} follows password {known}", row.number));
+                }
+                self.password = Some(Arc::new(row.clone()));
+            }
             TenantEdit::Epoch { timeline, epoch, lsn, wal_log } => {
                 let state = self.change(*timeline)?;
                 if let Some(last) = state.epochs.last().filter(|last| last.epoch >= *epoch || last.lsn > *lsn) {
@@ -426,6 +468,7 @@ impl TenantState {
             let Owner { generation, server, url } = Owner::clone(owner);
             TenantEdit::Owner { generation, server, url }
         }));
+        edits.extend(self.password.iter().map(|row| TenantEdit::Password(PasswordRow::clone(row))));
         // By TLI: an ancestor's is below its children's.
         let mut timelines: Vec<&TimelineState> = self.timelines().collect();
         timelines.sort_by_key(|timeline| timeline.facts.tli);
@@ -528,6 +571,36 @@ mod tests {
     }
 
     #[test]
+    fn files_written_behind_the_last_record_are_those_of_head_only() {
+        let file = |path: &str, lsn: u64, contents: FileContents| TenantEdit::File {
+            timeline: TimelineId([1; 16]),
+            path: path.to_owned(),
+            lsn: Lsn(lsn),
+            contents,
+        };
+        let inline = |text: &str| FileContents::Inline(text.as_bytes().to_vec());
+        let mut state = state(&[
+            timeline(1, 1, None),
+            file("kept", 20, inline("old")),
+            file("gone", 20, inline("old")),
+            file("same", 20, inline("old")),
+            file("kept", 51, inline("new")),
+            file("gone", 51, FileContents::Removed),
+        ]);
+        let of = |state: &TenantState, id: u8| -> Vec<(String, FileContents)> {
+            let files = state.files_at(TimelineId([id; 16]), Lsn(50)).unwrap();
+            files.into_iter().map(|(path, contents)| (path, FileContents::clone(&contents))).collect()
+        };
+        let old = |path: &str| (path.to_owned(), inline("old"));
+        assert_eq!(of(&state, 1), [old("gone"), old("kept"), old("same")], "a moment has what was there before it");
+        let edits = state.files_at_head(TimelineId([1; 16]), Lsn(50), TimelineId([2; 16])).unwrap();
+        state.apply(&timeline(2, 2, Some((1, 50)))).unwrap();
+        edits.iter().for_each(|edit| state.apply(edit).unwrap());
+        assert_eq!(edits.len(), 2, "only what changed is written again");
+        assert_eq!(of(&state, 2), [("kept".to_owned(), inline("new")), old("same")], "a branch at head has what head has");
+    }
+
+    #[test]
     fn a_snapshot_makes_the_same_state() {
         let before = state(&[
             timeline(1, 1, None),
@@ -540,9 +613,11 @@ mod tests {
             TenantEdit::Owner { generation: Generation(2), server: "b".to_owned(), url: "http://b".to_owned() },
             endpoint(7, "dev", Some((1, 40))),
             TenantEdit::Audit(AuditRow { time: 1, action: "made a branch".to_owned() }),
+            TenantEdit::Password(PasswordRow { number: 2, password: "p".to_owned(), verifier: "v".to_owned() }),
         ]);
         let after = state(&before.edits());
         assert_eq!(after.edits(), before.edits());
+        assert_eq!(after.password().map(|row| row.number), Some(2));
         assert_eq!(after.owner().map(|owner| owner.server.as_str()), Some("b"));
         assert_eq!(after.endpoints_of(&name("dev")).count(), 1, "the snapshot has the endpoint");
     }

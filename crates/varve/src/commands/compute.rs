@@ -9,6 +9,7 @@ use varve_api::admin::{Compute, NewCompute, Stopped};
 
 use super::BranchPath;
 use super::branch::MomentArgs;
+use super::settings::NameValue;
 use crate::client::{Client, segment};
 use crate::output;
 use crate::progress::spinner;
@@ -30,6 +31,9 @@ pub(crate) enum ComputeCommand {
         /// Where one runs already: end its sessions, and begin anew with these arguments.
         #[arg(long, conflicts_with_all = ["lsn", "at"])]
         replace: bool,
+        /// A setting of Postgres for this start only, over those of the branch; may be given several times.
+        #[arg(long, value_name = "NAME=VALUE")]
+        set: Vec<NameValue>,
         #[command(flatten)]
         moment: MomentArgs,
     },
@@ -44,10 +48,14 @@ pub(crate) enum ComputeCommand {
 
 pub(crate) async fn run(command: ComputeCommand, client: &Client, json: bool) -> anyhow::Result<()> {
     match command {
-        ComputeCommand::Start { branch, port, listen, replace, moment } => {
-            let body = NewCompute { port, listen, lsn: moment.lsn, at: moment.at, replace };
+        ComputeCommand::Start { branch, port, listen, replace, set, moment } => {
+            let settings = set.into_iter().map(|NameValue { name, value }| (name, value)).collect();
+            let body = NewCompute { port, listen, lsn: moment.lsn, at: moment.at, replace, settings };
             let path = format!("{}/computes", branch.api());
             let compute: Compute = spinner("starting Postgres", client.post(&path, &body)).await?;
+            for warning in &compute.warnings {
+                eprintln!("varve: warning: {warning}");
+            }
             output::print(json, &compute, || compute.conninfo.clone())
         }
         ComputeCommand::Stop { what } => {

@@ -45,13 +45,14 @@ pub(crate) async fn run(args: MaterializeArgs, client: &Client, json: bool) -> a
         (None, Some(at)) => path.push_str(&format!("?at={}", segment(at))),
         (None, None) => {}
     }
+    let newest_files = moment.lsn.as_deref().is_none_or(|lsn| lsn == "head") && moment.at.is_none();
     let moment: BranchMoment = client.get(&path).await?;
     let (host, port) = server.page_service.rsplit_once(':').context("the server names no page service")?;
     let connection = ConnectConfig::new(Endpoint::tcp(host, port.parse::<u16>()?), "varve");
     let lsn = moment.lsn.parse()?;
     let target = folder.clone();
     let bytes = tokio::task::spawn_blocking(move || -> anyhow::Result<u64> {
-        let options = BaseBackupOptions { full: true, ..BaseBackupOptions::default() };
+        let options = BaseBackupOptions { full: true, newest_files, ..BaseBackupOptions::default() };
         let backup = BaseBackup::start(&connection, &branch.tenant, &found.timeline_id, Some(lsn), options, SILENCE_MAX)?;
         unpack(backup, &target, found.size_bytes.unwrap_or(0))
     })

@@ -7,6 +7,7 @@ mod compute;
 mod dev;
 mod host;
 mod materialize;
+mod settings;
 mod tenant;
 mod verify;
 mod wal;
@@ -51,6 +52,9 @@ pub(crate) enum Command {
     /// Computes: stock Postgres servers on a branch.
     #[command(subcommand)]
     Compute(compute::ComputeCommand),
+    /// Settings of a branch, while no compute runs on it: the way back from one that keeps it from starting.
+    #[command(subcommand)]
+    Settings(settings::SettingsCommand),
     /// WAL that the server keeps though no log in the store knows of it.
     #[command(subcommand)]
     Wal(wal::WalCommand),
@@ -138,6 +142,7 @@ pub(crate) async fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Tenant(command) => tenant::run(command, &Client::new(&url)?, json).await?,
         Command::Branch(command) => branch::run(command, &Client::new(&url)?, json).await?,
         Command::Compute(command) => compute::run(command, &Client::new(&url)?, json).await?,
+        Command::Settings(command) => settings::run(command, &Client::new(&url)?, json).await?,
         Command::Wal(command) => wal::run(command, &Client::new(&url)?, json).await?,
         Command::Psql { branch, args } => return compute::psql(&branch, &args, &Client::new(&url)?).await,
         Command::Materialize(args) => materialize::run(args, &Client::new(&url)?, json).await?,

@@ -2,7 +2,7 @@
 
 use clap::Subcommand;
 use reqwest::Method;
-use varve_api::admin::{NewTenant, Tenant};
+use varve_api::admin::{NewTenant, Tenant, TenantPassword};
 
 use crate::client::{Client, ListArgs, segment};
 use crate::output;
@@ -31,6 +31,14 @@ pub(crate) enum TenantCommand {
         /// Its name.
         name: String,
     },
+    /// Show the password of a tenant's superuser, as Varve gave it last.
+    Password {
+        /// Its name.
+        name: String,
+        /// Give another one: to running computes at once, to everything else at its next start.
+        #[arg(long)]
+        rotate: bool,
+    },
     /// Delete a tenant: its computes stop, its history goes for good.
     Delete {
         /// Its name.
@@ -55,6 +63,12 @@ pub(crate) async fn run(command: TenantCommand, client: &Client, json: bool) -> 
             let path = format!("tenants/{}/take", segment(&name));
             let tenant: Tenant = client.post(&path, &serde_json::json!({})).await?;
             output::print(json, &tenant, || format!("tenant {} is this server's", tenant.name))
+        }
+        TenantCommand::Password { name, rotate } => {
+            let path = format!("tenants/{}/password", segment(&name));
+            let password: TenantPassword =
+                if rotate { client.post(&path, &serde_json::json!({})).await? } else { client.get(&path).await? };
+            output::print(json, &password, || password.password.clone())
         }
         TenantCommand::List(list) => {
             let tenants: Vec<Tenant> = client.list("tenants", &list).await?;

@@ -167,7 +167,6 @@ pub(crate) fn config(postgres: &Postgres, standby_name: &str, start: Lsn) -> Rec
     ReceiverConfig {
         label: "acme/main".to_owned(),
         connect: ConnectConfig::new(Endpoint::unix(postgres.dir(), 5432), "postgres"),
-        database: "postgres".to_owned(),
         standby_name: standby_name.to_owned(),
         system_identifier: identifier.trim().parse().expect("a number"),
         major: Major::V15,
