@@ -2,7 +2,7 @@
 
 /// Names that a tenant cannot give to his server; `varve.` begins further ones. A compute's command line has them, and
 /// so beats what `ALTER SYSTEM` made of them; `synchronous_standby_names`, which changes while it runs, is taken back.
-pub const OURS: [&str; 20] = [
+pub const OURS: [&str; 24] = [
     "config_file",
     "hba_file",
     "ident_file",
@@ -11,6 +11,10 @@ pub const OURS: [&str; 20] = [
     "listen_addresses",
     "port",
     "unix_socket_directories",
+    "unix_socket_permissions",
+    "unix_socket_group",
+    "log_destination",
+    "io_method",
     "logging_collector",
     "fsync",
     "full_page_writes",
