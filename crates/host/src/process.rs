@@ -29,6 +29,7 @@ use varve_postgres::control::{ClusterState, ControlFile};
 use varve_postgres::{Lsn, Major};
 
 use crate::bin_dirs::{BinDirError, BinDirs};
+use crate::cache_report;
 use crate::dirs::{Dirs, Isolation};
 use crate::files::Uploader;
 use crate::handover::{Handover, HandoverError};
@@ -368,6 +369,7 @@ async fn incarnation(
         start::tell_startup_blocks(server, &mount);
     }
     uploader.reload_with(postgres.pid());
+    let reports = AbortOnDrop(tokio::spawn(cache_report::tell(server.clone(), begin.incarnation, mount.statistics_of())));
     let warnings = if repair { vec![REPAIRED.to_owned()] } else { Vec::new() };
     let served = match password {
         Ok(password) => serve(server, begin, dirs, (&mut postgres, &uploader), terminate, (warnings, password)).await,
@@ -395,7 +397,7 @@ async fn incarnation(
             other
         }
     };
-    drop(waiters);
+    drop((waiters, reports));
     start::unmount(mount, dirs).await;
     end
 }
