@@ -210,6 +210,28 @@ pub struct Compute {
     /// What was done at its start that its owner should know of, such as a repair.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub warnings: Vec<String>,
+    /// Its block cache, as it was some seconds ago; none until it has told.
+    #[serde(default)]
+    pub cache: Option<CacheUse>,
+}
+
+/// The block cache of a compute since its last start.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct CacheUse {
+    /// Reads that it answered without the page service. What the kernel answers itself is not seen.
+    pub hits: u64,
+    /// Calls of the page service for blocks.
+    pub fetches: u64,
+    /// Blocks that they brought.
+    pub blocks_fetched: u64,
+    /// Blocks that were dropped to make room.
+    pub blocks_evicted: u64,
+    /// Bytes that the page service has as well, and that may be dropped.
+    pub cached_bytes: u64,
+    /// Bytes that were written, and stay until the compute ends.
+    pub dirty_bytes: u64,
+    /// What both should not exceed together; none: whatever there is. They do where `dirty_bytes` alone does.
+    pub limit_bytes: Option<u64>,
 }
 
 /// The settings of a branch: those of its `postgresql.auto.conf`, which `ALTER SYSTEM` changes, too.

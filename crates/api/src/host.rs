@@ -12,6 +12,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::admin::CacheUse;
+
 /// Body of `POST /v1/computes/{id}/begin`; may be left out.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BeginRequest {
@@ -201,6 +203,15 @@ pub type BlockName = (u32, u32, u32, u8, u32);
 pub struct StartupBlocks {
     /// The blocks.
     pub blocks: Vec<BlockName>,
+}
+
+/// Body of `POST /v1/computes/{id}/cache`, sent now and then: what became of the block cache.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub struct CacheReport {
+    /// The incarnation whose it is.
+    pub incarnation: u64,
+    /// The figures.
+    pub cache: CacheUse,
 }
 
 /// Body of `POST /v1/computes/{id}/ended`.

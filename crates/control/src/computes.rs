@@ -85,6 +85,7 @@ impl<P: Pageserver> Control<P> {
             lsn: row.moment.map(|moment| moment.lsn.to_string()),
             error,
             warnings: status.warnings,
+            cache: status.cache,
         }
     }
 

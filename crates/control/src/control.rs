@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 use tokio_util::sync::CancellationToken;
-use varve_api::admin::{Deleted, ForgottenWal, Host as HostAnswer, LostTenant, Ready, Server, Tenant};
+use varve_api::admin::{CacheUse, Deleted, ForgottenWal, Host as HostAnswer, LostTenant, Ready, Server, Tenant};
 use varve_api::host::{Desired, HostAction};
 use varve_storage::ids::{BranchName, TenantId, TenantName};
 use varve_storage::store::Store;
@@ -18,7 +18,7 @@ use crate::error::Error;
 use crate::hosts::Hosts;
 use crate::logs::Known;
 use crate::ports::{Lost, OrphanedWal, Pageserver};
-use crate::registry::{Phase, Registry, Turns};
+use crate::registry::{Entry, Phase, Registry, Turns};
 
 /// How often it is looked what was lost, and what is still to be settled with hosts.
 const WATCH_INTERVAL: Duration = Duration::from_secs(1);
@@ -219,5 +219,11 @@ impl<P: Pageserver> Control<P> {
     /// How many computes should run, as far as is known.
     pub fn computes_wanted(&self) -> usize {
         self.computes.all().iter().filter(|entry| entry.status().desired == Desired::Run).count()
+    }
+
+    /// The block caches of computes, as far as they have told, with the computes' ids.
+    pub fn caches(&self) -> Vec<(String, CacheUse)> {
+        let told = |entry: &Arc<Entry>| Some((entry.id.to_string(), entry.status().cache?));
+        self.computes.all().iter().filter_map(told).collect()
     }
 }

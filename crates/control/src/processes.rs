@@ -10,7 +10,9 @@ use std::time::Duration;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use varve_api::Code;
-use varve_api::host::{Attach, Attached, Begin, BeginRequest, BlockName, Desired, Ended, FileVersion, HostAction, Orders, Password};
+use varve_api::host::{
+    Attach, Attached, Begin, BeginRequest, BlockName, CacheReport, Desired, Ended, FileVersion, HostAction, Orders, Password,
+};
 use varve_postgres::Lsn;
 use varve_storage::ids::{TenantId, TimelineId, WriterEpoch};
 use varve_storage::tenant_log::{EndpointRow, FileContents, TenantEdit, TenantLog, TenantState};
@@ -219,6 +221,7 @@ impl<P: Pageserver> Control<P> {
         }
         entry.set_row(row);
         entry.update(|status| {
+            status.cache = status.cache.filter(|_| status.incarnation == attach.incarnation);
             status.incarnation = attach.incarnation;
             status.epoch = attach.epoch.map(WriterEpoch);
             status.timeline = Some(timeline);
@@ -311,6 +314,19 @@ impl<P: Pageserver> Control<P> {
             None => self.pageserver.resolve(tenant, timeline, Moment::Head).await?.lsn,
         };
         Ok(Lsn(head.0 + 1))
+    }
+
+    /// A compute tells how its block cache is.
+    ///
+    /// # Errors
+    /// [`Error::UnknownCompute`].
+    pub fn note_cache(&self, id: &str, report: &CacheReport) -> Result<(), Error> {
+        self.process(id)?.update(|status| {
+            if status.incarnation == report.incarnation {
+                status.cache = Some(report.cache);
+            }
+        });
+        Ok(())
     }
 
     /// Keeps a new version of a file that has no WAL.

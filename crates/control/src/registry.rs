@@ -9,6 +9,7 @@ use std::time::Duration;
 use parking_lot::{Mutex, RwLock};
 use tokio::sync::OwnedMutexGuard;
 use varve_api::Refusal;
+use varve_api::admin::CacheUse;
 use varve_api::host::{ComputeOrder, Desired, HostAction};
 use varve_storage::ids::{BranchName, EndpointId, HostId, TenantId, TenantName, TimelineId, WriterEpoch};
 use varve_storage::tenant_log::{EndpointRow, TenantState};
@@ -77,6 +78,8 @@ pub(crate) struct Status {
     pub(crate) mount_pid: Option<u32>,
     /// What its process says that its owner should know.
     pub(crate) warnings: Vec<String>,
+    /// What the incarnation told of its block cache last.
+    pub(crate) cache: Option<CacheUse>,
     /// What the host said.
     pub(crate) process: Process,
     /// The port that the host said.
@@ -112,6 +115,7 @@ impl Entry {
             pid: None,
             mount_pid: None,
             warnings: Vec::new(),
+            cache: None,
             process: Process::Unsaid,
             port: row.port,
             noted: false,

@@ -15,6 +15,7 @@
 pub mod agent;
 mod beneath;
 pub mod bin_dirs;
+mod cache_report;
 pub mod cgroup;
 pub mod config;
 pub mod dirs;

@@ -29,6 +29,7 @@ use varve_postgres::control::{ClusterState, ControlFile};
 use varve_postgres::{Lsn, Major};
 
 use crate::bin_dirs::{BinDirError, BinDirs};
+use crate::cache_report;
 use crate::dirs::{Dirs, Isolation};
 use crate::files::Uploader;
 use crate::handover::{Handover, HandoverError};
@@ -83,6 +84,8 @@ pub struct ProcessConfig {
     pub bin_dirs: BinDirs,
     /// How Postgres is kept apart.
     pub isolation: Isolation,
+    /// How many bytes the mount's cache may take; none: whatever there is.
+    pub cache_bytes: Option<u64>,
 }
 
 /// Why a compute process cannot go on.
@@ -150,7 +153,7 @@ enum Begun {
 /// # Errors
 /// When it cannot be started, after some tries, or the server refuses it.
 pub async fn run(config: ProcessConfig) -> Result<(), ProcessError> {
-    let server = Server::new(&config.server_url, &config.id, &config.host, config.token, config.token_file)?;
+    let server = Server::new(&config.server_url, &config.id, &config.host, config.token.clone(), config.token_file.clone())?;
     let dirs = Dirs::existing(&config.home, &config.run_dir, &config.id, config.isolation);
     let mut terminate = signal(SignalKind::terminate())?;
     let mut failed_starts = 0;
@@ -182,7 +185,7 @@ pub async fn run(config: ProcessConfig) -> Result<(), ProcessError> {
         let prepared = tokio::task::spawn_blocking(move || preparing.prepare()).await.map_err(std::io::Error::other)?;
         let (mut ran, mut stopped) = (false, None);
         let end = match prepared {
-            Ok(()) => incarnation(&server, &begin, &dirs, &config.bin_dirs, &mut terminate, (&mut ran, &mut stopped), repair).await,
+            Ok(()) => incarnation(&server, &begin, &dirs, &config, &mut terminate, (&mut ran, &mut stopped), repair).await,
             Err(error) => Err(error.into()),
         };
         let repaired = std::mem::take(&mut repair);
@@ -330,14 +333,14 @@ async fn incarnation(
     server: &Server,
     begin: &Begin,
     dirs: &Dirs,
-    bin_dirs: &BinDirs,
+    config: &ProcessConfig,
     terminate: &mut Signal,
     (ran, stopped): (&mut bool, &mut Option<Lsn>),
     repair: bool,
 ) -> Result<End, ProcessError> {
-    let bin_dir = bin_dirs.path(begin.pg_version);
+    let bin_dir = config.bin_dirs.path(begin.pg_version);
     let uploader = Arc::new(Uploader::start(server.clone(), begin.incarnation, begin.epoch.is_some()));
-    let (mount, settings) = start::mount(begin, dirs, &uploader).await?;
+    let (mount, settings) = start::mount(begin, dirs, &uploader, config.cache_bytes).await?;
     uploader.watch_access(dirs);
     if let Some(epoch) = begin.epoch {
         let writer = WriterRecord { timeline_id: begin.timeline_id.clone(), epoch, pg_version: begin.pg_version };
@@ -366,6 +369,7 @@ async fn incarnation(
         start::tell_startup_blocks(server, &mount);
     }
     uploader.reload_with(postgres.pid());
+    let reports = AbortOnDrop(tokio::spawn(cache_report::tell(server.clone(), begin.incarnation, mount.statistics_of())));
     let warnings = if repair { vec![REPAIRED.to_owned()] } else { Vec::new() };
     let served = match password {
         Ok(password) => serve(server, begin, dirs, (&mut postgres, &uploader), terminate, (warnings, password)).await,
@@ -393,7 +397,7 @@ async fn incarnation(
             other
         }
     };
-    drop(waiters);
+    drop((waiters, reports));
     start::unmount(mount, dirs).await;
     end
 }

@@ -12,7 +12,9 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use varve_api::Code;
 use varve_api::client::{Call, Client, ClientError, segment};
-use varve_api::host::{Attach, Attached, Begin, BeginRequest, Ended, FileVersion, LeftoverQuery, LeftoverStart, Orders, StartupBlocks};
+use varve_api::host::{
+    Attach, Attached, Begin, BeginRequest, CacheReport, Ended, FileVersion, LeftoverQuery, LeftoverStart, Orders, StartupBlocks,
+};
 use varve_api::token::Token;
 use varve_postgres::Lsn;
 
@@ -134,6 +136,14 @@ impl Server {
     /// [`ClientError`].
     pub async fn startup_blocks(&self, blocks: &StartupBlocks) -> Result<(), ClientError> {
         self.send(|| self.client.post(&self.path("startup-blocks"), blocks).within(FILE_MAX)).await
+    }
+
+    /// Tells how the block cache is.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub async fn cache(&self, report: &CacheReport) -> Result<(), ClientError> {
+        self.post("cache", report).await
     }
 
     /// Uploads a file that has no WAL.

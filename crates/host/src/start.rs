@@ -99,12 +99,17 @@ pub(crate) fn page_service(begin: &Begin) -> Result<ConnectConfig, MountError> {
 }
 
 /// Fetches the base backup and mounts the data directory. Gives the settings that it brings, too.
-pub(crate) async fn mount(begin: &Begin, dirs: &Dirs, uploader: &Arc<Uploader>) -> Result<(Mount, Vec<Given>), MountError> {
+pub(crate) async fn mount(
+    begin: &Begin,
+    dirs: &Dirs,
+    uploader: &Arc<Uploader>,
+    cache_bytes: Option<u64>,
+) -> Result<(Mount, Vec<Given>), MountError> {
     let (begin, dirs, uploader) = (begin.clone(), dirs.clone(), uploader.clone());
-    tokio::task::spawn_blocking(move || mount_blocking(&begin, &dirs, &uploader)).await.map_err(io::Error::other)?
+    tokio::task::spawn_blocking(move || mount_blocking(&begin, &dirs, &uploader, cache_bytes)).await.map_err(io::Error::other)?
 }
 
-fn mount_blocking(begin: &Begin, dirs: &Dirs, uploader: &Uploader) -> Result<(Mount, Vec<Given>), MountError> {
+fn mount_blocking(begin: &Begin, dirs: &Dirs, uploader: &Uploader, cache_bytes: Option<u64>) -> Result<(Mount, Vec<Given>), MountError> {
     let started = Instant::now();
     let lsn: Lsn = begin.base_lsn.parse().map_err(|_| MountError::begin("an LSN", &begin.base_lsn))?;
     let connection = page_service(begin)?;
@@ -143,6 +148,7 @@ fn mount_blocking(begin: &Begin, dirs: &Dirs, uploader: &Uploader) -> Result<(Mo
     let major = Major::from_number(begin.pg_version).ok_or_else(|| MountError::begin("a major of Postgres", &begin.pg_version))?;
     let name = format!("{}/{}", begin.tenant, begin.branch);
     let mut config = MountConfig::new(&name, &dirs.pgdata(), &dirs.cache(), (major, begin.catalog_version), source);
+    config.cache_bytes = cache_bytes;
     config.uid = user.uid;
     config.gid = user.gid;
     config.initial_files = files;

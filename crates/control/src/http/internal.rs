@@ -7,8 +7,8 @@ use futures::StreamExt as _;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use varve_api::host::{
-    Attach, Attached, Begin, BeginRequest, ComputeReport, Ended, FileVersion, Hello, HostOrders, LeftoverQuery, LeftoverStart, Orders,
-    StartupBlocks, Welcome,
+    Attach, Attached, Begin, BeginRequest, CacheReport, ComputeReport, Ended, FileVersion, Hello, HostOrders, LeftoverQuery, LeftoverStart,
+    Orders, StartupBlocks, Welcome,
 };
 use varve_api::{Code, Problem, Refusal};
 
@@ -85,6 +85,14 @@ pub(super) async fn startup_blocks<P: Pageserver>(
     Sent(body): Sent<StartupBlocks, BLOCKS>,
 ) -> Answer<()> {
     server.control.learn_startup_blocks(&id, body.blocks).await.map(Json)
+}
+
+pub(super) async fn cache<P: Pageserver>(
+    State(server): State<Server<P>>,
+    Names(id): Names<String>,
+    Sent(report): Sent<CacheReport, SMALL>,
+) -> Answer<()> {
+    server.control.note_cache(&id, &report).map(Json)
 }
 
 pub(super) async fn put_file<P: Pageserver>(

@@ -6,8 +6,8 @@ use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
 use varve_api::admin::{
-    Branch, BranchChange, BranchMoment, Compute, Deleted, ForgottenWal, NewBranch, NewCompute, NewTenant, Ready, Restore, Restored,
-    Server as ServerFacts, Settings, SettingsChange, Stopped, Tenant, TenantPassword, Wal,
+    Branch, BranchChange, BranchMoment, CacheUse, Compute, Deleted, ForgottenWal, NewBranch, NewCompute, NewTenant, Ready, Restore,
+    Restored, Server as ServerFacts, Settings, SettingsChange, Stopped, Tenant, TenantPassword, Wal,
 };
 
 use super::Server;
@@ -359,8 +359,35 @@ pub(super) async fn stop_compute<P: Pageserver>(
     to_its_end!(server, |control| control.stop_compute(&call, &id)).map(Json)
 }
 
+/// One of the figures of a block cache: name, kind, and which it is.
+type CacheFigure = (&'static str, &'static str, fn(&CacheUse) -> u64);
+
+/// What is told of the block caches of computes.
+const CACHE_FIGURES: [CacheFigure; 7] = [
+    ("hits", "counter", |cache| cache.hits),
+    ("fetches", "counter", |cache| cache.fetches),
+    ("fetched_blocks", "counter", |cache| cache.blocks_fetched),
+    ("evicted_blocks", "counter", |cache| cache.blocks_evicted),
+    ("cached_bytes", "gauge", |cache| cache.cached_bytes),
+    ("dirty_bytes", "gauge", |cache| cache.dirty_bytes),
+    ("limit_bytes", "gauge", |cache| cache.limit_bytes.unwrap_or(0)),
+];
+
+fn cache_figures(caches: &[(String, CacheUse)]) -> String {
+    let mut text = String::new();
+    for (name, kind, figure) in CACHE_FIGURES {
+        let suffix = if kind == "counter" { "_total" } else { "" };
+        text += &format!("# TYPE varve_compute_cache_{name} {kind}\n");
+        for (id, cache) in caches {
+            text += &format!("varve_compute_cache_{name}{suffix}{{compute=\"{id}\"}} {}\n", figure(cache));
+        }
+    }
+    text
+}
+
 pub(super) async fn metrics<P: Pageserver>(State(server): State<Server<P>>) -> impl IntoResponse {
     let others = server.config.metrics.as_ref().map(|metrics| metrics()).unwrap_or_default();
-    let text = format!("{others}# TYPE varve_computes gauge\nvarve_computes {}\n# EOF\n", server.control.computes_wanted());
+    let caches = cache_figures(&server.control.caches());
+    let text = format!("{others}# TYPE varve_computes gauge\nvarve_computes {}\n{caches}# EOF\n", server.control.computes_wanted());
     ([(header::CONTENT_TYPE, "application/openmetrics-text; version=1.0.0")], text)
 }

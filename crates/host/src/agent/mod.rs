@@ -74,6 +74,8 @@ pub struct HostConfig {
     pub name: String,
     /// Where the programs of Postgres majors are, beside Debian's places.
     pub pg_bin_dirs: Vec<(u32, PathBuf)>,
+    /// How many bytes the cache of each compute's mount may take; none: whatever there is.
+    pub cache_bytes: Option<u64>,
     /// Folder of sockets, with a short name; by default `/run/varve` for root, else `run` in `data`.
     pub run_dir: Option<PathBuf>,
     /// The `varve` program, which is run as `compute-process`.

@@ -47,6 +47,11 @@ impl Base {
         u64::from(blocks) * BLCKSZ as u64
     }
 
+    /// Whether the contents are in memory: there is nothing to wait for.
+    pub(super) fn is_in_memory(&self) -> bool {
+        matches!(self, Base::Memory(_))
+    }
+
     /// The relation's block that stands at block `block` of the file, if the file is one of a relation.
     pub(super) fn relation_block(&self, block: u32) -> Option<(RelFork, u32)> {
         match self {

@@ -3,9 +3,9 @@
 //! A file is cut into *cells* of 4 KiB, the kernel's page: a write-back of the kernel then always covers whole cells,
 //! so writing never has to fetch, even where the kernel writes back one half of a Postgres block. A cell is *absent*
 //! (its contents are those of the base and not here) or *present* (written here, fetched, or zero: the cache file says
-//! what it holds). Cells only ever go from absent to present; that one direction is what keeps a late fetch from
-//! overwriting anything newer, and what keeps a truncated, punched or unlinked range from falling through to the base
-//! again.
+//! what it holds). What was fetched and is still the base's may become absent again (see [`super::fetched`]). What was
+//! written, truncated or punched is present for good. That one direction is what keeps a late fetch from overwriting
+//! anything newer, and what keeps a truncated, punched or unlinked range from falling through to the base again.
 
 use std::ops::Range;
 
@@ -108,35 +108,50 @@ impl AbsentCells {
 
     /// The cells of `range` are present from now on.
     pub(super) fn clear(&mut self, range: Range<u64>) {
+        self.change(range, false);
+    }
+
+    /// The cells of `range` are absent again.
+    pub(super) fn set(&mut self, range: Range<u64>) {
+        self.change(range, true);
+    }
+
+    fn change(&mut self, range: Range<u64>, absent: bool) {
         let range = self.clip(range);
-        if range.is_empty() || self.absent == 0 {
+        let (none, all) = (0, self.cells);
+        if range.is_empty() || self.absent == if absent { all } else { none } {
             return;
         }
         if range == (0..self.cells) {
-            self.absent = 0;
+            self.absent = if absent { all } else { none };
             self.bits = None;
             return;
         }
-        let cells = self.cells;
+        let (cells, were_absent) = (self.cells, self.absent > 0);
         let bits = self.bits.get_or_insert_with(|| {
-            let mut bits = vec![u64::MAX; (cells as usize).div_ceil(64)].into_boxed_slice();
-            if let (Some(last), rest @ 1..) = (bits.last_mut(), cells % 64) {
+            let mut bits = vec![if were_absent { u64::MAX } else { 0 }; (cells as usize).div_ceil(64)].into_boxed_slice();
+            if let (Some(last), rest @ 1.., true) = (bits.last_mut(), cells % 64, were_absent) {
                 *last = (1 << rest) - 1;
             }
             bits
         });
         for word in range.start / 64..range.end.div_ceil(64) {
-            let from = range.start.max(word * 64) - word * 64;
-            let to = range.end.min((word + 1) * 64) - word * 64;
-            let mask = if to - from == 64 { u64::MAX } else { ((1 << (to - from)) - 1) << from };
+            let mask = mask_of(word, &range);
             let old = bits[word as usize];
-            self.absent -= (old & mask).count_ones();
-            bits[word as usize] = old & !mask;
+            bits[word as usize] = if absent { old | mask } else { old & !mask };
+            self.absent = self.absent + bits[word as usize].count_ones() - old.count_ones();
         }
-        if self.absent == 0 {
+        if self.absent == none || self.absent == all {
             self.bits = None;
         }
     }
+}
+
+/// Those of the 64 bits of word `word` that `range` covers.
+pub(super) fn mask_of(word: u32, range: &Range<u32>) -> u64 {
+    let from = range.start.max(word * 64) - word * 64;
+    let to = range.end.min((word + 1) * 64) - word * 64;
+    if to - from == 64 { u64::MAX } else { ((1 << (to - from)) - 1) << from }
 }
 
 /// The cells that bytes `start..end` touch.
@@ -150,6 +165,34 @@ pub(super) fn blocks_of(start: u64, end: u64) -> Range<u32> {
     clip(start / BLOCK_BYTES)..clip(end.div_ceil(BLOCK_BYTES))
 }
 
+/// The cells of blocks.
+pub(super) fn cells_of_blocks(blocks: &Range<u32>) -> Range<u64> {
+    u64::from(blocks.start) * u64::from(CELLS_PER_BLOCK)..u64::from(blocks.end) * u64::from(CELLS_PER_BLOCK)
+}
+
+/// The blocks that cells belong to.
+pub(super) fn blocks_of_cells(cells: &Range<u64>) -> Range<u32> {
+    blocks_of(cells.start.saturating_mul(CELL_BYTES), cells.end.saturating_mul(CELL_BYTES))
+}
+
+/// The blocks all of whose cells are among `cells`.
+pub(super) fn whole_blocks(cells: &Range<u64>) -> Range<u32> {
+    let per_block = u64::from(CELLS_PER_BLOCK);
+    let (start, end) = (cells.start.div_ceil(per_block) as u32, (cells.end / per_block) as u32);
+    start..end.max(start)
+}
+
+/// The cells of a file of `bytes` bytes.
+pub(super) fn cells_in(bytes: u64) -> i64 {
+    i64::try_from(bytes.div_ceil(CELL_BYTES)).unwrap_or(i64::MAX)
+}
+
+/// The parts of the runs `left` that are not in `taken`.
+pub(super) fn without(left: Vec<Range<u32>>, taken: &Range<u32>) -> Vec<Range<u32>> {
+    let cut = |run: Range<u32>| [run.start..run.end.min(taken.start), run.start.max(taken.end)..run.end];
+    left.into_iter().flat_map(cut).filter(|run| !run.is_empty()).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -158,13 +201,13 @@ mod tests {
 
     proptest! {
         #[test]
-        fn agrees_with_a_set_of_cells(cells in 1u64..300, clears in prop::collection::vec((0u64..320, 0u64..90), 0..20)) {
+        fn agrees_with_a_set_of_cells(cells in 1u64..300, changes in prop::collection::vec((0u64..320, 0u64..90, any::<bool>()), 0..20)) {
             let mut absent = AbsentCells::all(cells * CELL_BYTES - 7);
             let mut model: Vec<bool> = vec![true; cells as usize];
-            for (start, length) in clears {
-                absent.clear(start..start + length);
+            for (start, length, again) in changes {
+                absent.change(start..start + length, again);
                 for cell in start..(start + length).min(cells) {
-                    model[cell as usize] = false;
+                    model[cell as usize] = again;
                 }
                 prop_assert_eq!(absent.count() as usize, model.iter().filter(|absent| **absent).count());
                 prop_assert_eq!(absent.any(start..start + 40), (start..(start + 40).min(cells)).any(|cell| model[cell as usize]));
@@ -188,5 +231,9 @@ mod tests {
         assert!(absent.bits.is_some());
         absent.clear(0..1 << 18);
         assert!(absent.bits.is_none() && absent.count() == 0);
+        absent.set(7..9);
+        assert!(absent.bits.is_some() && absent.count() == 2);
+        absent.set(0..1 << 18);
+        assert!(absent.bits.is_none() && absent.count() == 1 << 18);
     }
 }

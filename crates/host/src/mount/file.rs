@@ -5,7 +5,15 @@
 //! the blocks in flight instead of fetching them again. When the blocks have *landed*, in memory, all readers have
 //! them. Then they are *kept*: under the file's lock, those cells that are still absent are written to the cache file
 //! and become present. A write makes its cells present under the same lock. So a fetch, however late it lands, cannot
-//! overwrite anything newer; and a file without absent cells is read and written without any lock.
+//! overwrite anything newer.
+//!
+//! A block that was fetched and never written (see [`super::fetched`]) may be *dropped* to make room: under the file's
+//! lock its cells become absent, the file's count of evictions goes up, and then its part of the cache file becomes a
+//! hole. A reader looks which cells are absent, reads the cache file without the lock, and looks at the count again.
+//! Where it is the same, no hole was made since: a reader that saw the hole sees the count, and one that saw the count
+//! before had seen the cells absent. Otherwise it begins again. A writer takes its blocks off the list of those that
+//! may go, under the lock, before it writes without it. A file all of whose cells were written has nothing that could
+//! go or come, for good, and is written without any lock.
 
 use std::{
     cell::RefCell,
@@ -13,10 +21,10 @@ use std::{
     ops::Range,
     os::unix::fs::FileExt,
     sync::{
-        Arc,
+        Arc, Weak,
         atomic::{
             AtomicU32, AtomicU64,
-            Ordering::{AcqRel, Acquire, Relaxed, Release},
+            Ordering::{AcqRel, Acquire, Relaxed, SeqCst},
         },
     },
 };
@@ -27,26 +35,49 @@ use rustix::fs::{FallocateFlags, fallocate};
 
 use super::{
     base::Base,
+    budget::CacheBudget,
     cache::{CacheDir, CacheFile},
-    cells::{AbsentCells, BLOCK_BYTES, CELL_BYTES, CELLS_PER_BLOCK, blocks_of, cells_of},
+    cells::{
+        AbsentCells, BLOCK_BYTES, CELL_BYTES, CELLS_PER_BLOCK, blocks_of, blocks_of_cells, cells_in, cells_of, cells_of_blocks,
+        whole_blocks, without,
+    },
+    fetched::FetchedBlocks,
     source::PatientSource,
     startup_set::StartupSet,
 };
 
 /// Bytes read at a time where a whole file is read.
 const WHOLE_READ_BYTES: u64 = 1 << 20;
+/// Times that a reader reads the cache file without the lock; if each time a hole was made meanwhile, it takes the
+/// lock.
+const UNLOCKED_READS_MAX: u32 = 2;
 
 /// What the files of a mount share.
 pub(super) struct FileContext {
     pub(super) source: PatientSource,
     pub(super) cache: CacheDir,
+    pub(super) budget: CacheBudget,
     pub(super) startup_set: StartupSet,
     pub(super) counters: Counters,
+    /// What a test does at the moment when a thread has let go of a file's lock and has not read or written yet.
+    #[cfg(test)]
+    pub(super) meanwhile: fn(&FileContext, &FileData),
+}
+
+impl FileContext {
+    fn meanwhile(&self, file: &FileData) {
+        #[cfg(test)]
+        (self.meanwhile)(self, file);
+        #[cfg(not(test))]
+        let _ = file;
+    }
 }
 
 /// What the mount did so far.
 #[derive(Default)]
 pub(super) struct Counters {
+    /// Reads that waited for nothing.
+    pub(super) hits: AtomicU64,
     pub(super) fetches: AtomicU64,
     pub(super) blocks_fetched: AtomicU64,
     pub(super) bytes_read: AtomicU64,
@@ -63,10 +94,18 @@ impl Counters {
 
 /// See the module.
 pub(super) struct FileData {
+    me: Weak<FileData>,
     base: Base,
     size: AtomicU64,
-    /// Number of absent cells. Changed under the lock of `blocks`, after the cache file was written.
+    /// Number of absent cells. Changed under the lock of `blocks`: after the cache file was written, and before a hole
+    /// is made in it.
     absent: AtomicU32,
+    /// Number of cells that are absent or may become it. Only falls: where it is 0 nothing comes or goes any more.
+    unsettled: AtomicU32,
+    /// How often blocks were dropped. Counts under the lock of `blocks`, between `absent` and the hole.
+    evictions: AtomicU64,
+    /// The blocks that can be dropped.
+    fetched: FetchedBlocks,
     blocks: Mutex<Blocks>,
     /// Notified when blocks land.
     landed: Condvar,
@@ -77,12 +116,26 @@ struct Blocks {
     absent: AbsentCells,
     /// Disjoint runs of blocks that somebody fetches or is about to keep.
     in_flight: Vec<Leg>,
+    /// Whether the hand that makes room comes by.
+    enrolled: bool,
+    /// The file is gone: nothing is counted or kept any more.
+    gone: bool,
 }
 
 /// A run of blocks in flight, with its contents once it has landed.
 struct Leg {
     run: Range<u32>,
     contents: Option<Bytes>,
+}
+
+/// What a reader found.
+struct Found<'a> {
+    /// Contents of the absent cells.
+    pieces: Vec<Piece>,
+    /// The count of evictions when it was seen which cells are absent.
+    evictions: u64,
+    /// The file's lock, unless none was needed.
+    lock: Option<MutexGuard<'a, Blocks>>,
 }
 
 /// Contents of absent cells: those from `start` on, a multiple of a cell.
@@ -93,17 +146,23 @@ struct Piece {
 
 impl FileData {
     /// File `ino` as it is in the base.
-    pub(super) fn new(ino: u64, base: Base) -> FileData {
+    pub(super) fn new(ino: u64, base: Base) -> Arc<FileData> {
         let size = base.bytes();
         let absent = AbsentCells::all(size);
-        FileData {
+        // What is in memory is small, and not worth dropping.
+        let droppable = if base.is_in_memory() { 0 } else { absent.count() / CELLS_PER_BLOCK };
+        Arc::new_cyclic(|me| FileData {
+            me: me.clone(),
             base,
             size: AtomicU64::new(size),
             absent: AtomicU32::new(absent.count()),
-            blocks: Mutex::new(Blocks { absent, in_flight: Vec::new() }),
+            unsettled: AtomicU32::new(absent.count()),
+            evictions: AtomicU64::new(0),
+            fetched: FetchedBlocks::none(droppable),
+            blocks: Mutex::new(Blocks { absent, in_flight: Vec::new(), enrolled: false, gone: false }),
             landed: Condvar::new(),
             cache: CacheFile::new(ino),
-        }
+        })
     }
 
     /// The file's size in bytes.
@@ -123,7 +182,7 @@ impl FileData {
 
     /// Whether asking the base takes no time: there is nothing to ask for, or the contents are in memory.
     fn base_is_at_hand(&self) -> bool {
-        self.absent.load(Acquire) == 0 || matches!(self.base, Base::Memory(_))
+        self.absent.load(Acquire) == 0 || self.base.is_in_memory()
     }
 
     /// Whether reading these bytes has to wait for the base.
@@ -151,28 +210,73 @@ impl FileData {
         }
         context.counters.bytes_read.fetch_add(end - offset, Relaxed);
         context.startup_set.note(&self.base, blocks_of(offset, end));
-        let (pieces, flight) = match self.find(context, cells_of(offset, end)) {
-            Ok(found) => found,
-            Err(error) => return reply(Err(error)),
-        };
-        let answer = match pieces.as_slice() {
-            [piece] if piece.start <= offset && piece.end() >= end => {
-                reply(Ok(&piece.bytes[(offset - piece.start) as usize..(end - piece.start) as usize]))
+        let (answer, flight) = self.read_from_anywhere(context, offset, (end - offset) as usize, reply);
+        match flight {
+            None => {
+                context.counters.hits.fetch_add(1, Relaxed);
             }
-            _ => with_buffer((end - offset) as usize, |buffer| match self.read_cache(context, offset, buffer) {
-                Ok(()) => {
-                    pieces.iter().for_each(|piece| piece.overlay(offset, buffer));
-                    reply(Ok(buffer))
+            Some(flight) => {
+                if let Err(error) = flight.keep_within_budget(context) {
+                    tracing::warn!("cannot keep fetched blocks in the cache, they will be fetched again: {error}");
                 }
-                Err(error) => reply(Err(error)),
-            }),
-        };
-        if let Some(flight) = flight
-            && let Err(error) = flight.keep(context)
-        {
-            tracing::warn!("cannot keep fetched blocks in the cache, they will be fetched again: {error}");
+            }
         }
         answer
+    }
+
+    /// Gives `length` bytes at `offset` to `reply`, from the cache file and the base. What was fetched is to be kept.
+    fn read_from_anywhere<R>(
+        &self,
+        context: &FileContext,
+        offset: u64,
+        length: usize,
+        reply: impl FnOnce(io::Result<&[u8]>) -> R,
+    ) -> (R, Option<Flight<'_>>) {
+        let end = offset + length as u64;
+        let mut flight: Option<Flight<'_>> = None;
+        let mut tries = 0;
+        with_buffer(length, |buffer| {
+            loop {
+                let locks = tries >= UNLOCKED_READS_MAX;
+                let found = match self.find(context, cells_of(offset, end), locks, &mut flight) {
+                    Ok(found) => found,
+                    Err(error) => return (reply(Err(error)), flight),
+                };
+                if let [piece] = found.pieces.as_slice()
+                    && piece.start <= offset
+                    && piece.end() >= end
+                {
+                    drop(found.lock);
+                    return (reply(Ok(&piece.bytes[(offset - piece.start) as usize..(end - piece.start) as usize])), flight);
+                }
+                let lock = found.lock.filter(|_| locks);
+                if lock.is_none() {
+                    context.meanwhile(self);
+                }
+                if let Err(error) = self.read_cache(context, offset, buffer) {
+                    return (reply(Err(error)), flight);
+                }
+                // Without the lock, a hole may have been made before the cache file was read.
+                if lock.is_some() || self.evictions.load(SeqCst) == found.evictions {
+                    drop(lock);
+                    if self.unsettled.load(Relaxed) > 0 {
+                        context.budget.count_hot(self.heat(offset, end, &found.pieces));
+                    }
+                    found.pieces.iter().for_each(|piece| piece.overlay(offset, buffer));
+                    return (reply(Ok(buffer)), flight);
+                }
+                tries += 1;
+            }
+        })
+    }
+
+    /// Those blocks of `start..end` that did not have to be fetched are read once more. How many are newly hot.
+    fn heat(&self, start: u64, end: u64, pieces: &[Piece]) -> u32 {
+        if pieces.is_empty() {
+            return self.fetched.touch(&blocks_of(start, end));
+        }
+        let here = pieces.iter().fold(vec![blocks_of(start, end)], |left, piece| without(left, &blocks_of(piece.start, piece.end())));
+        here.iter().map(|run| self.fetched.touch(run)).sum()
     }
 
     /// The whole file.
@@ -191,12 +295,14 @@ impl FileData {
         }
     }
 
-    /// The contents of those of `cells` that are absent, fetched if need be. What was fetched here is still to be kept.
-    fn find(&self, context: &FileContext, cells: Range<u64>) -> io::Result<(Vec<Piece>, Option<Flight<'_>>)> {
-        if self.absent.load(Acquire) == 0 {
-            return Ok((Vec::new(), None));
+    /// The contents of those of `cells` that are absent, fetched if need be; what was fetched here is added to
+    /// `flight`, and still to be kept. With `locks`, what was found stays so while the lock is held.
+    fn find<'a>(&'a self, context: &FileContext, cells: Range<u64>, locks: bool, flight: &mut Option<Flight<'a>>) -> io::Result<Found<'a>> {
+        // Before the look at what is absent: see the module.
+        let evictions = self.evictions.load(SeqCst);
+        if !locks && self.absent.load(SeqCst) == 0 {
+            return Ok(Found { pieces: Vec::new(), evictions, lock: None });
         }
-        let mut flight: Option<Flight<'_>> = None;
         let mut blocks = self.blocks.lock();
         loop {
             let unclaimed = blocks.unclaimed(&blocks.absent.blocks(cells.clone()));
@@ -204,13 +310,15 @@ impl FileData {
                 let mut claimed = self.claim_runs(&mut blocks, unclaimed);
                 drop(blocks);
                 claimed.fetch(context)?;
-                match &mut flight {
+                // Without the lock, which the end of a flight takes.
+                *flight = Some(match flight.take() {
                     Some(flight) => flight.join(claimed),
-                    None => flight = Some(claimed),
-                }
+                    None => claimed,
+                });
                 blocks = self.blocks.lock();
             } else if let Some(pieces) = blocks.pieces(cells.clone()) {
-                return Ok((pieces, flight));
+                let evictions = self.evictions.load(SeqCst);
+                return Ok(Found { pieces, evictions, lock: Some(blocks) });
             } else {
                 self.landed.wait(&mut blocks);
             }
@@ -230,21 +338,94 @@ impl FileData {
         (!runs.is_empty()).then(|| self.claim_runs(&mut blocks, runs))
     }
 
-    /// Writes `piece` to the cache file wherever nothing newer is there.
-    fn keep(&self, context: &FileContext, piece: &Piece) -> io::Result<()> {
+    /// Writes `piece` to the cache file wherever nothing newer is there. Those blocks of it that were wholly absent can
+    /// be dropped again, unless it is to `stay`.
+    fn keep(&self, context: &FileContext, piece: &Piece, stay: bool) -> io::Result<()> {
         let file = match context.cache.open(&self.cache) {
             // Unlinked while the blocks were on their way.
             Err(_) if self.cache.is_deleted() => return Ok(()),
             file => file?,
         };
         let mut blocks = self.blocks.lock();
+        if blocks.gone {
+            return Ok(());
+        }
         for cells in blocks.absent.runs(cells_of(piece.start, piece.end())) {
             let from = (cells.start * CELL_BYTES - piece.start) as usize;
             let to = ((cells.end * CELL_BYTES - piece.start) as usize).min(piece.bytes.len());
             file.write_all_at(&piece.bytes[from..to], cells.start * CELL_BYTES)?;
-            self.make_present(&mut blocks, cells);
+            let whole = whole_blocks(&cells);
+            if stay || self.base.is_in_memory() || whole.is_empty() {
+                self.settle(context, &mut blocks, cells);
+                continue;
+            }
+            let whole_cells = cells_of_blocks(&whole);
+            self.settle(context, &mut blocks, cells.start..whole_cells.start);
+            self.settle(context, &mut blocks, whole_cells.end..cells.end);
+            blocks.absent.clear(whole_cells);
+            self.absent.store(blocks.absent.count(), SeqCst);
+            context.budget.count_fetched(self.fetched.add(&whole, context.budget.lately()));
+            if !blocks.enrolled {
+                blocks.enrolled = true;
+                context.budget.enrol(self.me.clone());
+            }
         }
         Ok(())
+    }
+
+    /// The number of words that [`FileData::evict`] goes through.
+    pub(super) fn words(&self) -> u32 {
+        self.fetched.words()
+    }
+
+    /// Blocks of word `word` are hot no more, unless they are read again; how many were.
+    pub(super) fn cool(&self, word: u32) -> u32 {
+        self.fetched.cool(word)
+    }
+
+    /// Drops cold blocks of word `word` of the file, `limit` at most; the base still has them. The kernel may keep
+    /// their pages: they are the same as those of the base, or newer and will be written. How many were dropped.
+    pub(super) fn evict(&self, context: &FileContext, word: u32, limit: u32) -> io::Result<u32> {
+        if self.fetched.cold(word, limit).is_empty() {
+            return Ok(0);
+        }
+        let file = match context.cache.open(&self.cache) {
+            Err(_) if self.cache.is_deleted() => return Ok(0),
+            file => file?,
+        };
+        let mut blocks = self.blocks.lock();
+        let runs = self.fetched.cold(word, limit);
+        for run in &runs {
+            blocks.absent.set(cells_of_blocks(run));
+            context.budget.count_removed(self.fetched.drop(run, context.budget.lately(), context.budget.evicted()));
+        }
+        // In this order: see the module.
+        self.absent.store(blocks.absent.count(), SeqCst);
+        self.evictions.fetch_add(1, SeqCst);
+        for run in &runs {
+            let (start, end) = (u64::from(run.start) * BLOCK_BYTES, u64::from(run.end) * BLOCK_BYTES);
+            fallocate(&*file, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, start, end - start)?;
+        }
+        Ok(runs.iter().map(|run| run.end - run.start).sum())
+    }
+
+    /// Whether there is nothing to drop, so that the hand need not come by until there is.
+    pub(super) fn leaves(&self) -> bool {
+        let mut blocks = self.blocks.lock();
+        blocks.enrolled = self.fetched.count() > 0;
+        !blocks.enrolled
+    }
+
+    /// The file is gone, and its cache file will be: it does not count any more.
+    pub(super) fn retire(&self, context: &FileContext) {
+        let mut blocks = self.blocks.lock();
+        if !blocks.gone {
+            blocks.gone = true;
+            let removed = self.fetched.remove(&(0..u32::MAX));
+            context.budget.count_removed(removed);
+            let unwritten = i64::from(blocks.absent.count()) + i64::from(removed.blocks * CELLS_PER_BLOCK);
+            context.budget.count_written(unwritten - cells_in(self.size()));
+        }
     }
 
     /// Reads from the cache file; what it does not have is zero.
@@ -279,14 +460,26 @@ impl FileData {
             let blocks = self.blocks.lock();
             let Some(cell) = self.absent_edge(&blocks, start, end) else { return Ok(blocks) };
             drop(blocks);
-            let (pieces, _flight) = self.find(context, cell..cell + 1)?;
-            pieces.iter().try_for_each(|piece| self.keep(context, piece))?;
+            let mut flight = None;
+            let Found { pieces, lock, .. } = self.find(context, cell..cell + 1, false, &mut flight)?;
+            drop(lock);
+            pieces.iter().try_for_each(|piece| self.keep(context, piece, true))?;
         }
     }
 
-    fn make_present(&self, blocks: &mut Blocks, cells: Range<u64>) {
+    /// The cells of `cells` are written, for good.
+    fn settle(&self, context: &FileContext, blocks: &mut Blocks, cells: Range<u64>) {
+        if cells.is_empty() {
+            return;
+        }
+        let removed = self.fetched.remove(&blocks_of_cells(&cells));
+        context.budget.count_removed(removed);
+        let before = blocks.absent.count();
         blocks.absent.clear(cells);
-        self.absent.store(blocks.absent.count(), Release);
+        let absent = blocks.absent.count();
+        self.absent.store(absent, SeqCst);
+        self.unsettled.store(absent + self.fetched.count() * CELLS_PER_BLOCK, SeqCst);
+        context.budget.count_written(i64::from(before - absent) + i64::from(removed.blocks * CELLS_PER_BLOCK));
     }
 
     /// Writes `data` at `offset`.
@@ -294,15 +487,34 @@ impl FileData {
         let end = offset.checked_add(data.len() as u64).ok_or(io::ErrorKind::FileTooLarge)?;
         context.counters.bytes_written.fetch_add(data.len() as u64, Relaxed);
         let file = context.cache.open(&self.cache)?;
-        if self.absent.load(Acquire) == 0 {
+        if self.unsettled.load(SeqCst) == 0 {
             file.write_all_at(data, offset)?;
         } else {
             let mut blocks = self.lock_for_change(context, offset, end)?;
-            file.write_all_at(data, offset)?;
-            self.make_present(&mut blocks, cells_of(offset, end));
+            let cells = cells_of(offset, end);
+            if blocks.absent.any(cells.clone()) {
+                file.write_all_at(data, offset)?;
+                self.settle(context, &mut blocks, cells);
+                drop(blocks);
+            } else {
+                // From here on nobody drops them.
+                self.settle(context, &mut blocks, cells);
+                drop(blocks);
+                context.meanwhile(self);
+                file.write_all_at(data, offset)?;
+            }
         }
-        self.size.fetch_max(end, AcqRel);
+        self.grow(context, end);
+        context.budget.make_room(context, false);
         Ok(())
+    }
+
+    /// The file has at least `size` bytes.
+    fn grow(&self, context: &FileContext, size: u64) {
+        let before = self.size.fetch_max(size, AcqRel);
+        if before < size {
+            context.budget.count_written(cells_in(size) - cells_in(before));
+        }
     }
 
     /// Cuts or extends the file; what is added is zero.
@@ -311,8 +523,12 @@ impl FileData {
         if self.cache.exists() {
             context.cache.open(&self.cache)?.set_len(size)?;
         }
-        self.make_present(&mut blocks, size.div_ceil(CELL_BYTES)..u64::MAX);
-        self.size.store(size, Release);
+        // With the cell that is cut in two, which is here.
+        self.settle(context, &mut blocks, cells_of(size, u64::MAX));
+        let before = self.size.swap(size, AcqRel);
+        context.budget.count_written(cells_in(size) - cells_in(before));
+        drop(blocks);
+        context.budget.make_room(context, false);
         Ok(())
     }
 
@@ -328,13 +544,14 @@ impl FileData {
         if zeroes {
             let mut blocks = self.lock_for_change(context, offset, end)?;
             fallocate(&*file, mode, offset, length)?;
-            self.make_present(&mut blocks, cells_of(offset, end));
+            self.settle(context, &mut blocks, cells_of(offset, end));
         } else {
             fallocate(&*file, mode, offset, length)?;
         }
         if !mode.contains(FallocateFlags::KEEP_SIZE) {
-            self.size.fetch_max(end, AcqRel);
+            self.grow(context, end);
         }
+        context.budget.make_room(context, false);
         Ok(())
     }
 }
@@ -397,7 +614,7 @@ impl<'a> Flight<'a> {
     /// Asks the base for them.
     fn fetch(&mut self, context: &FileContext) -> io::Result<()> {
         let contents = self.file.base.fetch(&context.source, &self.runs)?;
-        if !matches!(self.file.base, Base::Memory(_)) {
+        if !self.file.base.is_in_memory() {
             context.counters.count_fetch(self.runs.iter().map(ExactSizeIterator::len).sum());
         }
         self.land(contents);
@@ -417,15 +634,27 @@ impl<'a> Flight<'a> {
     }
 
     /// Takes over the blocks of another flight of the same file.
-    fn join(&mut self, mut other: Flight<'a>) {
+    fn join(mut self, mut other: Flight<'a>) -> Flight<'a> {
         self.runs.append(&mut other.runs);
         self.contents.append(&mut other.contents);
+        self
+    }
+
+    /// As [`Flight::keep`], after room was made for it.
+    pub(super) fn keep_within_budget(self, context: &FileContext) -> io::Result<()> {
+        let bytes: usize = self.contents.iter().map(Bytes::len).sum();
+        context.budget.reserve(bytes as i64);
+        context.budget.make_room(context, true);
+        let kept = self.keep(context);
+        context.budget.reserve(-(bytes as i64));
+        context.budget.make_room(context, true);
+        kept
     }
 
     /// Keeps what landed, wherever nothing newer is there.
     pub(super) fn keep(self, context: &FileContext) -> io::Result<()> {
         for (run, contents) in self.runs.iter().zip(&self.contents) {
-            self.file.keep(context, &Piece { start: u64::from(run.start) * BLOCK_BYTES, bytes: contents.clone() })?;
+            self.file.keep(context, &Piece { start: u64::from(run.start) * BLOCK_BYTES, bytes: contents.clone() }, false)?;
         }
         Ok(())
     }
@@ -437,16 +666,6 @@ impl Drop for Flight<'_> {
         blocks.in_flight.retain(|leg| !self.runs.contains(&leg.run));
         self.file.landed.notify_all();
     }
-}
-
-fn cells_of_blocks(blocks: &Range<u32>) -> Range<u64> {
-    u64::from(blocks.start) * u64::from(CELLS_PER_BLOCK)..u64::from(blocks.end) * u64::from(CELLS_PER_BLOCK)
-}
-
-/// The parts of the runs `left` that are not in `taken`.
-fn without(left: Vec<Range<u32>>, taken: &Range<u32>) -> Vec<Range<u32>> {
-    let cut = |run: Range<u32>| [run.start..run.end.min(taken.start), run.start.max(taken.end)..run.end];
-    left.into_iter().flat_map(cut).filter(|run| !run.is_empty()).collect()
 }
 
 thread_local! {

@@ -10,9 +10,10 @@
 //! - **Lazy**: starting copies nothing. A directory asks the base for its relations when it is first needed; a block is
 //!   fetched when it is first read, with all that the kernel wants in the same request, and kept in the cache
 //!   directory.
-//! - **Exact**: each part of a file is either still in the base, or here. It goes from the one to the other once, by
-//!   being fetched, written, truncated or punched, and never back; a file that is removed is gone, and a new one of its
-//!   name has nothing to do with it.
+//! - **Exact**: each part of a file is either still in the base, or here. It comes here by being fetched, written,
+//!   truncated or punched, and only what was fetched and never written may go again; a file that is removed is gone,
+//!   and a new one of its name has nothing to do with it.
+//! - **Bounded**: what was fetched and never written goes when the cache reaches its budget.
 //! - **Disposable**: all metadata is in memory and nothing is synced. When this process ends, the data directory is
 //!   gone; durability is the pageserver's.
 //! - **Patient**: while the pageserver is away, what is here is read and written as always, and first touches wait.
@@ -25,10 +26,12 @@
 //! Must never know: Postgres's processes, WAL, branches, or how the page service is spoken to.
 
 mod base;
+mod budget;
 mod build;
 mod cache;
 mod cells;
 mod directory;
+mod fetched;
 mod file;
 #[cfg(test)]
 mod file_tests;
@@ -60,6 +63,7 @@ use parking_lot::Mutex;
 use varve_postgres::{Major, Oid, RelFork};
 
 use self::{
+    budget::CacheBudget,
     cache::CacheDir,
     file::{Counters, FileContext},
     filesystem::{DataDirectory, Failure},
@@ -111,6 +115,8 @@ pub struct MountConfig {
     /// Scratch space on plain disk, for this mount alone; created if need be. What an earlier mount left in it is
     /// deleted.
     pub cache_dir: PathBuf,
+    /// How many bytes the cache may take, if that is limited. What is written stays, however much it is.
+    pub cache_bytes: Option<u64>,
     /// Owner of the data directory, the user that Postgres runs as.
     pub uid: u32,
     /// Its group.
@@ -145,6 +151,7 @@ impl MountConfig {
             name: name.to_owned(),
             mountpoint: mountpoint.to_owned(),
             cache_dir: cache_dir.to_owned(),
+            cache_bytes: None,
             uid: rustix::process::getuid().as_raw(),
             gid: rustix::process::getgid().as_raw(),
             initial_files: Vec::new(),
@@ -224,6 +231,8 @@ pub enum MountError {
 /// What a mount did so far.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct MountStatistics {
+    /// Reads that did not have to fetch, of those that the kernel could not answer itself.
+    pub hits: u64,
     /// Calls of the source for blocks.
     pub fetches: u64,
     /// Blocks that they brought.
@@ -232,6 +241,30 @@ pub struct MountStatistics {
     pub bytes_read: u64,
     /// Bytes that the kernel wrote.
     pub bytes_written: u64,
+    /// Blocks that were dropped to make room.
+    pub blocks_evicted: u64,
+    /// Bytes in the cache that the base has as well, and that may be dropped.
+    pub cached_bytes: u64,
+    /// Bytes that were written since the start, and stay. Holes in files count as well.
+    pub dirty_bytes: u64,
+    /// What the cache should not exceed; none: whatever there is.
+    pub limit_bytes: Option<u64>,
+}
+
+fn statistics(files: &FileContext) -> MountStatistics {
+    let FileContext { counters, budget, .. } = files;
+    let held = budget.held();
+    MountStatistics {
+        hits: counters.hits.load(Ordering::Relaxed),
+        fetches: counters.fetches.load(Ordering::Relaxed),
+        blocks_fetched: counters.blocks_fetched.load(Ordering::Relaxed),
+        bytes_read: counters.bytes_read.load(Ordering::Relaxed),
+        bytes_written: counters.bytes_written.load(Ordering::Relaxed),
+        blocks_evicted: budget.evicted(),
+        cached_bytes: held.fetched,
+        dirty_bytes: held.written,
+        limit_bytes: budget.limit(),
+    }
 }
 
 /// A mounted data directory. Dropped, it is unmounted.
@@ -258,8 +291,11 @@ impl Mount {
         let files = Arc::new(FileContext {
             source: PatientSource::new(config.source.clone(), config.name.clone(), config.source_patience),
             cache,
+            budget: CacheBudget::new(config.cache_bytes),
             startup_set: StartupSet::record_for(config.note_touched_for),
             counters: Counters::default(),
+            #[cfg(test)]
+            meanwhile: |_, _| {},
         });
         let observer = match &config.observer {
             Some(observer) => Some(Observer::start(observer.clone(), files.clone()).map_err(MountError::Thread)?),
@@ -338,13 +374,13 @@ impl Mount {
 
     /// What the mount did so far.
     pub fn statistics(&self) -> MountStatistics {
-        let counters = &self.tree.files.counters;
-        MountStatistics {
-            fetches: counters.fetches.load(Ordering::Relaxed),
-            blocks_fetched: counters.blocks_fetched.load(Ordering::Relaxed),
-            bytes_read: counters.bytes_read.load(Ordering::Relaxed),
-            bytes_written: counters.bytes_written.load(Ordering::Relaxed),
-        }
+        statistics(&self.tree.files)
+    }
+
+    /// Says what the mount did so far, for somebody who does not have it.
+    pub fn statistics_of(&self) -> impl Fn() -> MountStatistics + Send + use<> {
+        let files = self.tree.files.clone();
+        move || statistics(&files)
     }
 
     /// Unmounts, tells the observer what is left, and deletes the cache. Postgres should have ended: after some seconds

@@ -63,7 +63,7 @@ impl Meta {
 
 /// What kind of object it is.
 pub(super) enum Content {
-    File(FileData),
+    File(Arc<FileData>),
     Directory(Directory),
     Symlink(OsString),
     /// A socket or pipe: the kernel does the rest.

@@ -46,7 +46,7 @@ pub(super) fn prefetch(tree: &Tree, version: (Major, u32), blocks: &[(RelFork, u
             tell(&mut landed, Ok(()));
         }
         for flight in flights {
-            if let Err(error) = flight.keep(&tree.files) {
+            if let Err(error) = flight.keep_within_budget(&tree.files) {
                 tracing::warn!("cannot keep blocks fetched ahead in the cache, they will be fetched again: {error}");
             }
         }

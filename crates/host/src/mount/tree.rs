@@ -312,6 +312,7 @@ impl Tree {
         if self.nodes.remove_unreferenced(node)
             && let Content::File(file) = &node.content
         {
+            file.retire(&self.files);
             self.files.cache.delete(file.cache_file());
         }
     }
@@ -321,6 +322,7 @@ impl Tree {
         if let Some(node) = self.nodes.forget(ino, count)
             && let Content::File(file) = &node.content
         {
+            file.retire(&self.files);
             self.files.cache.delete(file.cache_file());
         }
     }

@@ -170,6 +170,7 @@ impl Machine {
             token: TokenSource::Given(Token::parse(&TOKEN.replace(' ', "-")).unwrap()),
             name: "machine".to_owned(),
             pg_bin_dirs: Vec::new(),
+            cache_bytes: None,
             run_dir: Some(self.folder.path().join("run")),
             program: self.folder.path().join("varve"),
             sandboxing: Sandboxing::None,

@@ -5,6 +5,7 @@
 
 mod agent;
 mod handover;
+mod mount_budget;
 mod mount_failures;
 mod mount_model;
 mod mount_observer;

@@ -268,13 +268,13 @@ fn everything(root: &Path, path: &Path, all: &mut BTreeMap<String, (String, Vec<
     }
 }
 
-fn compare(seed: u64) {
+fn compare(seed: u64, cache_bytes: Option<u64>) {
     let dir = scratch("model");
     let source = synthetic_cluster(dir.path(), &RELATIONS);
     source.delay_us.store(50, Ordering::Relaxed);
     let plain = dir.path().join("plain");
     copy_directory(source.data_dir(), &plain, 0, 0);
-    let mounted = Mounted::start(&source, |_| {});
+    let mounted = Mounted::start(&source, |config| config.cache_bytes = cache_bytes);
     let data = mounted.data();
     let done = AtomicBool::new(false);
     std::thread::scope(|scope| {
@@ -345,6 +345,14 @@ fn show(outcome: &Outcome) -> String {
 fn random_calls_give_what_a_plain_directory_gives() {
     let seeds = std::env::var("VARVE_TEST_SEEDS").ok().and_then(|seeds| seeds.parse().ok()).unwrap_or(6);
     for seed in 1..=seeds {
-        compare(seed);
+        compare(seed, None);
+    }
+}
+
+#[test]
+fn so_do_calls_on_a_cache_with_room_for_a_part() {
+    let seeds = std::env::var("VARVE_TEST_SEEDS").ok().and_then(|seeds| seeds.parse().ok()).unwrap_or(6);
+    for seed in 101..=100 + seeds {
+        compare(seed, Some(64 * 8192));
     }
 }

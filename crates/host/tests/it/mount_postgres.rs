@@ -16,7 +16,7 @@ use varve_postgres::Major;
 use varve_testbed::postgres::Postgres;
 
 /// A stopped cluster in which `prepare` was run. The cluster lives as long as the first value.
-fn cluster(prepare: impl FnOnce(&Postgres)) -> (Postgres, Arc<StoppedCluster>) {
+pub(crate) fn cluster(prepare: impl FnOnce(&Postgres)) -> (Postgres, Arc<StoppedCluster>) {
     cluster_of(Major::V15, prepare)
 }
 
@@ -29,7 +29,7 @@ fn cluster_of(major: Major, prepare: impl FnOnce(&Postgres)) -> (Postgres, Arc<S
     (origin, source)
 }
 
-fn pgbench_tables(origin: &Postgres, scale: u32) {
+pub(crate) fn pgbench_tables(origin: &Postgres, scale: u32) {
     let mut pgbench = origin.command("pgbench").expect("pgbench");
     let scale = scale.to_string();
     let output = pgbench.args(["-i", "-q", "-s", &scale, "-h"]).arg(origin.dir()).args(["-U", "postgres", "postgres"]).output();
@@ -131,7 +131,7 @@ fn assert_same(expected: &str, got: &str, when: &str) {
     assert_eq!(expected.lines().count(), got.lines().count(), "{when}: one has more than the other");
 }
 
-fn check_with_amcheck(server: &Server) {
+pub(crate) fn check_with_amcheck(server: &Server) {
     server.psql("postgres", "CREATE EXTENSION IF NOT EXISTS amcheck");
     let output = server.run("pg_amcheck", &["--all", "--heapallindexed", "--install-missing", "--no-dependent-toast"]);
     assert_eq!(output, "", "pg_amcheck finds nothing");

@@ -64,6 +64,10 @@ pub(crate) struct DevArgs {
     /// Megabytes for caches of pages and blocks.
     #[arg(long, default_value_t = 512, value_parser = clap::value_parser!(u64).range(1..=1 << 24))]
     cache_mb: u64,
+    /// Megabytes of disk that the block cache of each compute may take; 0: whatever there is. What a compute has
+    /// written stays in it, even beyond that.
+    #[arg(long, default_value_t = super::host::COMPUTE_CACHE_MB)]
+    compute_cache_mb: u64,
     /// Megabytes for what is not in layers yet.
     #[arg(long, default_value_t = 512, value_parser = clap::value_parser!(u64).range(1..=1 << 24))]
     memtable_mb: u64,
@@ -181,6 +185,7 @@ pub(crate) async fn run(args: DevArgs) -> anyhow::Result<()> {
             token: TokenSource::Given(token),
             name: super::host::machine_name(),
             pg_bin_dirs: args.pg_bin_dir,
+            cache_bytes: super::host::cache_bytes(args.compute_cache_mb),
             run_dir: None,
             program: std::env::current_exe().context("the path of this program is not known")?,
             sandboxing: args.sandbox.sandboxing(),

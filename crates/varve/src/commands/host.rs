@@ -35,7 +35,8 @@ pub(crate) struct SandboxArgs {
     /// Processors that a compute may use, such as 0.5; without it all that are free.
     #[arg(long, value_parser = processors)]
     compute_cpus: Option<u64>,
-    /// Megabytes of memory that a compute may use, with what the kernel caches for it; without it half of the machine's.
+    /// Megabytes of memory that a compute may use, with what the kernel caches for it; without it half of the
+    /// machine's.
     #[arg(long, value_parser = clap::value_parser!(u64).range(64..=1 << 24))]
     compute_memory_mb: Option<u64>,
 }
@@ -109,6 +110,10 @@ pub(crate) struct HostArgs {
     /// Where the binaries of a Postgres version are, as 15=/usr/lib/postgresql/15/bin; may be given several times.
     #[arg(long, value_parser = dev::version_and_folder)]
     pg_bin_dir: Vec<(u32, PathBuf)>,
+    /// Megabytes of disk that the block cache of each compute may take; 0: whatever there is. What a compute has
+    /// written stays in it, even beyond that.
+    #[arg(long, default_value_t = COMPUTE_CACHE_MB)]
+    compute_cache_mb: u64,
     /// Folder of sockets, with a short path; by default /run/varve for root, else run in --data.
     #[arg(long)]
     run_dir: Option<PathBuf>,
@@ -128,6 +133,7 @@ pub(crate) async fn run(args: HostArgs) -> anyhow::Result<()> {
         token: TokenSource::File(args.token_file.canonicalize()?),
         name: args.name.unwrap_or_else(machine_name),
         pg_bin_dirs: args.pg_bin_dir,
+        cache_bytes: cache_bytes(args.compute_cache_mb),
         run_dir: args.run_dir,
         program: std::env::current_exe().context("the path of this program is not known")?,
         sandboxing: args.sandbox.sandboxing(),
@@ -144,6 +150,15 @@ pub(crate) async fn run(args: HostArgs) -> anyhow::Result<()> {
         told.cancel();
     });
     Ok(agent::run(config, shutdown).await?)
+}
+
+/// How large the cache of a compute may be by default: large enough for the hot set of most, and ten of them fit a
+/// disk.
+pub(crate) const COMPUTE_CACHE_MB: u64 = 10_240;
+
+/// An argument in megabytes, of which 0 means no limit.
+pub(crate) fn cache_bytes(megabytes: u64) -> Option<u64> {
+    (megabytes > 0).then(|| megabytes.saturating_mul(1 << 20))
 }
 
 /// The machine's name.
@@ -178,6 +193,8 @@ pub(crate) struct ComputeProcessArgs {
     cpu_milli: Option<u64>,
     #[arg(long)]
     memory_bytes: Option<u64>,
+    #[arg(long)]
+    cache_bytes: Option<u64>,
 }
 
 /// One compute's mount and supervisor. The line on standard input, a token, is the host's word that it knows of us;
@@ -204,6 +221,7 @@ pub(crate) async fn compute_process(args: ComputeProcessArgs) -> anyhow::Result<
         token,
         token_file: args.token_file,
         bin_dirs: BinDirs::new(args.pg_bin_dir),
+        cache_bytes: args.cache_bytes,
     };
     Ok(process::run(config).await?)
 }
