@@ -13,6 +13,7 @@ mod minio;
 mod nothing_is_lost;
 mod postgres_suites;
 mod random_lsns;
+mod replication;
 mod restores_under_kills;
 mod sandbox;
 mod tidy;

@@ -11,6 +11,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use tokio::process::{Child, Command};
 use varve_api::host::Begin;
 
+use crate::asked::Asked;
 use crate::cgroup::{CgroupError, Group, Limits};
 use crate::config;
 use crate::dirs::{Dirs, Isolation, User};
@@ -121,7 +122,7 @@ impl Postgres {
     ///
     /// # Errors
     /// When the binary is missing, or Postgres ends before it answers: the error quotes its log.
-    pub async fn start(bin_dir: &Path, begin: &Begin, dirs: &Dirs) -> Result<Postgres, PostgresError> {
+    pub async fn start(bin_dir: &Path, begin: &Begin, dirs: &Dirs, asked: &Asked) -> Result<Postgres, PostgresError> {
         let binary = bin_dir.join("postgres");
         if !binary.exists() {
             return Err(PostgresError::Missing { version: begin.pg_version, path: binary });
@@ -131,9 +132,9 @@ impl Postgres {
                 let group = dirs.group()?;
                 group.make(&limits)?;
                 let spec = Spec { cgroups: group.folders(), ..spec(bin_dir, dirs, uid, network, &limits)? };
-                Self::sandboxed(spec, begin, dirs).await?
+                Self::sandboxed(spec, begin, dirs, asked).await?
             }
-            Isolation::None(user) => Self::plain(&binary, begin, dirs, user)?,
+            Isolation::None(user) => Self::plain(&binary, begin, dirs, user, asked)?,
         };
         if let Err(error) = postgres.remember(dirs) {
             postgres.kill().await; // nobody could end it after us
@@ -147,22 +148,22 @@ impl Postgres {
         Ok(postgres)
     }
 
-    async fn sandboxed(spec: Spec, begin: &Begin, dirs: &Dirs) -> Result<Postgres, PostgresError> {
+    async fn sandboxed(spec: Spec, begin: &Begin, dirs: &Dirs, asked: &Asked) -> Result<Postgres, PostgresError> {
         let listen = begin.listen.clone();
         // Inside nobody knows names.
         let addresses = tokio::task::spawn_blocking(move || ports::numeric(&listen)).await.map_err(io::Error::other)??;
-        let spec = Spec { arguments: config::arguments(begin, &addresses, dirs), ..spec };
+        let spec = Spec { arguments: config::arguments(begin, &addresses, dirs, asked), ..spec };
         let (running, pipe) = Running::start(Path::new(OURSELVES), &spec).await?;
         let pid = running.processes().map_or(0, |(_, postmaster)| postmaster);
         let processes = Processes::Sandboxed { running, log: Log::start(&dirs.log(), pipe), group: dirs.group()?, passage: None };
         Ok(Postgres { processes, pid, sessions: Sessions::new(PrivateSocket::new(dirs.socket(), begin.port, dirs.user().uid)) })
     }
 
-    fn plain(binary: &Path, begin: &Begin, dirs: &Dirs, user: User) -> Result<Postgres, PostgresError> {
+    fn plain(binary: &Path, begin: &Begin, dirs: &Dirs, user: User, asked: &Asked) -> Result<Postgres, PostgresError> {
         let log = File::options().create(true).append(true).open(dirs.log())?;
         let mut command = bound_to_us(binary);
         command
-            .args(config::arguments(begin, &begin.listen, dirs))
+            .args(config::arguments(begin, &begin.listen, dirs, asked))
             .current_dir("/")
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)

@@ -323,14 +323,14 @@ async fn incarnation(
 ) -> Result<End, ProcessError> {
     let bin_dir = bin_dirs.path(begin.pg_version);
     let uploader = Arc::new(Uploader::start(server.clone(), begin.incarnation, begin.epoch.is_some()));
-    let mount = start::mount(begin, dirs, &uploader).await?;
+    let (mount, asked) = start::mount(begin, dirs, &uploader).await?;
     uploader.watch_access(dirs);
     if let Some(epoch) = begin.epoch {
         let writer = WriterRecord { timeline_id: begin.timeline_id.clone(), epoch, pg_version: begin.pg_version };
         writer.write(&dirs.leftover().record)?;
     }
     let started = match dirs.write("postgresql.conf", &config::postgresql_conf(dirs, begin.standby_name.as_deref())) {
-        Ok(()) => Postgres::start(&bin_dir, begin, dirs).await.map_err(ProcessError::from),
+        Ok(()) => Postgres::start(&bin_dir, begin, dirs, &asked).await.map_err(ProcessError::from),
         Err(error) => Err(error.into()),
     };
     let mut postgres = match started {
@@ -341,7 +341,7 @@ async fn incarnation(
         }
     };
     *ran = true;
-    let waiters = AbortOnDrop(tokio::spawn(waiters::watch(postgres.pid())));
+    let waiters = AbortOnDrop(tokio::spawn(waiters::watch(postgres.pid(), asked.tenants_wal_senders())));
     let password = set_password(postgres.sessions(), &begin.password_verifier).await;
     if begin.startup_blocks.is_empty() {
         start::tell_startup_blocks(server, &mount);
@@ -371,6 +371,12 @@ async fn incarnation(
     };
     drop((waiters, password));
     start::unmount(mount, dirs).await;
+    // As after a crash of a stock server its files are what its processes had written, states of slots among them.
+    if matches!(end, Ok(End::Failed(_)))
+        && let Err(error) = uploader.flush().await
+    {
+        tracing::error!(%error, "not everything of this compute is kept");
+    }
     end
 }
 
