@@ -7,6 +7,7 @@ mod comparison;
 mod damaged_files;
 mod harder_loads;
 mod left_in_pg_wal;
+mod like_stock;
 mod main_job;
 mod majors;
 mod minio;
