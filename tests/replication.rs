@@ -88,12 +88,16 @@ impl Branch {
     }
 }
 
+/// Asks one of two servers.
+type Ask<'a> = &'a mut dyn FnMut(&str) -> anyhow::Result<String>;
+
 /// Waits until both have the same rows of table `t`, of which there are so many.
-fn equal(what: &str, rows: usize, mut ask: [&mut dyn FnMut(&str) -> anyhow::Result<String>; 2]) -> anyhow::Result<()> {
+fn equal(what: &str, rows: usize, ask: [Ask<'_>; 2]) -> anyhow::Result<()> {
     let sql = "SELECT count(*) || ' ' || coalesce(sum(hashtext(t::text)), 0) FROM t";
+    let [one, other] = ask;
     let mut seen = String::new();
     let waited = limit::until(&format!("both to have {rows} rows {what}"), ARRIVAL_MAX, None, || {
-        let both = [ask[0](sql)?, ask[1](sql)?];
+        let both = [one(sql)?, other(sql)?];
         seen = both.join(", ");
         Ok((both[0].trim() == both[1].trim() && both[0].starts_with(&format!("{rows} "))).then_some(()))
     });

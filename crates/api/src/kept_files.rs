@@ -1,8 +1,8 @@
 //! Which files of a data directory are kept beside WAL, and how much of them.
 //!
 //! A data directory is made anew at each start: from WAL, by Varve, or by Postgres itself. Whatever else lies in it is
-//! its tenant's: settings, certificates, folders of further settings, what extensions dump. That is kept, as a stop of a
-//! stock server keeps it. Hosts ask here what to send, the control plane what to take.
+//! its tenant's: settings, certificates, folders of further settings, what extensions dump. That is kept, as a stop of
+//! a stock server keeps it. Hosts ask here what to send, the control plane what to take.
 
 /// Bytes of a file at most.
 pub const FILE_BYTES_MAX: usize = 64 << 20;

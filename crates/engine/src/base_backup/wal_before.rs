@@ -1,7 +1,7 @@
 //! WAL of the timeline from before the boundary, as its computes wrote it.
 //!
-//! A server needs none of it to start. Whoever reads WAL through a slot begins where the slot stands, and a standby asks
-//! from the start of its segment on. What stands before it in that segment is filled as before a boundary
+//! A server needs none of it to start. Whoever reads WAL through a slot begins where the slot stands, and a standby
+//! asks from the start of its segment on. What stands before it in that segment is filled as before a boundary
 //! ([`varve_postgres::wal::synthesis`]).
 
 use std::fmt;

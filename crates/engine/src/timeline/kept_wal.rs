@@ -1,10 +1,10 @@
 //! WAL that is kept when its flush is published, and given again: that which carries its pages
 //! (`wal_consistency_checking`), and that which replication slots may want.
 //!
-//! A compute begins with WAL from its start on. Who reads through a slot wants older WAL: a decoder from where the oldest
-//! transaction began that was running when it stopped, a standby from where it is. So all WAL of a timeline is kept while
-//! it has a slot of its tenant's. Whoever writes with `wal_level = logical` means to make one, and a slot reaches back a
-//! little behind the moment at which it is known here; so that WAL is kept, too.
+//! A compute begins with WAL from its start on. Who reads through a slot wants older WAL: a decoder from where the
+//! oldest transaction began that was running when it stopped, a standby from where it is. So all WAL of a timeline is
+//! kept while it has a slot of its tenant's. Whoever writes with `wal_level = logical` means to make one, and a slot
+//! reaches back a little behind the moment at which it is known here; so that WAL is kept, too.
 //!
 //! Ingest notes the end of each such record *before* it puts what the record changes, so no flush that covers it
 //! overlooks it, also when a restart ingests the WAL log anew. A flush without such a record costs nothing and is not

@@ -98,7 +98,7 @@ fn what_tenants_put_beside_postgress_files_is_kept() {
     let (_base, observer, mounted) = observed();
     let dir = mounted.data();
     fs::create_dir(dir.join("conf.d")).expect("mkdir");
-    for path in ["server.key", "conf.d/more.conf", "autoprewarm.blocks.tmp", "base/16384/mine", "postmaster.pid"] {
+    for path in ["server.key", "conf.d/more.conf", "autoprewarm.blocks.tmp", "base/mine", "postmaster.pid"] {
         fs::write(dir.join(path), path).expect("a write");
     }
     fs::rename(dir.join("autoprewarm.blocks.tmp"), dir.join("autoprewarm.blocks")).expect("rename");
@@ -106,7 +106,7 @@ fn what_tenants_put_beside_postgress_files_is_kept() {
         assert_eq!(kept(&observer, &mounted, path).as_deref(), Some(path.as_bytes()));
     }
     assert_eq!(kept(&observer, &mounted, "autoprewarm.blocks").as_deref(), Some(b"autoprewarm.blocks.tmp".as_slice()));
-    for path in ["autoprewarm.blocks.tmp", "base/16384/mine", "postmaster.pid"] {
+    for path in ["autoprewarm.blocks.tmp", "base/mine", "postmaster.pid"] {
         assert_eq!(kept(&observer, &mounted, path), None, "{path}");
     }
     fs::rename(dir.join("conf.d"), dir.join("settings")).expect("rename");

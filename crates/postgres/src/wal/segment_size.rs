@@ -1,7 +1,7 @@
 //! The size of the segments that a cluster's WAL is cut into, chosen by `initdb --wal-segsize`.
 //!
-//! Clusters that Varve makes have segments of 16 MiB ([`SegmentSize::VARVE`]). WAL that is only read may have others: its
-//! first page says which.
+//! Clusters that Varve makes have segments of 16 MiB ([`SegmentSize::VARVE`]). WAL that is only read may have others:
+//! its first page says which.
 
 use crate::Lsn;
 use crate::lsn::WAL_SEGMENT_SIZE;

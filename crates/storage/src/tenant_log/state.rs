@@ -177,8 +177,8 @@ impl TenantState {
     }
 
     /// The newest version at or before `lsn` of each file without WAL, by path; a timeline's own versions before its
-    /// ancestors'. Replication slots are no ancestor's: who reads a history through a slot reads none that branches off,
-    /// as a stock server's backup has none.
+    /// ancestors'. Replication slots are no ancestor's: who reads a history through a slot reads none that branches
+    /// off, as a stock server's backup has none.
     ///
     /// # Errors
     /// [`TenantError::UnknownTimeline`].
