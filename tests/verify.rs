@@ -11,7 +11,7 @@ use varve_postgres::Major;
 use varve_testbed::dev::{Dev, program, psql};
 use varve_testbed::limit::{self, COMMAND_MAX};
 use varve_testbed::minio::Minio;
-use varve_testbed::postgres::Postgres;
+use varve_testbed::postgres::{Postgres, bin_dir, minor_bin_dir};
 use varve_testbed::redo;
 
 const VARVE: &str = env!("CARGO_BIN_EXE_varve");
@@ -242,6 +242,85 @@ ALTER DATABASE postgres SET enable_seqscan = off;
 ALTER DATABASE postgres SET enable_bitmapscan = off;
 SELECT count(*) FROM killed WHERE at <@ box '((-1,-1),(100,100))';
 INSERT INTO killed SELECT i, point(i % 40, i / 40) FROM generate_series(1, 1200) AS i";
+
+/// 15.18 sets GiST's flag when it vacuums, 15.20 does not.
+#[test]
+fn minors_of_one_major_are_verified_alike() -> anyhow::Result<()> {
+    let newest = bin_dir(Major::V15)?;
+    for programs in [Some(newest), minor_bin_dir("15.18")?].into_iter().flatten() {
+        let mut postgres = redo::init_with(programs.clone(), Major::V15, &[], &[])?;
+        postgres.start()?;
+        statements(WORK, |sql| postgres.psql("postgres", sql))?;
+        statements(GIST, |sql| postgres.psql("postgres", sql))?;
+        let version = postgres.psql("postgres", "SHOW server_version")?;
+        postgres.stop("fast")?;
+        let (matched, report) = verify(&["wal", path(&postgres.data_dir())?])?;
+        ensure!(matched, "expected no mismatch on {version} in {}: {report:#}", programs.display());
+        expect(&report, "postgres_own", 0);
+    }
+    Ok(())
+}
+
+#[test]
+fn wal_in_segments_of_any_size_is_verified() -> anyhow::Result<()> {
+    for size_mb in ["1", "64"] {
+        let mut postgres = redo::init(Major::V15, &["--wal-segsize", size_mb], &[("max_wal_senders", "4")])?;
+        let base = postgres.dir().join("base");
+        copy(&postgres.data_dir(), &base)?;
+        postgres.start()?;
+        let from = postgres.psql("postgres", "SELECT pg_current_wal_lsn()")?;
+        // Records that go over the edges of segments, and the empty rest of one.
+        statements(WORK, |sql| postgres.psql("postgres", sql))?;
+        postgres.psql("postgres", "SELECT pg_logical_emit_message(false, 'long', repeat('x', 3000000))")?;
+        let until = postgres.psql("postgres", "SELECT pg_switch_wal()")?;
+        statements("CREATE TABLE more (i int); INSERT INTO more SELECT generate_series(1, 3000)", |sql| postgres.psql("postgres", sql))?;
+        let (matched, report) = verify(&["wal", &postgres.conninfo("postgres"), "--from", from.trim(), "--until", until.trim()])?;
+        ensure!(matched && report["compared"].as_u64() > Some(1000), "followed in segments of {size_mb} MiB: {report:#}");
+        postgres.stop("immediate")?;
+        let crashed = postgres.dir().join("crashed");
+        copy(&postgres.data_dir(), &crashed)?;
+        let (matched, report) = verify(&["wal", path(&crashed)?, "--base", path(&base)?])?;
+        ensure!(matched && report["compared"].as_u64() > Some(4000), "read in segments of {size_mb} MiB: {report:#}");
+        expect(&report, "adopted", 0);
+        // Pages as recovery makes them.
+        postgres.start()?;
+        postgres.stop("fast")?;
+        let recovered = postgres.data_dir();
+        let args = ["bench", "redo", path(&base)?, path(&crashed)?, "--compare", path(&recovered)?, "--threads", "2", "--json"];
+        let output = limit::output(Command::new(VARVE).args(args), COMMAND_MAX, None)?;
+        ensure!(output.status.success(), "varve {}: {}", args.join(" "), text(&output.stderr));
+    }
+    Ok(())
+}
+
+#[test]
+fn what_postgres_finds_wrong_of_itself_is_told_apart() -> anyhow::Result<()> {
+    let mut postgres = redo::init(Major::V15, &[], &[])?;
+    postgres.start()?;
+    // A mark of a combined command id, which freezing leaves on the tuple, and locking it, in redo only, does not.
+    for sql in [
+        "CREATE TABLE locked (i int)",
+        "BEGIN; INSERT INTO locked VALUES (1), (2); SAVEPOINT s; DELETE FROM locked; ROLLBACK TO s; COMMIT",
+        "VACUUM (FREEZE) locked",
+        "BEGIN; SELECT * FROM locked FOR UPDATE; COMMIT",
+        "UPDATE locked SET i = i + 10",
+    ] {
+        postgres.psql("postgres", sql)?;
+    }
+    postgres.stop("immediate")?;
+    let (matched, report) = verify(&["wal", path(&postgres.data_dir())?])?;
+    ensure!(matched, "what Postgres's own recovery makes so, too, fails no run: {report:#}");
+    expect(&report, "mismatches", 0);
+    expect(&report, "postgres_own", 2);
+    let lock = report["types"].as_array().and_then(|types| types.iter().find(|t| t["rmgr"] == "Heap" && t["record"] == "LOCK"));
+    expect(lock.context("locks")?, "postgres_own", 2);
+    let output = limit::output(Command::new(VARVE).args(["verify", "wal", path(&postgres.data_dir())?]), COMMAND_MAX, None)?;
+    ensure!(text(&output.stdout).contains("2 pages differ as those of Postgres's own recovery do"), "{}", text(&output.stdout));
+    // The oracle: stock recovery with the same check.
+    ensure!(postgres.start().is_err(), "Postgres's own check complains");
+    ensure!(postgres.log().contains("inconsistent page found"), "{}", postgres.log());
+    Ok(())
+}
 
 #[test]
 fn a_branch_holds_what_postgres_has() -> anyhow::Result<()> {

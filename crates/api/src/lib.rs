@@ -3,6 +3,7 @@
 //!
 //! - [`admin`]: bodies of the admin API `/v1`, as operators and the CLI use it.
 //! - [`host`]: bodies of the routes that hosts and the computes on them use.
+//! - [`kept_files`]: which files of a data directory hosts send and the control plane takes.
 //! - [`client`]: the HTTP client that hosts, computes and the CLI use; [`token`]: what it shows.
 //! - [`settings`]: which settings of Postgres a tenant cannot make.
 //! - [`refusal`]: why something was not done: a code that stays, and a sentence that says what to do.
@@ -12,6 +13,7 @@
 pub mod admin;
 pub mod client;
 pub mod host;
+pub mod kept_files;
 pub mod refusal;
 pub mod settings;
 pub mod token;

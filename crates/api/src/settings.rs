@@ -2,7 +2,8 @@
 
 /// Names that a tenant cannot give to his server; `varve.` begins further ones. A compute's command line has them, and
 /// so beats what `ALTER SYSTEM` made of them; `synchronous_standby_names`, which changes while it runs, is taken back.
-pub const OURS: [&str; 24] = [
+/// What a tenant asks for of `wal_level`, `max_wal_senders` and `max_replication_slots` is his, as far as it is enough.
+pub const OURS: [&str; 21] = [
     "config_file",
     "hba_file",
     "ident_file",
@@ -19,9 +20,6 @@ pub const OURS: [&str; 24] = [
     "fsync",
     "full_page_writes",
     "restart_after_crash",
-    "wal_level",
-    "max_wal_senders",
-    "max_replication_slots",
     "max_slot_wal_keep_size",
     "archive_mode",
     "update_process_title",

@@ -2,6 +2,7 @@
 
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD as BASE64;
+use varve_api::kept_files;
 use varve_storage::ids::{BranchName, EndpointId, HostId, TenantId, TenantName};
 
 use crate::error::{Error, quoted};
@@ -12,39 +13,6 @@ pub const PAGE_DEFAULT: usize = 100;
 pub const PAGE_MAX: usize = 1000;
 /// Longest text that says where to listen.
 const LISTEN_CHARS_MAX: usize = 1000;
-/// Longest path of a file in a data directory.
-const PATH_BYTES_MAX: usize = 1024;
-/// What stands in these folders comes from WAL, or Postgres makes it anew.
-const FOLDERS_NOT_KEPT: [&str; 15] = [
-    "base",
-    "global",
-    "pg_wal",
-    "pg_xact",
-    "pg_multixact",
-    "pg_commit_ts",
-    "pg_subtrans",
-    "pg_serial",
-    "pg_notify",
-    "pg_snapshots",
-    "pg_twophase",
-    "pg_tblspc",
-    "pg_dynshmem",
-    "pg_stat_tmp",
-    "varve_tablespaces",
-];
-/// What stands in these files we make, or Postgres at each start.
-const FILES_NOT_KEPT: [&str; 9] = [
-    "PG_VERSION",
-    "postmaster.pid",
-    "postmaster.opts",
-    "backup_label",
-    "backup_manifest",
-    "tablespace_map",
-    "standby.signal",
-    "recovery.signal",
-    "current_logfiles",
-];
-
 /// A new tenant's name. It may not look like an id, since an address takes both.
 pub(crate) fn new_tenant_name(text: &str) -> Result<TenantName, Error> {
     let name: TenantName = text.parse().map_err(|error| Error::argument("name", error))?;
@@ -94,23 +62,9 @@ pub(crate) fn port(port: u16) -> Result<u16, Error> {
     if port == 0 { Err(Error::argument("port", "0 is no port: leave it out to get a free one")) } else { Ok(port) }
 }
 
-/// Path of a file in a data directory that has no WAL and is kept: relative, and none that WAL rebuilds or that Varve
-/// makes.
+/// Path of a file in a data directory that is kept.
 pub(crate) fn file_path(path: &str) -> Result<(), Error> {
-    let wrong = |problem: &str| Err(Error::argument("path", format!("'{}' {problem}", quoted(path))));
-    let components: Vec<&str> = path.split('/').collect();
-    if path.len() > PATH_BYTES_MAX || path.chars().any(char::is_control) {
-        return wrong("is too long, or has control characters");
-    }
-    if components.iter().any(|component| matches!(*component, "" | "." | "..")) {
-        return wrong("is not a plain path below the data directory");
-    }
-    // Of this folder slots' snapshots and mappings are kept; the rest has WAL.
-    let logical = components[0] == "pg_logical" && !matches!(components.get(1), Some(&"snapshots" | &"mappings"));
-    if logical || FOLDERS_NOT_KEPT.contains(&components[0]) || FILES_NOT_KEPT.contains(&path) {
-        return wrong("comes from WAL, or is made at each start: it is not kept as a file");
-    }
-    Ok(())
+    kept_files::check(path).map_err(|problem| Error::argument("path", format!("'{}' {problem}", quoted(path))))
 }
 
 /// Which part of a list somebody wants.
@@ -176,18 +130,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_files_without_wal_are_kept() {
-        for good in ["postgresql.auto.conf", "pg_hba.conf", "pg_stat/pgstat.stat", "pg_replslot/s/state", "pg_logical/snapshots/0-1.snap"] {
-            file_path(good).unwrap();
+    fn files_that_are_made_anew_are_refused_by_their_path() {
+        file_path("conf.d/server.conf").unwrap();
+        for path in ["../../x", "global/pg_control"] {
+            let told = file_path(path).unwrap_err().to_string();
+            assert!(told.starts_with(&format!("path: '{path}' ")), "{told}");
         }
-        let long = "x".repeat(2000);
-        let bad =
-            ["", "/etc/passwd", "../../x", "a/../b", "a//b", ".", "a/", "PG_VERSION", "global/pg_control", "base/1/1259", "a\0b", &long];
-        for bad in bad {
-            assert!(matches!(file_path(bad), Err(Error::Argument { name: "path", .. })), "{bad:?}");
-        }
-        assert!(file_path("pg_logical/replorigin_checkpoint").is_err());
-        assert!(file_path("pg_wal/000000010000000000000001").is_err());
     }
 
     #[test]

@@ -9,15 +9,15 @@ use std::time::Duration;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
-use varve_api::Code;
 use varve_api::host::{
     Attach, Attached, Begin, BeginRequest, BlockName, CacheReport, Desired, Ended, FileVersion, HostAction, Orders, Password,
 };
+use varve_api::{Code, kept_files};
 use varve_postgres::Lsn;
 use varve_storage::ids::{TenantId, TimelineId, WriterEpoch};
 use varve_storage::tenant_log::{EndpointRow, FileContents, TenantEdit, TenantLog, TenantState};
 
-use crate::error::Error;
+use crate::error::{Error, quoted};
 use crate::hosts::ORDERS_WAIT;
 use crate::logs::facts;
 use crate::ports::{AttachWriter, EpochStart, Moment, Pageserver};
@@ -359,8 +359,63 @@ impl<P: Pageserver> Control<P> {
             if timeline_of(state, row)? != timeline {
                 return Err(Error::Fenced("its branch points to another history by now"));
             }
+            has_room(state, timeline, &file.path, &contents)?;
             Ok(vec![TenantEdit::File { timeline, path: file.path, lsn, contents }])
         })
         .await
+    }
+}
+
+/// Whether a branch may have this file, too. Postgres's own folders count for nothing.
+fn has_room(state: &TenantState, timeline: TimelineId, path: &str, contents: &FileContents) -> Result<(), Error> {
+    if matches!(contents, FileContents::Removed) || kept_files::is_postgress(path) {
+        return Ok(());
+    }
+    let others = state.files_at(timeline, Lsn::MAX)?.into_iter().filter(|(other, _)| other != path && !kept_files::is_postgress(other));
+    let (files, bytes) = others.fold((1, contents.len()), |(files, bytes), (_, other)| (files + 1, bytes + other.len()));
+    if files <= kept_files::FILES_MAX && bytes <= kept_files::BYTES_MAX {
+        return Ok(());
+    }
+    let (files_max, mib_max) = (kept_files::FILES_MAX, kept_files::BYTES_MAX >> 20);
+    let problem = format!(
+        "with '{}' the branch would have {files} files of {bytes} bytes in its data directory; {files_max} of {mib_max} MiB are kept",
+        quoted(path)
+    );
+    Err(Error::argument("path", problem))
+}
+
+#[cfg(test)]
+mod tests {
+    use varve_storage::tenant_log::TimelineFacts;
+
+    use super::*;
+
+    #[test]
+    fn a_branch_has_room_for_so_many_files_and_bytes() {
+        let timeline = TimelineId([1; 16]);
+        let file = |path: String, len: u64| TenantEdit::File {
+            timeline,
+            path,
+            lsn: Lsn(9),
+            contents: FileContents::Object { name: "x".to_owned(), len },
+        };
+        let mut state = TenantState::default();
+        let facts = TimelineFacts { id: timeline, tli: 1, start: Lsn(8), ancestor: None, created: 0 };
+        state.apply(&TenantEdit::Timeline(facts)).unwrap();
+        let room = |state: &TenantState, path: &str, len| {
+            has_room(state, timeline, path, &FileContents::Object { name: "y".to_owned(), len }).map_err(|error| error.to_string())
+        };
+        for i in 1..kept_files::FILES_MAX {
+            state.apply(&file(format!("conf.d/{i}"), 1)).unwrap();
+            state.apply(&file(format!("pg_logical/snapshots/{i}.snap"), 1 << 30)).unwrap();
+        }
+        assert_eq!(room(&state, "server.crt", 5), Ok(()), "the last one, and Postgres's own do not count");
+        state.apply(&file("server.crt".to_owned(), 5)).unwrap();
+        assert_eq!(room(&state, "server.crt", 6), Ok(()), "another version is no other file");
+        let told = room(&state, "server.key", 5).unwrap_err();
+        assert!(told.contains("'server.key'") && told.contains("1001 files") && told.contains("1000 of 256 MiB"), "{told}");
+        assert_eq!(has_room(&state, timeline, "server.key", &FileContents::Removed).map_err(|error| error.to_string()), Ok(()));
+        assert_eq!(room(&state, "pg_stat/pgstat.stat", 5), Ok(()));
+        assert!(room(&state, "server.crt", kept_files::BYTES_MAX).is_err(), "too large with the others");
     }
 }

@@ -1,13 +1,15 @@
 //! The base backup of a timeline at a moment: what [`crate::base_backup`] needs to know, gathered from the tenant's log
 //! and the history.
 
-use std::io::Write;
+use std::io::{self, Write};
 use std::sync::Arc;
 
 use varve_postgres::Lsn;
+use varve_postgres::replication_slot::SlotState;
 use varve_postgres::wal::synthesis::AncestorTimeline;
+use varve_storage::tenant_log::is_of_slots;
 
-use crate::base_backup::{BackupTimeline, ExtraFile, Options, write_base_backup};
+use crate::base_backup::{BackupTimeline, ExtraFile, Options, WalBefore, write_base_backup};
 use crate::error::EngineError;
 use crate::moments;
 use crate::tenant::Tenant;
@@ -25,6 +27,26 @@ pub struct BackupOptions {
     pub no_slru: bool,
     /// The newest versions of files that have no WAL, rather than those of the moment.
     pub newest_files: bool,
+}
+
+/// The WAL before `end` that the slots among these files want, as far as it is there.
+fn wal_for_slots(live: &Arc<LiveTimeline>, files: &[ExtraFile], end: Lsn) -> Option<WalBefore> {
+    let slots = files.iter().filter(|file| file.path.starts_with("pg_replslot/"));
+    let slots: Vec<(&str, Lsn)> = slots.filter_map(|file| Some((&*file.path, SlotState::decode(&file.bytes)?.restart?))).collect();
+    let wanted = slots.iter().map(|(_, restart)| *restart).min().filter(|wanted| *wanted < end)?;
+    // A standby asks from the start of its segment on; before its first record the timeline has none.
+    let start = live.wal_reaches_back(wanted.segment_start().max(live.facts().start), end);
+    for (path, restart) in &slots {
+        if *restart < start {
+            tracing::warn!(timeline = live.name(), path, %restart, %start, "the WAL that a replication slot wants is not kept so far back");
+        }
+    }
+    let live = live.clone();
+    let read = move |from: Lsn, limit: Lsn| {
+        let bytes = live.wal_bytes(from, limit).map_err(io::Error::other)?;
+        bytes.ok_or_else(|| io::Error::other(format!("WAL of timeline {} at {from} is not kept", live.id())))
+    };
+    (start < end).then(|| WalBefore { start, read: Arc::new(read) })
 }
 
 /// Writes the base backup of `live` at `lsn`, which is applied, into `sink`. `time_unix` is what its files say when
@@ -54,10 +76,15 @@ pub fn write(
     let mut extra_files = Vec::new();
     let files = if options.newest_files { state.newest_files(live.id())? } else { state.files_at(live.id(), lsn)? };
     for (path, contents) in files {
+        // Who reads through a slot does not go on with a copy.
+        if options.full && is_of_slots(&path) {
+            continue;
+        }
         if let Some(bytes) = tenant.file_contents(&contents)? {
             extra_files.push(ExtraFile { path, bytes });
         }
     }
+    let wal_before = wal_for_slots(live, &extra_files, base.end);
     let mut nonce = [0; 32];
     nonce[..16].copy_from_slice(&tenant.id().0);
     nonce[16..].copy_from_slice(&live.id().0);
@@ -73,6 +100,7 @@ pub fn write(
         relations: options.full,
         gzip: false,
         slot: (!options.full).then(|| SLOT.to_owned()),
+        wal_before,
         extra_files,
         time_unix,
     };

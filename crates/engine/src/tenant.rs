@@ -164,7 +164,7 @@ impl Tenant {
         let below = ancestor.as_ref().map(|(ancestor, lsn)| (ancestor.history().clone(), *lsn));
         let history = open_history(&self.context, tenant, major, &state, below, &self.template, self.log.ownership()).await?;
         let context = self.context.clone();
-        let open = OpenTimeline { tenant, major, system_identifier, state, history, ancestor, context };
+        let open = OpenTimeline { tenant, major, system_identifier, state, log: self.log.clone(), history, ancestor, context };
         self.context.threads.call(move || LiveTimeline::open(open)).await?
     }
 

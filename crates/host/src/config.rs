@@ -6,6 +6,7 @@
 
 use varve_api::host::Begin;
 
+use crate::asked::Asked;
 use crate::dirs::{Dirs, Isolation};
 
 /// The internal superuser, for the supervisor and the WAL receiver, over the private socket only.
@@ -54,7 +55,7 @@ pub fn pg_ident_conf(users_own: &str) -> String {
 }
 
 /// Arguments of `postgres`, which listens on `addresses`.
-pub fn arguments(begin: &Begin, addresses: &str, dirs: &Dirs) -> Vec<String> {
+pub fn arguments(begin: &Begin, addresses: &str, dirs: &Dirs, asked: &Asked) -> Vec<String> {
     let conf = |name: &str| dirs.conf().join(name).display().to_string();
     let mut settings: Vec<(&str, String)> = vec![
         // A file of the tenant's cannot name another folder, socket or log.
@@ -74,10 +75,7 @@ pub fn arguments(begin: &Begin, addresses: &str, dirs: &Dirs) -> Vec<String> {
         ("fsync", "off".to_owned()),
         ("full_page_writes", "off".to_owned()),
         ("restart_after_crash", "off".to_owned()),
-        // What the WAL receiver needs.
-        ("wal_level", "replica".to_owned()),
-        ("max_wal_senders", "10".to_owned()),
-        ("max_replication_slots", "10".to_owned()),
+        // What the WAL receiver needs, with what is asked for beside it.
         ("max_slot_wal_keep_size", "-1".to_owned()),
         ("archive_mode", "off".to_owned()),
         // By their titles the supervisor knows which commits keep the WAL receiver out.
@@ -91,6 +89,7 @@ pub fn arguments(begin: &Begin, addresses: &str, dirs: &Dirs) -> Vec<String> {
         // io_uring is closed in a sandbox: it goes around the filter of system calls.
         settings.push(("io_method", "worker".to_owned()));
     }
+    settings.extend(asked.settings());
     // What the user gives to this start beats his files, and nothing of ours.
     let given = begin.settings.iter().map(|(name, value)| (name.as_str(), value.clone()));
     let mut arguments = vec!["-D".to_owned(), dirs.pgdata().display().to_string()];

@@ -18,10 +18,10 @@ use crate::dirs::Dirs;
 use crate::mount::FileObserver;
 use crate::server::{Server, is_transient};
 
-/// Largest file that is kept; statistics of 100,000 relations are about 30 MB.
-const FILE_SIZE_MAX: usize = 64 * 1024 * 1024;
 /// Wait between tries to reach a server that is away.
 const RETRY_WAIT: Duration = Duration::from_millis(200);
+/// Files that an error names.
+const NAMED_MAX: usize = 10;
 /// How long the end of a compute waits for uploads.
 const FLUSH_MAX: Duration = Duration::from_secs(30);
 
@@ -29,8 +29,8 @@ const FLUSH_MAX: Duration = Duration::from_secs(30);
 struct Shared {
     /// Newest version of each file that was not uploaded yet: at most one a path.
     pending: Mutex<BTreeMap<String, Option<Vec<u8>>>>,
-    /// Files that the server did not take.
-    refused: Mutex<Vec<String>>,
+    /// Files whose newest contents are not kept, and why: at most one a path.
+    refused: Mutex<BTreeMap<String, String>>,
     changed: Notify,
     idle: Notify,
     /// Where our own files of who may connect stand.
@@ -65,7 +65,7 @@ pub struct Uploader {
 
 /// Files of the data directory that the server did not take.
 #[derive(Debug, thiserror::Error)]
-#[error("these files of its data directory are not kept beyond this compute: {0}")]
+#[error("these files of its data directory are not kept beyond this compute, so save them elsewhere or remove them: {0}")]
 pub struct NotKept(String);
 
 impl Uploader {
@@ -112,12 +112,17 @@ impl Uploader {
                 idle.await;
             }
         };
-        let mut left: Vec<String> = self.shared.refused.lock().clone();
-        if tokio::time::timeout(FLUSH_MAX, wait).await.is_err() {
-            left.extend(self.shared.pending.lock().keys().cloned());
+        let in_time = tokio::time::timeout(FLUSH_MAX, wait).await.is_ok();
+        let mut left = self.shared.refused.lock().clone();
+        if !in_time {
+            left.extend(self.shared.pending.lock().keys().map(|path| (path.clone(), "the server did not take it in time".to_owned())));
         }
-        left.retain(|path| !path.starts_with("pg_stat/")); // statistics are no promise
-        if left.is_empty() { Ok(()) } else { Err(NotKept(left.join(", "))) }
+        left.retain(|path, _| !path.starts_with("pg_stat/")); // statistics are no promise
+        let mut named: Vec<String> = left.iter().take(NAMED_MAX).map(|(path, why)| format!("{path} ({why})")).collect();
+        if left.len() > NAMED_MAX {
+            named.push(format!("and {} more", left.len() - NAMED_MAX));
+        }
+        if named.is_empty() { Ok(()) } else { Err(NotKept(named.join(", "))) }
     }
 }
 
@@ -133,10 +138,6 @@ struct Observer {
 
 impl FileObserver for Observer {
     fn written(&self, path: &str, contents: Vec<u8>) {
-        if contents.len() > FILE_SIZE_MAX {
-            tracing::warn!(path, bytes = contents.len(), "not kept beyond this compute: larger than {FILE_SIZE_MAX} bytes");
-            return;
-        }
         if path.starts_with("pg_replslot/varve/") {
             return; // the WAL receiver's own, made anew at each start
         }
@@ -162,8 +163,14 @@ impl FileObserver for Observer {
         if path.starts_with("pg_stat/") || path.starts_with("pg_replslot/varve/") {
             return;
         }
+        self.shared.refused.lock().remove(path);
         self.shared.pending.lock().insert(path.to_owned(), None);
         self.shared.changed.notify_one();
+    }
+
+    fn not_kept(&self, path: &str, why: String) {
+        tracing::warn!(path, why, "a file is not kept beyond this compute");
+        self.shared.refused.lock().insert(path.to_owned(), why);
     }
 }
 
@@ -178,14 +185,16 @@ async fn upload(shared: Arc<Shared>, server: Server, incarnation: u64, keep: boo
         if keep {
             let version = FileVersion { incarnation, path: path.clone(), contents: contents.as_ref().map(|bytes| BASE64.encode(bytes)) };
             match server.file(&version).await {
-                Ok(()) => {}
+                Ok(()) => {
+                    shared.refused.lock().remove(&path);
+                }
                 Err(error) if is_transient(&error) => {
                     tokio::time::sleep(RETRY_WAIT).await;
                     continue;
                 }
                 Err(error) => {
                     tracing::warn!(path, %error, "a file was not kept");
-                    shared.refused.lock().push(path.clone());
+                    shared.refused.lock().insert(path.clone(), error.to_string());
                 }
             }
         }

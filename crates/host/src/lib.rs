@@ -13,6 +13,7 @@
 //! of another process's disk comes here, and none of ours goes out but that of a socket.
 
 pub mod agent;
+pub mod asked;
 mod beneath;
 pub mod bin_dirs;
 mod cache_report;

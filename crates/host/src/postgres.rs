@@ -22,6 +22,7 @@ use crate::ports::{self, PortError};
 use crate::record::RecordError;
 use crate::sandbox::{Dialer, NetworkAccess, Running, SandboxError, Spec};
 use crate::sessions::{PrivateSocket, SessionError, Sessions};
+use crate::start::Brought;
 use crate::start_failure::{Given, Said};
 
 /// How long Postgres may take until it answers: as long as it says that it starts, or nothing at all.
@@ -154,12 +155,12 @@ pub struct Postgres {
 }
 
 impl Postgres {
-    /// Starts the `postgres` in `bin_dir` and waits until it answers. `settings` are those that its branch brings, to
-    /// be named where one of them is why it does not start.
+    /// Starts the `postgres` in `bin_dir` and waits until it answers. `brought` are the settings of its branch, to be
+    /// named where one of them is why it does not start.
     ///
     /// # Errors
     /// When the binary is missing, or Postgres ends before it answers, or does not let us in: the error quotes its log.
-    pub async fn start(bin_dir: &Path, begin: &Begin, dirs: &Dirs, settings: &[Given]) -> Result<Postgres, PostgresError> {
+    pub async fn start(bin_dir: &Path, begin: &Begin, dirs: &Dirs, brought: &Brought) -> Result<Postgres, PostgresError> {
         let binary = bin_dir.join("postgres");
         if !binary.exists() {
             return Err(PostgresError::Missing { version: begin.pg_version, path: binary });
@@ -167,15 +168,15 @@ impl Postgres {
         let log = LogOfStart::open(dirs)?;
         let mut postgres = match dirs.isolation() {
             Isolation::Sandbox { uid, network, limits } => {
-                Self::sandboxed(spec(bin_dir, dirs, uid, network, &limits)?, begin, dirs).await?
+                Self::sandboxed(spec(bin_dir, dirs, uid, network, &limits)?, begin, dirs, brought).await?
             }
-            Isolation::None(user) => Self::plain(&binary, begin, dirs, user)?,
+            Isolation::None(user) => Self::plain(&binary, begin, dirs, user, brought)?,
         };
         if let Err(error) = postgres.remember(dirs) {
             postgres.kill().await; // nobody could end it after us
             return Err(error.into());
         }
-        postgres.answers(&log, settings).await?;
+        postgres.answers(&log, &brought.given).await?;
         if let Err(error) = postgres.let_clients_in(begin).await {
             postgres.kill().await;
             return Err(error);
@@ -183,19 +184,20 @@ impl Postgres {
         Ok(postgres)
     }
 
-    async fn sandboxed(spec: Spec, begin: &Begin, dirs: &Dirs) -> Result<Postgres, PostgresError> {
+    async fn sandboxed(spec: Spec, begin: &Begin, dirs: &Dirs, brought: &Brought) -> Result<Postgres, PostgresError> {
         let listen = begin.listen.clone();
         // Inside nobody knows names.
         let addresses = tokio::task::spawn_blocking(move || ports::numeric(&listen)).await.map_err(io::Error::other)??;
-        let spec = Spec { arguments: config::arguments(begin, &addresses, dirs), ..spec };
+        let spec = Spec { arguments: config::arguments(begin, &addresses, dirs, &brought.asked), ..spec };
         let (running, log) = in_sandbox(&spec, dirs).await?;
         let pid = running.processes().map_or(0, |(_, postmaster)| postmaster);
         Ok(Postgres { processes: sandboxed(running, log, dirs)?, pid, sessions: sessions(begin, dirs) })
     }
 
-    fn plain(binary: &Path, begin: &Begin, dirs: &Dirs, user: User) -> Result<Postgres, PostgresError> {
+    fn plain(binary: &Path, begin: &Begin, dirs: &Dirs, user: User, brought: &Brought) -> Result<Postgres, PostgresError> {
         let mut command = command(binary, dirs, user)?;
-        let child = command.args(config::arguments(begin, &begin.listen, dirs)).stdin(Stdio::null()).spawn()?;
+        let arguments = config::arguments(begin, &begin.listen, dirs, &brought.asked);
+        let child = command.args(arguments).stdin(Stdio::null()).spawn()?;
         let pid = child.id().ok_or_else(|| io::Error::other("it ended as it started"))?;
         Ok(Postgres { processes: Processes::Plain(child), pid, sessions: sessions(begin, dirs) })
     }
@@ -337,13 +339,13 @@ impl Postgres {
 ///
 /// # Errors
 /// When single-user mode does not come about. What the role lacks then, the next login says.
-pub async fn repair(bin_dir: &Path, begin: &Begin, dirs: &Dirs, settings: &[Given]) -> Result<(), PostgresError> {
+pub async fn repair(bin_dir: &Path, begin: &Begin, dirs: &Dirs, brought: &Brought) -> Result<(), PostgresError> {
     let log = LogOfStart::open(dirs)?;
     dirs.write(REPAIR_FILE, &config::repair_statements())?;
     let mut last = None;
     for database in REPAIR_DATABASES {
         let mut arguments = vec!["--single".to_owned(), "-j".to_owned()];
-        arguments.extend(config::arguments(begin, "", dirs));
+        arguments.extend(config::arguments(begin, "", dirs, &brought.asked));
         arguments.extend(config::repair_arguments().map(str::to_owned));
         arguments.push(database.to_owned());
         let ended = match dirs.isolation() {
@@ -375,11 +377,11 @@ pub async fn repair(bin_dir: &Path, begin: &Begin, dirs: &Dirs, settings: &[Give
             Ok(Ok(status)) if status.success() => return Ok(()),
             Ok(Ok(status)) => last = Some(status),
             Ok(Err(error)) => return Err(error.into()),
-            Err(_) => return Err(PostgresError::Silent { said: log.said(settings) }),
+            Err(_) => return Err(PostgresError::Silent { said: log.said(&brought.given) }),
         }
     }
     match last {
-        Some(status) => Err(PostgresError::NotRepaired { status, said: log.said(settings) }),
+        Some(status) => Err(PostgresError::NotRepaired { status, said: log.said(&brought.given) }),
         None => Ok(()),
     }
 }

@@ -340,7 +340,7 @@ async fn incarnation(
 ) -> Result<End, ProcessError> {
     let bin_dir = config.bin_dirs.path(begin.pg_version);
     let uploader = Arc::new(Uploader::start(server.clone(), begin.incarnation, begin.epoch.is_some()));
-    let (mount, settings) = start::mount(begin, dirs, &uploader, config.cache_bytes).await?;
+    let (mount, brought) = start::mount(begin, dirs, &uploader, config.cache_bytes).await?;
     uploader.watch_access(dirs);
     if let Some(epoch) = begin.epoch {
         let writer = WriterRecord { timeline_id: begin.timeline_id.clone(), epoch, pg_version: begin.pg_version };
@@ -349,10 +349,10 @@ async fn incarnation(
     let started = async {
         dirs.write("postgresql.conf", &config::postgresql_conf(dirs, begin.standby_name.as_deref()))?;
         if repair {
-            postgres::repair(&bin_dir, begin, dirs, &settings).await?;
+            postgres::repair(&bin_dir, begin, dirs, &brought).await?;
             tracing::warn!("{REPAIRED}");
         }
-        Ok::<_, ProcessError>(Postgres::start(&bin_dir, begin, dirs, &settings).await?)
+        Ok::<_, ProcessError>(Postgres::start(&bin_dir, begin, dirs, &brought).await?)
     };
     let started = started.await;
     let mut postgres = match started {
@@ -363,7 +363,7 @@ async fn incarnation(
         }
     };
     *ran = true;
-    let waiters = AbortOnDrop(tokio::spawn(waiters::watch(postgres.pid())));
+    let waiters = AbortOnDrop(tokio::spawn(waiters::watch(postgres.pid(), brought.asked.tenants_wal_senders())));
     let password = set_password(postgres.sessions(), &begin.password()).await;
     if begin.startup_blocks.is_empty() {
         start::tell_startup_blocks(server, &mount);
@@ -399,6 +399,12 @@ async fn incarnation(
     };
     drop((waiters, reports));
     start::unmount(mount, dirs).await;
+    // As after a crash of a stock server its files are what its processes had written, states of slots among them.
+    if matches!(end, Ok(End::Failed(_)))
+        && let Err(error) = uploader.flush().await
+    {
+        tracing::error!(%error, "not everything of this compute is kept");
+    }
     end
 }
 

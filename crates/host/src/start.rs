@@ -16,6 +16,7 @@ use varve_postgres::{Fork, Lsn, Major, RelFork, RelNode};
 use varve_protocol::client::{BaseBackup, BaseBackupOptions};
 use varve_protocol::connect::{ClientError, ConnectConfig, Endpoint};
 
+use crate::asked::Asked;
 use crate::config;
 use crate::dirs::Dirs;
 use crate::files::{self, Uploader};
@@ -98,18 +99,27 @@ pub(crate) fn page_service(begin: &Begin) -> Result<ConnectConfig, MountError> {
     Ok(ConnectConfig::new(Endpoint::tcp(host, port), "varve"))
 }
 
+/// What a branch brings of settings.
+#[derive(Clone, Debug)]
+pub struct Brought {
+    /// All that are not Postgres's defaults.
+    pub given: Vec<Given>,
+    /// What they ask for of those that the command line holds.
+    pub asked: Asked,
+}
+
 /// Fetches the base backup and mounts the data directory. Gives the settings that it brings, too.
 pub(crate) async fn mount(
     begin: &Begin,
     dirs: &Dirs,
     uploader: &Arc<Uploader>,
     cache_bytes: Option<u64>,
-) -> Result<(Mount, Vec<Given>), MountError> {
+) -> Result<(Mount, Brought), MountError> {
     let (begin, dirs, uploader) = (begin.clone(), dirs.clone(), uploader.clone());
     tokio::task::spawn_blocking(move || mount_blocking(&begin, &dirs, &uploader, cache_bytes)).await.map_err(io::Error::other)?
 }
 
-fn mount_blocking(begin: &Begin, dirs: &Dirs, uploader: &Uploader, cache_bytes: Option<u64>) -> Result<(Mount, Vec<Given>), MountError> {
+fn mount_blocking(begin: &Begin, dirs: &Dirs, uploader: &Uploader, cache_bytes: Option<u64>) -> Result<(Mount, Brought), MountError> {
     let started = Instant::now();
     let lsn: Lsn = begin.base_lsn.parse().map_err(|_| MountError::begin("an LSN", &begin.base_lsn))?;
     let connection = page_service(begin)?;
@@ -143,6 +153,12 @@ fn mount_blocking(begin: &Begin, dirs: &Dirs, uploader: &Uploader, cache_bytes: 
     };
     dirs.write("pg_hba.conf", &config::pg_hba_conf(dirs.isolation(), &users_own("pg_hba.conf").unwrap_or_default()))?;
     dirs.write("pg_ident.conf", &config::pg_ident_conf(&users_own("pg_ident.conf").unwrap_or_default()))?;
+    let asked = Asked::of(&files);
+    for folder in asked.folders().iter().filter_map(|folder| folder.to_str()) {
+        if files.iter().all(|file| file.path != folder) {
+            files.push(InitialFile { path: folder.to_owned(), mode: 0o700, content: InitialContent::Directory });
+        }
+    }
     let source = Arc::new(PageFetcher::new(connection, &begin.tenant_id, &begin.timeline_id, lsn));
     let user = dirs.user();
     let major = Major::from_number(begin.pg_version).ok_or_else(|| MountError::begin("a major of Postgres", &begin.pg_version))?;
@@ -169,7 +185,7 @@ fn mount_blocking(begin: &Begin, dirs: &Dirs, uploader: &Uploader, cache_bytes: 
         prefetch_ms = (started.elapsed() - mounted).as_millis(),
         "the data directory is there"
     );
-    Ok((mount, settings))
+    Ok((mount, Brought { given: settings, asked }))
 }
 
 /// Tells the pageserver what this start read, so that later ones of the same template get it in one batch.

@@ -9,6 +9,9 @@
 //! other, until the login goes on. Commands that could lock a catalogue come first. A commit whose wait is cancelled
 //! stays, and its client gets a warning: it counts as not acknowledged, and each one is logged.
 //!
+//! A tenant's walsenders could take our places, too: superusers' places are not kept for walsenders. The command line
+//! gives more than the tenant asks for ([`crate::asked`]); who takes more than he may is ended.
+//!
 //! Postgres says what a process does in its title, for as long as `update_process_title` is on, which a compute's
 //! command line sees to.
 
@@ -33,14 +36,36 @@ const RELEASE_POLL: Duration = Duration::from_millis(5);
 /// Commands that lock nothing but what they write, and are cancelled last.
 const ROW_COMMANDS: [&str; 6] = ["INSERT", "UPDATE", "DELETE", "MERGE", "COPY", "SELECT"];
 
-/// Watches over the Postgres of `postmaster`, for ever.
-pub async fn watch(postmaster: u32) {
+/// Watches over the Postgres of `postmaster`, for ever. Its tenant may have so many walsenders.
+pub async fn watch(postmaster: u32, tenants_wal_senders: usize) {
     let mut login: Option<(u32, Instant)> = None;
     loop {
         tokio::time::sleep(POLL).await;
-        let looked = tokio::task::spawn_blocking(move || look(postmaster, login)).await;
+        let looked = tokio::task::spawn_blocking(move || {
+            end_surplus(postmaster, tenants_wal_senders);
+            look(postmaster, login)
+        });
+        let looked = looked.await;
         login = looked.unwrap_or_default();
     }
+}
+
+/// Ends the newest walsenders of a tenant who has more than he may.
+fn end_surplus(postmaster: u32, max: usize) {
+    let mut senders: Vec<u32> = identity::children_of(postmaster);
+    senders.retain(|pid| identity::title(*pid).is_some_and(|title| is_tenants_sender(&title)));
+    senders.sort_unstable();
+    for pid in senders.into_iter().skip(max) {
+        tracing::warn!(pid, max, "a walsender of the tenant's is ended: the places that are left are ours; max_wal_senders gives more");
+        if let Some(pid) = Pid::from_raw(pid as i32) {
+            let _ = kill_process(pid, Signal::TERM);
+        }
+    }
+}
+
+/// Whether a title is that of a walsender that is not ours.
+fn is_tenants_sender(title: &str) -> bool {
+    title.split_once(": walsender ").is_some_and(|(_, whose)| whose.split(' ').next() != Some(INTERNAL_ROLE))
 }
 
 /// Looks once. `login` is the login that waited last time, and since when; gives the one that waits now.
@@ -157,6 +182,20 @@ mod tests {
             let title = format!("postgres: walsender varve [local] {does}");
             assert!(!is_login_title(&title));
             assert_eq!(is_stream_title(&title), does.starts_with("streaming"));
+        }
+    }
+
+    #[test]
+    fn walsenders_of_tenants_are_told_from_ours() {
+        for title in
+            ["walsender app 127.0.0.1(4242) streaming 0/16B3748", "walsender varved db [local] idle", "walsender postgres [local] startup"]
+        {
+            assert!(is_tenants_sender(&format!("postgres: {title}")) && is_tenants_sender(&format!("postgres: name: {title}")), "{title}");
+        }
+        for title in
+            ["walsender varve [local] streaming 0/16B3748", "walsender varve postgres [local] idle", "app db [local] SELECT", "walwriter "]
+        {
+            assert!(!is_tenants_sender(&format!("postgres: {title}")), "{title}");
         }
     }
 

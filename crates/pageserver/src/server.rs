@@ -23,6 +23,7 @@ use varve_engine::work_queue::Places;
 use varve_engine::{Context, EngineError, EpochStart, LiveTimeline, StreamEnd, Tenant, WorkQueue, catalog, histories};
 use varve_postgres::{Lsn, Major, Timestamp};
 use varve_storage::ids::{BranchName, TenantId, TimelineId, WalLogId, WriterEpoch};
+use varve_storage::kept_wal::KeptWalError;
 use varve_storage::store::Store;
 use varve_storage::tenant_log;
 use varve_storage::threads::{RuntimeThreads, Threads};
@@ -557,7 +558,8 @@ impl Pageserver {
             Err(error) if live.stopped().is_none() => return Err(EngineError::from(error).into()),
             _ => {}
         }
-        Ok((head, ranges(&live, head)))
+        let ranges = self.wal_ranges(&live, head).await?;
+        Ok((head, ranges))
     }
 
     /// That WAL from `from` on: at least a byte.
@@ -577,7 +579,20 @@ impl Pageserver {
                 return Ok(bytes);
             }
         }
-        Err(EngineError::WalNotKept { lsn: from, what_there_is: named(&ranges(&live, head)) }.into())
+        Err(EngineError::WalNotKept { lsn: from, what_there_is: named(&self.wal_ranges(&live, head).await?) }.into())
+    }
+
+    /// Where there is kept WAL below `head` on a timeline and its ancestors, ascending.
+    async fn wal_ranges(&self, live: &Arc<LiveTimeline>, head: Lsn) -> Result<Vec<(TimelineId, KeptRange)>, ServerError> {
+        let owners = live.owners(head);
+        let look = move || {
+            let mut all = Vec::new();
+            for (owner, limit) in owners.iter().rev() {
+                all.extend(owner.wal_ranges(*limit)?.into_iter().map(|range| (owner.id(), range)));
+            }
+            Ok::<_, KeptWalError>(all)
+        };
+        Ok(self.context.threads.call(look).await?.map_err(EngineError::from)?)
     }
 
     /// Takes what a host's `initdb` made, a tar of the data directory compressed with zstd, as the template of its
@@ -604,12 +619,6 @@ impl Pageserver {
         let Some(tenant) = self.tenants.awake(tenant) else { return Ok(()) };
         Ok(self.templates.learn_startup_blocks(tenant.template(), blocks).await?)
     }
-}
-
-/// The ranges of a timeline and its ancestors, ascending.
-fn ranges(live: &Arc<LiveTimeline>, head: Lsn) -> Vec<(TimelineId, KeptRange)> {
-    let owners = live.owners(head);
-    owners.iter().rev().flat_map(|(owner, limit)| owner.wal_ranges(*limit).into_iter().map(|range| (owner.id(), range))).collect()
 }
 
 /// Ranges in words.

@@ -3,6 +3,8 @@
 use std::fmt;
 use std::str::FromStr;
 
+use crate::wal::SegmentSize;
+
 /// Bytes in a WAL page (`XLOG_BLCKSZ`).
 pub const WAL_PAGE_SIZE: u64 = 8192;
 /// Bytes in a WAL segment of every cluster that Varve makes (`DEFAULT_XLOG_SEG_SIZE`).
@@ -61,8 +63,7 @@ impl Lsn {
 
 /// Name of the WAL segment file `segment_number` on Postgres timeline `tli` (`XLogFileName`).
 pub fn wal_segment_name(tli: u32, segment_number: u64) -> String {
-    let per_id = 0x1_0000_0000 / WAL_SEGMENT_SIZE;
-    format!("{tli:08X}{:08X}{:08X}", segment_number / per_id, segment_number % per_id)
+    SegmentSize::VARVE.name(tli, segment_number)
 }
 
 impl std::ops::Add<u64> for Lsn {

@@ -12,6 +12,8 @@ const STATE_SIZE: usize = 200;
 const CONSTANT_SIZE: usize = 16;
 /// Bytes before the part that the CRC covers.
 const NOT_CHECKSUMMED: usize = 8;
+/// Database of a logical slot, zero of a physical one.
+const DATABASE_AT: usize = 80;
 const RESTART_LSN_AT: usize = 96;
 /// `NAMEDATALEN`, of which the last byte is the terminating zero.
 const NAME_SIZE: usize = 64;
@@ -19,6 +21,27 @@ const NAME_SIZE: usize = 64;
 /// Path of a slot's state file, relative to the data directory.
 pub fn state_path(slot_name: &str) -> String {
     format!("pg_replslot/{slot_name}/state")
+}
+
+/// What a slot's state file says, of any major.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SlotState {
+    /// Whether it decodes, rather than hands out WAL as it is.
+    pub is_logical: bool,
+    /// From where on WAL is needed; none if it never was.
+    pub restart: Option<Lsn>,
+}
+
+impl SlotState {
+    /// Reads a state file; none if it is no such file.
+    pub fn decode(bytes: &[u8]) -> Option<SlotState> {
+        let u32_at = |at: usize| Some(u32::from_le_bytes(*bytes.get(at..)?.first_chunk()?));
+        if u32_at(0)? != MAGIC {
+            return None;
+        }
+        let restart = Lsn(u64::from_le_bytes(*bytes.get(RESTART_LSN_AT..)?.first_chunk()?));
+        Some(SlotState { is_logical: u32_at(DATABASE_AT)? != 0, restart: Some(restart).filter(|lsn| lsn.is_valid()) })
+    }
 }
 
 /// State of a persistent physical slot that keeps WAL from `restart` on. Names of 64 and more bytes are cut, as
@@ -48,6 +71,9 @@ mod tests {
         assert_eq!(&state[16..22], b"varve\0");
         assert_eq!(state[96..104], 0x16B_3748u64.to_le_bytes());
         assert_eq!(state[4..8], crc_fast::crc32_iscsi(&state[8..]).to_le_bytes());
+        assert_eq!(SlotState::decode(&state), Some(SlotState { is_logical: false, restart: Some(Lsn(0x16B_3748)) }));
+        assert_eq!(SlotState::decode(&state[..90]), None);
+        assert_eq!(SlotState::decode(&[0; 200]), None);
         assert_eq!(physical_slot_state(&"x".repeat(100), Lsn(1), Major::V18).len(), 200);
         assert_eq!(state_path("varve"), "pg_replslot/varve/state");
     }

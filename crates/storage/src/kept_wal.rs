@@ -1,10 +1,10 @@
-//! WAL that stays in the store: that of which redo can be checked.
+//! WAL that stays in the store: that of which redo can be checked, and that of which replication slots may want more.
 //!
 //! Layers have what WAL did to pages, not WAL. Records written with `wal_consistency_checking` carry each page as it
-//! must be after them, and that is worth nothing once it is in a layer; so WAL with such records is kept as it came, in
-//! pieces of at most [`PIECE_BYTES_MAX`] bytes, each an object:
-//! `tenants/<tenant>/timelines/<timeline>/wal/<generation>-<start>-<end>`, LSNs as 16 hexadecimal digits, the bytes in
-//! an envelope `VWAL`.
+//! must be after them, and that is worth nothing once it is in a layer. Whoever reads WAL through a slot wants what
+//! lies before a compute's start, too. So such WAL is kept as it came, in pieces of at most [`PIECE_BYTES_MAX`] bytes,
+//! each an object: `tenants/<tenant>/timelines/<timeline>/wal/<generation>-<start>-<end>`, LSNs as 16 hexadecimal
+//! digits, the bytes in an envelope `VWAL`.
 //!
 //! A piece is uploaded before the manifest's edit that makes it count, which is the edit that lets the WAL log forget
 //! those bytes. Pieces of one flush join on to each other, and are cut wherever that is: within a record, or a page.
@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 use varve_postgres::Lsn;
 
 use crate::envelope::{self, Codec, EnvelopeError, Format};
+use crate::history::HistoryError;
 use crate::ids::{Generation, TenantId, TimelineId};
 use crate::manifest::timeline_folder;
 use crate::store::{BlockingStore, ObjectName, ParseObjectNameError, StoreError};
@@ -75,6 +76,9 @@ pub enum KeptWalError {
         /// The end of what was to be kept.
         end: Lsn,
     },
+    /// Whether it is to be kept cannot be found out.
+    #[error(transparent)]
+    History(#[from] HistoryError),
     /// No name could be made.
     #[error(transparent)]
     Name(#[from] ParseObjectNameError),

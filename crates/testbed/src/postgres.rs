@@ -59,8 +59,26 @@ pub fn is_skipped(major: Major) -> bool {
 #[derive(Debug)]
 pub struct Postgres {
     major: Major,
+    programs: PathBuf,
     dir: tempfile::TempDir,
     running: bool,
+}
+
+/// Directory of the programs of `minor` (`15.18`), which `scripts/postgres-majors` fetches. None if it was not fetched,
+/// and `VARVE_TEST_SKIP_MAJORS=1` says that this is no fault.
+///
+/// # Errors
+/// When it was not fetched.
+pub fn minor_bin_dir(minor: &str) -> Result<Option<PathBuf>> {
+    let dir = PathBuf::from(format!("{MAJORS_DIR}/{minor}/bin"));
+    if dir.join("postgres").exists() {
+        return Ok(Some(dir));
+    }
+    if std::env::var_os("VARVE_TEST_SKIP_MAJORS").is_some_and(|value| value == "1") {
+        println!("PostgreSQL {minor} is not installed, and VARVE_TEST_SKIP_MAJORS=1 leaves out its tests");
+        return Ok(None);
+    }
+    bail!("PostgreSQL {minor} is not in {}: run scripts/postgres-majors", dir.display())
 }
 
 impl Postgres {
@@ -70,7 +88,16 @@ impl Postgres {
     /// # Errors
     /// When the major is not installed, or initdb fails.
     pub fn init(major: Major, initdb_args: &[&str], settings: &[(&str, &str)]) -> Result<Postgres> {
-        let postgres = Postgres::bare(major)?;
+        Postgres::init_with(bin_dir(major)?, major, initdb_args, settings)
+    }
+
+    /// The same with the programs in a directory, which are of any minor of `major`.
+    ///
+    /// # Errors
+    /// When initdb fails.
+    pub fn init_with(programs: PathBuf, major: Major, initdb_args: &[&str], settings: &[(&str, &str)]) -> Result<Postgres> {
+        let mut postgres = Postgres::bare(major)?;
+        postgres.programs = programs;
         let mut initdb = postgres.command("initdb")?;
         initdb.arg("-D").arg(postgres.data_dir()).args(["-U", POSTGRES_USER, "-A", "trust", "--no-sync", "-E", "UTF8", "--locale=C"]);
         if major >= Major::V18 && !initdb_args.contains(&"--data-checksums") {
@@ -88,7 +115,7 @@ impl Postgres {
     /// When the user that Postgres runs as is missing.
     pub fn bare(major: Major) -> Result<Postgres> {
         let dir = tempfile::Builder::new().prefix("varve-pg-").tempdir().context("making a temporary directory")?;
-        let postgres = Postgres { major, dir, running: false };
+        let postgres = Postgres { major, programs: bin_dir(major)?, dir, running: false };
         let (uid, gid) = postgres_user()?;
         chown(postgres.dir.path(), Some(uid), Some(gid)).context("giving the temporary directory to postgres")?;
         std::fs::set_permissions(postgres.dir.path(), std::fs::Permissions::from_mode(0o755))?;
@@ -145,7 +172,7 @@ impl Postgres {
     /// When the major or the user is missing.
     pub fn command(&self, name: &str) -> Result<Command> {
         let (uid, gid) = postgres_user()?;
-        let mut command = Command::new(bin_dir(self.major)?.join(name));
+        let mut command = Command::new(self.programs.join(name));
         command.current_dir(self.dir.path()).stdin(Stdio::null());
         if rustix::process::geteuid().is_root() {
             command.uid(uid).gid(gid);

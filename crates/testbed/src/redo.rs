@@ -22,7 +22,7 @@ use varve_postgres::wal::{Framer, Record, rmgr};
 use varve_postgres::{BLCKSZ, BlockNumber, Fork, Lsn, Major, Page, RelNode};
 use varve_redo::verify::{Report, Verifier, file_differences};
 
-use crate::postgres::{Postgres, is_skipped, wal_segments};
+use crate::postgres::{Postgres, bin_dir, is_skipped, wal_segments};
 
 /// Line of a SQL file before which the server is stopped and started once more.
 const RESTART: &str = "--! restart\n";
@@ -178,8 +178,16 @@ pub fn redo_sql_file(major: Major, name: &str, ending: Ending) -> Result<Report>
 /// # Errors
 /// When the major is not installed, or initdb fails.
 pub fn init(major: Major, initdb_args: &[&str], settings: &[(&str, &str)]) -> Result<Postgres> {
+    init_with(bin_dir(major)?, major, initdb_args, settings)
+}
+
+/// The same with the programs in a directory, which are of any minor of `major`.
+///
+/// # Errors
+/// When initdb fails.
+pub fn init_with(programs: PathBuf, major: Major, initdb_args: &[&str], settings: &[(&str, &str)]) -> Result<Postgres> {
     let settings: Vec<(&str, &str)> = SETTINGS.iter().chain(settings).copied().collect();
-    Postgres::init(major, initdb_args, &settings)
+    Postgres::init_with(programs, major, initdb_args, &settings)
 }
 
 /// Starts the server, lets `workload` work on it, stops it, redoes the WAL that it wrote since and compares with its

@@ -130,6 +130,8 @@ pub struct WalReport {
     pub compared: u64,
     /// Pages whose state before the WAL was not known, so that the first image was taken for true.
     pub adopted: u64,
+    /// Pages that differ as those of Postgres's own recovery do, which complains of them, too: no mismatch.
+    pub postgres_own: u64,
     /// Pages that differ, or could not be redone.
     pub mismatches: u64,
     /// Whether pages were compared and all were equal.
@@ -170,6 +172,8 @@ pub struct TypeReport {
     pub adopted: u64,
     /// Pages compared and found equal.
     pub compared: u64,
+    /// Pages that differ as those of Postgres's own recovery do.
+    pub postgres_own: u64,
     /// Pages that differ, or could not be redone.
     pub mismatches: u64,
 }
@@ -212,6 +216,7 @@ impl WalReport {
                 images: stats.images,
                 adopted: stats.adopted,
                 compared: stats.compared,
+                postgres_own: stats.postgres_own,
                 mismatches: stats.mismatches,
             })
             .collect();
@@ -242,6 +247,7 @@ impl WalReport {
             bytes: sum(|t| t.bytes),
             compared,
             adopted: sum(|t| t.adopted),
+            postgres_own: sum(|t| t.postgres_own),
             mismatches: report.mismatch_count,
             matched: failure.is_none() && report.mismatch_count == 0 && compared > 0,
             failure,

@@ -6,8 +6,7 @@
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use varve_postgres::lsn::{WAL_SEGMENT_SIZE, wal_segment_name};
-use varve_postgres::wal::Framer;
+use varve_postgres::wal::{Framer, SegmentSize};
 use varve_postgres::{Lsn, Major};
 use varve_protocol::connect::blocking::{Connection, Received};
 use varve_protocol::wire::replication::{StandbyStatus, WalSenderMessage};
@@ -41,6 +40,7 @@ struct Identity {
     tli: u32,
     position: Lsn,
     major: Major,
+    segments: SegmentSize,
 }
 
 impl WalStream {
@@ -70,12 +70,12 @@ impl WalStream {
                 server: endpoint,
                 what: format!(
                     "{message}; asked for WAL from {start}, in segment {}",
-                    wal_segment_name(identity.tli, start.segment_number())
+                    identity.segments.name(identity.tli, identity.segments.number(start))
                 ),
             },
             other => other.into(),
         })?;
-        let framer = Framer::from_page(identity.major, Some(identity.system_identifier), start);
+        let framer = Framer::from_page(identity.major, Some(identity.system_identifier), start).with_segments(identity.segments);
         Ok(WalStream { connection, major: identity.major, framer, input: Bytes::new(), status_at: Instant::now(), ended: false })
     }
 
@@ -172,10 +172,9 @@ fn identify(connection: &mut Connection) -> Result<Identity, VerifyError> {
         what: format!("server_version_num is {version}; PostgreSQL 14 to 18 are supported"),
     })?;
     let segment_size = show(connection, "wal_segment_size")?;
-    if segment_size != format!("{}MB", WAL_SEGMENT_SIZE >> 20) {
-        return Err(VerifyError::Server { server, what: format!("wal_segment_size is {segment_size}; only 16MB is supported") });
-    }
-    Ok(Identity { system_identifier, tli, position, major })
+    let segments = SegmentSize::from_setting(&segment_size)
+        .ok_or_else(|| VerifyError::Server { server, what: format!("wal_segment_size is {segment_size}, expected 1MB to 1GB") })?;
+    Ok(Identity { system_identifier, tli, position, major, segments })
 }
 
 fn show(connection: &mut Connection, name: &str) -> Result<String, VerifyError> {

@@ -42,7 +42,10 @@ pub(super) fn directories(major: Major) -> impl Iterator<Item = &'static str> {
 
 /// The configuration files of a cluster that nobody has configured.
 pub(super) fn default_configuration(_major: Major, has_tablespaces: bool) -> [(&'static str, String); 3] {
-    let mut settings = "# Settings of this cluster. Changes made with ALTER SYSTEM go to postgresql.auto.conf.\n".to_owned();
+    // A standby made of it must have as many walsenders as its compute, which has some more than Postgres's default.
+    let mut settings = "# Settings of this cluster. Changes made with ALTER SYSTEM go to postgresql.auto.conf.\n\
+                        max_wal_senders = 14\n"
+        .to_owned();
     if has_tablespaces {
         // They are plain directories here, which crash recovery only accepts with this.
         settings.push_str("allow_in_place_tablespaces = on\n");

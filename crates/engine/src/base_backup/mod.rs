@@ -7,12 +7,15 @@
 //! have no WAL, which the caller gives. SLRU segments and relations are left out unless asked for: a mount fetches them
 //! block by block, and then no block layer is read here at all.
 //!
+//! Where slots are among the files, and want WAL from before the boundary, it is there, too ([`wal_before`]).
+//!
 //! [`state`] collects all that from the history before the first byte is written, so an error in it never leaves half a
 //! tar; relations are streamed. An unlogged relation's history is its init fork alone; since the shut-down state resets
 //! nothing, its main fork is written as a copy of that.
 
 mod files;
 mod state;
+mod wal_before;
 
 use std::io::{self, Write};
 
@@ -28,6 +31,7 @@ use varve_storage::wal_index::Boundary;
 use crate::cluster::ClusterFacts;
 use files::TarWriter;
 pub use state::StateAt;
+pub use wal_before::{ReadWal, WalBefore};
 
 /// `FirstNormalUnloggedLSN`.
 const FIRST_UNLOGGED_LSN: Lsn = Lsn(1000);
@@ -87,6 +91,8 @@ pub struct Options {
     pub gzip: bool,
     /// A physical replication slot that keeps WAL from the boundary on.
     pub slot: Option<String>,
+    /// WAL of the timeline before the boundary, for slots that want it.
+    pub wal_before: Option<WalBefore>,
     /// Files that replace the defaults or are added to them.
     pub extra_files: Vec<ExtraFile>,
     /// Seconds since 1970, for the times in `pg_control`, the checkpoint and the tar.
@@ -198,7 +204,10 @@ fn write_tar(
         let path = format!("pg_wal/{}", history_file_name(timeline.tli));
         tar.file(&path, history_file(&timeline.ancestors).as_bytes())?;
     }
-    let (control, wal) = control_and_wal(cluster, timeline, at, options.time_unix);
+    let (control, mut wal) = control_and_wal(cluster, timeline, at, options.time_unix);
+    if let Some(before) = &options.wal_before {
+        before.write(&mut tar, cluster, timeline, at, &mut wal)?;
+    }
     for segment in &wal.segments {
         tar.padded_file(&format!("pg_wal/{}", segment.name), &segment.bytes, segment.size)?;
     }

@@ -1,4 +1,10 @@
-//! WAL that carries its pages (`wal_consistency_checking`): kept when its flush is published, and given again.
+//! WAL that is kept when its flush is published, and given again: that which carries its pages
+//! (`wal_consistency_checking`), and that which replication slots may want.
+//!
+//! A compute begins with WAL from its start on. Who reads through a slot wants older WAL: a decoder from where the
+//! oldest transaction began that was running when it stopped, a standby from where it is. So all WAL of a timeline is
+//! kept while it has a slot of its tenant's. Whoever writes with `wal_level = logical` means to make one, and a slot
+//! reaches back a little behind the moment at which it is known here; so that WAL is kept, too.
 //!
 //! Ingest notes the end of each such record *before* it puts what the record changes, so no flush that covers it
 //! overlooks it, also when a restart ingests the WAL log anew. A flush without such a record costs nothing and is not
@@ -9,7 +15,11 @@ use std::sync::atomic::Ordering;
 
 use bytes::Bytes;
 use varve_postgres::Lsn;
+use varve_postgres::control::WalLevel;
+use varve_storage::checkpoint_fields::CheckpointFields;
+use varve_storage::history::{History as _, HistoryError};
 use varve_storage::kept_wal::{Keeper, KeptWalError, PIECE_BYTES_MAX};
+use varve_storage::key::Key;
 use varve_storage::manifest::ManifestEdit;
 use varve_storage::wal_log::WalLogError;
 
@@ -35,9 +45,29 @@ impl LiveTimeline {
         self.check_images.store(end.0, Ordering::Release);
     }
 
-    /// Whether the WAL between *layered* and `end`, all that there is or less, is to be kept.
-    fn keeps_wal(&self, layered: Lsn, end: Lsn) -> bool {
-        is_worth_keeping(Lsn(self.check_images.load(Ordering::Acquire)), layered, end)
+    /// Whether the WAL between *layered* and `end`, all that there is or less, is to be kept. Blocks.
+    fn keeps_wal(&self, layered: Lsn, end: Lsn) -> Result<bool, HistoryError> {
+        let carries_pages = is_worth_keeping(Lsn(self.check_images.load(Ordering::Acquire)), layered, end);
+        if carries_pages || self.log.state().has_slots(self.facts.id) {
+            return Ok(true);
+        }
+        let fields = self.history.get(Key::checkpoint(), end.min(self.positions().applied()))?;
+        let fields = fields.and_then(|bytes| CheckpointFields::decode(&bytes));
+        Ok(fields.is_some_and(|fields| fields.parameters.wal_level == WalLevel::Logical as i32))
+    }
+
+    /// From where on WAL up to `end` can be had without a gap, but not from before `earliest`. Blocks no more than a
+    /// look at the manifest.
+    pub(crate) fn wal_reaches_back(&self, earliest: Lsn, end: Lsn) -> Lsn {
+        // *layered* first, as in `wal_ranges`.
+        let mut at = end.min(self.positions().layered());
+        let published = self.manifest.state();
+        while at > earliest
+            && let Some(piece) = published.kept_wal_at(Lsn(at.0 - 1))
+        {
+            at = piece.lsn_start;
+        }
+        at.max(earliest)
     }
 
     /// Puts the WAL between *layered* and `end` into the store, if it is to be kept there, and gives the edits that say
@@ -47,7 +77,7 @@ impl LiveTimeline {
     /// When it cannot be read or uploaded; to be called again later.
     pub(super) fn keep_wal(&self, end: Lsn) -> Result<Vec<ManifestEdit>, KeptWalError> {
         let layered = self.positions().layered();
-        if end <= layered || !self.keeps_wal(layered, end) {
+        if end <= layered || !self.keeps_wal(layered, end)? {
             return Ok(Vec::new());
         }
         let keeper = Keeper {
@@ -57,13 +87,17 @@ impl LiveTimeline {
             store: &self.context.resources.store,
         };
         let pieces = keeper.keep((layered, end), &mut |from, max| self.context.wal.read(self.tenant, self.facts.id, from, max))?;
-        tracing::debug!(timeline = self.name, start = %layered, %end, pieces = pieces.len(), "WAL that carries its pages is kept");
+        tracing::debug!(timeline = self.name, start = %layered, %end, pieces = pieces.len(), "WAL is kept");
         Ok(pieces.into_iter().map(ManifestEdit::KeepWal).collect())
     }
 
     /// Where there is WAL of this timeline, below `limit`, that is kept, or will be; ascending. Of records that ingest
     /// has not seen yet it is not known whether they carry their pages.
-    pub fn wal_ranges(&self, limit: Lsn) -> Vec<KeptRange> {
+    /// Blocks.
+    ///
+    /// # Errors
+    /// When the history cannot be read.
+    pub fn wal_ranges(&self, limit: Lsn) -> Result<Vec<KeptRange>, KeptWalError> {
         let mut ranges: Vec<KeptRange> = Vec::new();
         let mut add = |start: Lsn, end: Lsn, in_store: bool| match ranges.last_mut() {
             Some(last) if last.end == start && last.in_store == in_store => last.end = end,
@@ -77,10 +111,10 @@ impl LiveTimeline {
             add(piece.lsn_start, piece.lsn_end.min(limit), true);
         }
         let end = head.min(limit);
-        if layered < end && self.keeps_wal(layered, end) {
+        if layered < end && self.keeps_wal(layered, end)? {
             add(layered, end, false);
         }
-        ranges
+        Ok(ranges)
     }
 
     /// WAL from `from` on, which lies below `limit`: at least a byte and at most [`PIECE_BYTES_MAX`]; nothing if it is

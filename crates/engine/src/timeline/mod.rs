@@ -31,7 +31,7 @@ use parking_lot::Mutex;
 use varve_postgres::{Lsn, Major};
 use varve_storage::ids::{TenantId, TimelineId};
 use varve_storage::manifest::Manifest;
-use varve_storage::tenant_log::TimelineFacts;
+use varve_storage::tenant_log::{TenantLog, TimelineFacts};
 use varve_storage::threads::Threads;
 use varve_storage::timeline::{Position, Positions, Stopped, Timeline, WaitError};
 
@@ -50,6 +50,8 @@ pub struct LiveTimeline {
     /// `tenant/timeline id`, for logs.
     name: String,
     facts: TimelineFacts,
+    /// What its tenant has, slots among it.
+    log: TenantLog,
     major: Major,
     system_identifier: u64,
     history: Arc<Timeline>,

@@ -8,7 +8,7 @@ use parking_lot::Mutex;
 use varve_postgres::wal::Framer;
 use varve_postgres::{Lsn, Major};
 use varve_storage::ids::{TenantId, TimelineId, WriterEpoch};
-use varve_storage::tenant_log::TimelineState;
+use varve_storage::tenant_log::{TenantLog, TimelineState};
 use varve_storage::timeline::Position;
 use varve_storage::wal_log::WalLog;
 
@@ -34,6 +34,8 @@ pub(crate) struct OpenTimeline {
     pub(crate) system_identifier: u64,
     /// What the tenant log says.
     pub(crate) state: TimelineState,
+    /// That log, for what it will say.
+    pub(crate) log: TenantLog,
     /// The history, with the manifest's layers.
     pub(crate) history: OpenedHistory,
     /// The ancestor, opened.
@@ -93,6 +95,7 @@ impl LiveTimeline {
         let live = Arc::new(LiveTimeline {
             tenant,
             name,
+            log: open.log,
             facts,
             major: open.major,
             system_identifier: open.system_identifier,

@@ -14,6 +14,7 @@ use std::{
 };
 
 use parking_lot::{Condvar, Mutex};
+use varve_api::kept_files;
 
 use super::{
     file::FileContext,
@@ -28,28 +29,23 @@ pub trait FileObserver: Send + Sync {
     fn written(&self, path: &str, contents: Vec<u8>);
     /// The file is gone.
     fn removed(&self, path: &str);
+    /// The file has other contents, which could not be handed over.
+    fn not_kept(&self, path: &str, why: String);
 }
 
 /// Changed paths waiting for the observer, at most.
 const PATHS_MAX: usize = 4096;
 /// Largest file that is handed on. Statistics of 100,000 tables are some 30 MB.
-const FILE_BYTES_MAX: u64 = 256 << 20;
+const FILE_BYTES_MAX: u64 = kept_files::FILE_BYTES_MAX as u64;
 /// How long a change rests before the file is read, so that a burst of writes is one.
 const SETTLE: Duration = Duration::from_millis(20);
+/// How long a change of a file rests that changes all the time, such as what an extension dumps every few minutes. At
+/// the mount's end none rests.
+const REST_MAX: Duration = Duration::from_secs(3600);
 
-/// Whether a file must outlive the compute: one that has no WAL. The progress of replication origins has, so it comes
-/// with the base backup.
+/// Whether a file must outlive the compute: one that has no WAL.
 pub(super) fn is_observed(path: &str) -> bool {
-    let parts: Vec<&str> = path.split('/').collect();
-    match parts.as_slice() {
-        ["postgresql.auto.conf" | "postgresql.conf" | "pg_hba.conf" | "pg_ident.conf"] => true,
-        ["pg_stat", file] => !file.ends_with(".tmp"),
-        // A slot is made, and dropped, under a name of its own.
-        ["pg_replslot", slot, "state"] => !slot.ends_with(".tmp"),
-        ["pg_logical", "snapshots", file] => file.ends_with(".snap"),
-        ["pg_logical", "mappings", file] => file.starts_with("map-"),
-        _ => false,
-    }
+    kept_files::check(path).is_ok()
 }
 
 /// Carries changes from the mount to the [`FileObserver`].
@@ -65,16 +61,33 @@ struct Shared {
 
 #[derive(Default)]
 struct State {
-    /// Changed paths; `None`: removed.
-    paths: BTreeMap<Arc<str>, Option<Arc<Node>>>,
-    /// When the first of them changed.
-    since: Option<Instant>,
+    /// Changed paths, and when they are told of; `None`: removed.
+    paths: BTreeMap<Arc<str>, (Option<Arc<Node>>, Instant)>,
+    rests: Rests,
     /// The thread is telling the observer.
     busy: bool,
     /// Somebody waits: no rest.
     hurry: bool,
     closing: bool,
     lost: u64,
+}
+
+/// How long the next change of a path rests.
+#[derive(Default)]
+struct Rests(BTreeMap<Arc<str>, Duration>);
+
+impl Rests {
+    fn next(&mut self, path: &str) -> Duration {
+        if kept_files::is_urgent(path) {
+            return SETTLE;
+        }
+        let rest = self.0.get(path).copied().unwrap_or(SETTLE);
+        if self.0.len() >= PATHS_MAX && !self.0.contains_key(path) {
+            self.0.clear();
+        }
+        self.0.insert(path.into(), (rest * 2).min(REST_MAX));
+        rest
+    }
 }
 
 impl Observer {
@@ -138,28 +151,34 @@ impl Shared {
             state.lost += 1;
             return;
         }
-        state.since.get_or_insert_with(Instant::now);
-        if state.paths.insert(path, node).is_none() {
-            self.changed.notify_all();
+        if let Some((newest, _)) = state.paths.get_mut(&path) {
+            *newest = node;
+            return;
         }
+        let due = Instant::now() + state.rests.next(&path);
+        state.paths.insert(path, (node, due));
+        self.changed.notify_all();
     }
 
     fn run(&self, observer: &dyn FileObserver, files: &FileContext) {
         let mut state = self.state.lock();
         loop {
-            let rests_until = state.since.map(|since| since + SETTLE);
-            match rests_until {
+            let first = state.paths.values().map(|(_, due)| *due).min();
+            let at_once = state.hurry || state.closing;
+            match first {
                 None if state.closing => return,
                 None => self.changed.wait(&mut state),
-                Some(until) if !state.hurry && !state.closing && Instant::now() < until => {
-                    self.changed.wait_until(&mut state, until);
+                Some(due) if !at_once && Instant::now() < due => {
+                    self.changed.wait_until(&mut state, due);
                 }
                 Some(_) => {
-                    let paths = std::mem::take(&mut state.paths);
-                    state.since = None;
+                    let now = Instant::now();
+                    let all = std::mem::take(&mut state.paths);
+                    let (paths, resting): (BTreeMap<_, _>, _) = all.into_iter().partition(|(_, (_, due))| at_once || *due <= now);
+                    state.paths = resting;
                     state.busy = true;
                     drop(state);
-                    for (path, node) in paths {
+                    for (path, (node, _)) in paths {
                         tell(observer, files, &path, node.as_deref());
                     }
                     state = self.state.lock();
@@ -175,11 +194,11 @@ fn tell(observer: &dyn FileObserver, files: &FileContext, path: &str, node: Opti
     match node.map(|node| &node.content) {
         None => observer.removed(path),
         Some(Content::File(file)) if file.size() > FILE_BYTES_MAX => {
-            tracing::error!("{path} has {} bytes, more than {FILE_BYTES_MAX}: it will not outlive the compute", file.size());
+            observer.not_kept(path, format!("it has {} bytes, more than {FILE_BYTES_MAX}", file.size()));
         }
         Some(Content::File(file)) => match file.read_all(files) {
             Ok(contents) => observer.written(path, contents),
-            Err(error) => tracing::error!("cannot read {path} in order to keep it: {error}"),
+            Err(error) => observer.not_kept(path, format!("it cannot be read: {error}")),
         },
         Some(_) => {}
     }
@@ -190,19 +209,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_files_without_wal_are_observed() {
-        for path in ["postgresql.auto.conf", "pg_stat/pgstat.stat", "pg_replslot/s/state", "pg_logical/snapshots/0-1A2B.snap"] {
-            assert!(is_observed(path), "{path}");
+    fn a_file_that_goes_on_changing_rests_longer_each_time() {
+        let mut rests = Rests::default();
+        let of = |rests: &mut Rests, path: &str| (0..40).map(|_| rests.next(path)).collect::<Vec<_>>();
+        assert!(of(&mut rests, "postgresql.auto.conf").iter().all(|rest| *rest == SETTLE));
+        let dumped = of(&mut rests, "autoprewarm.blocks");
+        assert_eq!((dumped[0], dumped[1], dumped[39]), (SETTLE, SETTLE * 2, REST_MAX));
+        for i in 0..2 * PATHS_MAX {
+            rests.next(&format!("x/{i}"));
         }
-        for path in [
-            "postgresql.auto.conf.tmp",
-            "pg_stat/pgstat.tmp",
-            "pg_replslot/s.tmp/state",
-            "pg_replslot/s/state.tmp",
-            "base/5/postgresql.auto.conf",
-            "postmaster.pid",
-        ] {
-            assert!(!is_observed(path), "{path}");
-        }
+        assert!(rests.0.len() <= PATHS_MAX);
     }
 }

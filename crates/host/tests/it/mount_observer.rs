@@ -29,6 +29,11 @@ impl FileObserver for Kept {
         *self.calls.lock() += 1;
         self.files.lock().remove(path);
     }
+
+    fn not_kept(&self, path: &str, why: String) {
+        *self.calls.lock() += 1;
+        self.files.lock().insert(path.to_owned(), why.into_bytes());
+    }
 }
 
 fn observed() -> (tempfile::TempDir, Arc<Kept>, Mounted) {
@@ -86,6 +91,31 @@ fn replication_slots_come_and_go_as_postgres_makes_them() {
     fs::rename(slots.join("s"), slots.join("s.tmp")).expect("rename");
     fs::remove_dir_all(slots.join("s.tmp")).expect("rmtree");
     assert_eq!(kept(&observer, &mounted, "pg_replslot/s/state"), None);
+}
+
+#[test]
+fn what_tenants_put_beside_postgress_files_is_kept() {
+    let (_base, observer, mounted) = observed();
+    let dir = mounted.data();
+    fs::create_dir(dir.join("conf.d")).expect("mkdir");
+    for path in ["server.key", "conf.d/more.conf", "autoprewarm.blocks.tmp", "base/mine", "postmaster.pid"] {
+        fs::write(dir.join(path), path).expect("a write");
+    }
+    fs::rename(dir.join("autoprewarm.blocks.tmp"), dir.join("autoprewarm.blocks")).expect("rename");
+    for path in ["server.key", "conf.d/more.conf"] {
+        assert_eq!(kept(&observer, &mounted, path).as_deref(), Some(path.as_bytes()));
+    }
+    assert_eq!(kept(&observer, &mounted, "autoprewarm.blocks").as_deref(), Some(b"autoprewarm.blocks.tmp".as_slice()));
+    for path in ["autoprewarm.blocks.tmp", "base/mine", "postmaster.pid"] {
+        assert_eq!(kept(&observer, &mounted, path), None, "{path}");
+    }
+    fs::rename(dir.join("conf.d"), dir.join("settings")).expect("rename");
+    assert_eq!(kept(&observer, &mounted, "conf.d/more.conf"), None);
+    assert_eq!(kept(&observer, &mounted, "settings/more.conf").as_deref(), Some(b"conf.d/more.conf".as_slice()));
+    let large = fs::File::create(dir.join("large")).expect("a file");
+    large.set_len((64 << 20) + 1).expect("a hole");
+    let told = kept(&observer, &mounted, "large").expect("it is told of");
+    assert!(told.starts_with(b"it has 67108865 bytes"), "{}", String::from_utf8_lossy(&told));
 }
 
 #[test]

@@ -266,6 +266,10 @@ impl FileObserver for Kept {
     fn removed(&self, path: &str) {
         self.0.lock().remove(path);
     }
+
+    fn not_kept(&self, path: &str, why: String) {
+        panic!("{path} must be kept: {why}");
+    }
 }
 
 #[test]

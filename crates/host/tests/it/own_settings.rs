@@ -1,6 +1,7 @@
 //! What a compute's command line has is Varve's own, so that nobody can ask for another value of it.
 
 use varve_api::host::Begin;
+use varve_host::asked::Asked;
 use varve_host::config;
 use varve_host::dirs::{Dirs, Isolation, User};
 
@@ -15,11 +16,13 @@ fn a_tenant_cannot_set_what_the_command_line_has() {
     assert_eq!(begin.password().number, 1, "a server without a number has the first password");
     let home = tempfile::tempdir().expect("a folder");
     let dirs = Dirs::existing(home.path(), home.path(), "0123", Isolation::None(User { uid: 0, gid: 0 }));
-    let arguments = config::arguments(&begin, "127.0.0.1", &dirs);
+    let arguments = config::arguments(&begin, "127.0.0.1", &dirs, &Asked::of(&[]));
     let settings: Vec<&str> = arguments.iter().filter_map(|argument| argument.split_once('=').map(|(name, _)| name)).collect();
     assert_eq!(settings[0], "work_mem", "what is given to this start comes first, so ours win");
     for name in &settings[1..] {
-        assert!(varve_api::settings::is_ours(name), "{name} is on the command line and can be set");
+        // The tenant is asked for these, and gets at least what we need.
+        let is_asked = ["wal_level", "max_wal_senders", "max_replication_slots"].contains(name);
+        assert!(is_asked || varve_api::settings::is_ours(name), "{name} is on the command line and can be set");
     }
     assert!(varve_api::settings::is_ours("Synchronous_Standby_Names") && !varve_api::settings::is_ours("work_mem"));
 }

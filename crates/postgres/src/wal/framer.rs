@@ -6,8 +6,8 @@ use std::ops::Deref;
 use bytes::{Buf, Bytes};
 
 use super::record::RecordCrc;
-use super::{PageHeader, RECORD_HEADER_SIZE, RecordHeader, WalError, rmgr};
-use crate::lsn::{WAL_PAGE_SIZE, WAL_SEGMENT_SIZE};
+use super::{PageHeader, RECORD_HEADER_SIZE, RecordHeader, SegmentSize, WalError, rmgr};
+use crate::lsn::WAL_PAGE_SIZE;
 use crate::{Lsn, Major};
 
 /// `XLogRecordMaxSize`: no record is longer.
@@ -91,6 +91,7 @@ impl<B: Deref<Target = [u8]>> FramedRecord<B> {
 pub struct Framer {
     major: Major,
     system_identifier: Option<u64>,
+    segments: SegmentSize,
     /// Next byte to take.
     position: Lsn,
     /// End of the last whole record: nothing behind it counts.
@@ -120,6 +121,7 @@ impl Framer {
         Framer {
             major,
             system_identifier,
+            segments: SegmentSize::VARVE,
             position: start,
             framed: start,
             last_record: prev,
@@ -139,7 +141,14 @@ impl Framer {
     /// A framer for the same WAL that goes on at `start`, with `prev` as in [`Framer::new`]: what this one has seen
     /// beyond is to be seen anew.
     pub fn anew(&self, start: Lsn, prev: Option<Lsn>) -> Framer {
-        Framer::new(self.major, self.system_identifier, start, prev)
+        Framer::new(self.major, self.system_identifier, start, prev).with_segments(self.segments)
+    }
+
+    /// The same for WAL in segments of another size than Varve's.
+    #[must_use]
+    pub fn with_segments(mut self, segments: SegmentSize) -> Framer {
+        self.segments = segments;
+        self
     }
 
     /// A framer for WAL from the start of the page at `start`, whatever is there: a record that began earlier is
@@ -226,14 +235,14 @@ impl Framer {
 
     fn take_page_header<I: WalInput>(&mut self, input: &mut I) -> Result<(), WalError> {
         let page = self.position.page_start();
-        let size = PageHeader::size_at(page);
+        let size = PageHeader::size_in(self.segments, page);
         let n = (size - self.header.len()).min(input.len());
         self.header.extend_from_slice(&input[..n]);
         self.skip(input, n);
         if self.header.len() < size {
             return Ok(());
         }
-        let header = PageHeader::decode(&self.header, page)?;
+        let header = PageHeader::decode_in(self.segments, &self.header, page)?;
         self.header.clear();
         self.in_page_header = false;
         let wrong = |what: String| Err(WalError::Page { lsn: page, what });
@@ -334,7 +343,7 @@ impl Framer {
         }
         let mut end = self.position.align();
         if header.rmid == rmgr::XLOG && header.kind() == XLOG_SWITCH {
-            end = Lsn(end.0.next_multiple_of(WAL_SEGMENT_SIZE));
+            end = Lsn(end.0.next_multiple_of(self.segments.bytes()));
             self.switched_until = end;
         }
         self.skip_until = self.position.align();

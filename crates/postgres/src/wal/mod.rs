@@ -13,12 +13,14 @@ mod record;
 pub mod record_type;
 pub mod records;
 pub mod rmgr;
+mod segment_size;
 pub mod synthesis;
 
 pub use framer::{FramedRecord, Framer, WalInput};
 pub use page_header::{LONG_HEADER_SIZE, PageHeader, SHORT_HEADER_SIZE};
 pub use plain::PlainRecord;
 pub use record::{Block, RECORD_HEADER_SIZE, Record, RecordHeader, record_crc};
+pub use segment_size::SegmentSize;
 
 use crate::Lsn;
 

@@ -1,6 +1,7 @@
 //! `XLogPageHeaderData` and `XLogLongPageHeaderData` of `access/xlog_internal.h`.
 
-use super::WalError;
+use super::{SegmentSize, WalError};
+use crate::lsn::WAL_PAGE_SIZE;
 use crate::{Lsn, Major};
 
 /// Bytes in the header of an ordinary WAL page (`SizeOfXLogShortPHD`).
@@ -34,41 +35,82 @@ pub struct PageHeader {
 impl PageHeader {
     /// Bytes of the header of the page that begins at `lsn`: only a segment's first page has a long one.
     pub fn size_at(lsn: Lsn) -> usize {
-        if lsn.segment_offset() == 0 { LONG_HEADER_SIZE } else { SHORT_HEADER_SIZE }
+        Self::size_in(SegmentSize::VARVE, lsn)
     }
 
-    /// Decodes the header of the page that begins at `lsn`.
+    /// The same in WAL of any segment size.
+    pub fn size_in(segments: SegmentSize, lsn: Lsn) -> usize {
+        if segments.offset(lsn) == 0 { LONG_HEADER_SIZE } else { SHORT_HEADER_SIZE }
+    }
+
+    /// The segment size that the first page of a segment states.
+    ///
+    /// # Errors
+    /// [`WalError::Page`] when the bytes are no such page's, or state a size that no Postgres has.
+    pub fn segment_size(bytes: &[u8; LONG_HEADER_SIZE]) -> Result<SegmentSize, WalError> {
+        let lsn = Lsn(u64::from_le_bytes(std::array::from_fn(|at| bytes[8 + at])));
+        let wrong = |what: String| Err(WalError::Page { lsn, what });
+        let u16_at = |at: usize| u16::from_le_bytes([bytes[at], bytes[at + 1]]);
+        let u32_at = |at: usize| u32::from_le_bytes(std::array::from_fn(|i| bytes[at + i]));
+        let (magic, flags) = (u16_at(0), u16_at(2));
+        if Major::from_wal_page_magic(magic).is_none() {
+            return wrong(unknown_magic(magic));
+        }
+        if flags & LONG_HEADER == 0 {
+            return wrong(format!("flags {flags:04X}: the first page of a segment has a long header"));
+        }
+        match SegmentSize::new(u64::from(u32_at(32))) {
+            Some(size) if u64::from(u32_at(36)) == WAL_PAGE_SIZE => Ok(size),
+            _ => wrong(format!(
+                "segments of {} bytes and pages of {} bytes are not supported: segments are 1 MiB to 1 GiB, pages 8192 bytes",
+                u32_at(32),
+                u32_at(36)
+            )),
+        }
+    }
+
+    /// Decodes the header of the page that begins at `lsn`, in WAL of segments of 16 MiB.
     ///
     /// # Errors
     /// [`WalError::Page`] when the bytes are not a header that belongs at this position.
     pub fn decode(bytes: &[u8], lsn: Lsn) -> Result<PageHeader, WalError> {
+        Self::decode_in(SegmentSize::VARVE, bytes, lsn)
+    }
+
+    /// The same in WAL of any segment size.
+    ///
+    /// # Errors
+    /// [`WalError::Page`] when the bytes are not a header that belongs at this position.
+    pub fn decode_in(segments: SegmentSize, bytes: &[u8], lsn: Lsn) -> Result<PageHeader, WalError> {
         let wrong = |what: String| WalError::Page { lsn, what };
-        if bytes.len() < Self::size_at(lsn) {
-            return Err(wrong(format!("{} bytes are no header of {} bytes", bytes.len(), Self::size_at(lsn))));
+        let size = Self::size_in(segments, lsn);
+        if bytes.len() < size {
+            return Err(wrong(format!("{} bytes are no header of {size} bytes", bytes.len())));
         }
         let u16_at = |at: usize| u16::from_le_bytes([bytes[at], bytes[at + 1]]);
         let u32_at = |at: usize| u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
         let u64_at = |at: usize| u64::from(u32_at(at)) | u64::from(u32_at(at + 4)) << 32;
         let magic = u16_at(0);
-        let major =
-            Major::from_wal_page_magic(magic).ok_or_else(|| wrong(format!("magic {magic:04X} is not that of PostgreSQL 14 to 18")))?;
+        let major = Major::from_wal_page_magic(magic).ok_or_else(|| wrong(unknown_magic(magic)))?;
         let flags = u16_at(2);
         if flags & !ALL_FLAGS != 0 {
             return Err(wrong(format!("unknown flags {flags:04X}")));
         }
         let long = flags & LONG_HEADER != 0;
-        if long != (lsn.segment_offset() == 0) {
-            return Err(wrong(format!("flags {flags:04X}: only the first page of a 16 MiB segment has a long header")));
+        if long != (segments.offset(lsn) == 0) {
+            let size = segments.bytes() >> 20;
+            return Err(wrong(format!("flags {flags:04X}: only the first page of a {size} MiB segment has a long header")));
         }
         let mut system_identifier = None;
         if long {
             system_identifier = Some(u64_at(24));
             // Before the position: with segments of another size, a file's name stands for another one.
-            if u32_at(32) != crate::lsn::WAL_SEGMENT_SIZE as u32 || u32_at(36) != crate::lsn::WAL_PAGE_SIZE as u32 {
+            if u64::from(u32_at(32)) != segments.bytes() || u64::from(u32_at(36)) != WAL_PAGE_SIZE {
                 return Err(wrong(format!(
-                    "segments of {} bytes and pages of {} bytes are not supported: 16777216 and 8192 are",
+                    "segments of {} bytes and pages of {} bytes, expected {} and {WAL_PAGE_SIZE}",
                     u32_at(32),
-                    u32_at(36)
+                    u32_at(36),
+                    segments.bytes()
                 )));
             }
         }
@@ -112,9 +154,13 @@ impl PageHeader {
         out.extend_from_slice(&[0; 4]);
         if long {
             out.extend_from_slice(&self.system_identifier.unwrap_or(0).to_le_bytes());
-            out.extend_from_slice(&(crate::lsn::WAL_SEGMENT_SIZE as u32).to_le_bytes());
-            out.extend_from_slice(&(crate::lsn::WAL_PAGE_SIZE as u32).to_le_bytes());
+            out.extend_from_slice(&(SegmentSize::VARVE.bytes() as u32).to_le_bytes());
+            out.extend_from_slice(&(WAL_PAGE_SIZE as u32).to_le_bytes());
         }
         out
     }
+}
+
+fn unknown_magic(magic: u16) -> String {
+    format!("magic {magic:04X} is not that of PostgreSQL 14 to 18")
 }

@@ -16,6 +16,11 @@ pub(super) struct LoosePages {
 }
 
 impl LoosePages {
+    /// The page became another than redo makes it.
+    pub(super) fn forget(&mut self, rel: RelFork, blkno: BlockNumber) {
+        self.pages.remove(&(rel, blkno));
+    }
+
     /// Makes `change`, which made `after` of `before`, to the loose page; gives what is wrong with what that comes to.
     pub(super) fn redo(
         &mut self,

@@ -199,14 +199,20 @@ impl Verifier {
                 }
                 return Ok(());
             }
-            (Ok(()), Some(truth)) => {
-                if let Some(difference) = self.compare(rmid, rel, blkno, &before, &page, &truth) {
+            (Ok(()), Some(truth)) => match self.compare(rmid, rel, blkno, &before, &page, &truth) {
+                None => self.stats(record).compared += 1,
+                Some(Difference::Bytes { at, .. }) if is_postgress_own(record, &page, &truth, &at) => {
+                    self.stats(record).postgres_own += 1;
+                    page = truth;
+                    if let Some(loose) = &mut self.loose {
+                        loose.forget(rel, blkno);
+                    }
+                }
+                Some(difference) => {
                     self.mismatch(record, rel, blkno, difference);
                     page = truth;
-                } else {
-                    self.stats(record).compared += 1;
                 }
-            }
+            },
             (Ok(()), None) => {}
         }
         self.record_free_space(record, block, &page, false)?;
@@ -292,6 +298,13 @@ impl Verifier {
     }
 }
 
+/// Whether Postgres's own recovery comes to a page that differs so, too: its own check of this record complains.
+fn is_postgress_own(record: &Record<'_>, ours: &Page, truth: &Page, at: &[u16]) -> bool {
+    /// `XLOG_HEAP_LOCK`.
+    const HEAP_LOCK: u8 = 0x60;
+    (record.header.rmid, record.kind()) == (rmgr::HEAP, HEAP_LOCK) && mask::is_combo_command_of_locked(ours, truth, at)
+}
+
 /// Offsets at which `ours` differs from the page that a stopped server has in a file, as [`differences`] gives them;
 /// `rmid` changed it last. A file also has what Postgres does to a page after it took the page's image for a record, so
 /// more can be compared.
@@ -306,6 +319,8 @@ pub fn file_differences(major: Major, rmid: u8, fork: Fork, blkno: BlockNumber, 
     let mut at = differences(major, rmid, fork, blkno, ours, file, true)?;
     match (rmid, blkno) {
         (rmgr::GIST, _) => at.extend(mask::gist_split_state_differences(ours, file)),
+        // What a standby has as we have it.
+        (rmgr::HEAP | rmgr::HEAP2, _) if mask::is_combo_command_of_locked(ours, file, &at) => at.clear(),
         // The metapage caches which pages were used last, and no record says so.
         (rmgr::SPGIST, 0) => at.retain(|at| !mask::SPGIST_LAST_USED_PAGES.contains(&usize::from(*at))),
         _ => {}

@@ -28,6 +28,8 @@ pub struct TypeStats {
     pub adopted: u64,
     /// Pages that were compared and found equal.
     pub compared: u64,
+    /// Pages that differ as those of Postgres's own recovery do.
+    pub postgres_own: u64,
     /// Pages that differ, or could not be redone.
     pub mismatches: u64,
 }
@@ -126,6 +128,7 @@ impl Report {
             sum.images += stats.images;
             sum.adopted += stats.adopted;
             sum.compared += stats.compared;
+            sum.postgres_own += stats.postgres_own;
             sum.mismatches += stats.mismatches;
         }
         self.mismatch_count += other.mismatch_count;

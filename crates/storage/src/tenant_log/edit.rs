@@ -71,6 +71,18 @@ pub enum FileContents {
     Removed,
 }
 
+impl FileContents {
+    /// Bytes of the file.
+    #[allow(clippy::len_without_is_empty, reason = "an empty file is a file")]
+    pub fn len(&self) -> u64 {
+        match self {
+            FileContents::Inline(bytes) => bytes.len() as u64,
+            FileContents::Object { len, .. } => *len,
+            FileContents::Removed => 0,
+        }
+    }
+}
+
 /// The moment of the past that a throw-away compute shows. It stays the same whatever becomes of the names of branches.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct EndpointMoment {

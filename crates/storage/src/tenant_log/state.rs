@@ -189,14 +189,16 @@ impl TenantState {
     }
 
     /// The newest version at or before `lsn` of each file without WAL, by path; a timeline's own versions before its
-    /// ancestors'.
+    /// ancestors'. Replication slots are no ancestor's: who reads a history through a slot reads none that branches
+    /// off, as a stock server's backup has none.
     ///
     /// # Errors
     /// [`TenantError::UnknownTimeline`].
     pub fn files_at(&self, timeline: TimelineId, lsn: Lsn) -> Result<BTreeMap<String, Arc<FileContents>>, TenantError> {
         let mut files: BTreeMap<String, Arc<FileContents>> = BTreeMap::new();
         for (state, limit) in self.ancestry(timeline)? {
-            for (path, versions) in &state.files {
+            let is_own = state.facts.id == timeline;
+            for (path, versions) in state.files.iter().filter(|(path, _)| is_own || !is_of_slots(path)) {
                 let newest = versions.iter().rev().find(|(at, _)| *at <= lsn.min(limit));
                 if let Some((_, contents)) = newest {
                     files.entry(path.clone()).or_insert_with(|| contents.clone());
@@ -228,6 +230,14 @@ impl TenantState {
         let written = written.map(|(path, contents)| (path.clone(), FileContents::clone(contents)));
         let edits = written.chain(removed).map(|(path, contents)| TenantEdit::File { timeline, path, lsn, contents });
         Ok(edits.collect())
+    }
+
+    /// Whether a timeline has a replication slot of its tenant's, or had one that was not dropped.
+    pub fn has_slots(&self, timeline: TimelineId) -> bool {
+        let is_slot = |(path, versions): (&String, &Vec<(Lsn, Arc<FileContents>)>)| {
+            path.starts_with(SLOTS) && versions.last().is_some_and(|(_, newest)| !matches!(**newest, FileContents::Removed))
+        };
+        self.timeline(timeline).is_ok_and(|state| state.files.iter().any(is_slot))
     }
 
     /// A Postgres timeline that is above all that this tenant ever had.
@@ -505,6 +515,14 @@ impl TenantState {
     }
 }
 
+/// The folder of slots.
+const SLOTS: &str = "pg_replslot/";
+
+/// Whether a file is a replication slot's state, or what logical decoding keeps for one.
+pub fn is_of_slots(path: &str) -> bool {
+    [SLOTS, "pg_logical/snapshots/", "pg_logical/mappings/"].iter().any(|folder| path.starts_with(folder))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -598,6 +616,34 @@ mod tests {
         edits.iter().for_each(|edit| state.apply(edit).unwrap());
         assert_eq!(edits.len(), 2, "only what changed is written again");
         assert_eq!(of(&state, 2), [("kept".to_owned(), inline("new")), old("same")], "a branch at head has what head has");
+    }
+
+    #[test]
+    fn a_branch_begins_without_the_slots_of_its_ancestor() {
+        let file = |id: u8, path: &str| TenantEdit::File {
+            timeline: TimelineId([id; 16]),
+            path: path.to_owned(),
+            lsn: Lsn(20),
+            contents: FileContents::Inline(Vec::new()),
+        };
+        let slots = ["pg_replslot/s/state", "pg_logical/snapshots/0-1.snap", "pg_logical/mappings/map-1"];
+        let mut edits = vec![timeline(1, 1, None), file(1, "pg_hba.conf"), timeline(2, 2, Some((1, 50)))];
+        edits.extend(slots.map(|path| file(1, path)));
+        let of = |edits: &[TenantEdit], id| -> Vec<String> {
+            state(edits).files_at(TimelineId([id; 16]), Lsn(70)).unwrap().into_keys().collect()
+        };
+        assert_eq!(of(&edits, 1).len(), 4);
+        assert_eq!(of(&edits, 2), ["pg_hba.conf"]);
+        assert_eq!([1, 2].map(|id| state(&edits).has_slots(TimelineId([id; 16]))), [true, false]);
+        edits.push(TenantEdit::File {
+            timeline: TimelineId([2; 16]),
+            path: slots[0].to_owned(),
+            lsn: Lsn(60),
+            contents: FileContents::Removed,
+        });
+        assert!(!state(&edits).has_slots(TimelineId([2; 16])));
+        edits.push(file(2, "pg_replslot/own/state"));
+        assert_eq!(of(&edits, 2), ["pg_hba.conf", "pg_replslot/own/state"]);
     }
 
     #[test]

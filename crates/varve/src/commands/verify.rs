@@ -256,6 +256,12 @@ fn wal_text(report: &WalReport) -> String {
         report.adopted,
         report.mismatches
     );
+    if report.postgres_own > 0 {
+        text += &format!(
+            "\n{} pages differ as those of Postgres's own recovery do (a frozen tuple's mark of a combined command id, which a lock clears): no mismatch",
+            report.postgres_own
+        );
+    }
     if report.gaps > 0 {
         text += &format!(
             "\nin {} places between the two WAL is missing, because it was written without its pages and not kept: behind each, pages were taken for true anew",

@@ -23,7 +23,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
-use varve_postgres::lsn::WAL_SEGMENT_SIZE;
+use varve_postgres::wal::SegmentSize;
 use varve_postgres::{BLCKSZ, BlockNumber, Lsn, RelFork, page};
 use varve_redo::verify::file_differences;
 
@@ -88,7 +88,8 @@ pub fn recover(config: &RecoveryConfig) -> Result<Recovered, VerifyError> {
     let partitions: Vec<Mutex<Partition>> = (0..partitioning.count()).map(new_partition).collect();
     let source = Source { segments: &segments, control: base.control(), partitioning, portion };
     let began = Instant::now();
-    let mut progress = Progress { wal: &config.wal, end: start, records: 0, empty_to: Lsn::INVALID, ended: false };
+    let mut progress =
+        Progress { wal: &config.wal, segments: segments.size(), end: start, records: 0, empty_to: Lsn::INVALID, ended: false };
     let mut window: Vec<Slice> = (0..window_slices).map(|_| Slice::new()).collect();
     let mut from = start;
     while !progress.ended {
@@ -139,6 +140,7 @@ pub fn recover(config: &RecoveryConfig) -> Result<Recovered, VerifyError> {
 /// How far the WAL was read, in order.
 struct Progress<'a> {
     wal: &'a Path,
+    segments: SegmentSize,
     /// End of the last record.
     end: Lsn,
     records: u64,
@@ -161,7 +163,7 @@ impl Progress<'_> {
         self.end = self.end.max(batch.end);
         self.records += batch.records;
         if batch.switched {
-            self.empty_to = Lsn((batch.from.segment_number() + 1) * WAL_SEGMENT_SIZE);
+            self.empty_to = self.segments.start(self.segments.number(batch.from) + 1);
             self.end = self.empty_to;
         }
         self.ended = batch.ended;

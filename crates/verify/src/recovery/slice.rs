@@ -55,7 +55,8 @@ impl Slice {
             Framer::from_page(control.major, Some(control.system_identifier), from)
         } else {
             Framer::new(control.major, Some(control.system_identifier), from, None)
-        };
+        }
+        .with_segments(segments.size());
         if !segments.read_into(from, slice_end.distance_from(from) as usize, &mut self.wal)? {
             batch.ended = true;
             return Ok(batch);
