@@ -102,7 +102,7 @@ fn what_counts(log: &str) -> Vec<String> {
         match level(line) {
             Some("FATAL:" | "PANIC:") => counts = true,
             Some("LOG:") => {
-                counts = has_errors && (line.contains("configuration") || line.contains("parameter") || line.contains("syntax"))
+                counts = has_errors && ["configuration", "parameter", "syntax"].iter().any(|word| line.contains(word));
             }
             Some("DETAIL:" | "HINT:" | "CONTEXT:") => {}
             Some(_) => counts = false,
