@@ -1,8 +1,8 @@
 //! Postgres's log, from a pipe into a file of bounded size.
 //!
-//! Whoever does not read the pipe stops the server: a session that logs waits for room in it. So it is always read. What
-//! a tenant writes faster than [`RATE_MAX`] is dropped, and the log says how much. It is his text, not ours: whatever
-//! runs in his sandbox can write there.
+//! Whoever does not read the pipe stops the server: a session that logs waits for room in it. So it is always read.
+//! What a tenant writes faster than [`RATE_MAX`] is dropped, and the log says how much. It is his text, not ours:
+//! whatever runs in his sandbox can write there.
 
 use std::fs::{self, File};
 use std::io::{self, Write as _};

@@ -89,7 +89,8 @@ const NAMESPACES: [i32; 8] = [
 ];
 /// Requests of `ioctl` that type into a terminal.
 const TYPING: [u64; 2] = [0x5412, 0x541C]; // TIOCSTI, TIOCLINUX
-/// Families of sockets that there are; vsock, netlink and the rest lead around the network namespace or to its settings.
+/// Families of sockets that there are; vsock, netlink and the rest lead around the network namespace or to its
+/// settings.
 const FAMILIES: [i32; 3] = [libc::AF_UNIX, libc::AF_INET, libc::AF_INET6];
 /// From this number on, system calls of x86-64 are those of its x32 programs: the same under other numbers.
 const X32: u32 = 0x4000_0000;

@@ -1,5 +1,5 @@
-//! The launcher: a process of one thread that makes the namespaces and starts init in them. It then only waits: its exit
-//! status is init's.
+//! The launcher: a process of one thread that makes the namespaces and starts init in them. It then only waits: its
+//! exit status is init's.
 
 use std::io;
 use std::os::unix::process::ExitStatusExt as _;
@@ -37,7 +37,8 @@ fn run(text: &str) -> Result<i32, String> {
     if spec.network == NetworkAccess::Own {
         flags |= UnshareFlags::NEWNET;
     }
-    // Deprecated because of CLONE_FILES, which may take descriptors away from code that has them. It is not among these.
+    // Deprecated because of CLONE_FILES, which may take descriptors away from code that has them. It is not among
+    // these.
     #[expect(deprecated)]
     rustix::thread::unshare(flags).map_err(|error| format!("the kernel makes no namespaces ({flags:?}): {error}"))?;
     // The first process that is started now is pid 1 of the new namespace.
@@ -47,7 +48,8 @@ fn run(text: &str) -> Result<i32, String> {
     Ok(status.code().unwrap_or_else(|| SIGNALLED + status.signal().unwrap_or_default()))
 }
 
-/// What else is open here, such as what a shell left open, is closed where init begins: it would be open in the sandbox.
+/// What else is open here, such as what a shell left open, is closed where init begins: it would be open in the
+/// sandbox.
 fn only_standard_descriptors() -> Result<(), String> {
     #[expect(unsafe_code, reason = "there is no safe way to name descriptors that nobody here owns")]
     // SAFETY: it takes three numbers. Nothing is closed under anybody here: the flag has them closed by `exec`.

@@ -3,8 +3,8 @@
 //!
 //! Postgres listens there as it is told to. The host takes clients' connections and dials in for each: from the
 //! client's address to the one that the client wanted, so that Postgres sees both as if nobody were in between
-//! (`pg_hba.conf`, `client_addr`, TLS). That works because all addresses are local there. What goes out from inside ends
-//! inside.
+//! (`pg_hba.conf`, `client_addr`, TLS). That works because all addresses are local there. What goes out from inside
+//! ends inside.
 
 use std::fs::File;
 use std::io;
@@ -50,7 +50,8 @@ pub(super) fn bring_up() -> io::Result<()> {
     }
     request(&socket, rtnetlink::NEWLINK, rtnetlink::ACK, &up)?;
     for family in [AddressFamily::INET, AddressFamily::INET6] {
-        // struct rtmsg: family, lengths of destination and source, type of service, table, protocol, scope, type, flags.
+        // struct rtmsg: family, lengths of destination and source, type of service, table, protocol, scope, type,
+        // flags.
         let mut route = vec![family.as_raw() as u8, 0, 0, 0, rtnetlink::TABLE_LOCAL, rtnetlink::PROTOCOL_STATIC];
         route.extend_from_slice(&[rtnetlink::SCOPE_HOST, rtnetlink::TYPE_LOCAL, 0, 0, 0, 0]);
         // struct rtattr: length, type.

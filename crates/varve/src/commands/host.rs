@@ -54,7 +54,7 @@ fn processors(text: &str) -> Result<u64, String> {
 /// Half of the machine's memory: one compute leaves something for all else.
 fn half_of_the_memory() -> u64 {
     let info = rustix::system::sysinfo();
-    u64::try_from(info.totalram).unwrap_or(u64::MAX).saturating_mul(info.mem_unit.into()) / 2
+    info.totalram.saturating_mul(info.mem_unit.into()) / 2
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]

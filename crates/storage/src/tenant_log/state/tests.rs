@@ -1,0 +1,190 @@
+//! What a tenant's state makes of edits.
+
+use super::*;
+use crate::ids::HostId;
+use crate::tenant_log::{Ancestor, EndpointMoment};
+
+fn name(text: &str) -> BranchName {
+    text.parse().unwrap()
+}
+
+fn timeline(id: u8, tli: u32, ancestor: Option<(u8, u64)>) -> TenantEdit {
+    TenantEdit::Timeline(TimelineFacts {
+        id: TimelineId([id; 16]),
+        ancestor: ancestor.map(|(id, lsn)| Ancestor { timeline: TimelineId([id; 16]), lsn: Lsn(lsn) }),
+        tli,
+        start: Lsn(ancestor.map_or(8, |(_, lsn)| lsn)),
+        created: 0,
+    })
+}
+
+fn branch(text: &str, id: u8) -> TenantEdit {
+    TenantEdit::Branch { name: name(text), timeline: TimelineId([id; 16]) }
+}
+
+fn endpoint(id: u8, branch: &str, moment: Option<(u8, u64)>) -> TenantEdit {
+    TenantEdit::Endpoint(EndpointRow {
+        id: EndpointId([id; 16]),
+        branch: name(branch),
+        moment: moment.map(|(id, lsn)| EndpointMoment { timeline: TimelineId([id; 16]), lsn: Lsn(lsn) }),
+        listen: "127.0.0.1".to_owned(),
+        port: 0,
+        wanted: true,
+        host: Some(HostId([id; 16])),
+    })
+}
+
+fn state(edits: &[TenantEdit]) -> TenantState {
+    let mut state = TenantState::default();
+    edits.iter().for_each(|edit| state.apply(edit).unwrap());
+    state
+}
+
+#[test]
+fn files_are_those_of_the_moment_across_ancestors() {
+    let file = |id: u8, lsn: u64, contents: FileContents| TenantEdit::File {
+        timeline: TimelineId([id; 16]),
+        path: "postgresql.auto.conf".to_owned(),
+        lsn: Lsn(lsn),
+        contents,
+    };
+    let inline = |text: &str| FileContents::Inline(text.as_bytes().to_vec());
+    let state = state(&[
+        timeline(1, 1, None),
+        file(1, 20, inline("old")),
+        file(1, 60, inline("new")),
+        timeline(2, 2, Some((1, 50))),
+        file(2, 90, FileContents::Removed),
+    ]);
+    let at = |id: u8, lsn: u64| state.files_at(TimelineId([id; 16]), Lsn(lsn)).unwrap().into_values().next().map(|f| (*f).clone());
+    assert_eq!(at(1, 10), None);
+    assert_eq!(at(1, 70), Some(inline("new")));
+    assert_eq!(at(2, 70), Some(inline("old")), "what the parent wrote after the branch point does not count");
+    assert_eq!(at(2, 90), None, "a removed file does not come back from an ancestor");
+}
+
+#[test]
+fn files_written_behind_the_last_record_are_those_of_head_only() {
+    let file = |path: &str, lsn: u64, contents: FileContents| TenantEdit::File {
+        timeline: TimelineId([1; 16]),
+        path: path.to_owned(),
+        lsn: Lsn(lsn),
+        contents,
+    };
+    let inline = |text: &str| FileContents::Inline(text.as_bytes().to_vec());
+    let mut state = state(&[
+        timeline(1, 1, None),
+        file("kept", 20, inline("old")),
+        file("gone", 20, inline("old")),
+        file("same", 20, inline("old")),
+        file("kept", 51, inline("new")),
+        file("gone", 51, FileContents::Removed),
+    ]);
+    let of = |state: &TenantState, id: u8| -> Vec<(String, FileContents)> {
+        let files = state.files_at(TimelineId([id; 16]), Lsn(50)).unwrap();
+        files.into_iter().map(|(path, contents)| (path, FileContents::clone(&contents))).collect()
+    };
+    let old = |path: &str| (path.to_owned(), inline("old"));
+    assert_eq!(of(&state, 1), [old("gone"), old("kept"), old("same")], "a moment has what was there before it");
+    let edits = state.files_at_head(TimelineId([1; 16]), Lsn(50), TimelineId([2; 16])).unwrap();
+    state.apply(&timeline(2, 2, Some((1, 50)))).unwrap();
+    edits.iter().for_each(|edit| state.apply(edit).unwrap());
+    assert_eq!(edits.len(), 2, "only what changed is written again");
+    assert_eq!(of(&state, 2), [("kept".to_owned(), inline("new")), old("same")], "a branch at head has what head has");
+}
+
+#[test]
+fn a_branch_begins_without_the_slots_of_its_ancestor() {
+    let file = |id: u8, path: &str| TenantEdit::File {
+        timeline: TimelineId([id; 16]),
+        path: path.to_owned(),
+        lsn: Lsn(20),
+        contents: FileContents::Inline(Vec::new()),
+    };
+    let slots = ["pg_replslot/s/state", "pg_logical/snapshots/0-1.snap", "pg_logical/mappings/map-1"];
+    let mut edits = vec![timeline(1, 1, None), file(1, "pg_hba.conf"), timeline(2, 2, Some((1, 50)))];
+    edits.extend(slots.map(|path| file(1, path)));
+    let of =
+        |edits: &[TenantEdit], id| -> Vec<String> { state(edits).files_at(TimelineId([id; 16]), Lsn(70)).unwrap().into_keys().collect() };
+    assert_eq!(of(&edits, 1).len(), 4);
+    assert_eq!(of(&edits, 2), ["pg_hba.conf"]);
+    assert_eq!([1, 2].map(|id| state(&edits).has_slots(TimelineId([id; 16]))), [true, false]);
+    edits.push(TenantEdit::File {
+        timeline: TimelineId([2; 16]),
+        path: slots[0].to_owned(),
+        lsn: Lsn(60),
+        contents: FileContents::Removed,
+    });
+    assert!(!state(&edits).has_slots(TimelineId([2; 16])));
+    edits.push(file(2, "pg_replslot/own/state"));
+    assert_eq!(of(&edits, 2), ["pg_hba.conf", "pg_replslot/own/state"]);
+}
+
+#[test]
+fn a_snapshot_makes_the_same_state() {
+    let before = state(&[
+        timeline(1, 1, None),
+        branch("main", 1),
+        TenantEdit::Epoch { timeline: TimelineId([1; 16]), epoch: WriterEpoch(1), lsn: Lsn(8), wal_log: WalLogId([7; 16]) },
+        TenantEdit::EpochClosed { timeline: TimelineId([1; 16]), epoch: WriterEpoch(1), lsn: Lsn(80) },
+        timeline(2, 2, Some((1, 50))),
+        branch("dev", 2),
+        TenantEdit::Figures { timeline: TimelineId([1; 16]), head: Lsn(80), size_bytes: 9 },
+        TenantEdit::Owner { generation: Generation(2), server: "b".to_owned(), url: "http://b".to_owned() },
+        endpoint(7, "dev", Some((1, 40))),
+        TenantEdit::Audit(AuditRow { time: 1, action: "made a branch".to_owned() }),
+        TenantEdit::Password(PasswordRow { number: 2, password: "p".to_owned(), verifier: "v".to_owned() }),
+    ]);
+    let after = state(&before.edits());
+    assert_eq!(after.edits(), before.edits());
+    assert_eq!(after.password().map(|row| row.number), Some(2));
+    assert_eq!(after.owner().map(|owner| owner.server.as_str()), Some("b"));
+    assert_eq!(after.endpoints_of(&name("dev")).count(), 1, "the snapshot has the endpoint");
+}
+
+#[test]
+fn an_endpoint_goes_with_its_branch_and_keeps_what_it_shows() {
+    let before = state(&[timeline(1, 1, None), branch("main", 1), endpoint(7, "main", None), endpoint(8, "main", Some((1, 9)))]);
+    let error = |edit: &TenantEdit| before.clone().apply(edit).unwrap_err();
+    assert_eq!(error(&endpoint(9, "dev", None)), TenantError::UnknownBranch("dev".to_owned()));
+    assert_eq!(error(&endpoint(9, "main", Some((5, 9)))), TenantError::UnknownTimeline(TimelineId([5; 16])));
+    assert_eq!(error(&TenantEdit::EndpointRemoved { id: EndpointId([9; 16]) }), TenantError::UnknownEndpoint(EndpointId([9; 16])));
+    let mut after = before.clone();
+    after.apply(&TenantEdit::BranchRemoved { name: name("main") }).unwrap();
+    assert_eq!((before.endpoints().count(), after.endpoints().count()), (2, 0));
+    after.apply(&TenantEdit::TimelineRemoved { timeline: TimelineId([1; 16]) }).unwrap();
+}
+
+#[test]
+fn an_older_owner_does_not_replace_a_newer_one() {
+    let owner =
+        |generation, server: &str| TenantEdit::Owner { generation: Generation(generation), server: server.to_owned(), url: String::new() };
+    let state = state(&[owner(2, "a"), owner(3, "b"), owner(2, "a")]);
+    assert_eq!(state.owner().map(|owner| owner.server.as_str()), Some("b"));
+}
+
+#[test]
+fn removed_timelines_that_had_writers_are_remembered_in_snapshots() {
+    let id = |n: u32| TimelineId(u128::from(n).to_le_bytes());
+    let timeline = |n: u32, ancestor| TimelineFacts { id: id(n), ancestor, tli: n, start: Lsn(0x100), created: 0 };
+    let main = name("main");
+    let mut state = TenantState::default();
+    let mut apply = |edit: TenantEdit| state.apply(&edit).unwrap();
+    apply(TenantEdit::Timeline(timeline(1, None)));
+    apply(TenantEdit::Branch { name: main, timeline: id(1) });
+    let child = Some(Ancestor { timeline: id(1), lsn: Lsn(0x100) });
+    for n in 2..(GONE_MAX as u32 + 10) {
+        apply(TenantEdit::Timeline(timeline(n, child)));
+        if n > 2 {
+            apply(TenantEdit::Epoch { timeline: id(n), epoch: WriterEpoch(1), lsn: Lsn(0x100), wal_log: WalLogId([9; 16]) });
+        }
+        apply(TenantEdit::TimelineRemoved { timeline: id(n) });
+    }
+    let mut again = TenantState::default();
+    state.edits().iter().for_each(|edit| again.apply(edit).unwrap());
+    for state in [&state, &again] {
+        assert!(!state.was_removed(id(1)) && !state.was_removed(id(2)), "one lives, one never wrote");
+        assert!(state.was_removed(id(GONE_MAX as u32 + 9)) && state.was_removed(id(10)), "the last thousand are remembered");
+        assert!(!state.was_removed(id(9)), "and no more");
+    }
+}
