@@ -6,6 +6,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use rustix::process::{Resource, getrlimit};
 use tokio::io::{Interest, copy_bidirectional_with_sizes};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
@@ -14,8 +15,12 @@ use tokio::task::JoinSet;
 use crate::ports::{self, PortError};
 use crate::sandbox::Dialer;
 
-/// Connections at a time. Postgres has its own limit; this one bounds what those take that it refuses.
+/// Connections at a time, at least and at most. Postgres has its own limit; this one bounds what those take that it
+/// refuses.
+const CONNECTIONS_MIN: usize = 64;
 const CONNECTIONS_MAX: usize = 4096;
+/// Of this process's descriptors, a connection may have so much: each takes two, and half of all are the mount's.
+const DESCRIPTORS_EACH: u64 = 8;
 /// Bytes that wait in each direction of a connection.
 const BUFFER: usize = 16 * 1024;
 /// Wait after a connection could not be taken: there are no descriptors right now.
@@ -34,7 +39,9 @@ impl Passage {
     /// When one cannot be had.
     pub(crate) fn open(listen: &str, port: u16, dialer: Dialer) -> Result<Passage, PortError> {
         let dialer = Arc::new(dialer);
-        let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+        let descriptors = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
+        let places = usize::try_from(descriptors / DESCRIPTORS_EACH).unwrap_or(CONNECTIONS_MAX);
+        let places = Arc::new(Semaphore::new(places.clamp(CONNECTIONS_MIN, CONNECTIONS_MAX)));
         let mut tasks = JoinSet::new();
         for listener in ports::listen(listen, port)? {
             let failed = |source| PortError { port, address: listen.to_owned(), source };

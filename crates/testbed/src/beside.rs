@@ -31,6 +31,8 @@ pub struct Private {
     major: Major,
     run: PathBuf,
     port: u64,
+    /// As a client of the tenant's connects.
+    uri: String,
 }
 
 impl Private {
@@ -44,7 +46,8 @@ impl Private {
         let run = Path::new("/run/varve").join(id.get(..12).context("an id of 12 characters and more")?);
         let version = fs::read_to_string(run.join("pgdata/PG_VERSION")).context("a running compute has a data directory")?;
         let major = version.trim().parse().ok().and_then(Major::from_number).with_context(|| format!("unknown major {version:?}"))?;
-        Ok(Private { major, run, port })
+        let uri = compute["conninfo"].as_str().context("a compute has a connection string")?.to_owned();
+        Ok(Private { major, run, port, uri })
     }
 
     /// Its mounted data directory.
@@ -111,7 +114,8 @@ impl Private {
     /// # Errors
     /// When `pg_basebackup` fails or the server does not start.
     pub fn standby(&self, settings: &[(&str, &str)]) -> anyhow::Result<Postgres> {
-        let primary = format!("'{}'", self.conninfo());
+        // It runs as a user whom the private socket does not take for Varve.
+        let primary = format!("'{}'", self.uri);
         let mut postgres = self.base_backup(&[settings, &[("primary_conninfo", &primary)]].concat())?;
         fs::write(postgres.data_dir().join("standby.signal"), "")?;
         postgres.own()?;
