@@ -60,12 +60,7 @@ fn the_postmaster_is_killed_as_it_starts() -> anyhow::Result<()> {
     let (dev, db) = tenant_with_compute()?;
     psql(&db, "CREATE TABLE kept AS SELECT generate_series(1, 100) AS i")?;
     let mount = pid(&compute(&dev)?, "mount_pid")?;
-    // Below the launcher of its sandbox and init; its own children have its name.
-    let postmaster = || {
-        let all = Process::all_below(mount);
-        let is_backend = |process: &Process| all.iter().any(|parent| parent.pid == process.parent && parent.name == "postgres");
-        all.iter().find(|process| process.name == "postgres" && !is_backend(process)).map(|process| process.pid)
-    };
+    let postmaster = || Process::postmaster_below(mount).map(|process| process.pid);
     let mut killed = postmaster().context("a postmaster")?;
     signal(killed, Signal::KILL);
     for _ in 0..2 {

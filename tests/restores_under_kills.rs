@@ -119,9 +119,7 @@ impl Test {
         let found = Process::in_folder(self.dev.folder());
         let own = found.iter().find(|process| process.title.contains(" compute-process "))?.pid;
         match target {
-            Target::Postmaster => {
-                found.iter().find(|process| process.parent == own && process.name == "postgres").map(|process| process.pid)
-            }
+            Target::Postmaster => Process::postmaster_below(own).map(|process| process.pid),
             _ => Some(own),
         }
     }

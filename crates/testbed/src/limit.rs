@@ -182,6 +182,14 @@ impl Process {
         Process::all().into_iter().filter(|process| process.parent == pid).collect()
     }
 
+    /// The postmaster that a compute process has started: below its sandbox's launcher and init. Its own children have
+    /// its name.
+    pub fn postmaster_below(supervisor: u32) -> Option<Process> {
+        let all = Process::all_below(supervisor);
+        let is_backend = |process: &Process| all.iter().any(|parent| parent.pid == process.parent && parent.name == "postgres");
+        all.iter().find(|process| process.name == "postgres" && !is_backend(process)).cloned()
+    }
+
     /// Those that name a path in `folder` on their command line, and all below them.
     pub fn in_folder(folder: &Path) -> Vec<Process> {
         let folder = folder.display().to_string();
