@@ -1,17 +1,22 @@
 //! Control groups: what of the machine the processes of a sandbox may take.
 //!
 //! Both kinds of hierarchies are used, where the controllers are: version 2, or version 1 with one hierarchy for each.
-//! A compute has one group in each, below `varve`; all weigh the same, so that none gets more of the processors than
-//! another that wants them, too.
+//! A controller that nobody has mounted is mounted. A compute has one group in each, below `varve`; all weigh the same,
+//! so that none gets more of the processors than another that wants them, too.
 
+use std::ffi::CString;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::Duration;
 
+use rustix::mount::{MountFlags, mount};
+
 /// Name of the group that all of ours are in.
 const PARENT: &str = "varve";
+/// Where hierarchies are mounted that the machine has not mounted itself.
+const OWN_MOUNTS: &str = "/run/varve/cgroup";
 /// The controllers that a sandbox needs.
 const CONTROLLERS: [&str; 3] = ["cpu", "memory", "pids"];
 /// Weight of a compute, beside 1,024 of a process without a group. A version 1 group weighs as one task against each of
@@ -74,7 +79,8 @@ impl Group {
         let path = Path::new("/proc/self/mountinfo");
         let mounts = fs::read_to_string(path).map_err(at(path))?;
         let folder = |controller| {
-            let (version, root) = find(&mounts, controller).ok_or(CgroupError::NoController(controller))?;
+            let found = find(&mounts, controller).or_else(|| mount_own(controller));
+            let (version, root) = found.ok_or(CgroupError::NoController(controller))?;
             Ok((controller, version, root.join(PARENT).join(name)))
         };
         Ok(Group { folders: CONTROLLERS.into_iter().map(folder).collect::<Result<_, _>>()? })
@@ -163,6 +169,21 @@ fn at(path: &Path) -> impl Fn(io::Error) -> CgroupError {
 fn write(folder: &Path, file: &str, value: &str) -> Result<(), CgroupError> {
     let path = folder.join(file);
     fs::write(&path, value).map_err(at(&path))
+}
+
+/// Mounts a hierarchy of version 1 for a controller that nobody has mounted. None where the kernel does not.
+fn mount_own(controller: &str) -> Option<(Version, PathBuf)> {
+    let folder = Path::new(OWN_MOUNTS).join(controller);
+    let options = CString::new(controller).ok()?;
+    fs::create_dir_all(&folder).ok()?;
+    let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
+    match mount("varve", &folder, "cgroup", flags, &*options) {
+        Ok(()) => Some((Version::One, folder)),
+        Err(error) => {
+            tracing::warn!(controller, %error, "a hierarchy of control groups cannot be mounted");
+            None
+        }
+    }
 }
 
 /// Where a controller is mounted, by the text of mountinfo.
