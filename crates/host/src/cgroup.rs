@@ -24,6 +24,10 @@ const CONTROLLERS: [&str; 3] = ["cpu", "memory", "pids"];
 const SHARES: u64 = 8192;
 /// The same in a version 2 hierarchy, where 100 is a process's.
 const WEIGHT: u64 = 800;
+/// Group of Varve's own processes, and its weight in both kinds: what all tenants wait for comes before any of them.
+const SERVICE: &str = "service";
+const SERVICE_SHARES: u64 = 32_768;
+const SERVICE_WEIGHT: u64 = 3200;
 /// Period of a limit of processor time.
 const PERIOD_US: u64 = 100_000;
 /// A group can be removed once the kernel has buried its processes.
@@ -92,13 +96,7 @@ impl Group {
     /// [`CgroupError::Io`].
     pub fn make(&self, limits: &Limits) -> Result<(), CgroupError> {
         for (controller, version, folder) in &self.folders {
-            if *version == Version::Two {
-                for above in folder.ancestors().skip(1).take(2).collect::<Vec<_>>().into_iter().rev() {
-                    fs::create_dir_all(above).map_err(at(above))?;
-                    write(above, "cgroup.subtree_control", &format!("+{controller}"))?;
-                }
-            }
-            fs::create_dir_all(folder).map_err(at(folder))?;
+            make_folder(controller, *version, folder)?;
         }
         self.limit(limits)
     }
@@ -159,6 +157,34 @@ impl Group {
             }
         }
     }
+}
+
+/// Moves this process, and so those that it starts, into the group of Varve's own.
+///
+/// # Errors
+/// [`CgroupError`].
+pub fn join_service() -> Result<(), CgroupError> {
+    let group = Group::of(SERVICE)?;
+    for (controller, version, folder) in group.folders.iter().filter(|(controller, ..)| *controller == "cpu") {
+        make_folder(controller, *version, folder)?;
+        match version {
+            Version::One => write(folder, "cpu.shares", &SERVICE_SHARES.to_string())?,
+            Version::Two => write(folder, "cpu.weight", &SERVICE_WEIGHT.to_string())?,
+        }
+        write(folder, "cgroup.procs", &std::process::id().to_string())?;
+    }
+    Ok(())
+}
+
+/// Makes a group; in a version 2 hierarchy those above have to hand its controller down.
+fn make_folder(controller: &str, version: Version, folder: &Path) -> Result<(), CgroupError> {
+    if version == Version::Two {
+        for above in folder.ancestors().skip(1).take(2).collect::<Vec<_>>().into_iter().rev() {
+            fs::create_dir_all(above).map_err(at(above))?;
+            write(above, "cgroup.subtree_control", &format!("+{controller}"))?;
+        }
+    }
+    fs::create_dir_all(folder).map_err(at(folder))
 }
 
 fn at(path: &Path) -> impl Fn(io::Error) -> CgroupError {

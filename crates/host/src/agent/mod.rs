@@ -35,7 +35,7 @@ use varve_api::host::{Hello, HostOrders, HostedCompute, TemplateOrder};
 use varve_api::{Code, Refusal};
 
 use crate::bin_dirs::BinDirs;
-use crate::cgroup::Limits;
+use crate::cgroup::{self, Limits};
 use crate::dirs::{Dirs, Isolation, User};
 use crate::initdb;
 use crate::record::{ComputeRecord, HostRecord, Record as _, RecordError, write_file};
@@ -346,6 +346,9 @@ impl Agent {
             Sandboxing::None => None,
         };
         if let Some(uids) = uids.as_ref().filter(|_| rustix::process::geteuid().is_root()) {
+            if let Err(error) = cgroup::join_service() {
+                tracing::warn!(%error, "this process has no control group of its own: computes that work hard may slow it down");
+            }
             // Where a record cannot be read, the folder says whose it is.
             let recorded = found.iter().filter_map(|record| record.uid).chain(unreadable.iter().filter_map(owner));
             uids.begin(&recorded.collect::<Vec<_>>())?;
