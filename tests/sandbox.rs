@@ -266,6 +266,18 @@ fn who_exhausts_his_own_server_harms_nobody_else() -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Half a processor is half a processor, however much is free.
+#[test]
+fn a_limit_of_processors_holds() -> anyhow::Result<()> {
+    let dev = Dev::start_for(VARVE, varve_postgres::Major::V15, &["--compute-cpus", "0.5"])?;
+    let a = start(&dev, "a")?;
+    // Two loops for 4 s; the shell says how many seconds of a processor they had.
+    let said = a.shell("TIMEFORMAT='%U'; time (for i in 1 2; do timeout 4 bash -c 'while :; do :; done' & done; wait)")?;
+    let had: f64 = said.trim().lines().last().unwrap_or_default().parse().with_context(|| format!("seconds: {said}"))?;
+    ensure!((0.1..=2.5).contains(&had), "{had} s in 4 s, expected at most half of them and what a period overlaps");
+    Ok(())
+}
+
 /// Without a sandbox there is one tenant.
 #[test]
 fn without_a_sandbox_there_is_one_tenant() -> anyhow::Result<()> {

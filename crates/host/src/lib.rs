@@ -3,11 +3,12 @@
 //!
 //! Two kinds of processes:
 //! - [`agent`] is the host itself: it does what the control plane orders, keeps records of its computes ([`record`]),
-//!   chooses ports ([`mod@ports`]), finds Postgres installations ([`bin_dirs`]) and runs `initdb` ([`initdb`]).
+//!   chooses ports ([`mod@ports`]) and user ids ([`uids`]), finds Postgres installations ([`bin_dirs`]) and runs
+//!   `initdb` ([`initdb`]).
 //! - [`process`] is the life of one compute process: it begins at the server, mounts the data directory ([`mount`],
-//!   over FUSE), starts Postgres ([`postgres`]), offers its walsender ([`handover`]), attaches, follows orders, and
-//!   begins anew when Postgres ends in any way but a clean shutdown: the cache is disposable, and durability is the
-//!   pageserver's.
+//!   over FUSE), starts Postgres ([`postgres`]) in a sandbox ([`sandbox`], [`cgroup`]), offers its walsender
+//!   ([`handover`]), attaches, follows orders, and begins anew when Postgres ends in any way but a clean shutdown: the
+//!   cache is disposable, and durability is the pageserver's.
 //!
 //! It knows the other roles only through the page service ([`page_fetcher`]) and the messages of `varve-api`. No path
 //! of another process's disk comes here, and none of ours goes out but that of a socket.

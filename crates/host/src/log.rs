@@ -50,8 +50,10 @@ async fn drain(path: PathBuf, mut pipe: impl AsyncRead + Unpin) {
         };
         let note = written.begin(Instant::now());
         let taken = written.take(read);
+        let (path, bytes) = (path.clone(), piece[..taken].to_vec());
+        let appended = tokio::task::spawn_blocking(move || append(&path, note.as_deref(), &bytes)).await;
         // A log on a full disk is no reason to stop the server.
-        if let Err(error) = append(&path, note.as_deref(), &piece[..taken]) {
+        if let Err(error) = appended.map_err(io::Error::other).flatten() {
             tracing::debug!(%error, "Postgres's log");
         }
     }

@@ -141,7 +141,7 @@ impl PostgresError {
 #[derive(Debug)]
 enum Processes {
     /// In a sandbox, with its log and, where it has a network of its own, the way in.
-    Sandboxed { running: Running, log: Log, group: Group, passage: Option<Passage> },
+    Sandboxed { running: Running, log: Log, group: Group, kills_before: u64, passage: Option<Passage> },
     /// As they are.
     Plain(Child),
 }
@@ -168,7 +168,9 @@ impl Postgres {
         let log = LogOfStart::open(dirs)?;
         let mut postgres = match dirs.isolation() {
             Isolation::Sandbox { uid, network, limits } => {
-                Self::sandboxed(spec(bin_dir, dirs, uid, network, &limits)?, begin, dirs, brought).await?
+                let group = dirs.group()?;
+                group.make(&limits)?;
+                Self::sandboxed(spec(bin_dir, dirs, uid, network, &limits, &group)?, group, begin, dirs, brought).await?
             }
             Isolation::None(user) => Self::plain(&binary, begin, dirs, user, brought)?,
         };
@@ -184,14 +186,14 @@ impl Postgres {
         Ok(postgres)
     }
 
-    async fn sandboxed(spec: Spec, begin: &Begin, dirs: &Dirs, brought: &Brought) -> Result<Postgres, PostgresError> {
+    async fn sandboxed(spec: Spec, group: Group, begin: &Begin, dirs: &Dirs, brought: &Brought) -> Result<Postgres, PostgresError> {
         let listen = begin.listen.clone();
         // Inside nobody knows names.
         let addresses = tokio::task::spawn_blocking(move || ports::numeric(&listen)).await.map_err(io::Error::other)??;
         let spec = Spec { arguments: config::arguments(begin, &addresses, dirs, &brought.asked), ..spec };
         let (running, log) = in_sandbox(&spec, dirs).await?;
         let pid = running.processes().map_or(0, |(_, postmaster)| postmaster);
-        Ok(Postgres { processes: sandboxed(running, log, dirs)?, pid, sessions: sessions(begin, dirs) })
+        Ok(Postgres { processes: sandboxed(running, log, group), pid, sessions: sessions(begin, dirs) })
     }
 
     fn plain(binary: &Path, begin: &Begin, dirs: &Dirs, user: User, brought: &Brought) -> Result<Postgres, PostgresError> {
@@ -282,9 +284,9 @@ impl Postgres {
     /// When the process cannot be waited for.
     pub async fn wait(&mut self) -> io::Result<ExitStatus> {
         match &mut self.processes {
-            Processes::Sandboxed { running, group, .. } => {
+            Processes::Sandboxed { running, group, kills_before, .. } => {
                 let status = running.wait().await?;
-                let kills = group.out_of_memory_kills();
+                let kills = group.out_of_memory_kills().saturating_sub(*kills_before);
                 if kills > 0 {
                     tracing::warn!(kills, "the compute was out of memory: the kernel has killed processes of it");
                 }
@@ -351,9 +353,11 @@ pub async fn repair(bin_dir: &Path, begin: &Begin, dirs: &Dirs, brought: &Brough
         let ended = match dirs.isolation() {
             Isolation::Sandbox { uid, network, limits } => {
                 let input = Some(dirs.conf().join(REPAIR_FILE));
-                let spec = Spec { arguments, input, ..spec(bin_dir, dirs, uid, network, &limits)? };
+                let group = dirs.group()?;
+                group.make(&limits)?;
+                let spec = Spec { arguments, input, ..spec(bin_dir, dirs, uid, network, &limits, &group)? };
                 let (running, log) = in_sandbox(&spec, dirs).await?;
-                let mut single = Postgres { pid: 0, sessions: sessions(begin, dirs), processes: sandboxed(running, log, dirs)? };
+                let mut single = Postgres { pid: 0, sessions: sessions(begin, dirs), processes: sandboxed(running, log, group) };
                 single.remember(dirs)?;
                 let ended = tokio::time::timeout(REPAIR_MAX, single.wait()).await;
                 single.kill().await;
@@ -396,14 +400,14 @@ async fn in_sandbox(spec: &Spec, dirs: &Dirs) -> Result<(Running, Log), Postgres
     Ok((running, Log::start(&dirs.log(), pipe)))
 }
 
-fn sandboxed(running: Running, log: Log, dirs: &Dirs) -> Result<Processes, PostgresError> {
-    Ok(Processes::Sandboxed { running, log, group: dirs.group()?, passage: None })
+fn sandboxed(running: Running, log: Log, group: Group) -> Processes {
+    // The groups may be those of an earlier incarnation, and count on.
+    let kills_before = group.out_of_memory_kills();
+    Processes::Sandboxed { running, log, group, kills_before, passage: None }
 }
 
 /// The sandbox of a compute: its own folders, and the installation of Postgres.
-fn spec(bin_dir: &Path, dirs: &Dirs, uid: u32, network: NetworkAccess, limits: &Limits) -> Result<Spec, PostgresError> {
-    let group = dirs.group()?;
-    group.make(limits)?;
+fn spec(bin_dir: &Path, dirs: &Dirs, uid: u32, network: NetworkAccess, limits: &Limits, group: &Group) -> io::Result<Spec> {
     // Programs find their libraries and files beside their folder.
     let installation = |bin_dir: &Path| bin_dir.parent().filter(|parent| parent.parent().is_some()).map(Path::to_owned);
     let mut read_only: Vec<PathBuf> = [bin_dir, &bin_dir.canonicalize()?].into_iter().filter_map(installation).collect();

@@ -16,7 +16,7 @@ use rustix::thread::{
 };
 
 use super::spec::{NetworkAccess, Spec};
-use super::{FAILED, SIGNALLED, filter, network, root};
+use super::{FAILED, filter, network, root};
 
 /// What init says on its standard output once the program runs.
 pub(super) const STARTED: &str = "started\n";
@@ -25,17 +25,10 @@ const HOST_NAME: &str = "varve";
 
 /// Runs as init; gives the exit status. `spec` is a [`Spec`] in JSON.
 pub fn init(spec: &str) -> i32 {
-    match run(spec) {
-        Ok(status) => status,
-        Err(error) => {
-            eprintln!("varve sandbox: {error}");
-            FAILED
-        }
-    }
+    super::exit_status(spec, run)
 }
 
-fn run(text: &str) -> Result<i32, String> {
-    let spec: Spec = serde_json::from_str(text).map_err(|error| format!("the specification: {error}"))?;
+fn run(spec: &Spec) -> Result<ExitStatus, String> {
     if std::process::id() != 1 {
         return Err("init has to be the first process of a namespace".to_owned());
     }
@@ -44,8 +37,8 @@ fn run(text: &str) -> Result<i32, String> {
     if spec.network == NetworkAccess::Own {
         network::bring_up().map_err(|error| format!("the loopback of the network namespace: {error}"))?;
     }
-    root::make(&spec)?;
-    give_up_privileges(&spec)?;
+    root::make(spec)?;
+    give_up_privileges(spec)?;
     filter::apply()?;
 
     let errors = io::stderr().as_fd().try_clone_to_owned().map_err(|error| format!("the log: {error}"))?;
@@ -65,15 +58,11 @@ fn run(text: &str) -> Result<i32, String> {
     loop {
         match wait(WaitOptions::empty()) {
             // Others are orphans of the program, which are reaped and forgotten.
-            Ok(Some((ended, status))) if ended == pid => return Ok(code(ExitStatus::from_raw(status.as_raw()))),
+            Ok(Some((ended, status))) if ended == pid => return Ok(ExitStatus::from_raw(status.as_raw())),
             Ok(_) | Err(rustix::io::Errno::INTR) => {}
             Err(error) => return Err(format!("waiting for the program: {error}")),
         }
     }
-}
-
-fn code(status: ExitStatus) -> i32 {
-    status.code().unwrap_or_else(|| SIGNALLED + status.signal().unwrap_or_default())
 }
 
 /// Each byte of the standard input is the number of a signal for the program. Its end is the end of the sandbox: with

@@ -2,31 +2,22 @@
 //! exit status is init's.
 
 use std::io;
-use std::os::unix::process::ExitStatusExt as _;
-use std::process::Command;
+use std::process::{Command, ExitStatus};
 
 use rustix::process::{Signal, set_parent_process_death_signal};
 use rustix::thread::UnshareFlags;
 
 use super::spec::{NetworkAccess, Spec};
-use super::{FAILED, SIGNALLED};
 
 /// The first descriptor behind input, output and errors.
 const FIRST_OTHER: libc::c_uint = 3;
 
 /// Runs as the launcher; gives the exit status. `spec` is a [`Spec`] in JSON.
 pub fn launch(spec: &str) -> i32 {
-    match run(spec) {
-        Ok(status) => status,
-        Err(error) => {
-            eprintln!("varve sandbox: {error}");
-            FAILED
-        }
-    }
+    super::exit_status(spec, |parsed| run(spec, parsed))
 }
 
-fn run(text: &str) -> Result<i32, String> {
-    let spec: Spec = serde_json::from_str(text).map_err(|error| format!("the specification: {error}"))?;
+fn run(text: &str, spec: &Spec) -> Result<ExitStatus, String> {
     set_parent_process_death_signal(Some(Signal::KILL)).map_err(|error| format!("PR_SET_PDEATHSIG: {error}"))?;
     only_standard_descriptors()?;
     for group in &spec.cgroups {
@@ -44,8 +35,7 @@ fn run(text: &str) -> Result<i32, String> {
     // The first process that is started now is pid 1 of the new namespace.
     let mut init = Command::new("/proc/self/exe");
     init.args(["sandbox-init", "--spec", text]);
-    let status = init.status().map_err(|error| format!("init cannot be started: {error}"))?;
-    Ok(status.code().unwrap_or_else(|| SIGNALLED + status.signal().unwrap_or_default()))
+    init.status().map_err(|error| format!("init cannot be started: {error}"))
 }
 
 /// What else is open here, such as what a shell left open, is closed where init begins: it would be open in the

@@ -26,11 +26,27 @@ mod root;
 mod running;
 mod spec;
 
+use std::os::unix::process::ExitStatusExt as _;
+use std::process::ExitStatus;
+
 pub use init::init;
 pub use launch::launch;
 pub use network::Dialer;
 pub use running::{Running, SandboxError, probe};
 pub use spec::{NetworkAccess, Spec};
+
+/// Does the work of the launcher or of init, for the [`Spec`] in JSON that it was given, and gives the exit status. Why
+/// it cannot stands in the log then.
+fn exit_status(text: &str, work: impl FnOnce(&Spec) -> Result<ExitStatus, String>) -> i32 {
+    let spec = serde_json::from_str(text).map_err(|error| format!("the specification: {error}"));
+    match spec.and_then(|spec| work(&spec)) {
+        Ok(status) => status.code().unwrap_or_else(|| SIGNALLED + status.signal().unwrap_or_default()),
+        Err(error) => {
+            eprintln!("varve sandbox: {error}");
+            FAILED
+        }
+    }
+}
 
 /// Exit status of the launcher and of init when they cannot do their work; what they say comes on standard error.
 pub(crate) const FAILED: i32 = 125;
