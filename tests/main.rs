@@ -17,6 +17,7 @@ mod random_lsns;
 mod replication;
 mod restores_under_kills;
 mod sandbox;
+mod scrub;
 mod tidy;
 mod two_machines;
 mod verify;

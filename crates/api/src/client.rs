@@ -84,8 +84,12 @@ impl Client {
     /// # Errors
     /// [`ClientError::Setup`].
     pub fn new(url: &str, token: Option<Token>) -> Result<Client, ClientError> {
+        // The HTTP client is built without a cryptography of its own, and would read the machine's certificates at each
+        // start of a process. There is no server with TLS yet. That another part has chosen one already is no error.
+        let _ = rustls::crypto::ring::default_provider().install_default();
         let http = reqwest::Client::builder()
             .no_proxy()
+            .tls_certs_only([])
             .redirect(reqwest::redirect::Policy::none())
             .connect_timeout(CONNECT_MAX)
             .tcp_nodelay(true)

@@ -27,6 +27,8 @@ pub struct BackupOptions {
     pub no_slru: bool,
     /// The newest versions of files that have no WAL, rather than those of the moment.
     pub newest_files: bool,
+    /// WAL segments in pieces, without their pages of zeros.
+    pub short_wal: bool,
 }
 
 /// The WAL before `end` that the slots among these files want, as far as it is there.
@@ -99,6 +101,7 @@ pub fn write(
         slru: options.full || !options.no_slru,
         relations: options.full,
         gzip: false,
+        short_wal: options.short_wal,
         slot: (!options.full).then(|| SLOT.to_owned()),
         wal_before,
         extra_files,

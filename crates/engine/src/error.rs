@@ -10,6 +10,7 @@ use varve_storage::kept_wal::KeptWalError;
 use varve_storage::relation::RelationError;
 use varve_storage::store::{ParseObjectNameError, StoreError};
 use varve_storage::tenant_log::TenantError;
+use varve_storage::tenant_log::names::NameError;
 use varve_storage::threads::Panicked;
 use varve_storage::timeline::{FlushError, WaitError};
 use varve_storage::wal_log::WalLogError;
@@ -31,6 +32,9 @@ pub enum EngineError {
     /// The object store failed.
     #[error(transparent)]
     Store(#[from] StoreError),
+    /// The names of tenants could not be read.
+    #[error(transparent)]
+    Names(#[from] NameError),
     /// The WAL log failed, or lacks what it should hold.
     #[error(transparent)]
     WalLog(#[from] WalLogError),

@@ -25,6 +25,7 @@ pub mod histories;
 pub mod ingest;
 pub mod moments;
 pub mod resolve;
+pub mod scrub;
 pub mod template;
 pub mod tenant;
 pub mod timeline;

@@ -27,7 +27,8 @@ use crate::template::Template;
 use crate::timeline::{LiveTimeline, OpenTimeline, StreamEnd};
 
 /// Files of data directories that are objects of their own.
-const FILE_FORMAT: Format = Format { magic: *b"VFIL", version: 1, what: "a file of a data directory", content_bytes_max: 64 << 20 };
+pub(crate) const FILE_FORMAT: Format =
+    Format { magic: *b"VFIL", version: 1, what: "a file of a data directory", content_bytes_max: 64 << 20 };
 /// Largest file that stands in the tenant log itself.
 const INLINE_FILE_MAX: usize = 64 * 1024;
 

@@ -1,7 +1,7 @@
 //! Where a compute keeps things on its host, and what a predecessor that was killed left there.
 //!
 //! The compute's folder holds `cache/` (fetched and written blocks), `pg_wal/`, `socket/`, the mountpoint `pgdata/`,
-//! the server's configuration in `conf/`, its log, and `root/`, on which a sandbox's root directory is put together.
+//! the server's configuration in `conf/`, and its log.
 //! When we are root, the folder is bound to `<run folder>/<id>`: paths of sockets must be short, and a Postgres without
 //! a sandbox may not be able to reach the folder itself (think of `/root`). In a sandbox the same paths lead to the
 //! parts that Postgres needs.
@@ -139,8 +139,7 @@ impl Dirs {
         std::fs::set_permissions(&self.home, std::fs::Permissions::from_mode(0o700))?;
         let User { uid, gid } = self.user();
         let (is_apart, we) = (matches!(self.isolation, Isolation::Sandbox { .. }), rustix::process::geteuid().as_raw());
-        for (part, is_theirs) in [("cache", false), ("pgdata", false), ("root", false), ("conf", false), ("pg_wal", true), ("socket", true)]
-        {
+        for (part, is_theirs) in [("cache", false), ("pgdata", false), ("conf", false), ("pg_wal", true), ("socket", true)] {
             let path = self.home.join(part);
             remove_tree(&path)?;
             let mode = if part == "conf" { 0o750 } else { 0o700 };
@@ -183,9 +182,9 @@ impl Dirs {
         Group::of(&self.short_id)
     }
 
-    /// On which the root directory of a sandbox is put together.
-    pub fn sandbox_root(&self) -> PathBuf {
-        self.root.join("root")
+    /// The folder of what is there while computes run.
+    pub fn run(&self) -> &Path {
+        &self.run
     }
 
     /// Postgres's log.

@@ -11,8 +11,10 @@ use rustix::process::{Pid, Signal, kill_process};
 use tokio::io::AsyncWriteExt as _;
 use tokio::process::{Child, Command};
 use varve_api::host::Begin;
+use varve_postgres::Lsn;
 
-use crate::cgroup::{CgroupError, Group, Limits};
+use crate::beneath;
+use crate::cgroup::{CgroupError, Group};
 use crate::config;
 use crate::dirs::{Dirs, Isolation, User};
 use crate::identity::ProcessId;
@@ -20,7 +22,7 @@ use crate::log::Log;
 use crate::passage::Passage;
 use crate::ports::{self, PortError};
 use crate::record::RecordError;
-use crate::sandbox::{Dialer, NetworkAccess, Running, SandboxError, Spec};
+use crate::sandbox::{Dialer, Program, Running, SandboxError, Shell, Spec};
 use crate::sessions::{PrivateSocket, SessionError, Sessions};
 use crate::start::Brought;
 use crate::start_failure::{Given, Said};
@@ -29,8 +31,16 @@ use crate::start_failure::{Given, Said};
 const START_MAX: Duration = Duration::from_secs(120);
 /// How long it may refuse our login for a reason that may pass.
 const REFUSED_MAX: Duration = Duration::from_secs(3);
-/// How often a starting Postgres is asked.
-const START_POLL: Duration = Duration::from_millis(2);
+/// How often a starting Postgres is looked at.
+const START_POLL: Duration = Duration::from_millis(1);
+/// How long it may not say that it is ready before it is asked nevertheless: the file that says so is the tenant's.
+const SILENT_MAX: Duration = Duration::from_secs(1);
+/// The postmaster's lock file, the line in which it says what it does, and what that is once it takes connections
+/// (`src/include/utils/pidfile.h`).
+const LOCK_FILE: &str = "postmaster.pid";
+const LOCK_FILE_STATUS: usize = 7;
+const LOCK_FILE_READY: &str = "ready";
+const LOCK_FILE_MAX: u64 = 8192;
 /// How long a fast shutdown may take (it writes a checkpoint and sends all WAL) before Postgres is killed.
 const STOP_MAX: Duration = Duration::from_secs(300);
 /// Bytes of what a start logged that are looked at for an error.
@@ -152,25 +162,35 @@ pub struct Postgres {
     processes: Processes,
     pid: u32,
     sessions: Sessions,
+    flushed: Lsn,
 }
 
 impl Postgres {
-    /// Starts the `postgres` in `bin_dir` and waits until it answers. `brought` are the settings of its branch, to be
-    /// named where one of them is why it does not start.
+    /// Starts the `postgres` in `bin_dir` and waits until it answers: in `empty`, or, where it needs a sandbox and
+    /// there is none yet, in a new one. `brought` are the settings of its branch, to be named where one of them is why
+    /// it does not start.
     ///
     /// # Errors
     /// When the binary is missing, or Postgres ends before it answers, or does not let us in: the error quotes its log.
-    pub async fn start(bin_dir: &Path, begin: &Begin, dirs: &Dirs, brought: &Brought) -> Result<Postgres, PostgresError> {
+    pub async fn start(
+        bin_dir: &Path,
+        begin: &Begin,
+        dirs: &Dirs,
+        brought: &Brought,
+        empty: Option<EmptySandbox>,
+    ) -> Result<Postgres, PostgresError> {
         let binary = bin_dir.join("postgres");
         if !binary.exists() {
             return Err(PostgresError::Missing { version: begin.pg_version, path: binary });
         }
         let log = LogOfStart::open(dirs)?;
         let mut postgres = match dirs.isolation() {
-            Isolation::Sandbox { uid, network, limits } => {
-                let group = dirs.group()?;
-                group.make(&limits)?;
-                Self::sandboxed(spec(bin_dir, dirs, uid, network, &limits, &group)?, group, begin, dirs, brought).await?
+            Isolation::Sandbox { .. } => {
+                let empty = match empty {
+                    Some(empty) => empty,
+                    None => EmptySandbox::make(dirs).await?,
+                };
+                Self::sandboxed(bin_dir, begin, dirs, brought, empty).await?
             }
             Isolation::None(user) => Self::plain(&binary, begin, dirs, user, brought)?,
         };
@@ -178,7 +198,7 @@ impl Postgres {
             postgres.kill().await; // nobody could end it after us
             return Err(error.into());
         }
-        postgres.answers(&log, &brought.given).await?;
+        postgres.answers(&log, &brought.given, dirs).await?;
         if let Err(error) = postgres.let_clients_in(begin).await {
             postgres.kill().await;
             return Err(error);
@@ -186,14 +206,19 @@ impl Postgres {
         Ok(postgres)
     }
 
-    async fn sandboxed(spec: Spec, group: Group, begin: &Begin, dirs: &Dirs, brought: &Brought) -> Result<Postgres, PostgresError> {
+    async fn sandboxed(
+        bin_dir: &Path,
+        begin: &Begin,
+        dirs: &Dirs,
+        brought: &Brought,
+        empty: EmptySandbox,
+    ) -> Result<Postgres, PostgresError> {
         let listen = begin.listen.clone();
         // Inside nobody knows names.
         let addresses = tokio::task::spawn_blocking(move || ports::numeric(&listen)).await.map_err(io::Error::other)??;
-        let spec = Spec { arguments: config::arguments(begin, &addresses, dirs, &brought.asked), ..spec };
-        let (running, log) = in_sandbox(&spec, dirs).await?;
-        let pid = running.processes().map_or(0, |(_, postmaster)| postmaster);
-        Ok(Postgres { processes: sandboxed(running, log, group), pid, sessions: sessions(begin, dirs) })
+        let arguments = config::arguments(begin, &addresses, dirs, &brought.asked);
+        let (processes, pid) = empty.run(Program { arguments, ..program(bin_dir, dirs)? }, dirs).await?;
+        Ok(Postgres { processes, pid, sessions: sessions(begin, dirs), flushed: Lsn::INVALID })
     }
 
     fn plain(binary: &Path, begin: &Begin, dirs: &Dirs, user: User, brought: &Brought) -> Result<Postgres, PostgresError> {
@@ -201,7 +226,7 @@ impl Postgres {
         let arguments = config::arguments(begin, &begin.listen, dirs, &brought.asked);
         let child = command.args(arguments).stdin(Stdio::null()).spawn()?;
         let pid = child.id().ok_or_else(|| io::Error::other("it ended as it started"))?;
-        Ok(Postgres { processes: Processes::Plain(child), pid, sessions: sessions(begin, dirs) })
+        Ok(Postgres { processes: Processes::Plain(child), pid, sessions: sessions(begin, dirs), flushed: Lsn::INVALID })
     }
 
     /// Notes what to end if we cannot: init of the sandbox, with which all of it ends, or the postmaster.
@@ -213,17 +238,21 @@ impl Postgres {
     }
 
     /// Waits until it answers.
-    async fn answers(&mut self, log: &LogOfStart, settings: &[Given]) -> Result<(), PostgresError> {
-        let deadline = Instant::now() + START_MAX;
+    async fn answers(&mut self, log: &LogOfStart, settings: &[Given], dirs: &Dirs) -> Result<(), PostgresError> {
+        let begun = Instant::now();
+        let deadline = begun + START_MAX;
         let mut refused: Option<Instant> = None;
         loop {
-            let answer = if self.sessions.socket().exists() { Some(self.sessions.flushed().await) } else { None };
+            let answer = if self.is_worth_asking(dirs, begun) { Some(self.sessions.flushed().await) } else { None };
             if let Some(status) = self.try_wait()? {
                 self.log_is_whole().await;
                 return Err(PostgresError::Ended { status, said: log.said(settings) });
             }
             match answer {
-                Some(Ok(_)) => return Ok(()),
+                Some(Ok(flushed)) => {
+                    self.flushed = flushed;
+                    return Ok(());
+                }
                 Some(Err(error)) if error.is_refusal() => {
                     let since = *refused.get_or_insert_with(Instant::now);
                     if error.is_locked_out() || since.elapsed() >= REFUSED_MAX {
@@ -243,6 +272,18 @@ impl Postgres {
         }
     }
 
+    /// Whether it may take a connection: its lock file says so, or it has had some time. Each connection that it
+    /// refuses costs it a process, just when it starts.
+    fn is_worth_asking(&self, dirs: &Dirs, begun: Instant) -> bool {
+        if !self.sessions.socket().exists() {
+            return false;
+        }
+        let mut lines = String::new();
+        let read = beneath::file(&dirs.pgdata(), LOCK_FILE).and_then(|file| file.take(LOCK_FILE_MAX).read_to_string(&mut lines));
+        let status = read.ok().and_then(|_| lines.lines().nth(LOCK_FILE_STATUS).map(str::trim_end));
+        status == Some(LOCK_FILE_READY) || begun.elapsed() > SILENT_MAX
+    }
+
     /// Opens the compute's port, where Postgres does not do that itself.
     async fn let_clients_in(&mut self, begin: &Begin) -> Result<(), PostgresError> {
         let Processes::Sandboxed { running, passage, .. } = &mut self.processes else { return Ok(()) };
@@ -255,6 +296,11 @@ impl Postgres {
     /// The postmaster's process id.
     pub fn pid(&self) -> u32 {
         self.pid
+    }
+
+    /// Where its WAL was flushed to when it first answered, before anybody could receive any of it.
+    pub fn flushed_at_start(&self) -> Lsn {
+        self.flushed
     }
 
     /// Sessions of ours in it.
@@ -351,13 +397,11 @@ pub async fn repair(bin_dir: &Path, begin: &Begin, dirs: &Dirs, brought: &Brough
         arguments.extend(config::repair_arguments().map(str::to_owned));
         arguments.push(database.to_owned());
         let ended = match dirs.isolation() {
-            Isolation::Sandbox { uid, network, limits } => {
+            Isolation::Sandbox { .. } => {
                 let input = Some(dirs.conf().join(REPAIR_FILE));
-                let group = dirs.group()?;
-                group.make(&limits)?;
-                let spec = Spec { arguments, input, ..spec(bin_dir, dirs, uid, network, &limits, &group)? };
-                let (running, log) = in_sandbox(&spec, dirs).await?;
-                let mut single = Postgres { pid: 0, sessions: sessions(begin, dirs), processes: sandboxed(running, log, group) };
+                let program = Program { arguments, input, ..program(bin_dir, dirs)? };
+                let (processes, pid) = EmptySandbox::make(dirs).await?.run(program, dirs).await?;
+                let mut single = Postgres { pid, sessions: sessions(begin, dirs), processes, flushed: Lsn::INVALID };
                 single.remember(dirs)?;
                 let ended = tokio::time::timeout(REPAIR_MAX, single.wait()).await;
                 single.kill().await;
@@ -394,36 +438,66 @@ fn sessions(begin: &Begin, dirs: &Dirs) -> Sessions {
     Sessions::new(PrivateSocket::new(dirs.socket(), begin.port, dirs.user().uid), begin.pg_version)
 }
 
-/// Makes a sandbox in the compute's control groups.
-async fn in_sandbox(spec: &Spec, dirs: &Dirs) -> Result<(Running, Log), PostgresError> {
-    let (running, pipe) = Running::start(Path::new(OURSELVES), spec).await?;
-    Ok((running, Log::start(&dirs.log(), pipe)))
+/// A sandbox in the compute's control groups that has no Postgres yet. It needs nothing of the data directory, so it is
+/// made while that is on its way. Dropped, it is gone.
+#[derive(Debug)]
+pub struct EmptySandbox {
+    shell: Shell,
+    group: Group,
 }
 
-fn sandboxed(running: Running, log: Log, group: Group) -> Processes {
-    // The groups may be those of an earlier incarnation, and count on.
-    let kills_before = group.out_of_memory_kills();
-    Processes::Sandboxed { running, log, group, kills_before, passage: None }
+impl EmptySandbox {
+    /// Makes one for a compute that is to have one.
+    ///
+    /// # Errors
+    /// [`PostgresError::Sandbox`], [`PostgresError::Cgroup`].
+    pub async fn make(dirs: &Dirs) -> Result<EmptySandbox, PostgresError> {
+        let Isolation::Sandbox { uid, network, limits } = dirs.isolation() else {
+            return Err(io::Error::other("this compute is to have no sandbox").into());
+        };
+        let (named, run) = (dirs.clone(), dirs.run().to_owned());
+        let make_group = move || {
+            Dirs::make_run(&run)?;
+            let group = named.group()?;
+            group.make(&limits)?;
+            Ok::<_, PostgresError>(group)
+        };
+        let group = tokio::task::spawn_blocking(make_group).await.map_err(io::Error::other)??;
+        let spec = Spec {
+            uid,
+            root: dirs.run().to_owned(),
+            network,
+            shm_bytes: limits.memory_bytes.map_or(SHM_BYTES_MAX, |bytes| (bytes / 2).min(SHM_BYTES_MAX)),
+            tmp_bytes: TMP_BYTES,
+            files_max: FILES_MAX,
+            cgroups: group.folders(),
+        };
+        Ok(EmptySandbox { shell: Shell::make(Path::new(OURSELVES), &spec).await?, group })
+    }
+
+    /// Starts a program in it; its processes, and which one it is.
+    async fn run(self, program: Program, dirs: &Dirs) -> Result<(Processes, u32), PostgresError> {
+        // The groups may be those of an earlier incarnation, and count on.
+        let (group, kills_before) = (self.group.clone(), self.group.out_of_memory_kills());
+        let (running, pipe) = self.shell.run(program).await?;
+        let pid = running.processes().map_or(0, |(_, program)| program);
+        let log = Log::start(&dirs.log(), pipe);
+        Ok((Processes::Sandboxed { running, log, group, kills_before, passage: None }, pid))
+    }
 }
 
-/// The sandbox of a compute: its own folders, and the installation of Postgres.
-fn spec(bin_dir: &Path, dirs: &Dirs, uid: u32, network: NetworkAccess, limits: &Limits, group: &Group) -> io::Result<Spec> {
-    // Programs find their libraries and files beside their folder.
+/// Postgres in a sandbox, and what it sees: the compute's own folders, and its installation.
+fn program(bin_dir: &Path, dirs: &Dirs) -> io::Result<Program> {
+    // Programs find their libraries and files beside their folder. What is below /usr is seen anyway.
     let installation = |bin_dir: &Path| bin_dir.parent().filter(|parent| parent.parent().is_some()).map(Path::to_owned);
     let mut read_only: Vec<PathBuf> = [bin_dir, &bin_dir.canonicalize()?].into_iter().filter_map(installation).collect();
     read_only.dedup();
+    read_only.retain(|path| !path.starts_with("/usr"));
     read_only.push(dirs.conf());
-    Ok(Spec {
-        uid,
-        root: dirs.sandbox_root(),
+    Ok(Program {
         read_only,
         writable: vec![dirs.pgdata(), dirs.pg_wal(), dirs.socket()],
-        network,
-        shm_bytes: limits.memory_bytes.map_or(SHM_BYTES_MAX, |bytes| (bytes / 2).min(SHM_BYTES_MAX)),
-        tmp_bytes: TMP_BYTES,
-        files_max: FILES_MAX,
-        cgroups: group.folders(),
-        program: bin_dir.join("postgres"),
+        path: bin_dir.join("postgres"),
         arguments: Vec::new(),
         input: None,
         environment: environment().into_iter().map(|(name, value)| (name.to_owned(), value.to_owned())).collect(),

@@ -34,7 +34,7 @@ use crate::dirs::{Dirs, Isolation};
 use crate::files::Uploader;
 use crate::handover::{Handover, HandoverError};
 use crate::leftover::LeftoverError;
-use crate::postgres::{self, Postgres, PostgresError};
+use crate::postgres::{self, EmptySandbox, Postgres, PostgresError};
 use crate::record::{Record as _, RecordError, WriterRecord};
 use crate::server::{Server, is_fenced, is_transient};
 use crate::sessions::{SessionError, Sessions};
@@ -160,6 +160,15 @@ pub async fn run(config: ProcessConfig) -> Result<(), ProcessError> {
     // Whether our role is to be brought back before Postgres starts.
     let mut repair = false;
     loop {
+        let leftovers = dirs.clone();
+        // Nobody may write there any more.
+        if let Err(error) = tokio::task::spawn_blocking(move || leftovers.end_leftovers()).await {
+            tracing::error!(%error, "what an earlier incarnation left was not ended");
+        }
+        let empty = matches!(config.isolation, Isolation::Sandbox { .. }).then(|| {
+            let dirs = dirs.clone();
+            AbortOnDrop(tokio::spawn(async move { EmptySandbox::make(&dirs).await }))
+        });
         // What a predecessor was killed with belongs to the history that the next epoch begins with.
         if !send_leftover(&server, &dirs, &mut terminate).await {
             return Ok(());
@@ -185,7 +194,7 @@ pub async fn run(config: ProcessConfig) -> Result<(), ProcessError> {
         let prepared = tokio::task::spawn_blocking(move || preparing.prepare()).await.map_err(std::io::Error::other)?;
         let (mut ran, mut stopped) = (false, None);
         let end = match prepared {
-            Ok(()) => incarnation(&server, &begin, &dirs, &config, &mut terminate, (&mut ran, &mut stopped), repair).await,
+            Ok(()) => incarnation(&server, &begin, &dirs, &config, &mut terminate, (&mut ran, &mut stopped), (repair, empty)).await,
             Err(error) => Err(error.into()),
         };
         let repaired = std::mem::take(&mut repair);
@@ -240,11 +249,6 @@ fn is_worth_another_try(error: &ProcessError) -> bool {
 
 /// Sends what is left in `pg_wal`, waiting as long as the server is away. False when a signal says to end.
 async fn send_leftover(server: &Server, dirs: &Dirs, terminate: &mut Signal) -> bool {
-    let leftovers = dirs.clone();
-    // Nobody may write there any more.
-    if let Err(error) = tokio::task::spawn_blocking(move || leftovers.end_leftovers()).await {
-        tracing::error!(%error, "what an earlier incarnation left was not ended");
-    }
     loop {
         match dirs.leftover().send(server).await {
             Ok(()) => return true,
@@ -336,7 +340,7 @@ async fn incarnation(
     config: &ProcessConfig,
     terminate: &mut Signal,
     (ran, stopped): (&mut bool, &mut Option<Lsn>),
-    repair: bool,
+    (repair, empty): (bool, Option<AbortOnDrop<Result<EmptySandbox, PostgresError>>>),
 ) -> Result<End, ProcessError> {
     let bin_dir = config.bin_dirs.path(begin.pg_version);
     let uploader = Arc::new(Uploader::start(server.clone(), begin.incarnation, begin.epoch.is_some()));
@@ -352,7 +356,11 @@ async fn incarnation(
             postgres::repair(&bin_dir, begin, dirs, &brought).await?;
             tracing::warn!("{REPAIRED}");
         }
-        Ok::<_, ProcessError>(Postgres::start(&bin_dir, begin, dirs, &brought).await?)
+        let empty = match empty {
+            Some(mut empty) => Some((&mut empty.0).await.map_err(std::io::Error::other)??),
+            None => None,
+        };
+        Ok::<_, ProcessError>(Postgres::start(&bin_dir, begin, dirs, &brought, empty).await?)
     };
     let started = started.await;
     let mut postgres = match started {
@@ -364,6 +372,8 @@ async fn incarnation(
     };
     *ran = true;
     let waiters = AbortOnDrop(tokio::spawn(waiters::watch(postgres.pid(), brought.asked.tenants_wal_senders())));
+    // The first orders take a way to the server and back, meanwhile.
+    let orders = poll(server, begin, "");
     let password = set_password(postgres.sessions(), &begin.password()).await;
     if begin.startup_blocks.is_empty() {
         start::tell_startup_blocks(server, &mount);
@@ -372,7 +382,7 @@ async fn incarnation(
     let reports = AbortOnDrop(tokio::spawn(cache_report::tell(server.clone(), begin.incarnation, mount.statistics_of())));
     let warnings = if repair { vec![REPAIRED.to_owned()] } else { Vec::new() };
     let served = match password {
-        Ok(password) => serve(server, begin, dirs, (&mut postgres, &uploader), terminate, (warnings, password)).await,
+        Ok(password) => serve(server, begin, dirs, (&mut postgres, &uploader), terminate, (warnings, password), orders).await,
         Err(error) => Ok(End::Failed(Failure::LockedOut(error))),
     };
     let end = match served {
@@ -438,9 +448,9 @@ async fn shutdown_checkpoint(begin: &Begin, dirs: &Dirs) -> Option<Lsn> {
 }
 
 /// A task that ends with what it serves.
-struct AbortOnDrop(JoinHandle<()>);
+struct AbortOnDrop<T = ()>(JoinHandle<T>);
 
-impl Drop for AbortOnDrop {
+impl<T> Drop for AbortOnDrop<T> {
     fn drop(&mut self) {
         self.0.abort();
     }
@@ -477,6 +487,7 @@ async fn serve(
     (postgres, uploader): (&mut Postgres, &Uploader),
     terminate: &mut Signal,
     (warnings, mut setting_password): (Vec<String>, Option<AbortOnDrop>),
+    mut orders: JoinHandle<Result<Orders, ClientError>>,
 ) -> Result<End, ProcessError> {
     // Open as long as the incarnation is attached or may be.
     let handover = Handover::open(&dirs.walsender(), postgres.sessions().socket())?;
@@ -494,7 +505,8 @@ async fn serve(
     let mut standby_name = begin.standby_name.clone();
     let mut password = begin.password_number;
     let mut server_run = String::new();
-    let mut orders = poll(server, begin, &server_run);
+    // Nobody can have received WAL, and so acknowledged any, before the first attach.
+    let mut flushed_at_start = Some(postgres.flushed_at_start());
     loop {
         let answer = tokio::select! {
             status = postgres.wait() => {
@@ -523,7 +535,11 @@ async fn serve(
             }
             Ok(Orders { incarnation, .. }) if incarnation > begin.incarnation => return Ok(End::Replaced),
             Ok(Orders { server_run: run, .. }) if run != server_run => {
-                match postgres.sessions().flushed().await {
+                let flushed = match flushed_at_start.take() {
+                    Some(flushed) => Ok(flushed),
+                    None => postgres.sessions().flushed().await,
+                };
+                match flushed {
                     Ok(flushed) => {
                         attach.flushed = flushed.to_string();
                         attach.waits_for.clone_from(&standby_name);

@@ -29,8 +29,9 @@ const PASSWORD_QUERY: &str = "SELECT r.rolname, r.rolpassword, shobj_description
                               FROM pg_tablespace t LEFT JOIN pg_authid r ON r.rolname = 'postgres' WHERE t.spcname = 'pg_global'";
 /// The comment that says so, without the number.
 const PASSWORD_COMMENT: &str = "varve password ";
-/// Databases in which a session that needs one is tried.
-const DATABASES: [&str; 2] = ["template1", "postgres"];
+/// Databases in which a session that needs one is tried. The first one that comes into a database after a start makes
+/// a file that all later ones read, so it had better be where clients go.
+const DATABASES: [&str; 2] = ["postgres", "template1"];
 /// What Postgres says to a role that is not there or may not log in, and to one that lacks a right.
 const LOCKED_OUT: [&str; 2] = ["28000", "42501"];
 /// What it says of a database that is not there, or that takes no connections.

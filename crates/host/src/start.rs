@@ -2,8 +2,8 @@
 //! start reads.
 
 use std::fs::File;
-use std::io::{self, Read, Write as _};
-use std::os::unix::fs::{PermissionsExt as _, chown};
+use std::io::{self, Read};
+use std::os::unix::fs::{FileExt as _, PermissionsExt as _, chown};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -124,7 +124,7 @@ fn mount_blocking(begin: &Begin, dirs: &Dirs, uploader: &Uploader, cache_bytes: 
     let lsn: Lsn = begin.base_lsn.parse().map_err(|_| MountError::begin("an LSN", &begin.base_lsn))?;
     let connection = page_service(begin)?;
     // Who writes the branch goes on at its head, with all that was written there.
-    let options = BaseBackupOptions { no_slru: true, newest_files: begin.epoch.is_some(), ..BaseBackupOptions::default() };
+    let options = BaseBackupOptions { no_slru: true, newest_files: begin.epoch.is_some(), short_wal: true, ..BaseBackupOptions::default() };
     let backup = BaseBackup::start(&connection, &begin.tenant_id, &begin.timeline_id, Some(lsn), options, BACKUP_SILENCE_MAX)?;
     let mut files = fetch(backup, dirs)?;
     let fetched = started.elapsed();
@@ -178,13 +178,9 @@ fn mount_blocking(begin: &Begin, dirs: &Dirs, uploader: &Uploader, cache_bytes: 
         .iter()
         .filter_map(|(spc, db, rel, fork, block)| Some((RelNode { spc: *spc, db: *db, rel: *rel }.fork(Fork::from_number(*fork)?), *block)))
         .collect();
-    mount.prefetch(&blocks).map_err(|error| MountError::Mount(io::Error::other(error)))?;
-    tracing::info!(
-        backup_ms = fetched.as_millis(),
-        mount_ms = (mounted - fetched).as_millis(),
-        prefetch_ms = (started.elapsed() - mounted).as_millis(),
-        "the data directory is there"
-    );
+    // Postgres needs a while before it reads the first of them.
+    drop(mount.prefetch_behind(&blocks).map_err(|error| MountError::Mount(io::Error::other(error)))?);
+    tracing::info!(backup_ms = fetched.as_millis(), mount_ms = (mounted - fetched).as_millis(), "the data directory is there");
     Ok((mount, Brought { given: settings, asked }))
 }
 
@@ -281,7 +277,7 @@ fn unpack(backup: impl Read, dirs: &Dirs) -> io::Result<Vec<InitialFile>> {
     Ok(files)
 }
 
-/// A file of `pg_wal`. Segments come without the zeros at their end and get their size here, as holes.
+/// A file of `pg_wal`. Segments whole, or in pieces without their pages of zeros, which become holes.
 fn write_wal(entry: &mut impl Read, name: &str, directory: bool, dirs: &Dirs) -> io::Result<()> {
     if name.contains("..") {
         return Err(io::Error::other(format!("the base backup holds the file pg_wal/{name}")));
@@ -292,16 +288,33 @@ fn write_wal(entry: &mut impl Read, name: &str, directory: bool, dirs: &Dirs) ->
         std::fs::create_dir_all(&path)?;
         return chown(&path, Some(user.uid), Some(user.gid));
     }
-    // Nobody has made the name before us: the folder is new.
-    let mut file = File::create_new(&path)?;
     let mut bytes = Vec::new();
     entry.read_to_end(&mut bytes)?;
-    let end = bytes.iter().rposition(|byte| *byte != 0).map_or(0, |last| last + 1);
-    file.write_all(&bytes[..end])?;
-    let is_segment = name.len() == 24 && name.bytes().all(|byte| byte.is_ascii_hexdigit());
-    file.set_len(if is_segment { WAL_SEGMENT_SIZE } else { bytes.len() as u64 })?;
+    // Nobody makes names there but us: the folder is new, and Postgres does not run yet.
+    let piece = piece_of_segment(name);
+    let path = match piece {
+        Some((segment, _)) => dirs.pg_wal().join(segment),
+        None => path,
+    };
+    let file = File::options().create(true).truncate(false).create_new(piece.is_none()).write(true).open(&path)?;
+    let (offset, size) = match piece {
+        Some((_, offset)) => (offset, WAL_SEGMENT_SIZE),
+        None => (0, bytes.len() as u64),
+    };
+    if offset + bytes.len() as u64 > size {
+        return Err(io::Error::other(format!("the base backup's piece {name} is longer than its segment")));
+    }
+    file.write_all_at(&bytes, offset)?;
+    file.set_len(size)?;
     std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600))?;
     chown(&path, Some(user.uid), Some(user.gid))
+}
+
+/// Segment and offset of a piece, by its name.
+fn piece_of_segment(name: &str) -> Option<(&str, u64)> {
+    let (segment, offset) = name.split_once('.')?;
+    let digits = |text: &str, n| text.len() == n && text.bytes().all(|byte| byte.is_ascii_hexdigit());
+    if digits(segment, 24) && digits(offset, 8) { Some((segment, u64::from_str_radix(offset, 16).ok()?)) } else { None }
 }
 
 #[cfg(test)]

@@ -4,7 +4,9 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use clap::Parser;
-use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::Targets;
+use tracing_subscriber::layer::SubscriberExt as _;
+use tracing_subscriber::util::SubscriberInitExt as _;
 use varve_simulation::kinds::Kind;
 use varve_simulation::many::{Many, run_many};
 use varve_simulation::run::{Options, run};
@@ -37,7 +39,8 @@ struct Arguments {
 fn main() -> anyhow::Result<ExitCode> {
     let arguments = Arguments::parse();
     if let Some(seed) = arguments.seed {
-        tracing_subscriber::fmt().with_env_filter(EnvFilter::from_default_env()).without_time().init();
+        let asked = std::env::var("RUST_LOG").unwrap_or_else(|_| "error".to_owned()).parse::<Targets>()?;
+        tracing_subscriber::registry().with(tracing_subscriber::fmt::layer().without_time()).with(asked).init();
         let outcome = run(Options { seed, plant: Plant::Nothing, prints: true })?;
         let (events, hash) = outcome.trace;
         println!("seed {seed}: {events} events, trace {hash:016x}");

@@ -6,6 +6,7 @@ use std::path::{Component, Path};
 
 use tar::{Builder, EntryType, Header};
 use varve_postgres::Major;
+use varve_postgres::lsn::WAL_PAGE_SIZE;
 
 use super::BaseBackupError;
 
@@ -63,6 +64,25 @@ pub(super) fn default_configuration(_major: Major, has_tablespaces: bool) -> [(&
 pub(super) fn check_path(path: &str) -> Result<(), BaseBackupError> {
     let plain = !path.is_empty() && Path::new(path).components().all(|part| matches!(part, Component::Normal(_)));
     if plain { Ok(()) } else { Err(BaseBackupError::BadPath { path: path.to_owned() }) }
+}
+
+/// The parts of a WAL segment that are not zeros, each a run of whole pages, with its offset: at least one, which may
+/// be empty.
+pub(super) fn pieces(segment: &[u8]) -> Vec<(usize, &[u8])> {
+    let mut pieces: Vec<(usize, &[u8])> = Vec::new();
+    for (offset, page) in segment.chunks(WAL_PAGE_SIZE as usize).enumerate().map(|(n, page)| (n * WAL_PAGE_SIZE as usize, page)) {
+        if page.iter().all(|byte| *byte == 0) {
+            continue;
+        }
+        match pieces.last_mut() {
+            Some((start, piece)) if *start + piece.len() == offset => *piece = &segment[*start..offset + page.len()],
+            _ => pieces.push((offset, page)),
+        }
+    }
+    if pieces.is_empty() {
+        pieces.push((0, &[]));
+    }
+    pieces
 }
 
 /// Writes the tar's entries. Files are 0600, directories 0700, as Postgres wants them.
@@ -126,6 +146,24 @@ impl<W: Write> TarWriter<W> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn pieces_of_a_segment_make_it_again() {
+        let page = WAL_PAGE_SIZE as usize;
+        let mut segment = vec![0; 5 * page + 100];
+        assert_eq!(pieces(&segment), [(0, &[][..])]);
+        assert_eq!(pieces(&[]), [(0, &[][..])]);
+        for at in [3, 2 * page - 1, 2 * page, 4 * page + 7, 5 * page + 99] {
+            segment[at] = 1;
+        }
+        let found = pieces(&segment);
+        assert_eq!(found.iter().map(|(offset, piece)| (*offset, piece.len())).collect::<Vec<_>>(), [(0, 3 * page), (4 * page, page + 100)]);
+        let mut again = vec![0; segment.len()];
+        for (offset, piece) in found {
+            again[offset..offset + piece.len()].copy_from_slice(piece);
+        }
+        assert_eq!(again, segment);
+    }
 
     #[test]
     fn paths_stay_inside() {

@@ -87,6 +87,9 @@ pub struct Options {
     pub slru: bool,
     /// Relations: then it is a whole data directory.
     pub relations: bool,
+    /// WAL segments without their pages of zeros, as pieces `<segment>.<offset, 8 hexadecimal digits>`: whoever unpacks
+    /// the tar puts them together and gives the segments their size.
+    pub short_wal: bool,
     /// Whether to compress the tar.
     pub gzip: bool,
     /// A physical replication slot that keeps WAL from the boundary on.
@@ -209,7 +212,14 @@ fn write_tar(
         before.write(&mut tar, cluster, timeline, at, &mut wal)?;
     }
     for segment in &wal.segments {
-        tar.padded_file(&format!("pg_wal/{}", segment.name), &segment.bytes, segment.size)?;
+        let path = format!("pg_wal/{}", segment.name);
+        if options.short_wal {
+            for (offset, piece) in files::pieces(&segment.bytes) {
+                tar.file(&format!("{path}.{offset:08X}"), piece)?;
+            }
+        } else {
+            tar.padded_file(&path, &segment.bytes, segment.size)?;
+        }
     }
     // Last, so that what was cut off on its way does not start.
     tar.file("global/pg_control", &control.encode())?;

@@ -337,20 +337,27 @@ impl Mount {
     /// Fetches blocks before they are needed; they can be read when this returns. What is here already, newer or not,
     /// stays as it is; what does not exist is passed over.
     pub fn prefetch(&self, blocks: &[(RelFork, u32)]) -> Result<(), MountError> {
+        let landed = self.prefetch_behind(blocks)?;
+        landed.recv().unwrap_or_else(|_| Err(io::Error::other("the thread that fetches panicked"))).map_err(MountError::Prefetch)
+    }
+
+    /// The same without waiting: who reads one of the blocks meanwhile waits for it. What comes of it is sent.
+    pub fn prefetch_behind(&self, blocks: &[(RelFork, u32)]) -> Result<mpsc::Receiver<io::Result<()>>, MountError> {
         let (tree, version, blocks) = (self.tree.clone(), self.version, blocks.to_vec());
         let (landed, wait) = mpsc::channel();
         let keeper = thread::Builder::new().name("mount-prefetch".to_owned()).spawn(move || {
             host::become_file_system_thread();
             prefetch::prefetch(&tree, version, &blocks, |result| {
-                // Nobody waits only if the caller's thread is gone.
-                let _ = landed.send(result);
+                if let Err(mpsc::SendError(Err(error))) = landed.send(result) {
+                    tracing::warn!("cannot fetch blocks ahead, each will be fetched when it is read: {error}");
+                }
             });
         });
         let mut keepers = self.keepers.lock();
         keepers.retain(|keeper| !keeper.is_finished());
         keepers.push(keeper.map_err(MountError::Thread)?);
         drop(keepers);
-        wait.recv().unwrap_or_else(|_| Err(io::Error::other("the thread that fetches panicked"))).map_err(MountError::Prefetch)
+        Ok(wait)
     }
 
     /// Waits until the observer was told of all files that changed so far.

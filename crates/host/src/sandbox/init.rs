@@ -1,8 +1,9 @@
-//! Init: pid 1 of a sandbox. It makes the root directory, gives up every privilege, starts the program, passes signals
-//! on, and reaps. Its exit status is the program's.
+//! Init: pid 1 of a sandbox. It makes the root directory and waits for its orders. Then it shows what they name, gives
+//! up every privilege, starts the program, passes signals on, and reaps. Its exit status is the program's.
 
 use std::io::{self, Read as _, Write as _};
 use std::os::fd::AsFd as _;
+use std::os::unix::net::UnixStream;
 use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
 use std::process::{Command, ExitStatus, Stdio};
 
@@ -16,9 +17,11 @@ use rustix::thread::{
 };
 
 use super::spec::{NetworkAccess, Spec};
-use super::{FAILED, filter, network, root};
+use super::{FAILED, filter, network, orders, root};
 
-/// What init says on its standard output once the program runs.
+/// What init says on its standard output once the shell is there: everything but what its compute shows in it.
+pub(super) const READY: &str = "ready\n";
+/// What it says once the program runs.
 pub(super) const STARTED: &str = "started\n";
 /// Name of the machine in the sandbox.
 const HOST_NAME: &str = "varve";
@@ -38,23 +41,35 @@ fn run(spec: &Spec) -> Result<ExitStatus, String> {
         network::bring_up().map_err(|error| format!("the loopback of the network namespace: {error}"))?;
     }
     root::make(spec)?;
+    tell(READY);
+    let mut orders = UnixStream::from(io::stdin().as_fd().try_clone_to_owned().map_err(|error| format!("the orders: {error}"))?);
+    let (ordered, folders) = match orders::receive(&mut orders) {
+        Ok(Some(ordered)) => ordered,
+        // The supervisor needs no sandbox any more.
+        Ok(None) => std::process::exit(FAILED),
+        Err(error) => return Err(format!("the orders: {error}")),
+    };
+    for ((path, writable), folder) in ordered.shown().zip(&folders) {
+        root::show(folder, path, writable)?;
+    }
+    drop(folders);
+    root::close()?;
     give_up_privileges(spec)?;
     filter::apply()?;
 
     let errors = io::stderr().as_fd().try_clone_to_owned().map_err(|error| format!("the log: {error}"))?;
-    let mut program = Command::new(&spec.program);
-    program.args(&spec.arguments).env_clear().envs(spec.environment.iter().cloned());
-    // A program's output goes to the log; our standard output is for one line to the supervisor.
-    let input = match &spec.input {
+    let mut program = Command::new(&ordered.path);
+    program.args(&ordered.arguments).env_clear().envs(ordered.environment.iter().cloned());
+    // A program's output goes to the log; our standard output is for lines to the supervisor.
+    let input = match &ordered.input {
         Some(path) => Stdio::from(std::fs::File::open(path).map_err(|error| format!("{}: {error}", path.display()))?),
         None => Stdio::null(),
     };
     program.stdin(input).stdout(Stdio::from(errors)).process_group(0);
-    let child = program.spawn().map_err(|error| format!("{}: {error}", spec.program.display()))?;
+    let child = program.spawn().map_err(|error| format!("{}: {error}", ordered.path.display()))?;
     let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw).ok_or("the program has no process id")?;
-    std::thread::spawn(move || follow_orders(pid));
-    // Who does not read it is gone, and then our orders end.
-    let _ = io::stdout().write_all(STARTED.as_bytes()).and_then(|()| io::stdout().flush());
+    std::thread::spawn(move || follow_orders(pid, &mut orders));
+    tell(STARTED);
     loop {
         match wait(WaitOptions::empty()) {
             // Others are orphans of the program, which are reaped and forgotten.
@@ -65,10 +80,14 @@ fn run(spec: &Spec) -> Result<ExitStatus, String> {
     }
 }
 
-/// Each byte of the standard input is the number of a signal for the program. Its end is the end of the sandbox: with
-/// pid 1 the kernel ends all that is in it.
-fn follow_orders(program: Pid) {
-    let mut orders = io::stdin().lock();
+/// Says a line to the supervisor. One that does not read it is gone, and then our orders end.
+fn tell(line: &str) {
+    let _ = io::stdout().write_all(line.as_bytes()).and_then(|()| io::stdout().flush());
+}
+
+/// Each byte of the orders is the number of a signal for the program. Their end is the end of the sandbox: with pid 1
+/// the kernel ends all that is in it.
+fn follow_orders(program: Pid, orders: &mut UnixStream) {
     let mut order = [0];
     loop {
         match orders.read(&mut order) {

@@ -22,6 +22,7 @@ mod filter;
 mod init;
 mod launch;
 mod network;
+mod orders;
 mod root;
 mod running;
 mod spec;
@@ -32,8 +33,8 @@ use std::process::ExitStatus;
 pub use init::init;
 pub use launch::launch;
 pub use network::Dialer;
-pub use running::{Running, SandboxError, probe};
-pub use spec::{NetworkAccess, Spec};
+pub use running::{Running, SandboxError, Shell, probe};
+pub use spec::{NetworkAccess, Program, Spec};
 
 /// Does the work of the launcher or of init, for the [`Spec`] in JSON that it was given, and gives the exit status. Why
 /// it cannot stands in the log then.

@@ -2,10 +2,14 @@
 
 use std::fmt::Display;
 use std::fs;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 
-use rustix::mount::{MountFlags, MountPropagationFlags, UnmountFlags, mount, mount_bind, mount_change, mount_remount, unmount};
+use rustix::fs::CWD;
+use rustix::mount::{
+    MountFlags, MountPropagationFlags, MoveMountFlags, UnmountFlags, mount, mount_bind, mount_change, mount_remount, move_mount, unmount,
+};
 
 use super::spec::{NetworkAccess, Spec};
 
@@ -18,40 +22,34 @@ const DEVICES: [&str; 5] = ["null", "zero", "full", "random", "urandom"];
 const DEVICE_LINKS: [(&str, &str); 4] = [("fd", "/proc/self/fd"), ("stdin", "fd/0"), ("stdout", "fd/1"), ("stderr", "fd/2")];
 /// The root directory itself holds names and a few lines.
 const ROOT_OPTIONS: &str = "mode=0755,size=1m,nr_inodes=1k";
+/// What every mount is, at least.
+const PLAIN: MountFlags = MountFlags::NOSUID.union(MountFlags::NODEV);
 /// Files that fit into `/tmp` or `/dev/shm`.
 const FILES_MAX: u32 = 16 * 1024;
 
-/// Makes the root directory and makes it this process's. Nothing of the host's is left in sight.
+/// Makes the root directory and makes it this process's. Nothing of the host's is left in sight. It can still be
+/// written: [`show`] and [`close`] follow.
 pub(super) fn make(spec: &Spec) -> Result<(), String> {
     // What is mounted here is not to be seen elsewhere, nor the other way round.
     mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC).map_err(at("the mounts"))?;
     let root = Root { at: spec.root.clone() };
-    let plain = MountFlags::NOSUID | MountFlags::NODEV;
-    root.mount("tmpfs", Path::new(""), plain, ROOT_OPTIONS)?;
+    root.mount("tmpfs", Path::new(""), PLAIN, ROOT_OPTIONS)?;
     for name in SYSTEM {
         let path = Path::new("/").join(name);
         match fs::read_link(&path) {
             Ok(target) => root.link(name, &target)?,
-            Err(_) if path.exists() => root.bind(&path, false)?,
+            Err(_) if path.exists() => root.bind(&path)?,
             Err(_) => {}
         }
     }
     make_etc(&root, spec)?;
     make_dev(&root, spec)?;
     root.folder("tmp")?;
-    root.mount("tmpfs", Path::new("tmp"), plain, &format!("mode=1777,size={},nr_inodes={FILES_MAX}", spec.tmp_bytes))?;
+    root.mount("tmpfs", Path::new("tmp"), PLAIN, &format!("mode=1777,size={},nr_inodes={FILES_MAX}", spec.tmp_bytes))?;
     root.folder("var")?;
     root.link("var/tmp", Path::new("/tmp"))?;
     root.folder("proc")?;
-    root.mount("proc", Path::new("proc"), plain | MountFlags::NOEXEC, "subset=pid,hidepid=invisible")?;
-    let usr = Path::new("/usr");
-    for path in spec.read_only.iter().filter(|path| !path.starts_with(usr)) {
-        root.bind(path, false)?;
-    }
-    for path in &spec.writable {
-        root.bind(path, true)?;
-    }
-    mount_remount(&root.at, plain | MountFlags::BIND | MountFlags::RDONLY, "").map_err(at("the root directory"))?;
+    root.mount("proc", Path::new("proc"), PLAIN | MountFlags::NOEXEC, "subset=pid,hidepid=invisible")?;
     std::env::set_current_dir(&root.at).map_err(at(root.at.display()))?;
     // The old root ends up above the new one, and is taken away from there.
     rustix::process::pivot_root(".", ".").map_err(at("pivot_root"))?;
@@ -59,16 +57,29 @@ pub(super) fn make(spec: &Spec) -> Result<(), String> {
     std::env::set_current_dir("/").map_err(at("/"))
 }
 
+/// Shows a folder, which the supervisor has cloned as a mount of its own, at `path`.
+pub(super) fn show(folder: &OwnedFd, path: &Path, writable: bool) -> Result<(), String> {
+    fs::create_dir_all(path).map_err(at(path.display()))?;
+    move_mount(folder, "", CWD, path, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH).map_err(at(path.display()))?;
+    let flags = if writable { PLAIN } else { PLAIN | MountFlags::RDONLY };
+    mount_remount(path, flags | MountFlags::BIND, "").map_err(at(path.display()))
+}
+
+/// From here on nothing can be made in the root directory.
+pub(super) fn close() -> Result<(), String> {
+    mount_remount("/", PLAIN | MountFlags::BIND | MountFlags::RDONLY, "").map_err(at("the root directory"))
+}
+
 fn make_etc(root: &Root, spec: &Spec) -> Result<(), String> {
     root.folder("etc/ssl")?;
     for name in ETC {
         let path = Path::new("/etc").join(name);
         if path.exists() {
-            root.bind(&path, false)?;
+            root.bind(&path)?;
         }
     }
     if spec.network == NetworkAccess::Host && Path::new("/etc/resolv.conf").exists() {
-        root.bind(Path::new("/etc/resolv.conf"), false)?;
+        root.bind(Path::new("/etc/resolv.conf"))?;
     }
     // Postgres wants to know its own name, and, for `peer`, that of the supervisor.
     let uid = spec.uid;
@@ -88,7 +99,7 @@ fn make_dev(root: &Root, spec: &Spec) -> Result<(), String> {
         root.link(&format!("dev/{name}"), Path::new(target))?;
     }
     let options = format!("mode=1777,size={},nr_inodes={FILES_MAX}", spec.shm_bytes);
-    root.mount("tmpfs", Path::new("dev/shm"), MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC, &options)
+    root.mount("tmpfs", Path::new("dev/shm"), PLAIN | MountFlags::NOEXEC, &options)
 }
 
 fn at<E: Display>(what: impl Display) -> impl FnOnce(E) -> String {
@@ -125,9 +136,8 @@ impl Root {
     }
 
     /// Shows what the host has at `path` at the same path; what is mounted below it is not shown.
-    fn bind(&self, path: &Path, writable: bool) -> Result<(), String> {
-        let flags = MountFlags::NOSUID | MountFlags::NODEV;
-        self.bind_with(path, if writable { flags } else { flags | MountFlags::RDONLY })
+    fn bind(&self, path: &Path) -> Result<(), String> {
+        self.bind_with(path, PLAIN | MountFlags::RDONLY)
     }
 
     fn bind_device(&self, path: &Path) -> Result<(), String> {

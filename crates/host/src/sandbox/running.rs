@@ -1,8 +1,9 @@
-//! A sandbox as its supervisor has it: started, told signals, waited for.
+//! A sandbox as its supervisor has it: made, given a program, told signals, waited for.
 
 use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt as _;
 use std::path::Path;
 use std::process::{ExitStatus, Stdio};
@@ -10,11 +11,11 @@ use std::time::Duration;
 
 use rustix::process::Signal;
 use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, BufReader};
-use tokio::process::{Child, ChildStderr, Command};
+use tokio::process::{Child, ChildStderr, ChildStdout, Command};
 
-use super::init::STARTED;
-use super::spec::{NetworkAccess, Spec};
-use super::{FAILED, SIGNALLED};
+use super::init::{READY, STARTED};
+use super::spec::{NetworkAccess, Program, Spec};
+use super::{FAILED, SIGNALLED, orders};
 use crate::cgroup::{CgroupError, Group, Limits};
 use crate::identity::{self, ProcessId};
 
@@ -42,6 +43,71 @@ pub enum SandboxError {
     Io(#[from] io::Error),
 }
 
+/// A sandbox in which nothing runs yet. Dropped, it is gone.
+#[derive(Debug)]
+pub struct Shell {
+    launcher: Child,
+    orders: UnixStream,
+    said: BufReader<ChildStdout>,
+    log: ChildStderr,
+    network: NetworkAccess,
+}
+
+impl Shell {
+    /// Makes the shell of a sandbox with `varve` (this program).
+    ///
+    /// # Errors
+    /// [`SandboxError`] names what is missing.
+    pub async fn make(varve: &Path, spec: &Spec) -> Result<Shell, SandboxError> {
+        let spec_text = serde_json::to_string(spec).map_err(io::Error::from)?;
+        let (orders, theirs) = UnixStream::pair()?;
+        let mut command = Command::new(varve);
+        command.args(["sandbox-launch", "--spec", &spec_text]).current_dir("/").process_group(0).env_clear();
+        command.stdin(OwnedFd::from(theirs)).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
+        let mut launcher = command.spawn()?;
+        // It keeps the other end of the orders open, which would be ours to close.
+        drop(command);
+        let gone = || io::Error::other("the launcher ended as it started");
+        let said = BufReader::new(launcher.stdout.take().ok_or_else(gone)?);
+        let log = launcher.stderr.take().ok_or_else(gone)?;
+        let mut shell = Shell { launcher, orders, said, log, network: spec.network };
+        shell.says(READY).await?;
+        Ok(shell)
+    }
+
+    /// Waits for a line of init's; without it, what went wrong.
+    async fn says(&mut self, expected: &str) -> Result<(), SandboxError> {
+        let mut line = String::new();
+        let said = tokio::time::timeout(MAKE_MAX, (&mut self.said).take(expected.len() as u64).read_line(&mut line)).await;
+        if matches!(said, Ok(Ok(_))) && line == expected {
+            return Ok(());
+        }
+        let _ = self.launcher.start_kill();
+        let mut why = Vec::new();
+        let _ = tokio::time::timeout(MAKE_MAX, (&mut self.log).take(SAID_MAX).read_to_end(&mut why)).await;
+        let why = String::from_utf8_lossy(&why).trim().trim_start_matches("varve sandbox: ").to_owned();
+        Err(SandboxError::NotMade(if why.is_empty() { format!("it did not start within {MAKE_MAX:?}") } else { why }))
+    }
+
+    /// Starts what the sandbox is for. What the program writes to its standard output and error comes from the pipe,
+    /// which somebody has to read.
+    ///
+    /// # Errors
+    /// [`SandboxError`] names what is missing.
+    pub async fn run(mut self, program: Program) -> Result<(Running, ChildStderr), SandboxError> {
+        let mut orders = self.orders.try_clone()?;
+        tokio::task::spawn_blocking(move || orders::send(&mut orders, &program)).await.map_err(io::Error::other)??;
+        self.says(STARTED).await?;
+        let launcher = self.launcher.id();
+        let init = launcher.and_then(|launcher| identity::children_of(launcher).first().copied());
+        // Nothing has had the time to become an orphan: init's first child is the program.
+        let program = init.and_then(|init| identity::children_of(init).first().copied());
+        let init = init.map(ProcessId::of).transpose()?.flatten();
+        let Shell { launcher, orders, log, network, .. } = self;
+        Ok((Running { launcher, orders: Some(orders.into()), processes: init.zip(program), network }, log))
+    }
+}
+
 /// A sandbox whose program runs, or did.
 #[derive(Debug)]
 pub struct Running {
@@ -54,38 +120,6 @@ pub struct Running {
 }
 
 impl Running {
-    /// Makes a sandbox with `varve` (this program) and starts what it is for. What the program writes to its standard
-    /// output and error comes from the pipe, which somebody has to read.
-    ///
-    /// # Errors
-    /// [`SandboxError`] names what is missing.
-    pub async fn start(varve: &Path, spec: &Spec) -> Result<(Running, ChildStderr), SandboxError> {
-        let spec_text = serde_json::to_string(spec).map_err(io::Error::from)?;
-        let mut command = Command::new(varve);
-        command.args(["sandbox-launch", "--spec", &spec_text]).current_dir("/").process_group(0).env_clear();
-        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
-        let mut launcher = command.spawn()?;
-        let gone = || io::Error::other("the launcher ended as it started");
-        let pid = launcher.id().ok_or_else(gone)?;
-        let orders = launcher.stdin.take().ok_or_else(gone)?.into_owned_fd()?;
-        let (said, mut log) = (launcher.stdout.take().ok_or_else(gone)?, launcher.stderr.take().ok_or_else(gone)?);
-        let mut line = String::new();
-        let mut said = BufReader::new(said.take(STARTED.len() as u64));
-        let started = tokio::time::timeout(MAKE_MAX, said.read_line(&mut line)).await;
-        if !matches!(started, Ok(Ok(_))) || line != STARTED {
-            let _ = launcher.start_kill();
-            let mut why = Vec::new();
-            let _ = tokio::time::timeout(MAKE_MAX, (&mut log).take(SAID_MAX).read_to_end(&mut why)).await;
-            let why = String::from_utf8_lossy(&why).trim().trim_start_matches("varve sandbox: ").to_owned();
-            return Err(SandboxError::NotMade(if why.is_empty() { format!("it did not start within {MAKE_MAX:?}") } else { why }));
-        }
-        let init = identity::children_of(pid).first().copied();
-        // Nothing has had the time to become an orphan: init's first child is the program.
-        let program = init.and_then(|init| identity::children_of(init).first().copied());
-        let init = init.map(ProcessId::of).transpose()?.flatten();
-        Ok((Running { launcher, orders: Some(orders), processes: init.zip(program), network: spec.network }, log))
-    }
-
     /// Init, with which everything in the sandbox ends, and the program. None if it has ended already.
     pub fn processes(&self) -> Option<(&ProcessId, u32)> {
         self.processes.as_ref().map(|(init, program)| (init, *program))
@@ -150,7 +184,7 @@ fn ended(launcher: ExitStatus) -> ExitStatus {
     }
 }
 
-/// Tries whether sandboxes can be made here, in a new folder of `folder`.
+/// Tries whether sandboxes can be made here, on `folder`, which is seen by nobody else.
 ///
 /// # Errors
 /// [`SandboxError`] names what is missing.
@@ -163,23 +197,17 @@ pub async fn probe(varve: &Path, folder: &Path, uid: u32, network: NetworkAccess
 }
 
 async fn try_in(varve: &Path, folder: &Path, uid: u32, network: NetworkAccess, group: &Group) -> Result<(), SandboxError> {
-    let root = tempfile::Builder::new().prefix("probe").tempdir_in(folder)?;
     let spec = Spec {
         uid,
-        root: root.path().to_owned(),
-        read_only: Vec::new(),
-        writable: Vec::new(),
+        root: folder.to_owned(),
         network,
         shm_bytes: PROBE_BYTES,
         tmp_bytes: PROBE_BYTES,
         files_max: 16,
         cgroups: group.folders(),
-        program: PROBE_PROGRAM.into(),
-        arguments: Vec::new(),
-        input: None,
-        environment: Vec::new(),
     };
-    let (mut running, mut log) = Running::start(varve, &spec).await?;
+    let program = Program { path: PROBE_PROGRAM.into(), ..Program::default() };
+    let (mut running, mut log) = Shell::make(varve, &spec).await?.run(program).await?;
     let mut said = Vec::new();
     let _ = tokio::time::timeout(MAKE_MAX, (&mut log).take(SAID_MAX).read_to_end(&mut said)).await;
     let status = tokio::time::timeout(END_MAX, running.wait()).await.map_err(io::Error::other)??;

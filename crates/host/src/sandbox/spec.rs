@@ -38,17 +38,14 @@ impl FromStr for NetworkAccess {
     }
 }
 
-/// What [`super::launch`] needs to know. It is passed as an argument, so there is no secret in it.
+/// What the shell of a sandbox is to be: all but what is shown in it of its compute. It is passed as an argument, so
+/// there is no secret in it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Spec {
     /// User and group id of everything in the sandbox.
     pub uid: u32,
-    /// An empty folder of the host's, on which the root directory is put together.
+    /// A folder of the host's, on which the root directory is put together. Only the sandbox sees that.
     pub root: PathBuf,
-    /// Folders that are seen under the same path, and cannot be written.
-    pub read_only: Vec<PathBuf>,
-    /// Folders that are seen under the same path, and can be written.
-    pub writable: Vec<PathBuf>,
     /// The network.
     pub network: NetworkAccess,
     /// Size of `/dev/shm`.
@@ -59,12 +56,28 @@ pub struct Spec {
     pub files_max: u64,
     /// Control groups that it belongs to: their folders.
     pub cgroups: Vec<PathBuf>,
+}
+
+/// What runs in a shell, and what it sees there.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Program {
+    /// Folders that are seen under the same path, and cannot be written.
+    pub read_only: Vec<PathBuf>,
+    /// Folders that are seen under the same path, and can be written.
+    pub writable: Vec<PathBuf>,
     /// The program.
-    pub program: PathBuf,
+    pub path: PathBuf,
     /// Its arguments.
     pub arguments: Vec<String>,
-    /// What it reads from its standard input; nothing, without a file.
+    /// What it reads from its standard input, as a path of the sandbox; nothing, without a file.
     pub input: Option<PathBuf>,
     /// Its environment.
     pub environment: Vec<(String, String)>,
+}
+
+impl Program {
+    /// The folders that are shown, each with whether it can be written. Descriptors come in this order.
+    pub(super) fn shown(&self) -> impl Iterator<Item = (&PathBuf, bool)> {
+        self.read_only.iter().map(|path| (path, false)).chain(self.writable.iter().map(|path| (path, true)))
+    }
 }

@@ -18,7 +18,8 @@ pub enum Command {
         /// The timeline, by id or by its branch's name.
         timeline: String,
     },
-    /// `basebackup <tenant> <timeline> [<lsn>] [--gzip] [--no-slru] [--newest-files]`, or `fullbackup` likewise
+    /// `basebackup <tenant> <timeline> [<lsn>] [--gzip] [--no-slru] [--newest-files] [--short-wal]`, or `fullbackup`
+    /// likewise
     Backup {
         /// The tenant, by id or name.
         tenant: String,
@@ -54,7 +55,7 @@ impl Command {
             _ => {
                 return Err(syntax(format!(
                     "unknown command '{}': the page service knows pagestream_v3 <tenant> <timeline>, basebackup <tenant> <timeline> [<lsn>] \
-                     [--gzip] [--no-slru] [--newest-files] and fullbackup likewise; for SQL, connect to a compute",
+                     [--gzip] [--no-slru] [--newest-files] [--short-wal] and fullbackup likewise; for SQL, connect to a compute",
                     cut(verb)
                 )));
             }
@@ -69,12 +70,13 @@ impl Command {
         let tenant = take_name(words, verb, "tenant")?;
         let timeline = take_name(words, verb, "timeline")?;
         let (mut lsn, mut gzip) = (None, false);
-        let mut options = BackupOptions { full: verb == "fullbackup", no_slru: false, newest_files: false };
+        let mut options = BackupOptions { full: verb == "fullbackup", no_slru: false, newest_files: false, short_wal: false };
         for word in words {
             match word {
                 "--gzip" => gzip = true,
                 "--no-slru" => options.no_slru = true,
                 "--newest-files" => options.newest_files = true,
+                "--short-wal" => options.short_wal = true,
                 _ if word.starts_with('-') => return Err(syntax(format!("{verb}: unknown option '{}'", cut(word)))),
                 _ if lsn.is_some() => return Err(syntax(format!("{verb}: '{}' is one word too many", cut(word)))),
                 _ => {
@@ -113,7 +115,7 @@ mod tests {
         assert_eq!(Command::parse("pagestream_v3 acme main"), Ok(stream.clone()));
         assert_eq!(Command::parse("  pagestream_v3  acme\tmain ;"), Ok(stream));
         let backup = |lsn, gzip, full, no_slru| {
-            let options = BackupOptions { full, no_slru, newest_files: false };
+            let options = BackupOptions { full, no_slru, newest_files: false, short_wal: false };
             Ok(Command::Backup { tenant: "a".into(), timeline: "m".into(), lsn, gzip, options })
         };
         assert_eq!(Command::parse("basebackup a m"), backup(None, false, false, false));

@@ -21,6 +21,10 @@ pub struct BaseBackupOptions {
     /// With the newest versions of files that have no WAL, though they were written behind the last record: for whoever
     /// goes on at head. Otherwise they are those of the moment.
     pub newest_files: bool,
+    /// WAL segments without their pages of zeros, which are nearly all of a backup that is to go on from one
+    /// checkpoint: as pieces `<segment>.<offset, 8 hexadecimal digits>`, at least one of each. The reader puts them
+    /// together and gives the segments their size.
+    pub short_wal: bool,
 }
 
 /// `pagestream_v3 <tenant> <timeline>`.
@@ -28,7 +32,7 @@ pub(super) fn pagestream(tenant: &str, timeline: &str) -> String {
     format!("pagestream_v3 {tenant} {timeline}")
 }
 
-/// `basebackup <tenant> <timeline> [<lsn>] [--gzip] [--no-slru] [--newest-files]`, or `fullbackup`.
+/// `basebackup <tenant> <timeline> [<lsn>] [--gzip] [--no-slru] [--newest-files] [--short-wal]`, or `fullbackup`.
 pub(super) fn base_backup(tenant: &str, timeline: &str, lsn: Option<Lsn>, options: BaseBackupOptions) -> String {
     let mut command = format!("{} {tenant} {timeline}", if options.full { "fullbackup" } else { "basebackup" });
     if let Some(lsn) = lsn {
@@ -42,6 +46,9 @@ pub(super) fn base_backup(tenant: &str, timeline: &str, lsn: Option<Lsn>, option
     }
     if options.newest_files {
         command.push_str(" --newest-files");
+    }
+    if options.short_wal {
+        command.push_str(" --short-wal");
     }
     command
 }
@@ -104,8 +111,8 @@ mod tests {
     fn commands_read_as_the_page_service_expects_them() {
         assert_eq!(pagestream("acme", "main"), "pagestream_v3 acme main");
         assert_eq!(base_backup("acme", "main", None, BaseBackupOptions::default()), "basebackup acme main");
-        let all = BaseBackupOptions { gzip: true, full: false, no_slru: true, newest_files: true };
-        assert_eq!(base_backup("a", "m", Some(Lsn(0x1_0000_0028)), all), "basebackup a m 1/28 --gzip --no-slru --newest-files");
+        let all = BaseBackupOptions { gzip: true, full: false, no_slru: true, newest_files: true, short_wal: true };
+        assert_eq!(base_backup("a", "m", Some(Lsn(0x1_0000_0028)), all), "basebackup a m 1/28 --gzip --no-slru --newest-files --short-wal");
         let full = BaseBackupOptions { full: true, ..BaseBackupOptions::default() };
         assert_eq!(base_backup("a", "m", Some(Lsn(0x28)), full), "fullbackup a m 0/28");
     }

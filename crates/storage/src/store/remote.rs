@@ -88,6 +88,9 @@ impl Remote {
         if !prefix.is_empty() {
             prefix.parse::<ObjectName>().map_err(|e| bad(e.to_string()))?;
         }
+        // The HTTP client is built without a cryptography of its own. That another part has chosen one already is no
+        // error.
+        let _ = rustls::crypto::ring::default_provider().install_default();
         let mut builder = AmazonS3Builder::new();
         for (variable, value) in &config.variables {
             if let Ok(key) = variable.to_ascii_lowercase().parse::<AmazonS3ConfigKey>() {

@@ -11,7 +11,9 @@ use clap::Args;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
-use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::{LevelFilter, Targets};
+use tracing_subscriber::layer::SubscriberExt as _;
+use tracing_subscriber::util::SubscriberInitExt as _;
 use varve_control::http::{HttpConfig, serve};
 use varve_control::{Config, Control, Environment};
 use varve_host::agent::{self, HostConfig, TokenSource};
@@ -82,11 +84,21 @@ pub(crate) fn version_and_folder(text: &str) -> Result<(u32, PathBuf), String> {
     Ok((version, folder.into()))
 }
 
-/// Logs to standard error; RUST_LOG says how much.
+/// Logs to standard error; RUST_LOG says how much: a level, or `target=level` by commas.
 pub(crate) fn log_to_stderr() {
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    let asked = std::env::var("RUST_LOG").ok();
+    let filter = asked.as_deref().map(str::parse::<Targets>);
+    let (filter, wrong) = match filter {
+        Some(Ok(filter)) => (filter, None),
+        Some(Err(e)) => (Targets::new().with_default(LevelFilter::INFO), Some(e)),
+        None => (Targets::new().with_default(LevelFilter::INFO), None),
+    };
     let ansi = std::io::IsTerminal::is_terminal(&std::io::stderr());
-    tracing_subscriber::fmt().with_env_filter(filter).with_ansi(ansi).with_writer(std::io::stderr).init();
+    let lines = tracing_subscriber::fmt::layer().with_ansi(ansi).with_writer(std::io::stderr);
+    tracing_subscriber::registry().with(lines).with(filter).init();
+    if let Some(e) = wrong {
+        tracing::warn!("RUST_LOG is not understood ({e}); logging at info");
+    }
 }
 
 /// Binds a listener, or says which address cannot be had.

@@ -7,6 +7,7 @@ mod compute;
 mod dev;
 mod host;
 mod materialize;
+mod scrub;
 mod settings;
 mod tenant;
 mod verify;
@@ -74,6 +75,8 @@ pub(crate) enum Command {
     /// Check redo, or a branch's pages, against Postgres.
     #[command(subcommand)]
     Verify(verify::VerifyCommand),
+    /// Read a whole store, or one tenant's part, and check every checksum and reference; servers may go on meanwhile.
+    Scrub(scrub::ScrubArgs),
     /// Run computes on this machine for a control plane.
     Host(host::HostArgs),
     /// One compute's mount and supervisor; started by the host.
@@ -148,6 +151,7 @@ pub(crate) async fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Materialize(args) => materialize::run(args, &Client::new(&url)?, json).await?,
         Command::Bench(command) => bench::run(command, &Client::new(&url)?, json).await?,
         Command::Verify(command) => return verify::run(command, &Client::new(&url)?, json).await,
+        Command::Scrub(args) => return scrub::run(args, json).await,
         Command::Host(args) => host::run(args).await?,
         Command::ComputeProcess(args) => host::compute_process(args).await?,
         Command::SandboxLaunch(_) | Command::SandboxInit(_) => anyhow::bail!("a sandbox is made by a process of one thread"),

@@ -37,7 +37,16 @@ pub fn timeline(
 pub fn whole_directory() -> Options {
     let auto_conf = ExtraFile { path: "postgresql.auto.conf".to_owned(), bytes: b"work_mem = '7MB'\n".to_vec() };
     let slot = Some("varve".to_owned());
-    Options { slru: true, relations: true, time_unix: 1_700_000_000, slot, wal_before: None, extra_files: vec![auto_conf], gzip: false }
+    Options {
+        slru: true,
+        relations: true,
+        time_unix: 1_700_000_000,
+        slot,
+        wal_before: None,
+        extra_files: vec![auto_conf],
+        short_wal: false,
+        gzip: false,
+    }
 }
 
 /// A stopped server whose data directory is a full backup of `history` at the timeline's base.

@@ -23,7 +23,7 @@ async fn backup_of(config: ConnectConfig, tenant: &str, options: BaseBackupOptio
     Ok(backup.into_stream().try_collect::<Vec<_>>().await?.concat())
 }
 
-const FULL: BaseBackupOptions = BaseBackupOptions { gzip: false, full: true, no_slru: false, newest_files: false };
+const FULL: BaseBackupOptions = BaseBackupOptions { gzip: false, full: true, no_slru: false, newest_files: false, short_wal: false };
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn to_wait_takes_no_place_and_ends_with_the_client() {
@@ -149,7 +149,10 @@ async fn a_slow_reader_of_a_base_backup_holds_no_thread_and_a_tenant_has_few_in_
 async fn a_base_backup_that_does_not_fit_into_memory_is_sent_all_the_same() {
     let served = Served::start(PageServiceConfig { backup_memory_max: 1 << 20, ..PageServiceConfig::default() }).await;
     let backup = backup_of(served.config(), "acme", BaseBackupOptions::default()).await.expect("a backup");
-    assert!(backup.starts_with(b"None BackupOptions { full: false, no_slru: false, newest_files: false }\n") && backup.len() > 10_000_000);
+    assert!(
+        backup.starts_with(b"None BackupOptions { full: false, no_slru: false, newest_files: false, short_wal: false }\n")
+            && backup.len() > 10_000_000
+    );
     assert_eq!(served.source.acme.backups_made.load(Ordering::SeqCst), 1, "the one in memory was given up");
 }
 

@@ -136,13 +136,16 @@ async fn a_base_backup_is_whole_or_an_error() {
         }
     };
     let plain = fetch(None, BaseBackupOptions::default()).await.expect("a backup");
-    assert!(plain.starts_with(b"None BackupOptions { full: false, no_slru: false, newest_files: false }\n") && plain.len() > 10_000_000);
-    let options = BaseBackupOptions { gzip: true, full: false, no_slru: true, newest_files: false };
+    assert!(
+        plain.starts_with(b"None BackupOptions { full: false, no_slru: false, newest_files: false, short_wal: false }\n")
+            && plain.len() > 10_000_000
+    );
+    let options = BaseBackupOptions { gzip: true, full: false, no_slru: true, newest_files: false, short_wal: false };
     let zipped = fetch(Some(Lsn(0x28)), options).await.expect("a backup");
     let mut unzipped = Vec::new();
     flate2::read::GzDecoder::new(&zipped[..]).read_to_end(&mut unzipped).expect("gzip");
     assert!(
-        unzipped.starts_with(b"Some(0/28) BackupOptions { full: false, no_slru: true, newest_files: false }\n")
+        unzipped.starts_with(b"Some(0/28) BackupOptions { full: false, no_slru: true, newest_files: false, short_wal: false }\n")
             && unzipped.len() > 10_000_000
     );
     let broken = fetch(Some(Lsn(0xBAD)), BaseBackupOptions::default()).await.expect_err("a backup that fails half-way");

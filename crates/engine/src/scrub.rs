@@ -1,0 +1,351 @@
+//! Scrubbing a store: reads every object that counts, checks each checksum and each reference, and compares what logs
+//! and manifests name with what is there.
+//!
+//! It only reads, takes nothing over, and may run beside the servers of the store. What a merge takes away meanwhile is
+//! no finding: whatever is missing or damaged is looked up once more in the manifest, and counts only if it is still
+//! there. An object that nothing refers to was left by a crash, or is about to be published; it is told, and left.
+//!
+//! Memory: one layer, and one tenant's names and manifests.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use futures::future::BoxFuture;
+use serde::Serialize;
+use varve_storage::edit_log::{self, EditLogError};
+use varve_storage::envelope;
+use varve_storage::ids::{TenantId, TimelineId};
+use varve_storage::kept_wal::KeptWal;
+use varve_storage::layer::Layer;
+use varve_storage::manifest::{LayerRow, ManifestState, timeline_folder};
+use varve_storage::store::{Failure, ObjectName, Store, StoreError};
+use varve_storage::tenant_log::{FileContents, TenantState, names, tenant_folder};
+use varve_storage::threads::Threads;
+
+use crate::error::EngineError;
+use crate::template::Templates;
+use crate::tenant::FILE_FORMAT;
+
+/// Findings that a report has in full; further ones are counted.
+const FINDINGS_MAX: usize = 1000;
+
+/// Something that is not as it should be.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Finding {
+    /// The object, or the log's folder.
+    pub object: String,
+    /// What is wrong with it.
+    pub problem: String,
+}
+
+/// What a scrub saw.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Report {
+    /// Tenants whose logs were read.
+    pub tenants: u64,
+    /// Timelines whose manifests were read.
+    pub timelines: u64,
+    /// Layers that were read.
+    pub layers: u64,
+    /// Other objects that were read: entries of logs, kept WAL, files, templates.
+    pub others: u64,
+    /// Bytes that were read.
+    pub bytes: u64,
+    /// Objects that nothing refers to.
+    pub unreferenced: u64,
+    /// Their bytes.
+    pub unreferenced_bytes: u64,
+    /// The first of them.
+    pub unreferenced_objects: Vec<String>,
+    /// Things that are wrong.
+    pub findings: u64,
+    /// The first of them.
+    pub found: Vec<Finding>,
+}
+
+impl Report {
+    fn find(&mut self, object: &impl ToString, problem: &(impl ToString + ?Sized)) {
+        self.findings += 1;
+        if self.found.len() < FINDINGS_MAX {
+            self.found.push(Finding { object: object.to_string(), problem: problem.to_string() });
+        }
+    }
+
+    fn find_unreferenced(&mut self, object: &ObjectName, bytes: u64) {
+        self.unreferenced += 1;
+        self.unreferenced_bytes += bytes;
+        if self.unreferenced_objects.len() < FINDINGS_MAX {
+            self.unreferenced_objects.push(object.to_string());
+        }
+    }
+}
+
+/// What a scrub is told while it goes on.
+pub trait Watch: Send {
+    /// The tenant that is next, of so many.
+    fn tenant(&mut self, name: &str, number: usize, of: usize);
+
+    /// So many bytes were read: returns when it may go on.
+    fn read(&mut self, bytes: u64) -> BoxFuture<'_, ()>;
+}
+
+/// Reads a store.
+pub struct Scrub<'a> {
+    store: &'a Store,
+    threads: Arc<dyn Threads>,
+    watch: &'a mut dyn Watch,
+    report: Report,
+    /// Templates that were read.
+    templates: BTreeSet<String>,
+}
+
+impl<'a> Scrub<'a> {
+    /// Of `store`; checksums are computed on `threads`.
+    pub fn new(store: &'a Store, threads: Arc<dyn Threads>, watch: &'a mut dyn Watch) -> Scrub<'a> {
+        Scrub { store, threads, watch, report: Report::default(), templates: BTreeSet::new() }
+    }
+
+    /// Scrubs the tenant of this name or id, or, without one, all.
+    ///
+    /// # Errors
+    /// When the store does not answer. What is damaged is in the report.
+    pub async fn run(mut self, only: Option<&str>) -> Result<Report, EngineError> {
+        let tenants = names::list(self.store).await?;
+        let wanted = |name: &str, id: TenantId| only.is_none_or(|only| only == name || only == id.to_string());
+        let chosen: Vec<_> = tenants.iter().filter(|(name, id)| wanted(name.as_str(), *id)).collect();
+        for (number, (name, id)) in chosen.iter().enumerate() {
+            self.watch.tenant(name.as_str(), number + 1, chosen.len());
+            self.tenant(*id).await?;
+        }
+        Ok(self.report)
+    }
+
+    async fn tenant(&mut self, id: TenantId) -> Result<(), EngineError> {
+        let folder = tenant_folder(id)?;
+        // Before the manifests: what is published meanwhile is not taken for unreferenced.
+        let mut listed: BTreeMap<ObjectName, u64> = self.store.list(&folder).await?.into_iter().map(|l| (l.name, l.bytes)).collect();
+        self.log::<TenantState>(&folder, &mut listed).await?;
+        let read = edit_log::read_state::<TenantState>(self.store, &folder).await;
+        self.report.tenants += 1;
+        let state = match read {
+            Ok(Some((state, _))) => state,
+            Ok(None) => {
+                self.report.find(&folder, "the tenant has a name and no log: restore its objects from a copy of the store");
+                return Ok(());
+            }
+            // Told by the log's own check.
+            Err(error) => return unless_damaged(error),
+        };
+        if let Some(facts) = state.facts() {
+            self.template(&facts.template.clone()).await?;
+        }
+        for timeline in state.timelines() {
+            self.timeline(id, timeline.facts.id, &mut listed).await?;
+        }
+        for (object, len) in files_of(&state) {
+            listed.remove(&object);
+            self.file(&object, len).await?;
+        }
+        for (object, bytes) in listed {
+            if !self.is_referenced(id, &object).await? {
+                self.report.find_unreferenced(&object, bytes);
+            }
+        }
+        Ok(())
+    }
+
+    /// Checks each object of a log, and takes them off the list.
+    async fn log<S: edit_log::State>(&mut self, folder: &ObjectName, listed: &mut BTreeMap<ObjectName, u64>) -> Result<(), EngineError> {
+        let log = folder.join("log")?;
+        let (mut objects, mut bytes) = (0, 0);
+        listed.retain(|object, length| {
+            let is_of_log = log.relative(object).is_some();
+            if is_of_log {
+                (objects, bytes) = (objects + 1, bytes + *length);
+            }
+            !is_of_log
+        });
+        if objects == 0 {
+            return Ok(());
+        }
+        self.count(objects, bytes).await;
+        match edit_log::dump::<S>(self.store, folder).await {
+            Ok(_) => {}
+            Err(error) => {
+                self.report.find(folder, &error);
+                return unless_damaged(error);
+            }
+        }
+        // In order, each edit must fit the state before it.
+        match edit_log::read_state::<S>(self.store, folder).await {
+            Ok(_) => Ok(()),
+            Err(error) => {
+                self.report.find(folder, &error);
+                unless_damaged(error)
+            }
+        }
+    }
+
+    async fn count(&mut self, others: u64, bytes: u64) {
+        self.report.others += others;
+        self.report.bytes += bytes;
+        self.watch.read(bytes).await;
+    }
+
+    async fn timeline(
+        &mut self,
+        tenant: TenantId,
+        timeline: TimelineId,
+        listed: &mut BTreeMap<ObjectName, u64>,
+    ) -> Result<(), EngineError> {
+        let folder = timeline_folder(tenant, timeline)?;
+        self.log::<ManifestState>(&folder, listed).await?;
+        self.report.timelines += 1;
+        let Some(state) = self.manifest(&folder).await? else { return Ok(()) };
+        let rows: Vec<Arc<LayerRow>> = state.layers().cloned().collect();
+        let pieces: Vec<Arc<KeptWal>> = state.kept_wal().cloned().collect();
+        drop(state);
+        for row in rows {
+            let found = listed.remove(&row.object);
+            let Some(problem) = self.layer(&row, found).await? else { continue };
+            if self.manifest(&folder).await?.is_some_and(|now| now.layer(row.id).is_some()) {
+                self.report.find(&row.object, &problem);
+            }
+        }
+        for piece in pieces {
+            listed.remove(&piece.object);
+            let read = {
+                let (store, piece) = (self.store.blocking(self.threads.clone()), piece.clone());
+                self.threads.call(move || piece.read(&store, piece.lsn_start).map(drop)).await?
+            };
+            self.count(1, piece.length).await;
+            if let Err(error) = read
+                && self.manifest(&folder).await?.is_some_and(|now| now.kept_wal().any(|other| other.object == piece.object))
+            {
+                self.report.find(&piece.object, &error);
+            }
+        }
+        Ok(())
+    }
+
+    /// A manifest as it is now; none if there is none, or it cannot be read, which its log's check tells.
+    async fn manifest(&self, folder: &ObjectName) -> Result<Option<ManifestState>, EngineError> {
+        match edit_log::read_state::<ManifestState>(self.store, folder).await {
+            Ok(read) => Ok(read.map(|(state, _)| state)),
+            Err(error) => unless_damaged(error).map(|()| None),
+        }
+    }
+
+    /// What is wrong with a layer, if anything is. `found` is the object's length as it was listed.
+    async fn layer(&mut self, row: &LayerRow, found: Option<u64>) -> Result<Option<String>, EngineError> {
+        let bytes = match self.store.get_optional(&row.object).await {
+            Ok(Some(bytes)) => bytes,
+            Ok(None) => return Ok(Some("the manifest names it, and it is not there: restore it from a copy of the store".to_owned())),
+            Err(error) => return unless_unreadable(error).map(Some),
+        };
+        self.report.layers += 1;
+        self.report.bytes += bytes.len() as u64;
+        self.watch.read(bytes.len() as u64).await;
+        let length = bytes.len() as u64;
+        if length < row.offset.saturating_add(row.length) || found.is_some_and(|listed| listed != length) {
+            let expected = row.offset.saturating_add(row.length);
+            return Ok(Some(format!("it has {length} bytes, the manifest expects {expected} at least, the listing said {found:?}")));
+        }
+        let layer = Arc::new(Layer::new(row.info(), row.object.to_string(), row.offset, Box::new(bytes)));
+        let verified = self.threads.call(move || layer.verify()).await?;
+        Ok(verified.err().map(|error| error.to_string()))
+    }
+
+    async fn file(&mut self, object: &ObjectName, len: u64) -> Result<(), EngineError> {
+        match self.store.get_optional(object).await {
+            Ok(Some(bytes)) => {
+                self.count(1, bytes.len() as u64).await;
+                match envelope::decode(&FILE_FORMAT, object.as_str(), &bytes) {
+                    Ok(decoded) if decoded.content.len() as u64 == len => {}
+                    Ok(decoded) => self.report.find(object, &format!("it has {} bytes, {len} are expected", decoded.content.len())),
+                    Err(error) => self.report.find(object, &error),
+                }
+            }
+            Ok(None) => self.report.find(object, "the tenant's log names it, and it is not there: restore it from a copy of the store"),
+            Err(error) => {
+                let problem = unless_unreadable(error)?;
+                self.report.find(object, &problem);
+            }
+        }
+        Ok(())
+    }
+
+    /// A template and its layers, once.
+    async fn template(&mut self, name: &str) -> Result<(), EngineError> {
+        if !self.templates.insert(name.to_owned()) {
+            return Ok(());
+        }
+        let template = match Templates::new(self.store.clone()).by_name(name).await {
+            Ok(template) => template,
+            Err(EngineError::Store(error)) if !error.is_not_found() => return Err(error.into()),
+            Err(error) => {
+                self.report.find(&format!("templates/{name}"), &error);
+                return Ok(());
+            }
+        };
+        self.count(1, 0).await;
+        for row in &template.facts().layers {
+            if let Some(problem) = self.layer(row, None).await? {
+                self.report.find(&row.object, &problem);
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether a manifest or the tenant's log refers to an object by now.
+    async fn is_referenced(&self, tenant: TenantId, object: &ObjectName) -> Result<bool, EngineError> {
+        let folder = tenant_folder(tenant)?;
+        match timeline_of(&folder, object) {
+            Some(timeline) => {
+                let now = self.manifest(&timeline_folder(tenant, timeline)?).await?;
+                Ok(now.is_some_and(|now| {
+                    now.layers().any(|row| row.object == *object) || now.kept_wal().any(|piece| piece.object == *object)
+                }))
+            }
+            None => {
+                let read = edit_log::read_state::<TenantState>(self.store, &folder).await;
+                let now = match read {
+                    Ok(now) => now,
+                    Err(error) => return unless_damaged(error).map(|()| false),
+                };
+                Ok(now.is_some_and(|(now, _)| files_of(&now).contains_key(object)))
+            }
+        }
+    }
+}
+
+/// The objects that hold files of a tenant's timelines, with the files' lengths.
+fn files_of(state: &TenantState) -> BTreeMap<ObjectName, u64> {
+    let versions = state.timelines().flat_map(|timeline| timeline.files.values().flatten());
+    let object = |contents: &FileContents| match contents {
+        FileContents::Object { name, len } => Some((name.parse().ok()?, *len)),
+        FileContents::Inline(_) | FileContents::Removed => None,
+    };
+    versions.filter_map(|(_, contents)| object(contents)).collect()
+}
+
+/// The timeline in whose folder an object stands.
+fn timeline_of(tenant: &ObjectName, object: &ObjectName) -> Option<TimelineId> {
+    tenant.relative(object)?.strip_prefix("timelines/")?.split('/').next()?.parse().ok()
+}
+
+/// Passes on what is the store's fault; what is wrong with the log itself has been told.
+fn unless_damaged(error: EditLogError) -> Result<(), EngineError> {
+    match error {
+        EditLogError::Store(error) => Err(error.into()),
+        _ => Ok(()),
+    }
+}
+
+/// What a store says of one object that it does not give; passes on what is wrong with the store.
+fn unless_unreadable(error: StoreError) -> Result<String, EngineError> {
+    match error.failure() {
+        Some(Failure::Unreachable | Failure::StoreMissing) => Err(error.into()),
+        _ => Ok(error.to_string()),
+    }
+}

@@ -1,0 +1,129 @@
+//! `varve scrub` says of each object of a store whether it is sound, names what is not, and leaves servers alone.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context as _, ensure};
+use serde_json::Value;
+use varve_testbed::dev::{Dev, program, psql};
+use varve_testbed::minio::Minio;
+
+const VARVE: &str = env!("CARGO_BIN_EXE_varve");
+
+/// What a scrub says, and whether its exit status says that all is sound.
+fn scrub(dev: &Dev, arguments: &[&str]) -> anyhow::Result<(Value, bool)> {
+    let output = dev.output(Command::new(VARVE).args(["scrub", "--json", "--store", &dev.store()]).args(arguments))?;
+    let report = serde_json::from_slice(&output.stdout)
+        .with_context(|| format!("expected a report, got {}", String::from_utf8_lossy(&output.stderr)))?;
+    Ok((report, output.status.success()))
+}
+
+fn is_sound(dev: &Dev) -> anyhow::Result<Value> {
+    let (report, success) = scrub(dev, &[])?;
+    ensure!(success && report["findings"] == 0, "expected a sound store, got {report}");
+    Ok(report)
+}
+
+fn find(root: &str, part: &str) -> anyhow::Result<Vec<PathBuf>> {
+    let found = program("find", &[root, "-type", "f", "-path", part])?;
+    Ok(found.lines().map(PathBuf::from).collect())
+}
+
+/// Some history: two branches, a long file of settings, WAL that carries its pages.
+fn load(dev: &Dev) -> anyhow::Result<()> {
+    dev.json(&["tenant", "create", "acme"])?;
+    dev.json(&["tenant", "create", "other"])?;
+    let db = dev.compute("acme/main", &[])?;
+    program("pgbench", &["-iq", "-s", "3", &db])?;
+    psql(&db, "COPY (SELECT md5(i::text) FROM generate_series(1, 5000) i) TO PROGRAM 'cat > long.txt'")?;
+    psql(&db, "ALTER SYSTEM SET wal_consistency_checking = 'heap'")?;
+    psql(&db, "SELECT pg_reload_conf()")?;
+    dev.json(&["branch", "create", "acme/child"])?;
+    psql(&db, "CREATE TABLE t AS SELECT i FROM generate_series(1, 1000) i")?;
+    dev.json(&["compute", "stop", "acme/main"])?;
+    Ok(())
+}
+
+/// Damages a file in the middle, looks what a scrub says, and makes it whole again.
+fn names_it_when_damaged(dev: &Dev, path: &Path) -> anyhow::Result<()> {
+    let whole = std::fs::read(path)?;
+    let name = path.strip_prefix(dev.store())?.display().to_string();
+    let named = |how: &str| -> anyhow::Result<()> {
+        let (report, success) = scrub(dev, &[])?;
+        let found = report["found"].as_array().context("findings")?;
+        // An entry of a log is named in the words about its log.
+        let is_named = found.iter().any(|f| f["object"] == *name || f["problem"].as_str().is_some_and(|words| words.contains(&name)));
+        ensure!(!success && is_named, "{name} was {how}; expected that it is named, got {report}");
+        Ok(())
+    };
+    let mut flipped = whole.clone();
+    flipped[whole.len() / 2] ^= 1;
+    std::fs::write(path, &flipped)?;
+    named("changed by one bit")?;
+    std::fs::write(path, &whole[..whole.len() - 1])?;
+    named("cut off")?;
+    std::fs::remove_file(path)?;
+    named("removed")?;
+    std::fs::write(path, whole)?;
+    Ok(())
+}
+
+#[test]
+fn what_is_damaged_or_missing_is_named() -> anyhow::Result<()> {
+    let mut dev = Dev::start(VARVE)?;
+    load(&dev)?;
+    dev.stop()?;
+    let report = is_sound(&dev)?;
+    ensure!(report["tenants"] == 2 && report["layers"].as_u64() > Some(2), "both tenants were read: {report}");
+    ensure!(report["unreferenced"] == 0, "nothing is left over after an orderly stop: {report}");
+    for part in ["*/timelines/*/layers/*", "*/timelines/*/wal/*", "*/files/*", "*/templates/*/template", "*/tenants/*/log/*"] {
+        // The first entry of a log, which later ones follow.
+        let path = find(&dev.store(), part)?.into_iter().min().with_context(|| format!("there is something in {part}"))?;
+        names_it_when_damaged(&dev, &path)?;
+    }
+    is_sound(&dev)?;
+    let (report, success) = scrub(&dev, &["other"])?;
+    ensure!(success && report["tenants"] == 1, "one tenant alone: {report}");
+    let refused = dev.output(Command::new(VARVE).args(["scrub", "nobody", "--store", &dev.store()]))?;
+    let words = String::from_utf8_lossy(&refused.stderr);
+    ensure!(!refused.status.success() && words.contains("no tenant 'nobody'"), "an unknown tenant is an error: {words}");
+    Ok(())
+}
+
+#[test]
+fn what_nothing_refers_to_is_told_and_left() -> anyhow::Result<()> {
+    let mut dev = Dev::start(VARVE)?;
+    load(&dev)?;
+    dev.stop()?;
+    let layers = find(&dev.store(), "*/timelines/*/layers/*")?;
+    let layer = layers.first().context("a layer")?;
+    let stray = layer.with_file_name("00000001-0123456789abcdef0123456789abcdef");
+    std::fs::copy(layer, &stray)?;
+    let report = is_sound(&dev)?;
+    let name = stray.strip_prefix(dev.store())?.display().to_string();
+    ensure!(report["unreferenced"] == 1 && report["unreferenced_objects"][0] == *name, "expected {name}, got {report}");
+    ensure!(stray.exists(), "it is left");
+    Ok(())
+}
+
+#[test]
+fn a_server_goes_on_meanwhile() -> anyhow::Result<()> {
+    let Some(minio) = Minio::start_unless_skipped() else { return Ok(()) };
+    let dev = Dev::start_on(VARVE, Some(minio.url("scrub")), minio.variables())?;
+    dev.json(&["tenant", "create", "acme"])?;
+    let db = dev.compute("acme/main", &[])?;
+    program("pgbench", &["-iq", "-s", "5", &db])?;
+    let mut load = Command::new("pgbench").args(["-n", "-c", "2", "-T", "12", &db]).stdout(std::process::Stdio::null()).spawn()?;
+    let mut scrubs = 0;
+    while load.try_wait()?.is_none() {
+        let output = dev.output(Command::new(VARVE).args(["scrub", "--json", "--store", &minio.url("scrub")]).envs(minio.variables()))?;
+        let report: Value = serde_json::from_slice(&output.stdout)
+            .with_context(|| format!("expected a report, got {}", String::from_utf8_lossy(&output.stderr)))?;
+        ensure!(output.status.success() && report["findings"] == 0, "a store that is written is sound, got {report}");
+        scrubs += 1;
+    }
+    ensure!(load.wait()?.success(), "the load went on");
+    ensure!(scrubs > 0, "there was a scrub while the load went on");
+    ensure!(psql(&db, "SELECT count(*) FROM pgbench_accounts")? == "500000", "the server serves");
+    Ok(())
+}
