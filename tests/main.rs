@@ -6,6 +6,7 @@ mod bad_input;
 mod comparison;
 mod damaged_files;
 mod harder_loads;
+mod kept_pages;
 mod left_in_pg_wal;
 mod like_stock;
 mod main_job;

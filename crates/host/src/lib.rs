@@ -25,6 +25,7 @@ pub mod files;
 pub mod handover;
 pub mod identity;
 pub mod initdb;
+mod kept_pages;
 pub mod leftover;
 mod log;
 pub mod mount;

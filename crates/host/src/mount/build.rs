@@ -17,7 +17,7 @@ use super::{
 
 /// Where the tablespaces of the base are: `pg_tblspc/<oid>` is a symbolic link to
 /// `<mountpoint>/varve_tablespaces/<oid>`.
-const TABLESPACES: &str = "varve_tablespaces";
+pub(super) const TABLESPACES: &str = "varve_tablespaces";
 /// Mode of directories, as `initdb` makes them.
 const DIRECTORY_MODE: u32 = 0o700;
 

@@ -26,6 +26,7 @@
 //! Must never know: Postgres's processes, WAL, branches, or how the page service is spoken to.
 
 mod base;
+mod beside_wal;
 mod budget;
 mod build;
 mod cache;
@@ -63,6 +64,7 @@ use parking_lot::Mutex;
 use varve_postgres::{Major, Oid, RelFork};
 
 use self::{
+    base::Base,
     budget::CacheBudget,
     cache::CacheDir,
     file::{Counters, FileContext},
@@ -72,7 +74,13 @@ use self::{
     startup_set::StartupSet,
     tree::Tree,
 };
-pub use self::{filesystem::FailureCallback, host::remove_stale_mount, observer::FileObserver, source::BaseSource};
+pub use self::{
+    beside_wal::{BesideWal, RelationFile, StagedFile},
+    filesystem::FailureCallback,
+    host::remove_stale_mount,
+    observer::FileObserver,
+    source::BaseSource,
+};
 
 /// Threads that take requests from the kernel, at least: more do not pay on two CPUs, fewer would leave too few when
 /// some wait for the base.

@@ -95,13 +95,17 @@ impl Tree {
         match &entry.target {
             Target::Node(node) => Some(node.clone()),
             Target::Unseen(base) => {
-                let meta = Meta::new(BASE_FILE_MODE, self.uid, self.gid);
-                let node = Node::new(entry.ino, meta, Content::File(FileData::new(entry.ino, base.clone())));
+                let node = Node::new(entry.ino, self.file_of_the_base(), Content::File(FileData::new(entry.ino, base.clone())));
                 self.nodes.insert(&node);
                 entries.see(name, node.clone());
                 Some(node)
             }
         }
+    }
+
+    /// Owner and mode of a file as the base has them.
+    pub(super) fn file_of_the_base(&self) -> Meta {
+        Meta::new(BASE_FILE_MODE, self.uid, self.gid)
     }
 
     /// Makes the entries of a directory complete.
