@@ -95,8 +95,7 @@ impl Sight {
             Sight::new(
                 "other names in the data directory",
                 // What one has that is away, the other may not have.
-                "SELECT string_agg(name, ' ' ORDER BY name) FROM pg_ls_dir('.') name WHERE name NOT LIKE 'my%' AND name NOT IN \
-                 ('postmaster.opts', 'varve_tablespaces')",
+                "SELECT string_agg(name, ' ' ORDER BY name) FROM pg_ls_dir('.') name WHERE name NOT LIKE 'my%' AND name <> 'postmaster.opts'",
             ),
             Sight::new(
                 "counts of rows in statistics",

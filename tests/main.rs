@@ -18,6 +18,7 @@ mod random_lsns;
 mod replication;
 mod restores_under_kills;
 mod sandbox;
+mod tablespaces;
 mod tidy;
 mod two_machines;
 mod verify;

@@ -59,6 +59,10 @@ pub struct Begin {
     pub databases: Vec<(u32, u32)>,
     /// Tablespaces but for the two default ones.
     pub tablespaces: Vec<u32>,
+    /// Where they are, as whoever made them named it; empty for one inside the data directory. A server of an older
+    /// release does not say.
+    #[serde(default)]
+    pub tablespace_locations: Vec<(u32, String)>,
     /// Postgres's catalog version, part of the names of directories in tablespaces.
     pub catalog_version: u32,
     /// Blocks (tablespace, database, relation, fork, block) that a start reads, to be fetched in one batch.

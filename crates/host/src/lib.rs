@@ -40,5 +40,6 @@ pub mod server;
 pub mod sessions;
 mod start;
 pub mod start_failure;
+pub mod tablespaces;
 pub mod uids;
 pub mod waiters;

@@ -24,6 +24,7 @@ use crate::sandbox::{Dialer, NetworkAccess, Running, SandboxError, Spec};
 use crate::sessions::{PrivateSocket, SessionError, Sessions};
 use crate::start::Brought;
 use crate::start_failure::{Given, Said};
+use crate::tablespaces;
 
 /// How long Postgres may take until it answers: as long as it says that it starts, or nothing at all.
 const START_MAX: Duration = Duration::from_secs(120);
@@ -190,7 +191,8 @@ impl Postgres {
         let listen = begin.listen.clone();
         // Inside nobody knows names.
         let addresses = tokio::task::spawn_blocking(move || ports::numeric(&listen)).await.map_err(io::Error::other)??;
-        let spec = Spec { arguments: config::arguments(begin, &addresses, dirs, &brought.asked), ..spec };
+        let spec =
+            Spec { arguments: config::arguments(begin, &addresses, dirs, &brought.asked), links: tablespaces::links(begin, dirs), ..spec };
         let (running, log) = in_sandbox(&spec, dirs).await?;
         let pid = running.processes().map_or(0, |(_, postmaster)| postmaster);
         Ok(Postgres { processes: sandboxed(running, log, group), pid, sessions: sessions(begin, dirs) })
@@ -355,7 +357,12 @@ pub async fn repair(bin_dir: &Path, begin: &Begin, dirs: &Dirs, brought: &Brough
                 let input = Some(dirs.conf().join(REPAIR_FILE));
                 let group = dirs.group()?;
                 group.make(&limits)?;
-                let spec = Spec { arguments, input, ..spec(bin_dir, dirs, uid, network, &limits, &group)? };
+                let spec = Spec {
+                    arguments,
+                    input,
+                    links: tablespaces::links(begin, dirs),
+                    ..spec(bin_dir, dirs, uid, network, &limits, &group)?
+                };
                 let (running, log) = in_sandbox(&spec, dirs).await?;
                 let mut single = Postgres { pid: 0, sessions: sessions(begin, dirs), processes: sandboxed(running, log, group) };
                 single.remember(dirs)?;
@@ -418,6 +425,11 @@ fn spec(bin_dir: &Path, dirs: &Dirs, uid: u32, network: NetworkAccess, limits: &
         root: dirs.sandbox_root(),
         read_only,
         writable: vec![dirs.pgdata(), dirs.pg_wal(), dirs.socket()],
+        root_links: vec![(
+            tablespaces::NAMED.trim_start_matches('/').to_owned(),
+            dirs.pgdata().join(crate::mount::NAMED).to_string_lossy().into_owned(),
+        )],
+        links: Vec::new(),
         network,
         shm_bytes: limits.memory_bytes.map_or(SHM_BYTES_MAX, |bytes| (bytes / 2).min(SHM_BYTES_MAX)),
         tmp_bytes: TMP_BYTES,

@@ -25,6 +25,7 @@ use crate::mount::{InitialContent, InitialFile, Mount, MountConfig};
 use crate::page_fetcher::PageFetcher;
 use crate::server::Server;
 use crate::start_failure::{self, Given};
+use crate::tablespaces;
 
 /// How long the page service may be silent while a base backup comes: it may have to ingest first.
 const BACKUP_SILENCE_MAX: Duration = Duration::from_secs(120);
@@ -183,7 +184,7 @@ fn mount_blocking(
     config.gid = user.gid;
     config.initial_files = files;
     config.databases = begin.databases.clone();
-    config.tablespaces = begin.tablespaces.clone();
+    config.tablespaces = tablespaces::of(begin, dirs.isolation());
     config.observer = Some(uploader.observer());
     let mount = Mount::start(config).map_err(|error| MountError::Mount(io::Error::other(error)))?;
     let mounted = started.elapsed();

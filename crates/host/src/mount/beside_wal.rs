@@ -12,6 +12,7 @@ use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::io;
 use std::os::fd::AsFd;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use varve_postgres::{BLCKSZ, Fork, paths::RelationFileName};
@@ -107,14 +108,35 @@ impl Mount {
             rustix::fs::open(&self.mountpoint, rustix::fs::OFlags::DIRECTORY | rustix::fs::OFlags::CLOEXEC, rustix::fs::Mode::empty())?;
         rustix::fs::syncfs(root.as_fd())?;
         let mut found = BesideWal { sequences: Vec::new(), unlogged: Vec::new() };
-        for folder in ["base", TABLESPACES] {
-            match self.tree.find(folder) {
-                Ok(node) => look(&self.tree, &node, folder, 1, &mut found)?,
-                Err(fuser::Errno::ENOENT) => {}
-                Err(error) => return Err(io::Error::from_raw_os_error(error.code())),
+        let tree = &self.tree;
+        let mut look_at = |folder: &str, path: &str| match tree.find(folder) {
+            Ok(node) => look(tree, &node, path, 1, &mut found),
+            Err(fuser::Errno::ENOENT | fuser::Errno::ENOTDIR) => Ok(()),
+            Err(error) => Err(io::Error::from_raw_os_error(error.code())),
+        };
+        look_at("base", "base")?;
+        look_at("pg_tblspc", "pg_tblspc")?;
+        for (spc, link) in self.tablespace_links() {
+            // Wherever it lies now, the next mount has it there.
+            if let Some(folder) = tree.places.behind(&link, &self.mountpoint) {
+                look_at(&folder, &format!("{TABLESPACES}/{spc}"))?;
             }
         }
         Ok(found)
+    }
+
+    /// Tablespaces outside `pg_tblspc`, and where they are.
+    fn tablespace_links(&self) -> Vec<(u32, PathBuf)> {
+        let Ok(folder) = self.tree.find("pg_tblspc") else { return Vec::new() };
+        let Ok(dir) = directory(&folder) else { return Vec::new() };
+        let link = |(name, entry): (&Name, &Entry)| match &entry.target {
+            Target::Node(node) => match &node.content {
+                Content::Symlink(target) => Some((name.to_str()?.parse().ok()?, PathBuf::from(target))),
+                _ => None,
+            },
+            Target::Unseen(_) => None,
+        };
+        dir.entries.read().iter().filter_map(link).collect()
     }
 
     /// A file of a relation that is to have `bytes` bytes, zeros until they are written.

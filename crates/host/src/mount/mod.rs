@@ -19,9 +19,8 @@
 //! - **Patient**: while the pageserver is away, what is here is read and written as always, and first touches wait.
 //!
 //! What lies outside: `pg_wal` (a symbolic link among the initial files, to plain disk), and tablespaces that a user
-//! creates with a location of his own while the compute runs. Tablespaces of the base are directories of the mount, to
-//! which `pg_tblspc/<oid>` links. Directories in `pg_tblspc` itself would do for a compute, but a backup taken from it
-//! would not start: recovery panics at anything but links there.
+//! creates while the compute runs with a location that is not the mount's. Tablespaces of the base are directories of
+//! the mount, wherever they are to be seen ([`crate::tablespaces`]).
 //!
 //! Must never know: Postgres's processes, WAL, branches, or how the page service is spoken to.
 
@@ -63,6 +62,9 @@ use fuser::{BackgroundSession, Config, MountOption, Session, SessionACL};
 use parking_lot::Mutex;
 use varve_postgres::{Major, Oid, RelFork};
 
+use crate::tablespaces::Location;
+
+pub(crate) use self::build::{NAMED, TABLESPACES};
 use self::{
     base::Base,
     budget::CacheBudget,
@@ -133,8 +135,8 @@ pub struct MountConfig {
     pub initial_files: Vec<InitialFile>,
     /// The databases of the base: (tablespace, database).
     pub databases: Vec<(Oid, Oid)>,
-    /// The tablespaces of the base, but for the two default ones.
-    pub tablespaces: Vec<Oid>,
+    /// The tablespaces of the base, but for the two default ones, and where they are to be seen.
+    pub tablespaces: Vec<(Oid, Location)>,
     /// Postgres's major and catalog version, which name its part of a tablespace (`PG_15_202209061`).
     pub major: Major,
     /// See [`MountConfig::major`].

@@ -3,7 +3,9 @@
 
 use std::io::{self, Read as _, Write as _};
 use std::os::fd::AsFd as _;
+use std::os::unix::fs::symlink;
 use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
+use std::path::Path;
 use std::process::{Command, ExitStatus, Stdio};
 
 use rustix::process::{
@@ -40,6 +42,7 @@ fn run(spec: &Spec) -> Result<ExitStatus, String> {
     root::make(spec)?;
     give_up_privileges(spec)?;
     filter::apply()?;
+    make_links(spec);
 
     let errors = io::stderr().as_fd().try_clone_to_owned().map_err(|error| format!("the log: {error}"))?;
     let mut program = Command::new(&spec.program);
@@ -61,6 +64,16 @@ fn run(spec: &Spec) -> Result<ExitStatus, String> {
             Ok(Some((ended, status))) if ended == pid => return Ok(ExitStatus::from_raw(status.as_raw())),
             Ok(_) | Err(rustix::io::Errno::INTR) => {}
             Err(error) => return Err(format!("waiting for the program: {error}")),
+        }
+    }
+}
+
+/// Nobody else has been here. What cannot be made is missed by the user alone, and told in his log.
+fn make_links(spec: &Spec) {
+    for (path, target) in &spec.links {
+        let made = Path::new(path).parent().map_or(Ok(()), std::fs::create_dir_all).and_then(|()| symlink(target, path));
+        if let Err(error) = made {
+            let _ = writeln!(io::stderr(), "the link {path} could not be made: {error}");
         }
     }
 }

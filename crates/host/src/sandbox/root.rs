@@ -51,6 +51,9 @@ pub(super) fn make(spec: &Spec) -> Result<(), String> {
     for path in &spec.writable {
         root.bind(path, true)?;
     }
+    for (name, target) in &spec.root_links {
+        root.link(name, Path::new(target))?;
+    }
     mount_remount(&root.at, plain | MountFlags::BIND | MountFlags::RDONLY, "").map_err(at("the root directory"))?;
     std::env::set_current_dir(&root.at).map_err(at(root.at.display()))?;
     // The old root ends up above the new one, and is taken away from there.

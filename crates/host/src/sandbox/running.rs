@@ -169,6 +169,8 @@ async fn try_in(varve: &Path, folder: &Path, uid: u32, network: NetworkAccess, g
         root: root.path().to_owned(),
         read_only: Vec::new(),
         writable: Vec::new(),
+        root_links: Vec::new(),
+        links: Vec::new(),
         network,
         shm_bytes: PROBE_BYTES,
         tmp_bytes: PROBE_BYTES,
