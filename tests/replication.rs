@@ -15,6 +15,9 @@ const VARVE: &str = env!("CARGO_BIN_EXE_varve");
 /// How long what was sent may take to arrive, and a compute to be back.
 const ARRIVAL_MAX: Duration = Duration::from_secs(60);
 
+/// How long a subscriber has to apply, and to report, while its server is away.
+const APPLY_WAIT: Duration = Duration::from_secs(3);
+
 /// What ends a compute.
 #[derive(Clone, Copy, Debug)]
 enum End {
@@ -236,17 +239,35 @@ fn a_compute_that_subscribes_loses_nothing_through_all_its_ends() -> anyhow::Res
     publish("CREATE PUBLICATION p FOR TABLE t")?;
     branch.sql("CREATE TABLE t (id int PRIMARY KEY, word text)")?;
     branch.sql(&format!("CREATE SUBSCRIPTION s CONNECTION '{address}' PUBLICATION p"))?;
+    let reported = || {
+        // What the publisher was told it need not keep is what could be lost.
+        let confirmed = "SELECT confirmed_flush_lsn >= pg_current_wal_lsn() FROM pg_replication_slots";
+        limit::until("the subscriber to report", ARRIVAL_MAX, None, || Ok((publish(confirmed)? == "t").then_some(())))
+    };
     let mut rows = 0;
     for end in ENDS {
         for _ in 0..2 {
             publish(&insert(rows, 100))?;
             rows += 100;
         }
-        // What the publisher was told it need not keep is what could be lost.
-        let confirmed = "SELECT confirmed_flush_lsn >= pg_current_wal_lsn() FROM pg_replication_slots";
-        limit::until("the subscriber to report", ARRIVAL_MAX, None, || Ok((publish(confirmed)? == "t").then_some(())))?;
+        reported()?;
         branch.end(end)?;
         equal(&format!("after {end:?}"), rows, [&mut |sql| publish(sql), &mut |sql| branch.sql(sql)])?;
+    }
+    // While no server takes its WAL, what it applies is in its host's pg_wal alone. Whether it reports that or not,
+    // nothing of it is lost.
+    for which in ["pid", "mount_pid"] {
+        let pid = branch.dev.until("the compute to be attached", ARRIVAL_MAX, || {
+            Ok(branch.dev.json(&["compute", "list"])?[0][which].as_u64().and_then(|pid| u32::try_from(pid).ok()))
+        })?;
+        branch.dev.kill()?;
+        publish(&insert(rows, 10))?;
+        rows += 10;
+        std::thread::sleep(APPLY_WAIT);
+        signal(pid, Signal::KILL);
+        branch.dev.run()?;
+        branch.dev.until("the compute to answer", ARRIVAL_MAX, || Ok(branch.sql("SELECT 1").is_ok().then_some(())))?;
+        equal(&format!("after the server and {which}"), rows, [&mut |sql| publish(sql), &mut |sql| branch.sql(sql)])?;
     }
     Ok(())
 }

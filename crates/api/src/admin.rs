@@ -79,6 +79,10 @@ pub struct Deleted {
 pub struct Stopped {
     /// The compute's id.
     pub stopped: String,
+    /// What a stock server would have kept and the next start will not find, in words: unlogged contents beyond the
+    /// limit.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub warnings: Vec<String>,
 }
 
 /// Body of `POST /v1/tenants/{tenant}/branches`.

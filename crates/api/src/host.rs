@@ -13,6 +13,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::admin::CacheUse;
+use crate::kept_pages::KeptPages;
 
 /// Body of `POST /v1/computes/{id}/begin`; may be left out.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -58,6 +59,10 @@ pub struct Begin {
     pub databases: Vec<(u32, u32)>,
     /// Tablespaces but for the two default ones.
     pub tablespaces: Vec<u32>,
+    /// Where they are, as whoever made them named it; empty for one inside the data directory. A server of an older
+    /// release does not say.
+    #[serde(default)]
+    pub tablespace_locations: Vec<(u32, String)>,
     /// Postgres's catalog version, part of the names of directories in tablespaces.
     pub catalog_version: u32,
     /// Blocks (tablespace, database, relation, fork, block) that a start reads, to be fetched in one batch.
@@ -65,6 +70,9 @@ pub struct Begin {
     /// Settings that hold for this start, over those of the branch.
     #[serde(default)]
     pub settings: Vec<(String, String)>,
+    /// Pages that a stop exactly here kept.
+    #[serde(default)]
+    pub pages: KeptPages,
 }
 
 fn first_password() -> u32 {
@@ -231,6 +239,12 @@ pub struct Ended {
     /// has that.
     #[serde(default)]
     pub checkpoint: Option<String>,
+    /// Of a clean end: the pages that WAL does not give back.
+    #[serde(default)]
+    pub pages: KeptPages,
+    /// What of them is left out, in words.
+    #[serde(default)]
+    pub warnings: Vec<String>,
     /// Why, in words.
     pub reason: String,
 }
@@ -244,6 +258,14 @@ pub struct FileVersion {
     pub path: String,
     /// Contents, base64; none when the file was removed.
     pub contents: Option<String>,
+}
+
+/// Answer to `POST /v1/computes/{id}/pages`, whose body is a piece of a file (`application/octet-stream`).
+/// `GET /v1/computes/{id}/pages?name=NAME` gives its bytes.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct PieceKept {
+    /// The object.
+    pub name: String,
 }
 
 /// Body of `POST /v1/hosts/{id}/hello`: a host is there, or there again. `id` is 32 hexadecimal digits, made once and

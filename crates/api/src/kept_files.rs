@@ -14,7 +14,7 @@ pub const BYTES_MAX: u64 = 256 << 20;
 const PATH_BYTES_MAX: usize = 1024;
 
 /// What stands in these folders comes from WAL, or is made anew at each start.
-const FOLDERS_MADE: [&str; 15] = [
+const FOLDERS_MADE: [&str; 17] = [
     "base",
     "global",
     "pg_wal",
@@ -30,6 +30,9 @@ const FOLDERS_MADE: [&str; 15] = [
     "pg_dynshmem",
     "pg_stat_tmp",
     "varve_tablespaces",
+    "varve_named",
+    // Under this name a branch has the lists of pages that WAL does not give back.
+    "varve_pages",
 ];
 /// These files Varve makes, or Postgres at each start.
 const FILES_MADE: [&str; 10] = [

@@ -3,6 +3,7 @@
 //!
 //! - [`admin`]: bodies of the admin API `/v1`, as operators and the CLI use it.
 //! - [`host`]: bodies of the routes that hosts and the computes on them use.
+//! - [`kept_pages`]: pages that WAL does not give back;
 //! - [`kept_files`]: which files of a data directory hosts send and the control plane takes.
 //! - [`client`]: the HTTP client that hosts, computes and the CLI use; [`token`]: what it shows.
 //! - [`settings`]: which settings of Postgres a tenant cannot make.
@@ -14,6 +15,7 @@ pub mod admin;
 pub mod client;
 pub mod host;
 pub mod kept_files;
+pub mod kept_pages;
 pub mod refusal;
 pub mod settings;
 pub mod token;

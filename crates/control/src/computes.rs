@@ -103,7 +103,7 @@ impl<P: Pageserver> Control<P> {
             return Err(Error::NotOwner(Box::new(lost)));
         }
         let log = self.own(entry.tenant, "a compute is to stop").await?;
-        let answer = Stopped { stopped: entry.id.to_string() };
+        let mut answer = Stopped { stopped: entry.id.to_string(), warnings: Vec::new() };
         if let Some(prior) = call.prior::<Stopped>(&log.state())? {
             return Ok(prior);
         }
@@ -121,6 +121,9 @@ impl<P: Pageserver> Control<P> {
             self.computes.refresh(entry.tenant, &log.state());
         }
         self.finish_stop(&entry).await?;
+        if entry.writes() {
+            answer.warnings = entry.status().warnings;
+        }
         // Only now is it known what the answer is; asked again before this row is durable, it is stopped a second time,
         // which changes nothing.
         if let Some(row) = call.row(&answer)? {

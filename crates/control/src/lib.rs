@@ -24,6 +24,7 @@ pub mod http;
 mod leftovers;
 mod logs;
 mod moment;
+mod pages;
 mod password;
 pub mod ports;
 mod processes;

@@ -48,7 +48,7 @@ pub struct Places {
     /// Databases, each (tablespace, database).
     pub databases: Vec<(u32, u32)>,
     /// Tablespaces but for the two default ones.
-    pub tablespaces: Vec<u32>,
+    pub tablespaces: Vec<(u32, String)>,
     /// Postgres's catalog version, part of the names of directories in tablespaces.
     pub catalog_version: u32,
     /// Blocks that a start reads.

@@ -20,6 +20,7 @@ use varve_storage::tenant_log::{EndpointRow, FileContents, TenantEdit, TenantLog
 use crate::error::{Error, quoted};
 use crate::hosts::ORDERS_WAIT;
 use crate::logs::facts;
+use crate::pages::is_of_pages;
 use crate::ports::{AttachWriter, EpochStart, Moment, Pageserver};
 use crate::registry::{Entry, Phase, Process, Status, host_of};
 use crate::{Control, arguments, moment};
@@ -138,6 +139,7 @@ impl<P: Pageserver> Control<P> {
         let state = log.state();
         let facts = facts(&state, entry.tenant)?;
         let password = password(&state, entry.tenant)?;
+        let pages = self.pages_at(&state, entry.tenant, beginning.timeline, beginning.lsn).await?;
         Ok(Begin {
             tenant: facts.name.to_string(),
             branch: row.branch.to_string(),
@@ -154,10 +156,12 @@ impl<P: Pageserver> Control<P> {
             password_verifier: password.verifier,
             password_number: password.number,
             databases: places.databases,
-            tablespaces: places.tablespaces,
+            tablespaces: places.tablespaces.iter().map(|(spc, _)| *spc).collect(),
+            tablespace_locations: places.tablespaces,
             catalog_version: places.catalog_version,
             startup_blocks: places.startup_blocks,
             settings: entry.settings(),
+            pages,
         })
     }
 
@@ -217,6 +221,7 @@ impl<P: Pageserver> Control<P> {
                 flushed,
                 waits_for: attach.waits_for.clone(),
             };
+            self.note_run(&log, timeline, epoch).await?;
             standby_name = Some(self.pageserver.attach_writer(writer).await?);
         }
         entry.set_row(row);
@@ -255,9 +260,10 @@ impl<P: Pageserver> Control<P> {
             let told: Option<TimelineId> = told.transpose()?.filter(|_| ended.checkpoint.is_some());
             match (status.timeline.or(told), status.epoch.or(ended.epoch.map(WriterEpoch))) {
                 (Some(timeline), Some(epoch)) => {
-                    self.own_for_compute(entry.tenant, "a compute has ended").await?;
+                    let log = self.own_for_compute(entry.tenant, "a compute has ended").await?;
                     let checkpoint = ended.checkpoint.as_deref().map(|text| moment::lsn("checkpoint", text)).transpose()?;
                     self.pageserver.close_epoch(entry.tenant, timeline, epoch, checkpoint).await?;
+                    self.keep_pages(&log, entry.tenant, (timeline, epoch), &ended.pages).await?;
                 }
                 // What it sent last may not have arrived.
                 _ => clean = false,
@@ -265,6 +271,7 @@ impl<P: Pageserver> Control<P> {
         }
         tracing::info!(compute = %entry.id, clean, reason = ended.reason, "a compute ended");
         entry.update(|status| {
+            status.warnings.clone_from(&ended.warnings);
             status.phase = match status.desired {
                 _ if matches!(status.phase, Phase::Failed(_)) => return, // that is why it was told to end
                 Desired::Run if !clean => Phase::Failed(ended.reason.clone()),
@@ -371,7 +378,8 @@ fn has_room(state: &TenantState, timeline: TimelineId, path: &str, contents: &Fi
     if matches!(contents, FileContents::Removed) || kept_files::is_postgress(path) {
         return Ok(());
     }
-    let others = state.files_at(timeline, Lsn::MAX)?.into_iter().filter(|(other, _)| other != path && !kept_files::is_postgress(other));
+    let counts = |other: &str| other != path && !kept_files::is_postgress(other) && !is_of_pages(other);
+    let others = state.files_at(timeline, Lsn::MAX)?.into_iter().filter(|(other, _)| counts(other));
     let (files, bytes) = others.fold((1, contents.len()), |(files, bytes), (_, other)| (files + 1, bytes + other.len()));
     if files <= kept_files::FILES_MAX && bytes <= kept_files::BYTES_MAX {
         return Ok(());

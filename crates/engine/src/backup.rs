@@ -7,7 +7,7 @@ use std::sync::Arc;
 use varve_postgres::Lsn;
 use varve_postgres::replication_slot::SlotState;
 use varve_postgres::wal::synthesis::AncestorTimeline;
-use varve_storage::tenant_log::is_of_slots;
+use varve_storage::tenant_log::{PAGES_FOLDER, is_of_slots};
 
 use crate::base_backup::{BackupTimeline, ExtraFile, Options, WalBefore, write_base_backup};
 use crate::error::EngineError;
@@ -78,8 +78,9 @@ pub fn write(
     let mut extra_files = Vec::new();
     let files = if options.newest_files { state.newest_files(live.id())? } else { state.files_at(live.id(), lsn)? };
     for (path, contents) in files {
-        // Who reads through a slot does not go on with a copy.
-        if options.full && is_of_slots(&path) {
+        // Who reads through a slot does not go on with a copy; and lists of kept pages are no files of a data
+        // directory.
+        if options.full && is_of_slots(&path) || path.starts_with(PAGES_FOLDER) {
             continue;
         }
         if let Some(bytes) = tenant.file_contents(&contents)? {

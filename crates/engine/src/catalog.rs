@@ -27,16 +27,17 @@ pub fn databases(history: &dyn History, lsn: Lsn) -> Result<Vec<(Oid, Oid)>, His
     Ok(found)
 }
 
-/// The tablespaces that exist at `lsn`, but for the two default ones.
+/// The tablespaces that exist at `lsn`, but for the two default ones, and where they were on the server that made them:
+/// nowhere, where they lie in the data directory.
 ///
 /// # Errors
 /// When the history cannot be read.
-pub fn tablespaces(history: &dyn History, lsn: Lsn) -> Result<Vec<Oid>, HistoryError> {
+pub fn tablespaces(history: &dyn History, lsn: Lsn) -> Result<Vec<(Oid, String)>, HistoryError> {
     let mut found = Vec::new();
     let (from, to) = Key::all_of_kind(Key::tablespace(0));
-    history.scan(from, to, lsn, &mut |key, _| {
+    history.scan(from, to, lsn, &mut |key, value| {
         if let Some(KeyKind::Tablespace { spc }) = key.kind() {
-            found.push(spc);
+            found.push((spc, String::from_utf8_lossy(&value).into_owned()));
         }
         Ok(())
     })?;

@@ -26,6 +26,7 @@ use crate::sandbox::{Dialer, Program, Running, SandboxError, Shell, Spec};
 use crate::sessions::{PrivateSocket, SessionError, Sessions};
 use crate::start::Brought;
 use crate::start_failure::{Given, Said};
+use crate::tablespaces;
 
 /// How long Postgres may take until it answers: as long as it says that it starts, or nothing at all.
 const START_MAX: Duration = Duration::from_secs(120);
@@ -217,7 +218,7 @@ impl Postgres {
         // Inside nobody knows names.
         let addresses = tokio::task::spawn_blocking(move || ports::numeric(&listen)).await.map_err(io::Error::other)??;
         let arguments = config::arguments(begin, &addresses, dirs, &brought.asked);
-        let (processes, pid) = empty.run(Program { arguments, ..program(bin_dir, dirs)? }, dirs).await?;
+        let (processes, pid) = empty.run(Program { arguments, ..program(bin_dir, begin, dirs)? }, dirs).await?;
         Ok(Postgres { processes, pid, sessions: sessions(begin, dirs), flushed: Lsn::INVALID })
     }
 
@@ -399,7 +400,7 @@ pub async fn repair(bin_dir: &Path, begin: &Begin, dirs: &Dirs, brought: &Brough
         let ended = match dirs.isolation() {
             Isolation::Sandbox { .. } => {
                 let input = Some(dirs.conf().join(REPAIR_FILE));
-                let program = Program { arguments, input, ..program(bin_dir, dirs)? };
+                let program = Program { arguments, input, ..program(bin_dir, begin, dirs)? };
                 let (processes, pid) = EmptySandbox::make(dirs).await?.run(program, dirs).await?;
                 let mut single = Postgres { pid, sessions: sessions(begin, dirs), processes, flushed: Lsn::INVALID };
                 single.remember(dirs)?;
@@ -487,7 +488,7 @@ impl EmptySandbox {
 }
 
 /// Postgres in a sandbox, and what it sees: the compute's own folders, and its installation.
-fn program(bin_dir: &Path, dirs: &Dirs) -> io::Result<Program> {
+fn program(bin_dir: &Path, begin: &Begin, dirs: &Dirs) -> io::Result<Program> {
     // Programs find their libraries and files beside their folder. What is below /usr is seen anyway.
     let installation = |bin_dir: &Path| bin_dir.parent().filter(|parent| parent.parent().is_some()).map(Path::to_owned);
     let mut read_only: Vec<PathBuf> = [bin_dir, &bin_dir.canonicalize()?].into_iter().filter_map(installation).collect();
@@ -497,6 +498,11 @@ fn program(bin_dir: &Path, dirs: &Dirs) -> io::Result<Program> {
     Ok(Program {
         read_only,
         writable: vec![dirs.pgdata(), dirs.pg_wal(), dirs.socket()],
+        root_links: vec![(
+            tablespaces::NAMED.trim_start_matches('/').to_owned(),
+            dirs.pgdata().join(crate::mount::NAMED).to_string_lossy().into_owned(),
+        )],
+        links: tablespaces::links(begin, dirs),
         path: bin_dir.join("postgres"),
         arguments: Vec::new(),
         input: None,

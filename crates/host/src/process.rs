@@ -33,6 +33,7 @@ use crate::cache_report;
 use crate::dirs::{Dirs, Isolation};
 use crate::files::Uploader;
 use crate::handover::{Handover, HandoverError};
+use crate::kept_pages::Taken;
 use crate::leftover::LeftoverError;
 use crate::postgres::{self, EmptySandbox, Postgres, PostgresError};
 use crate::record::{Record as _, RecordError, WriterRecord};
@@ -139,9 +140,17 @@ enum End {
     Failed(Failure),
 }
 
+/// How Postgres ended, where it did so cleanly.
+struct CleanEnd {
+    /// Its shutdown checkpoint.
+    checkpoint: Lsn,
+    /// What WAL does not give back.
+    taken: Taken,
+}
+
 /// How a beginning ended.
 enum Begun {
-    Begin(Box<Begin>),
+    Begin(Arc<Begin>),
     /// A signal says to end.
     Signalled,
     /// The server says that we are not to run.
@@ -269,14 +278,17 @@ async fn send_leftover(server: &Server, dirs: &Dirs, terminate: &mut Signal) -> 
 /// Tells how it ended: cleanly, with the shutdown checkpoint that Postgres wrote, or otherwise. A clean end counts once
 /// all of its WAL is durable, which may take several tries; when that takes too long, the end is not clean, and the
 /// host keeps `pg_wal`. A server that does not want to know has made up its mind already.
-async fn tell_end(server: &Server, begin: &Begin, dirs: &Dirs, stopped: Option<Lsn>, reason: &str) -> Result<(), ClientError> {
-    let checkpoint = stopped.map(|lsn| lsn.to_string());
+async fn tell_end(server: &Server, begin: &Begin, dirs: &Dirs, stopped: Option<CleanEnd>, reason: &str) -> Result<(), ClientError> {
+    let clean = stopped.is_some();
+    let (checkpoint, taken) = stopped.map_or_else(Default::default, |end| (Some(end.checkpoint.to_string()), end.taken));
     let mut ended = Ended {
         incarnation: begin.incarnation,
         timeline_id: Some(begin.timeline_id.clone()),
         epoch: begin.epoch,
-        clean: stopped.is_some(),
+        clean,
         checkpoint,
+        pages: taken.pages,
+        warnings: taken.left_out,
         reason: reason.to_owned(),
     };
     let deadline = tokio::time::Instant::now() + END_MAX;
@@ -314,7 +326,7 @@ fn is_unwanted(error: &ClientError) -> bool {
 async fn begin(server: &Server, terminate: &mut Signal) -> Result<Begun, ClientError> {
     loop {
         match server.begin().await {
-            Ok(begin) => return Ok(Begun::Begin(Box::new(begin))),
+            Ok(begin) => return Ok(Begun::Begin(Arc::new(begin))),
             Err(error) if is_transient(&error) => tracing::info!(%error, "waiting for the server"),
             // The branch moved while we began, or we are to end: the orders say which.
             Err(error) if is_fenced(&error) => match server.orders(0, "").await {
@@ -335,16 +347,16 @@ async fn begin(server: &Server, terminate: &mut Signal) -> Result<Begun, ClientE
 
 async fn incarnation(
     server: &Server,
-    begin: &Begin,
+    begin: &Arc<Begin>,
     dirs: &Dirs,
     config: &ProcessConfig,
     terminate: &mut Signal,
-    (ran, stopped): (&mut bool, &mut Option<Lsn>),
+    (ran, stopped): (&mut bool, &mut Option<CleanEnd>),
     (repair, empty): (bool, Option<AbortOnDrop<Result<EmptySandbox, PostgresError>>>),
 ) -> Result<End, ProcessError> {
     let bin_dir = config.bin_dirs.path(begin.pg_version);
     let uploader = Arc::new(Uploader::start(server.clone(), begin.incarnation, begin.epoch.is_some()));
-    let (mount, brought) = start::mount(begin, dirs, &uploader, config.cache_bytes).await?;
+    let (mount, brought) = start::mount(server, begin, dirs, &uploader, config.cache_bytes).await?;
     uploader.watch_access(dirs);
     if let Some(epoch) = begin.epoch {
         let writer = WriterRecord { timeline_id: begin.timeline_id.clone(), epoch, pg_version: begin.pg_version };
@@ -380,15 +392,23 @@ async fn incarnation(
     }
     uploader.reload_with(postgres.pid());
     let reports = AbortOnDrop(tokio::spawn(cache_report::tell(server.clone(), begin.incarnation, mount.statistics_of())));
-    let warnings = if repair { vec![REPAIRED.to_owned()] } else { Vec::new() };
+    let mut warnings = brought.warnings;
+    warnings.extend(repair.then(|| REPAIRED.to_owned()));
     let served = match password {
         Ok(password) => serve(server, begin, dirs, (&mut postgres, &uploader), terminate, (warnings, password), orders).await,
         Err(error) => Ok(End::Failed(Failure::LockedOut(error))),
     };
     let end = match served {
         Ok(End::Stopped { clean: true, reason }) => {
-            if postgres.stop().await {
-                *stopped = shutdown_checkpoint(begin, dirs).await;
+            let mut mount = mount;
+            if postgres.stop().await
+                && let Some(checkpoint) = shutdown_checkpoint(begin, dirs).await
+            {
+                let mut taken = Taken::default();
+                if begin.epoch.is_some() {
+                    (mount, taken) = start::take_pages(mount, server, begin).await?;
+                }
+                *stopped = Some(CleanEnd { checkpoint, taken });
             }
             // Unmounting tells of the last changes to files, among them the statistics that Postgres has just written.
             start::unmount(mount, dirs).await;

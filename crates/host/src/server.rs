@@ -13,7 +13,7 @@ use serde::de::DeserializeOwned;
 use varve_api::Code;
 use varve_api::client::{Call, Client, ClientError, segment};
 use varve_api::host::{
-    Attach, Attached, Begin, BeginRequest, CacheReport, Ended, FileVersion, LeftoverQuery, LeftoverStart, Orders, StartupBlocks,
+    Attach, Attached, Begin, BeginRequest, CacheReport, Ended, FileVersion, LeftoverQuery, LeftoverStart, Orders, PieceKept, StartupBlocks,
 };
 use varve_api::token::Token;
 use varve_postgres::Lsn;
@@ -61,14 +61,18 @@ impl Server {
 
     /// Sends a call; one more time with the host's newest token, when ours is not taken.
     async fn send<T: DeserializeOwned>(&self, call: impl Fn() -> Call) -> Result<T, ClientError> {
-        let answer = call().send().await;
+        self.with_newest_token(|| call().send()).await
+    }
+
+    async fn with_newest_token<T, F: Future<Output = Result<T, ClientError>>>(&self, send: impl Fn() -> F) -> Result<T, ClientError> {
+        let answer = send().await;
         if answer.as_ref().err().and_then(ClientError::code) != Some(Code::Unauthorized) {
             return answer;
         }
         match std::fs::read_to_string(&*self.token_file).map(|text| Token::parse(&text)) {
             Ok(Ok(token)) => {
                 self.client.set_token(token);
-                call().send().await
+                send().await
             }
             other => {
                 tracing::warn!(file = %self.token_file.display(), ?other, "there is no other token");
@@ -127,7 +131,7 @@ impl Server {
     /// # Errors
     /// [`ClientError`].
     pub async fn ended(&self, ended: &Ended) -> Result<(), ClientError> {
-        self.post("ended", ended).await
+        self.send(|| self.client.post(&self.path("ended"), ended).within(FILE_MAX)).await
     }
 
     /// Tells which blocks a start reads.
@@ -152,6 +156,23 @@ impl Server {
     /// [`ClientError`].
     pub async fn file(&self, file: &FileVersion) -> Result<(), ClientError> {
         self.send(|| self.client.post(&self.path("files"), file).within(FILE_MAX)).await
+    }
+
+    /// Keeps a piece of a file of pages that WAL does not give back. Gives its name.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub async fn put_piece(&self, bytes: Bytes) -> Result<String, ClientError> {
+        let call = || self.client.call(Method::POST, &self.path("pages")).body("application/octet-stream", bytes.clone()).within(FILE_MAX);
+        Ok(self.send::<PieceKept>(call).await?.name)
+    }
+
+    /// The bytes of such a piece.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub async fn get_piece(&self, name: &str) -> Result<Bytes, ClientError> {
+        self.with_newest_token(|| self.client.get(&self.path("pages")).query(&[("name", name)]).within(FILE_MAX).send_for_bytes()).await
     }
 
     /// Waits until the orders differ from "run incarnation `incarnation`, server run `server_run`", or a while has

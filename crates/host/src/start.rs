@@ -20,10 +20,12 @@ use crate::asked::Asked;
 use crate::config;
 use crate::dirs::Dirs;
 use crate::files::{self, Uploader};
+use crate::kept_pages::{self, PutBackError, Taken};
 use crate::mount::{InitialContent, InitialFile, Mount, MountConfig};
 use crate::page_fetcher::PageFetcher;
 use crate::server::Server;
 use crate::start_failure::{self, Given};
+use crate::tablespaces;
 
 /// How long the page service may be silent while a base backup comes: it may have to ingest first.
 const BACKUP_SILENCE_MAX: Duration = Duration::from_secs(120);
@@ -47,6 +49,9 @@ pub enum MountError {
     /// The base backup holds something that does not belong there, or could not be stored.
     #[error("the base backup cannot be taken apart: {0}")]
     Unpack(io::Error),
+    /// Kept pages.
+    #[error("the data directory cannot be made as it was: {0}")]
+    Pages(#[from] PutBackError),
     /// The mount.
     #[error("the data directory cannot be mounted: {0}")]
     Mount(#[source] io::Error),
@@ -60,6 +65,7 @@ impl MountError {
     pub fn is_transient(&self) -> bool {
         match self {
             MountError::Backup(error) => error.is_transient(),
+            MountError::Pages(error) => error.is_transient(),
             // The server may go away in the middle of it.
             MountError::Unpack(error) | MountError::Mount(error) => broke_off(error),
             _ => false,
@@ -106,20 +112,29 @@ pub struct Brought {
     pub given: Vec<Given>,
     /// What they ask for of those that the command line holds.
     pub asked: Asked,
+    /// What is not as it was, in words.
+    pub warnings: Vec<String>,
 }
 
 /// Fetches the base backup and mounts the data directory. Gives the settings that it brings, too.
 pub(crate) async fn mount(
-    begin: &Begin,
+    server: &Server,
+    begin: &Arc<Begin>,
     dirs: &Dirs,
     uploader: &Arc<Uploader>,
     cache_bytes: Option<u64>,
 ) -> Result<(Mount, Brought), MountError> {
-    let (begin, dirs, uploader) = (begin.clone(), dirs.clone(), uploader.clone());
-    tokio::task::spawn_blocking(move || mount_blocking(&begin, &dirs, &uploader, cache_bytes)).await.map_err(io::Error::other)?
+    let (server, begin, dirs, uploader) = (server.clone(), begin.clone(), dirs.clone(), uploader.clone());
+    tokio::task::spawn_blocking(move || mount_blocking(&server, &begin, &dirs, &uploader, cache_bytes)).await.map_err(io::Error::other)?
 }
 
-fn mount_blocking(begin: &Begin, dirs: &Dirs, uploader: &Uploader, cache_bytes: Option<u64>) -> Result<(Mount, Brought), MountError> {
+fn mount_blocking(
+    server: &Server,
+    begin: &Begin,
+    dirs: &Dirs,
+    uploader: &Uploader,
+    cache_bytes: Option<u64>,
+) -> Result<(Mount, Brought), MountError> {
     let started = Instant::now();
     let lsn: Lsn = begin.base_lsn.parse().map_err(|_| MountError::begin("an LSN", &begin.base_lsn))?;
     let connection = page_service(begin)?;
@@ -169,10 +184,13 @@ fn mount_blocking(begin: &Begin, dirs: &Dirs, uploader: &Uploader, cache_bytes: 
     config.gid = user.gid;
     config.initial_files = files;
     config.databases = begin.databases.clone();
-    config.tablespaces = begin.tablespaces.clone();
+    config.tablespaces = tablespaces::of(begin, dirs.isolation());
     config.observer = Some(uploader.observer());
     let mount = Mount::start(config).map_err(|error| MountError::Mount(io::Error::other(error)))?;
     let mounted = started.elapsed();
+    // Before anything is read there.
+    let lost = kept_pages::put_back(&mount, server, &begin.pages)?;
+    let put_back = started.elapsed();
     let blocks: Vec<(RelFork, u32)> = begin
         .startup_blocks
         .iter()
@@ -180,8 +198,13 @@ fn mount_blocking(begin: &Begin, dirs: &Dirs, uploader: &Uploader, cache_bytes: 
         .collect();
     // Postgres needs a while before it reads the first of them.
     drop(mount.prefetch_behind(&blocks).map_err(|error| MountError::Mount(io::Error::other(error)))?);
-    tracing::info!(backup_ms = fetched.as_millis(), mount_ms = (mounted - fetched).as_millis(), "the data directory is there");
-    Ok((mount, Brought { given: settings, asked }))
+    tracing::info!(
+        backup_ms = fetched.as_millis(),
+        mount_ms = (mounted - fetched).as_millis(),
+        pages_ms = (put_back - mounted).as_millis(),
+        "the data directory is there"
+    );
+    Ok((mount, Brought { given: settings, asked, warnings: lost.into_iter().collect() }))
 }
 
 /// Tells the pageserver what this start read, so that later ones of the same template get it in one batch.
@@ -194,6 +217,23 @@ pub(crate) fn tell_startup_blocks(server: &Server, mount: &Mount) {
             tracing::info!(%error, "the blocks that a start reads are not known to the pageserver");
         }
     });
+}
+
+/// Takes what WAL does not give back out of a mount whose Postgres has ended cleanly.
+pub(crate) async fn take_pages(mount: Mount, server: &Server, begin: &Arc<Begin>) -> io::Result<(Mount, Taken)> {
+    let (server, begin) = (server.clone(), begin.clone());
+    let take = move || {
+        let taken = kept_pages::take(&mount, &server, &begin.pages).unwrap_or_else(|error| {
+            tracing::error!(%error, "pages that WAL does not give back are not kept");
+            let left_out = vec![format!("sequences go on up to 32 values later, and unlogged relations begin empty: {error}")];
+            Taken { left_out, ..Taken::default() }
+        });
+        for what in &taken.left_out {
+            tracing::warn!("not kept: {what}");
+        }
+        (mount, taken)
+    };
+    tokio::task::spawn_blocking(take).await.map_err(io::Error::other)
 }
 
 /// Takes the mount away.

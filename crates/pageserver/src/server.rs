@@ -119,7 +119,7 @@ pub struct DirectoryFacts {
     /// Databases, each (tablespace, database).
     pub databases: Vec<(u32, u32)>,
     /// Tablespaces but for the two default ones.
-    pub tablespaces: Vec<u32>,
+    pub tablespaces: Vec<(u32, String)>,
     /// Postgres's catalog version.
     pub catalog_version: u32,
     /// Blocks that a start reads.

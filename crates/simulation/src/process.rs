@@ -8,6 +8,7 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use tokio::time::Instant;
 use varve_api::host::{Attach, Begin, BeginRequest, Desired, Ended, Orders, Walsender};
+use varve_api::kept_pages::KeptPages;
 use varve_api::{Code, Refusal};
 use varve_postgres::Lsn;
 use varve_storage::ids::TimelineId;
@@ -250,6 +251,8 @@ impl Process {
     async fn tell_end(&self, world: &Arc<World>, begin: &Begin, stopped: Option<Lsn>, reason: &str) {
         let checkpoint = stopped.map(|lsn| lsn.to_string());
         let mut ended = Ended {
+            pages: KeptPages::default(),
+            warnings: Vec::new(),
             incarnation: begin.incarnation,
             timeline_id: Some(begin.timeline_id.clone()),
             epoch: begin.epoch,

@@ -8,7 +8,7 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use varve_api::host::{
     Attach, Attached, Begin, BeginRequest, CacheReport, ComputeReport, Ended, FileVersion, Hello, HostOrders, LeftoverQuery, LeftoverStart,
-    Orders, StartupBlocks, Welcome,
+    Orders, PieceKept, StartupBlocks, Welcome,
 };
 use varve_api::{Code, Problem, Refusal};
 
@@ -74,7 +74,7 @@ pub(super) async fn attach<P: Pageserver>(
 pub(super) async fn ended<P: Pageserver>(
     State(server): State<Server<P>>,
     Names(id): Names<String>,
-    Sent(ended): Sent<Ended, SMALL>,
+    Sent(ended): Sent<Ended, FILE>,
 ) -> Answer<()> {
     to_its_end!(server, |control| control.ended(&id, &ended)).map(Json)
 }
@@ -101,6 +101,33 @@ pub(super) async fn put_file<P: Pageserver>(
     Sent(file): Sent<FileVersion, FILE>,
 ) -> Answer<()> {
     to_its_end!(server, |control| control.put_file(&id, file)).map(Json)
+}
+
+pub(super) async fn put_piece<P: Pageserver>(
+    State(server): State<Server<P>>,
+    Names(id): Names<String>,
+    request: Request,
+) -> Answer<PieceKept> {
+    let (parts, body) = request.into_parts();
+    if !extract::is_type(&parts.headers, "application/octet-stream") {
+        return Err(RequestError::MediaType("application/octet-stream").into());
+    }
+    let bytes = extract::read(&server, &parts.headers, body, extract::FILE).await?;
+    to_its_end!(server, |control| control.put_piece(&id, bytes)).map(Json)
+}
+
+/// Which piece.
+#[derive(Debug, Deserialize)]
+pub(super) struct PieceQuery {
+    name: String,
+}
+
+pub(super) async fn get_piece<P: Pageserver>(
+    State(server): State<Server<P>>,
+    Names(id): Names<String>,
+    Parameters(query): Parameters<PieceQuery>,
+) -> Result<Bytes, Error> {
+    server.control.get_piece(&id, &query.name).await
 }
 
 pub(super) async fn leftover_start<P: Pageserver>(

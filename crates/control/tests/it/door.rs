@@ -249,6 +249,8 @@ async fn internal_routes_need_the_token_and_check_their_arguments() {
         ("GET", format!("/v1/computes/{id}/orders?incarnation=1")),
         ("POST", format!("/v1/computes/{id}/ended")),
         ("POST", format!("/v1/computes/{id}/files")),
+        ("POST", format!("/v1/computes/{id}/pages")),
+        ("GET", format!("/v1/computes/{id}/pages?name=x")),
         ("POST", format!("/v1/computes/{id}/startup-blocks")),
     ];
     for (method, path) in &routes {

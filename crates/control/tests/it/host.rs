@@ -10,6 +10,7 @@ use bytes::Bytes;
 use parking_lot::Mutex;
 use tokio::task::JoinHandle;
 use varve_api::host::{Attach, BeginRequest, ComputeOrder, ComputeReport, Desired, Ended, Hello, HostAction, HostedCompute, Walsender};
+use varve_api::kept_pages::KeptPages;
 use varve_api::{Code, Refusal};
 use varve_control::{Control, Error};
 
@@ -230,8 +231,16 @@ impl FakeHost {
             let Ok(begin) = self.call(|plane| async move { plane.begin(id, request).await }).await else { return };
             let Manners { broken, unclean, .. } = self.state.lock().manners.clone();
             let reason = "Postgres does not start".to_owned();
-            let mut ended =
-                Ended { incarnation: begin.incarnation, timeline_id: None, epoch: None, clean: false, checkpoint: None, reason };
+            let mut ended = Ended {
+                incarnation: begin.incarnation,
+                timeline_id: None,
+                epoch: None,
+                clean: false,
+                checkpoint: None,
+                pages: KeptPages::default(),
+                warnings: Vec::new(),
+                reason,
+            };
             if broken {
                 let ended = &ended;
                 let _ = self.call(|plane| async move { plane.ended(id, ended).await }).await;

@@ -170,6 +170,12 @@ impl FileData {
         self.size.load(Acquire)
     }
 
+    /// Whether anything of it was written, or its size changed.
+    pub(super) fn is_changed(&self) -> bool {
+        let size = self.size();
+        size != self.base.bytes() || i64::from(self.unsettled.load(SeqCst)) < cells_in(size)
+    }
+
     /// What the file is in the base.
     pub(super) fn base(&self) -> &Base {
         &self.base

@@ -25,6 +25,7 @@ use fuser::{
 use rustix::fs::FallocateFlags;
 
 use super::{
+    build::is_hidden,
     directory::Target,
     file::FileData,
     node::{Content, Meta, Node, ROOT},
@@ -588,7 +589,7 @@ fn read_entries(tree: &Tree, node: &Node, offset: u64, mut add: impl FnMut(u64, 
         }
     }
     let entries = dir.entries.read();
-    for (cookie, name, entry) in entries.after(offset.saturating_sub(FIRST_POSITION)) {
+    for (cookie, name, entry) in entries.after(offset.saturating_sub(FIRST_POSITION)).filter(|(_, name, _)| !is_hidden(node, name)) {
         let kind = match &entry.target {
             Target::Node(node) => node.kind(),
             Target::Unseen(_) => FileType::RegularFile,
@@ -610,7 +611,7 @@ fn read_nodes(tree: &Tree, node: &Arc<Node>, offset: u64, mut add: impl FnMut(u6
         }
     }
     let mut entries = dir.entries.write();
-    let behind = entries.after(offset.saturating_sub(FIRST_POSITION)).take(NODES_READ_MAX);
+    let behind = entries.after(offset.saturating_sub(FIRST_POSITION)).filter(|(_, name, _)| !is_hidden(node, name)).take(NODES_READ_MAX);
     let names: Vec<_> = behind.map(|(cookie, name, _)| (cookie, name.clone())).collect();
     for (cookie, name) in names {
         let Some(node) = tree.see(&mut entries, &name) else { continue };

@@ -19,13 +19,13 @@
 //! - **Patient**: while the pageserver is away, what is here is read and written as always, and first touches wait.
 //!
 //! What lies outside: `pg_wal` (a symbolic link among the initial files, to plain disk), and tablespaces that a user
-//! creates with a location of his own while the compute runs. Tablespaces of the base are directories of the mount, to
-//! which `pg_tblspc/<oid>` links. Directories in `pg_tblspc` itself would do for a compute, but a backup taken from it
-//! would not start: recovery panics at anything but links there.
+//! creates while the compute runs with a location that is not the mount's. Tablespaces of the base are directories of
+//! the mount, wherever they are to be seen ([`crate::tablespaces`]).
 //!
 //! Must never know: Postgres's processes, WAL, branches, or how the page service is spoken to.
 
 mod base;
+mod beside_wal;
 mod budget;
 mod build;
 mod cache;
@@ -62,7 +62,11 @@ use fuser::{BackgroundSession, Config, MountOption, Session, SessionACL};
 use parking_lot::Mutex;
 use varve_postgres::{Major, Oid, RelFork};
 
+use crate::tablespaces::Location;
+
+pub(crate) use self::build::{NAMED, TABLESPACES};
 use self::{
+    base::Base,
     budget::CacheBudget,
     cache::CacheDir,
     file::{Counters, FileContext},
@@ -72,7 +76,13 @@ use self::{
     startup_set::StartupSet,
     tree::Tree,
 };
-pub use self::{filesystem::FailureCallback, host::remove_stale_mount, observer::FileObserver, source::BaseSource};
+pub use self::{
+    beside_wal::{BesideWal, RelationFile, StagedFile},
+    filesystem::FailureCallback,
+    host::remove_stale_mount,
+    observer::FileObserver,
+    source::BaseSource,
+};
 
 /// Threads that take requests from the kernel, at least: more do not pay on two CPUs, fewer would leave too few when
 /// some wait for the base.
@@ -125,8 +135,8 @@ pub struct MountConfig {
     pub initial_files: Vec<InitialFile>,
     /// The databases of the base: (tablespace, database).
     pub databases: Vec<(Oid, Oid)>,
-    /// The tablespaces of the base, but for the two default ones.
-    pub tablespaces: Vec<Oid>,
+    /// The tablespaces of the base, but for the two default ones, and where they are to be seen.
+    pub tablespaces: Vec<(Oid, Location)>,
     /// Postgres's major and catalog version, which name its part of a tablespace (`PG_15_202209061`).
     pub major: Major,
     /// See [`MountConfig::major`].

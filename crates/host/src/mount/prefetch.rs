@@ -14,7 +14,6 @@ use varve_postgres::{
 
 use super::{
     base::{Base, concatenate, read_scattered},
-    build::behind_link,
     file::Flight,
     node::{Content, Node},
     tree::Tree,
@@ -109,7 +108,7 @@ fn fetch<'a>(tree: &Tree, nodes: &'a [WantedFile]) -> io::Result<Vec<Flight<'a>>
 
 /// The file of the base that holds this part of a fork, if it is still there.
 fn find(tree: &Tree, (major, catalog_version): (Major, u32), fork: RelFork, segment: u32) -> io::Result<Option<Arc<Node>>> {
-    let found = match tree.find(&behind_link(&relation_file(fork, segment, major, catalog_version))) {
+    let found = match tree.find(&tree.places.resolve(&relation_file(fork, segment, major, catalog_version))) {
         Ok(found) => found,
         Err(Errno::ENOENT | Errno::ENOTDIR) => return Ok(None),
         Err(error) => return Err(io::Error::from_raw_os_error(error.code())),

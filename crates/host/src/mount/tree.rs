@@ -15,6 +15,7 @@ use varve_postgres::{
 
 use super::{
     base::Base,
+    build::Places,
     directory::{Directory, Entries, Entry, Listing, Name, Place, Target},
     file::{FileContext, FileData},
     node::{Content, Meta, Node, NodeTable, ROOT},
@@ -33,6 +34,7 @@ pub(super) struct Tree {
     pub(super) nodes: NodeTable,
     pub(super) files: Arc<FileContext>,
     pub(super) observer: Option<Observer>,
+    pub(super) places: Places,
     uid: u32,
     gid: u32,
 }
@@ -48,12 +50,12 @@ pub(super) enum New<'a> {
 
 impl Tree {
     /// An empty root directory of the given owner.
-    pub(super) fn new(files: Arc<FileContext>, observer: Option<Observer>, uid: u32, gid: u32, root_mode: u32) -> Tree {
+    pub(super) fn new(files: Arc<FileContext>, observer: Option<Observer>, places: Places, (uid, gid): (u32, u32), root_mode: u32) -> Tree {
         let nodes = NodeTable::new();
         let mut meta = Meta::new(root_mode, uid, gid);
         meta.links = 2;
         nodes.insert(&Node::new(nodes.issue(1), meta, Content::Directory(Directory::new(None, None))));
-        Tree { nodes, files, observer, uid, gid }
+        Tree { nodes, files, observer, places, uid, gid }
     }
 
     pub(super) fn node(&self, ino: u64) -> Result<Arc<Node>, Errno> {
@@ -95,13 +97,17 @@ impl Tree {
         match &entry.target {
             Target::Node(node) => Some(node.clone()),
             Target::Unseen(base) => {
-                let meta = Meta::new(BASE_FILE_MODE, self.uid, self.gid);
-                let node = Node::new(entry.ino, meta, Content::File(FileData::new(entry.ino, base.clone())));
+                let node = Node::new(entry.ino, self.file_of_the_base(), Content::File(FileData::new(entry.ino, base.clone())));
                 self.nodes.insert(&node);
                 entries.see(name, node.clone());
                 Some(node)
             }
         }
+    }
+
+    /// Owner and mode of a file as the base has them.
+    pub(super) fn file_of_the_base(&self) -> Meta {
+        Meta::new(BASE_FILE_MODE, self.uid, self.gid)
     }
 
     /// Makes the entries of a directory complete.

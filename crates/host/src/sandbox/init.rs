@@ -3,8 +3,10 @@
 
 use std::io::{self, Read as _, Write as _};
 use std::os::fd::AsFd as _;
+use std::os::unix::fs::symlink;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
+use std::path::Path;
 use std::process::{Command, ExitStatus, Stdio};
 
 use rustix::process::{
@@ -16,7 +18,7 @@ use rustix::thread::{
     set_thread_groups, set_thread_res_gid, set_thread_res_uid,
 };
 
-use super::spec::{NetworkAccess, Spec};
+use super::spec::{NetworkAccess, Program, Spec};
 use super::{FAILED, filter, network, orders, root};
 
 /// What init says on its standard output once the shell is there: everything but what its compute shows in it.
@@ -53,9 +55,13 @@ fn run(spec: &Spec) -> Result<ExitStatus, String> {
         root::show(folder, path, writable)?;
     }
     drop(folders);
+    for (name, target) in &ordered.root_links {
+        root::link(name, target)?;
+    }
     root::close()?;
     give_up_privileges(spec)?;
     filter::apply()?;
+    make_links(&ordered);
 
     let errors = io::stderr().as_fd().try_clone_to_owned().map_err(|error| format!("the log: {error}"))?;
     let mut program = Command::new(&ordered.path);
@@ -83,6 +89,16 @@ fn run(spec: &Spec) -> Result<ExitStatus, String> {
 /// Says a line to the supervisor. One that does not read it is gone, and then our orders end.
 fn tell(line: &str) {
     let _ = io::stdout().write_all(line.as_bytes()).and_then(|()| io::stdout().flush());
+}
+
+/// Nobody else has been here. What cannot be made is missed by the user alone, and told in his log.
+fn make_links(ordered: &Program) {
+    for (path, target) in &ordered.links {
+        let made = Path::new(path).parent().map_or(Ok(()), std::fs::create_dir_all).and_then(|()| symlink(target, path));
+        if let Err(error) = made {
+            let _ = writeln!(io::stderr(), "the link {path} could not be made: {error}");
+        }
+    }
 }
 
 /// Each byte of the orders is the number of a signal for the program. Their end is the end of the sandbox: with pid 1

@@ -65,6 +65,11 @@ pub(super) fn show(folder: &OwnedFd, path: &Path, writable: bool) -> Result<(), 
     mount_remount(path, flags | MountFlags::BIND, "").map_err(at(path.display()))
 }
 
+/// Makes a link in the root directory.
+pub(super) fn link(name: &str, target: &str) -> Result<(), String> {
+    symlink(target, Path::new("/").join(name)).map_err(at(name))
+}
+
 /// From here on nothing can be made in the root directory.
 pub(super) fn close() -> Result<(), String> {
     mount_remount("/", PLAIN | MountFlags::BIND | MountFlags::RDONLY, "").map_err(at("the root directory"))

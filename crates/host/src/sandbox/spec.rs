@@ -65,6 +65,10 @@ pub struct Program {
     pub read_only: Vec<PathBuf>,
     /// Folders that are seen under the same path, and can be written.
     pub writable: Vec<PathBuf>,
+    /// Links in the root directory: name, and where it leads.
+    pub root_links: Vec<(String, String)>,
+    /// Links in `/tmp` and `/dev/shm`, made as the user: path, and where it leads.
+    pub links: Vec<(String, String)>,
     /// The program.
     pub path: PathBuf,
     /// Its arguments.

@@ -222,7 +222,7 @@ fn tablespaces_of_the_base_lie_in_the_mount() {
     let mapping = format!("{location}={}", mounted.dir.path().join("server/side").display());
     server.run("pg_basebackup", &["-D", backup.to_str().expect("a plain path"), "-T", &mapping, "-X", "stream", "-c", "fast", "--no-sync"]);
     let left = Path::new(&location).strip_prefix(mounted.data()).expect("it lies in the mount");
-    assert_eq!(fs::read_dir(backup.join(left)).expect("the directory").count(), 0, "not twice");
+    assert!(!backup.join(left).exists(), "not twice");
     let restored = Server::start(&backup, &mounted.dir.path().join("restored"), &[]);
     assert_eq!(restored.psql("postgres", "SELECT count(*), sum(id) FROM aside"), "20000|200010000");
     drop(restored);

@@ -18,4 +18,4 @@ pub use log::{
     CreateTenantError, FoundOwner, TenantLog, create_tenant, delete_objects, find_owner, read, read_all, take_over, tenant_folder,
 };
 pub use plan::removed_timelines;
-pub use state::{EpochState, Figures, Owner, TenantState, TimelineState, is_of_slots};
+pub use state::{EpochState, Figures, Owner, PAGES_FOLDER, TenantState, TimelineState, is_of_slots};

@@ -523,5 +523,8 @@ pub fn is_of_slots(path: &str) -> bool {
     [SLOTS, "pg_logical/snapshots/", "pg_logical/mappings/"].iter().any(|folder| path.starts_with(folder))
 }
 
+/// The folder of lists of pages that WAL does not give back. No data directory has it.
+pub const PAGES_FOLDER: &str = "varve_pages/";
+
 #[cfg(test)]
 mod tests;

@@ -78,6 +78,9 @@ pub(crate) async fn run(command: ComputeCommand, client: &Client, json: bool) ->
                 }
             }
             // All are tried before any of them makes this a failure.
+            for warning in stopped.iter().flat_map(|stopped| &stopped.warnings) {
+                eprintln!("varve: warning: {warning}");
+            }
             match failed.into_iter().next() {
                 Some(error) => Err(error),
                 None => output::print(json, &stopped, || format!("stopped {what}")),

@@ -16,6 +16,7 @@ use std::{
 use bytes::Bytes;
 use parking_lot::Mutex;
 use varve_host::mount::{BaseSource, InitialContent, InitialFile, MountConfig};
+use varve_host::tablespaces::Location;
 use varve_postgres::{
     Fork, Major, Oid, RelFork,
     paths::{BLOCKS_PER_FILE, RelationFileName, database_directory, relation_file},
@@ -146,7 +147,7 @@ impl StoppedCluster {
         config.uid = self.uid;
         config.gid = self.gid;
         config.databases = self.databases();
-        config.tablespaces = self.tablespaces();
+        config.tablespaces = self.tablespaces().into_iter().map(|spc| (spc, Location::Mount)).collect();
         self.add_files("", &mut config.initial_files);
         for (spc, db) in &config.databases {
             let path = database_directory(*spc, *db, self.major, self.catalog_version);
