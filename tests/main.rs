@@ -8,6 +8,7 @@ mod damaged_files;
 mod harder_loads;
 mod left_in_pg_wal;
 mod like_stock;
+mod limits;
 mod main_job;
 mod majors;
 mod minio;

@@ -22,6 +22,7 @@ use crate::ports::{self, PortError};
 use crate::record::RecordError;
 use crate::sandbox::{Dialer, NetworkAccess, Running, SandboxError, Spec};
 use crate::sessions::{PrivateSocket, SessionError, Sessions};
+use crate::sizing::{self, Kills};
 use crate::start::Brought;
 use crate::start_failure::{Given, Said};
 
@@ -141,7 +142,7 @@ impl PostgresError {
 #[derive(Debug)]
 enum Processes {
     /// In a sandbox, with its log and, where it has a network of its own, the way in.
-    Sandboxed { running: Running, log: Log, group: Group, kills_before: u64, passage: Option<Passage> },
+    Sandboxed { running: Running, log: Log, kills: Kills, passage: Option<Passage> },
     /// As they are.
     Plain(Child),
 }
@@ -168,7 +169,7 @@ impl Postgres {
         let log = LogOfStart::open(dirs)?;
         let mut postgres = match dirs.isolation() {
             Isolation::Sandbox { uid, network, limits } => {
-                let group = dirs.group()?;
+                let (group, limits) = (dirs.group()?, sizing::most(&limits, &begin.size));
                 group.make(&limits)?;
                 Self::sandboxed(spec(bin_dir, dirs, uid, network, &limits, &group)?, group, begin, dirs, brought).await?
             }
@@ -262,6 +263,14 @@ impl Postgres {
         &self.sessions
     }
 
+    /// What the kernel kills of it for want of memory; none without a sandbox.
+    pub fn kills(&self) -> Option<&Kills> {
+        match &self.processes {
+            Processes::Sandboxed { kills, .. } => Some(kills),
+            Processes::Plain(_) => None,
+        }
+    }
+
     /// Makes Postgres read its configuration again.
     pub fn reload(&self) {
         self.signal(Signal::HUP);
@@ -284,14 +293,7 @@ impl Postgres {
     /// When the process cannot be waited for.
     pub async fn wait(&mut self) -> io::Result<ExitStatus> {
         match &mut self.processes {
-            Processes::Sandboxed { running, group, kills_before, .. } => {
-                let status = running.wait().await?;
-                let kills = group.out_of_memory_kills().saturating_sub(*kills_before);
-                if kills > 0 {
-                    tracing::warn!(kills, "the compute was out of memory: the kernel has killed processes of it");
-                }
-                Ok(status)
-            }
+            Processes::Sandboxed { running, .. } => running.wait().await,
             Processes::Plain(child) => child.wait().await,
         }
     }
@@ -402,8 +404,7 @@ async fn in_sandbox(spec: &Spec, dirs: &Dirs) -> Result<(Running, Log), Postgres
 
 fn sandboxed(running: Running, log: Log, group: Group) -> Processes {
     // The groups may be those of an earlier incarnation, and count on.
-    let kills_before = group.out_of_memory_kills();
-    Processes::Sandboxed { running, log, group, kills_before, passage: None }
+    Processes::Sandboxed { running, log, kills: Kills::of(group), passage: None }
 }
 
 /// The sandbox of a compute: its own folders, and the installation of Postgres.
@@ -430,8 +431,15 @@ fn spec(bin_dir: &Path, dirs: &Dirs, uid: u32, network: NetworkAccess, limits: &
     })
 }
 
-fn environment() -> [(&'static str, &'static str); 3] {
-    [("PATH", "/usr/local/bin:/usr/bin:/bin"), ("LC_ALL", "C.UTF-8"), ("PGUSER", config::INTERNAL_ROLE)]
+/// Where memory is not enough, a backend goes before the postmaster.
+fn environment() -> [(&'static str, &'static str); 5] {
+    [
+        ("PATH", "/usr/local/bin:/usr/bin:/bin"),
+        ("LC_ALL", "C.UTF-8"),
+        ("PGUSER", config::INTERNAL_ROLE),
+        ("PG_OOM_ADJUST_FILE", "/proc/self/oom_score_adj"),
+        ("PG_OOM_ADJUST_VALUE", "500"),
+    ]
 }
 
 /// The program, to be ended at once (`SIGQUIT`, which a postmaster passes on to its backends) when we die, however that

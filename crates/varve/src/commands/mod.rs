@@ -8,6 +8,7 @@ mod dev;
 mod host;
 mod materialize;
 mod settings;
+mod size;
 mod tenant;
 mod verify;
 mod wal;
