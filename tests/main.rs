@@ -9,6 +9,7 @@ mod harder_loads;
 mod kept_pages;
 mod left_in_pg_wal;
 mod like_stock;
+mod limits;
 mod main_job;
 mod majors;
 mod minio;

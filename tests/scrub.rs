@@ -36,6 +36,7 @@ fn load(dev: &Dev) -> anyhow::Result<()> {
     let db = dev.compute("acme/main", &[])?;
     program("pgbench", &["-iq", "-s", "3", &db])?;
     psql(&db, "COPY (SELECT md5(i::text) FROM generate_series(1, 5000) i) TO PROGRAM 'cat > long.txt'")?;
+    psql(&db, "CREATE UNLOGGED TABLE unlogged AS SELECT md5(i::text) AS filler FROM generate_series(1, 20000) i")?;
     psql(&db, "ALTER SYSTEM SET wal_consistency_checking = 'heap'")?;
     psql(&db, "SELECT pg_reload_conf()")?;
     dev.json(&["branch", "create", "acme/child"])?;
@@ -76,11 +77,15 @@ fn what_is_damaged_or_missing_is_named() -> anyhow::Result<()> {
     let report = is_sound(&dev)?;
     ensure!(report["tenants"] == 2 && report["layers"].as_u64() > Some(2), "both tenants were read: {report}");
     ensure!(report["unreferenced"] == 0, "nothing is left over after an orderly stop: {report}");
-    for part in ["*/timelines/*/layers/*", "*/timelines/*/wal/*", "*/files/*", "*/templates/*/template", "*/tenants/*/log/*"] {
+    for part in ["*/timelines/*/layers/*", "*/timelines/*/wal/*", "*/templates/*/template", "*/tenants/*/log/*"] {
         // The first entry of a log, which later ones follow.
         let path = find(&dev.store(), part)?.into_iter().min().with_context(|| format!("there is something in {part}"))?;
         names_it_when_damaged(&dev, &path)?;
     }
+    // The long file, and pieces of the unlogged table.
+    let files = find(&dev.store(), "*/files/*")?;
+    ensure!(files.len() > 1, "expected objects for a long file and for kept pages, got {files:?}");
+    files.iter().try_for_each(|path| names_it_when_damaged(&dev, path))?;
     is_sound(&dev)?;
     let (report, success) = scrub(&dev, &["other"])?;
     ensure!(success && report["tenants"] == 1, "one tenant alone: {report}");

@@ -1,16 +1,14 @@
 //! Commits that wait for a server that is away hold every place that sessions have, and locks of the catalogues through
 //! which one logs in. When the server is back, all of them end soon.
 
-use std::io::{BufRead as _, BufReader, Write as _};
-use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
-use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
 use varve_postgres::Major;
 use varve_testbed::dev::{Dev, free_port, psql};
-use varve_testbed::limit::{Process, WaitError};
+use varve_testbed::limit::Process;
 use varve_testbed::postgres::is_skipped;
+use varve_testbed::session::Session;
 
 const VARVE: &str = env!("CARGO_BIN_EXE_varve");
 /// Places for sessions in these tests, all of which are taken.
@@ -25,63 +23,11 @@ const READ_ALL: &str = "SELECT sum(length(pg_read_binary_file(dir || '/' || name
 FROM (SELECT 'base/' || oid AS dir FROM pg_database WHERE datname = 'postgres' UNION ALL VALUES ('global'), ('pg_xact')) dirs,
 pg_ls_dir(dir) name";
 
-/// A psql that is connected and reads statements.
-struct Session {
-    process: Child,
-    input: ChildStdin,
-    said: Receiver<String>,
-}
-
-impl Session {
-    fn open(db: &str) -> anyhow::Result<Session> {
-        // What it prints and what it warns of come in one order.
-        let mut psql = Command::new("sh");
-        psql.args(["-c", "exec psql \"$1\" -XqAt -v VERBOSITY=terse 2>&1", "sh", db]);
-        let mut process = psql.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().context("psql cannot be run")?;
-        let input = process.stdin.take().context("a pipe")?;
-        let said = lines(process.stdout.take().context("a pipe")?);
-        let mut session = Session { process, input, said };
-        session.begin("SELECT count(*) FROM kept; SELECT rolname FROM pg_roles WHERE rolname = current_user")?;
-        session.end(WAITING_MAX)?;
-        Ok(session)
-    }
-
-    fn begin(&mut self, sql: &str) -> anyhow::Result<()> {
-        writeln!(self.input, "{sql};\n\\echo done").context("psql takes a statement")
-    }
-
-    /// Waits until what was begun is over; gives what psql said.
-    fn end(&mut self, limit: Duration) -> anyhow::Result<Vec<String>> {
-        let deadline = Instant::now() + limit;
-        let mut said = Vec::new();
-        loop {
-            let left = deadline.saturating_duration_since(Instant::now());
-            match self.said.recv_timeout(left) {
-                Ok(line) if line == "done" => return Ok(said),
-                Ok(line) => said.push(line),
-                Err(_) => return Err(WaitError::new(format!("a statement of psql, which said {said:?}"), limit, None).into()),
-            }
-        }
-    }
-}
-
-impl Drop for Session {
-    fn drop(&mut self) {
-        let _ = self.process.kill();
-        let _ = self.process.wait();
-    }
-}
-
-fn lines(output: ChildStdout) -> Receiver<String> {
-    let (send, lines) = channel();
-    std::thread::spawn(move || {
-        for line in BufReader::new(output).lines().map_while(Result::ok) {
-            if send.send(line).is_err() {
-                return;
-            }
-        }
-    });
-    lines
+/// A session that has read a table.
+fn open(db: &str) -> anyhow::Result<Session> {
+    let mut session = Session::open(db)?;
+    session.run("SELECT count(*) FROM kept; SELECT rolname FROM pg_roles WHERE rolname = current_user", WAITING_MAX)?;
+    Ok(session)
 }
 
 /// A compute without room for anybody but the sessions that are given; nothing else connects to it.
@@ -95,7 +41,7 @@ fn full_compute(dev: &Dev, major: Major) -> anyhow::Result<(String, u32, Vec<Ses
     dev.json(&["compute", "stop", "acme/main"])?;
     let compute = dev.json(&["compute", "start", "acme/main", "--port", &port])?;
     let pid = compute["pid"].as_u64().and_then(|pid| pid.try_into().ok()).context("a compute has a pid")?;
-    let mut sessions = (0..SESSIONS).map(|_| Session::open(&db)).collect::<anyhow::Result<Vec<_>>>()?;
+    let mut sessions = (0..SESSIONS).map(|_| open(&db)).collect::<anyhow::Result<Vec<_>>>()?;
     // What they need must be here, since nothing can be fetched while the server is away.
     for sql in ["VACUUM FULL pg_authid", "VACUUM FULL pg_class", "CREATE TABLE warm ()"] {
         sessions[0].begin(sql)?;

@@ -7,6 +7,8 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use crate::size::{CurrentLimits, Size};
+
 /// Body of `POST /v1/tenants`.
 #[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
@@ -182,6 +184,9 @@ pub struct NewCompute {
     /// refused.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub settings: BTreeMap<String, String>,
+    /// Its size from now on; what is left out stays. One that runs takes it while it runs.
+    #[serde(default, skip_serializing_if = "Size::is_empty")]
+    pub size: Size,
 }
 
 #[allow(clippy::trivially_copy_pass_by_ref)] // serde gives a reference
@@ -217,6 +222,61 @@ pub struct Compute {
     /// Its block cache, as it was some seconds ago; none until it has told.
     #[serde(default)]
     pub cache: Option<CacheUse>,
+    /// How much of the machine it may take: the least and the most.
+    #[serde(default)]
+    pub size: Size,
+    /// What it may take right now; none until it has told, or where there are no limits.
+    #[serde(default)]
+    pub limits: Option<CurrentLimits>,
+}
+
+/// The size of a branch's compute.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct BranchSize {
+    /// The branch, `tenant/branch`.
+    pub branch: String,
+    /// The least and the most.
+    pub size: Size,
+    /// What the compute may take right now, if one runs and has told.
+    #[serde(default)]
+    pub limits: Option<CurrentLimits>,
+}
+
+/// Something that happened to the compute of a branch.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Event {
+    /// When, RFC 3339 in UTC.
+    pub at: String,
+    /// What kind of thing.
+    pub kind: EventKind,
+    /// What happened, in words.
+    pub words: String,
+}
+
+/// See [`Event`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum EventKind {
+    /// Its memory was not enough, and the kernel killed a process of it.
+    OutOfMemory,
+    /// Something that the tenant broke was mended.
+    Repaired,
+    /// It has another size.
+    Resized,
+    /// It could not be started.
+    StartFailed,
+}
+
+impl EventKind {
+    /// As it stands in JSON.
+    pub fn name(self) -> &'static str {
+        match self {
+            EventKind::OutOfMemory => "out_of_memory",
+            EventKind::Repaired => "repaired",
+            EventKind::Resized => "resized",
+            EventKind::StartFailed => "start_failed",
+        }
+    }
 }
 
 /// The block cache of a compute since its last start.

@@ -12,8 +12,9 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::admin::CacheUse;
+use crate::admin::{CacheUse, EventKind};
 use crate::kept_pages::KeptPages;
+use crate::size::{Capacity, CurrentLimits, Size};
 
 /// Body of `POST /v1/computes/{id}/begin`; may be left out.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -73,6 +74,9 @@ pub struct Begin {
     /// Pages that a stop exactly here kept.
     #[serde(default)]
     pub pages: KeptPages,
+    /// How much of the machine it may take.
+    #[serde(default)]
+    pub size: Size,
 }
 
 fn first_password() -> u32 {
@@ -201,6 +205,30 @@ pub struct Orders {
     pub incarnation: u64,
     /// Number of the server process; when it changed, attach again.
     pub server_run: String,
+    /// How much of the machine it may take; none of a server that does not say.
+    #[serde(default)]
+    pub size: Option<Size>,
+}
+
+/// Parameters of the request for [`Orders`]: what the compute does already.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OrdersQuery {
+    /// The incarnation that runs.
+    #[serde(default)]
+    pub incarnation: u64,
+    /// The server run that it has attached to.
+    #[serde(default)]
+    pub server_run: String,
+    /// The size that it has, as [`size_text`] writes it; none of a compute that knows no sizes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub size: Option<String>,
+}
+
+/// A size as it stands in [`OrdersQuery`]: equal texts are equal sizes.
+pub fn size_text(size: &Size) -> String {
+    let part =
+        |between: Option<crate::size::Between>| between.map_or_else(String::new, |between| format!("{}-{}", between.min, between.max));
+    format!("{},{}", part(size.cpu_milli), part(size.memory_bytes))
 }
 
 /// A block by name: tablespace, database, relation, fork, block.
@@ -213,13 +241,28 @@ pub struct StartupBlocks {
     pub blocks: Vec<BlockName>,
 }
 
-/// Body of `POST /v1/computes/{id}/cache`, sent now and then: what became of the block cache.
+/// Body of `POST /v1/computes/{id}/cache`, sent now and then, and when its limits change: what became
+/// of the block cache, and what the compute may take.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub struct CacheReport {
     /// The incarnation whose it is.
     pub incarnation: u64,
     /// The figures.
     pub cache: CacheUse,
+    /// What the compute may take right now, where it has limits.
+    #[serde(default)]
+    pub limits: Option<CurrentLimits>,
+}
+
+/// Body of `POST /v1/computes/{id}/events`: something happened to the compute.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EventReport {
+    /// What kind of thing.
+    pub kind: EventKind,
+    /// What happened, in words.
+    pub words: String,
+    /// How long ago, in milliseconds: it is told as soon as the server is there.
+    pub age_ms: u64,
 }
 
 /// Body of `POST /v1/computes/{id}/ended`.
@@ -285,6 +328,9 @@ pub struct Hello {
     /// What is wrong with its Postgres binaries, in words: a folder that holds another major than it should.
     #[serde(default)]
     pub problems: Vec<String>,
+    /// The most that it gives to one compute; none where it can limit none.
+    #[serde(default)]
+    pub capacity: Option<Capacity>,
     /// The computes of which it has a record.
     pub computes: Vec<HostedCompute>,
 }

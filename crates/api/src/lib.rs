@@ -6,7 +6,7 @@
 //! - [`kept_pages`]: pages that WAL does not give back;
 //! - [`kept_files`]: which files of a data directory hosts send and the control plane takes.
 //! - [`client`]: the HTTP client that hosts, computes and the CLI use; [`token`]: what it shows.
-//! - [`settings`]: which settings of Postgres a tenant cannot make.
+//! - [`settings`]: which settings of Postgres a tenant cannot make; [`size`]: how much of a machine a compute may take.
 //! - [`refusal`]: why something was not done: a code that stays, and a sentence that says what to do.
 //!
 //! This crate stands below all roles and knows none of them: no storage, no sockets of Postgres, no processes.
@@ -18,6 +18,7 @@ pub mod kept_files;
 pub mod kept_pages;
 pub mod refusal;
 pub mod settings;
+pub mod size;
 pub mod token;
 
 pub use refusal::{Code, Problem, Refusal};

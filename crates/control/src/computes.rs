@@ -12,6 +12,7 @@ use crate::error::{Error, quoted};
 use crate::logs::{branch, facts};
 use crate::ports::Pageserver;
 use crate::registry::{Entry, Phase, Process, is_expendable};
+use crate::sizes::size_of;
 use crate::{Control, arguments};
 
 /// How long a clean stop may take: a checkpoint, the rest of its WAL, the upload of its layers.
@@ -39,7 +40,7 @@ impl<P: Pageserver> Control<P> {
         let tenant_name = &facts(&state, tenant)?.name;
         for row in state.endpoints_of(&name).filter(|row| row.wanted) {
             // Known from now on, so that it can be shown and stopped, though no host has named it yet.
-            self.computes.note(Entry::new(tenant, tenant_name.clone(), row, Phase::Unknown));
+            self.computes.note(Entry::new(tenant, tenant_name.clone(), row, size_of(&state, row.id), Phase::Unknown));
         }
         Ok(self.computes.of_branch(tenant, &name).iter().map(|entry| self.describe_entry(entry, None)).collect())
     }
@@ -86,6 +87,8 @@ impl<P: Pageserver> Control<P> {
             error,
             warnings: status.warnings,
             cache: status.cache,
+            size: status.size,
+            limits: status.limits,
         }
     }
 

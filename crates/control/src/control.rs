@@ -15,6 +15,7 @@ use varve_storage::tenant_log::names;
 
 use crate::environment::Environment;
 use crate::error::Error;
+use crate::events::Events;
 use crate::hosts::Hosts;
 use crate::logs::Known;
 use crate::ports::{Lost, OrphanedWal, Pageserver};
@@ -52,6 +53,7 @@ pub struct Control<P: Pageserver> {
     pub(crate) environment: Environment,
     pub(crate) computes: Registry,
     pub(crate) hosts: Hosts,
+    pub(crate) events: Events,
     pub(crate) known: Known,
     /// Who starts a compute of a branch decides alone.
     pub(crate) starting: Turns<(TenantId, BranchName)>,
@@ -91,6 +93,7 @@ impl<P: Pageserver> Control<P> {
             environment,
             computes: Registry::default(),
             hosts: Hosts::default(),
+            events: Events::default(),
             known: Known::default(),
             starting: Turns::default(),
             creating: Turns::default(),

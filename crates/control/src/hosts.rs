@@ -9,7 +9,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use parking_lot::{Mutex, RwLock};
+use varve_api::admin::EventKind;
 use varve_api::host::{ComputeOrder, ComputeReport, Desired, Hello, HostAction, HostOrders, HostedCompute, TemplateOrder, Welcome};
+use varve_api::size::Size;
 use varve_api::{Code, Refusal};
 use varve_postgres::Timestamp;
 use varve_storage::ids::{EndpointId, HostId, TenantId};
@@ -20,6 +22,7 @@ use crate::environment::Environment;
 use crate::error::Error;
 use crate::ports::Pageserver;
 use crate::registry::{Entry, Phase, Process, host_of, is_expendable};
+use crate::sizes::size_of;
 use crate::watched::Watched;
 
 /// How long a poll for orders waits.
@@ -59,6 +62,18 @@ pub(crate) struct Host {
 }
 
 impl Host {
+    /// Whether it can give a compute this size.
+    pub(crate) fn gives(&self, size: &Size) -> Result<(), Error> {
+        match self.hello().capacity {
+            _ if size.is_empty() => Ok(()),
+            Some(capacity) => Ok(size.fits(&capacity)?),
+            None => {
+                let name = &self.hello().name;
+                Err(Error::argument("size", format!("host {name} cannot limit what a compute takes (--sandbox none)")))
+            }
+        }
+    }
+
     /// What it said of itself.
     pub(crate) fn hello(&self) -> Arc<Hello> {
         self.hello.read().clone()
@@ -144,11 +159,22 @@ impl Hosts {
         found.await.unwrap_or_default()
     }
 
-    /// A host that can run a compute of a major: the one that had it before, or the one with the fewest orders.
-    pub(crate) async fn choose(&self, environment: &Environment, pg_version: u32, before: Option<HostId>) -> Result<Arc<Host>, Error> {
+    /// A host that can run a compute of a major and size: the one that had it before, or the one with the fewest
+    /// orders.
+    pub(crate) async fn choose(
+        &self,
+        environment: &Environment,
+        pg_version: u32,
+        before: Option<HostId>,
+        size: &Size,
+    ) -> Result<Arc<Host>, Error> {
         let here = self.here(environment).await;
-        let fit = here.iter().filter(|host| host.has(pg_version) && host.hello().lacks.is_empty());
-        let best = fit.min_by_key(|host| (before != Some(host.id), host.orders.with(|orders| orders.computes.len())));
+        let fit: Vec<&Arc<Host>> = here.iter().filter(|host| host.has(pg_version) && host.hello().lacks.is_empty()).collect();
+        let large_enough: Vec<&Arc<Host>> = fit.iter().copied().filter(|host| host.gives(size).is_ok()).collect();
+        if let (Some(host), true) = (fit.first(), large_enough.is_empty()) {
+            host.gives(size)?;
+        }
+        let best = large_enough.into_iter().min_by_key(|host| (before != Some(host.id), host.orders.with(|orders| orders.computes.len())));
         best.cloned().ok_or_else(|| Error::NoHost(unfit(&here, pg_version)))
     }
 
@@ -292,9 +318,11 @@ impl<P: Pageserver> Control<P> {
         }
         let name = crate::logs::facts(&state, tenant)?.name.clone();
         if row.wanted {
-            let entry = self.computes.note(Entry::new(tenant, name, &row, Phase::Starting));
+            let size = size_of(&state, id);
+            let entry = self.computes.note(Entry::new(tenant, name, &row, size, Phase::Starting));
             if entry.status().noted {
                 entry.set_row(row);
+                entry.set_size(size);
             } else if host_of(&entry).is_some_and(|other| other != host.id) {
                 return Err(Error::Moved(entry.branch())); // it is being started there; what comes of it is known soon
             }
@@ -308,7 +336,7 @@ impl<P: Pageserver> Control<P> {
         }
         if compute.runs && row.moment.is_none() {
             // The last control plane died while it stopped: the compute is told again, and has its time.
-            let entry = self.computes.note(Entry::new(tenant, name, &row, Phase::Stopping));
+            let entry = self.computes.note(Entry::new(tenant, name, &row, size_of(&state, id), Phase::Stopping));
             entry.tell_to_end(Desired::Stop);
             if let Some(me) = self.me.upgrade() {
                 self.environment.spawn(async move {
@@ -320,7 +348,7 @@ impl<P: Pageserver> Control<P> {
             return Ok(());
         }
         let action = if is_expendable(&state, &row) { HostAction::Remove } else { HostAction::End };
-        host.order_first(id, Entry::new(tenant, name, &row, Phase::Stopping).order(action));
+        host.order_first(id, Entry::new(tenant, name, &row, size_of(&state, id), Phase::Stopping).order(action));
         Ok(())
     }
 
@@ -369,6 +397,7 @@ impl<P: Pageserver> Control<P> {
         let Some(entry) = self.computes.get(id).filter(|entry| host_of(entry).is_none_or(|on| on == host.id)) else {
             return Ok(()); // of a compute that is on another host by now, or nowhere
         };
+        let now = self.environment.now();
         entry.update(|status| match report {
             ComputeReport::Started { port } => {
                 status.process = Process::Started;
@@ -377,6 +406,7 @@ impl<P: Pageserver> Control<P> {
             ComputeReport::Refused { code, detail } => {
                 let refusal = Refusal::new(Code::from_name(&code).unwrap_or(Code::HostUnfit), detail);
                 if matches!(status.phase, Phase::Starting | Phase::Unknown) {
+                    self.events.add(id, now, EventKind::StartFailed, &refusal.detail);
                     status.phase = Phase::Failed(refusal.detail.clone());
                 }
                 status.process = Process::Refused(refusal);

@@ -9,8 +9,10 @@ use std::time::Duration;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
+use varve_api::admin::EventKind;
 use varve_api::host::{
-    Attach, Attached, Begin, BeginRequest, BlockName, CacheReport, Desired, Ended, FileVersion, HostAction, Orders, Password,
+    Attach, Attached, Begin, BeginRequest, BlockName, CacheReport, Desired, Ended, FileVersion, HostAction, Orders, OrdersQuery, Password,
+    size_text,
 };
 use varve_api::{Code, kept_files};
 use varve_postgres::Lsn;
@@ -23,6 +25,7 @@ use crate::logs::facts;
 use crate::pages::is_of_pages;
 use crate::ports::{AttachWriter, EpochStart, Moment, Pageserver};
 use crate::registry::{Entry, Phase, Process, Status, host_of};
+use crate::sizes::size_of;
 use crate::{Control, arguments, moment};
 
 /// How often a begin follows a branch that is restored or renamed meanwhile.
@@ -110,6 +113,7 @@ impl<P: Pageserver> Control<P> {
         {
             // Trying again will not help: it fails, and says why, until an operator has done something about it.
             entry.update(|status| status.phase = Phase::Failed(error.to_string()));
+            self.events.add(entry.id, self.environment.now(), EventKind::StartFailed, &error.to_string());
             self.order(&entry, HostAction::End);
         }
         begun
@@ -162,6 +166,7 @@ impl<P: Pageserver> Control<P> {
             startup_blocks: places.startup_blocks,
             settings: entry.settings(),
             pages,
+            size: size_of(&state, entry.id),
         })
     }
 
@@ -172,6 +177,7 @@ impl<P: Pageserver> Control<P> {
             let state = log.state();
             let row = running_row(&state, entry)?;
             entry.set_row(row.clone());
+            entry.set_size(size_of(&state, entry.id));
             if let Some(moment) = row.moment {
                 return Ok((row, Beginning { timeline: moment.timeline, lsn: moment.lsn, epoch: None }));
             }
@@ -225,8 +231,14 @@ impl<P: Pageserver> Control<P> {
             standby_name = Some(self.pageserver.attach_writer(writer).await?);
         }
         entry.set_row(row);
+        entry.set_size(size_of(&state, entry.id));
+        for warning in attach.warnings.iter().filter(|_| status.warnings != attach.warnings) {
+            self.events.add(entry.id, self.environment.now(), EventKind::Repaired, warning);
+        }
         entry.update(|status| {
-            status.cache = status.cache.filter(|_| status.incarnation == attach.incarnation);
+            if status.incarnation != attach.incarnation {
+                (status.cache, status.limits) = (None, None);
+            }
             status.incarnation = attach.incarnation;
             status.epoch = attach.epoch.map(WriterEpoch);
             status.timeline = Some(timeline);
@@ -280,7 +292,8 @@ impl<P: Pageserver> Control<P> {
                 Desired::Stop | Desired::Fenced => Phase::Ended { clean, reason: ended.reason.clone() },
             };
         });
-        if matches!(entry.status().phase, Phase::Failed(_)) {
+        if let Phase::Failed(reason) = entry.status().phase {
+            self.events.add(entry.id, self.environment.now(), EventKind::StartFailed, &reason);
             self.order(&entry, HostAction::End); // else the host would start it again
         }
         Ok(())
@@ -290,14 +303,18 @@ impl<P: Pageserver> Control<P> {
     ///
     /// # Errors
     /// [`Error::NotYetKnown`].
-    pub async fn orders(&self, id: &str, incarnation: u64, server_run: &str) -> Result<Orders, Error> {
-        let entry = self.process(id)?;
+    pub async fn orders(&self, id: &str, query: &OrdersQuery) -> Result<Orders, Error> {
+        let OrdersQuery { incarnation, server_run, size } = query;
+        let (entry, incarnation) = (self.process(id)?, *incarnation);
         // After our own restart the incarnation is the compute's, until it has attached.
         let number = |status: &Status| if status.incarnation == 0 { incarnation } else { status.incarnation };
         let run = |status: &Status| format!("{}.{}", self.run, status.attach_again);
-        let is_news = |status: &Status| status.desired != Desired::Run || number(status) != incarnation || run(status) != server_run;
+        let has_other_size = |status: &Status| size.as_ref().is_some_and(|known| *known != size_text(&status.size));
+        let is_news = |status: &Status| {
+            status.desired != Desired::Run || number(status) != incarnation || run(status) != *server_run || has_other_size(status)
+        };
         let status = entry.wait(&self.environment, ORDERS_WAIT, is_news).await.unwrap_or_else(|| entry.status());
-        Ok(Orders { desired: status.desired, incarnation: number(&status), server_run: run(&status) })
+        Ok(Orders { desired: status.desired, incarnation: number(&status), server_run: run(&status), size: Some(status.size) })
     }
 
     /// A compute tells which blocks its start read: later starts of the same template get them in one batch.
@@ -323,14 +340,14 @@ impl<P: Pageserver> Control<P> {
         Ok(Lsn(head.0 + 1))
     }
 
-    /// A compute tells how its block cache is.
+    /// A compute tells how its block cache is, and what it may take right now.
     ///
     /// # Errors
     /// [`Error::UnknownCompute`].
     pub fn note_cache(&self, id: &str, report: &CacheReport) -> Result<(), Error> {
         self.process(id)?.update(|status| {
             if status.incarnation == report.incarnation {
-                status.cache = Some(report.cache);
+                (status.cache, status.limits) = (Some(report.cache), report.limits);
             }
         });
         Ok(())

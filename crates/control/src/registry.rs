@@ -11,11 +11,13 @@ use tokio::sync::OwnedMutexGuard;
 use varve_api::Refusal;
 use varve_api::admin::CacheUse;
 use varve_api::host::{ComputeOrder, Desired, HostAction};
+use varve_api::size::{CurrentLimits, Size};
 use varve_storage::ids::{BranchName, EndpointId, HostId, TenantId, TenantName, TimelineId, WriterEpoch};
 use varve_storage::tenant_log::{EndpointRow, TenantState};
 
 use crate::environment::Environment;
 use crate::error::Error;
+use crate::sizes::size_of;
 use crate::watched::Watched;
 
 /// Keys of which [`Turns`] keeps a lock that nobody holds.
@@ -80,6 +82,10 @@ pub(crate) struct Status {
     pub(crate) warnings: Vec<String>,
     /// What the incarnation told of its block cache last.
     pub(crate) cache: Option<CacheUse>,
+    /// What it may take, as the tenant's log has it.
+    pub(crate) size: Size,
+    /// What it may take right now, as the incarnation told last.
+    pub(crate) limits: Option<CurrentLimits>,
     /// What the host said.
     pub(crate) process: Process,
     /// The port that the host said.
@@ -103,8 +109,8 @@ pub(crate) struct Entry {
 }
 
 impl Entry {
-    /// A compute of which only its row is known.
-    pub(crate) fn new(tenant: TenantId, tenant_name: TenantName, row: &Arc<EndpointRow>, phase: Phase) -> Entry {
+    /// A compute of which only its row and size are known.
+    pub(crate) fn new(tenant: TenantId, tenant_name: TenantName, row: &Arc<EndpointRow>, size: Size, phase: Phase) -> Entry {
         let status = Status {
             phase,
             desired: Desired::Run,
@@ -116,6 +122,8 @@ impl Entry {
             mount_pid: None,
             warnings: Vec::new(),
             cache: None,
+            size,
+            limits: None,
             process: Process::Unsaid,
             port: row.port,
             noted: false,
@@ -132,6 +140,11 @@ impl Entry {
     /// Its endpoint was read or written.
     pub(crate) fn set_row(&self, row: Arc<EndpointRow>) {
         *self.row.lock() = row;
+    }
+
+    /// Its size was read or written.
+    pub(crate) fn set_size(&self, size: Size) {
+        self.update(|status| status.size = size);
     }
 
     /// The settings of its start.
@@ -264,6 +277,7 @@ impl Registry {
         for entry in self.of_tenant(tenant) {
             if let Ok(row) = state.endpoint(entry.id) {
                 entry.set_row(row.clone());
+                entry.set_size(size_of(state, entry.id));
             }
         }
     }

@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use varve_api::admin::{Compute, NewCompute};
 use varve_api::host::{Desired, HostAction};
+use varve_api::size::Size;
 use varve_storage::ids::{BranchName, EndpointId, TenantId};
 use varve_storage::tenant_log::{EndpointMoment, EndpointRow, TenantFacts, TenantLog, TenantState, removed_timelines};
 
@@ -18,6 +19,7 @@ use crate::error::Error;
 use crate::logs::{Plan, branch, facts};
 use crate::ports::{Moment, Pageserver};
 use crate::registry::{Entry, Phase, Process, Status, is_expendable, not_there};
+use crate::sizes::{size_edit, size_of};
 use crate::{Control, arguments, moment, settings};
 
 /// How long a compute may take to start.
@@ -27,7 +29,7 @@ const HOST_MAX: Duration = Duration::from_secs(30);
 /// How long a compute that is being stopped keeps its next start waiting.
 const STOPPING_MAX: Duration = Duration::from_secs(300);
 /// Where a compute listens when nobody says where.
-const LISTEN_DEFAULT: &str = "127.0.0.1";
+pub(crate) const LISTEN_DEFAULT: &str = "127.0.0.1";
 
 /// Answer to *ensure running*.
 #[derive(Clone, Debug)]
@@ -45,6 +47,7 @@ struct Wanted {
     moment: Moment,
     replace: bool,
     settings: Vec<(String, String)>,
+    size: Size,
 }
 
 impl Wanted {
@@ -53,9 +56,10 @@ impl Wanted {
         if new.replace && moment != Moment::Head {
             return Err(Error::argument("replace", "a compute at a moment replaces none: leave it out"));
         }
+        new.size.check()?;
         let port = new.port.map(arguments::port).transpose()?;
         let listen = new.listen.as_deref().map(arguments::listen).transpose()?;
-        Ok(Wanted { port, listen, moment, replace: new.replace, settings: settings::of_the_tenant(&new.settings)? })
+        Ok(Wanted { port, listen, moment, replace: new.replace, settings: settings::of_the_tenant(&new.settings)?, size: new.size })
     }
 
     /// Whether a compute that runs is what is wanted.
@@ -130,7 +134,7 @@ impl<P: Pageserver> Control<P> {
         let runs = |row: &Arc<EndpointRow>| self.computes.get(row.id).is_some_and(|entry| is_alive(row, &entry.status()));
         let runs_here = wanted.moment == Moment::Head && state.endpoints_of(&name).any(|row| row.moment.is_none() && runs(row));
         if !runs_here && call.prior::<Compute>(&state)?.is_none() {
-            self.hosts.choose(&self.environment, facts(&state, tenant)?.pg_version, None).await?;
+            self.hosts.choose(&self.environment, facts(&state, tenant)?.pg_version, None, &wanted.size).await?;
         }
         Ok(())
     }
@@ -170,7 +174,7 @@ impl<P: Pageserver> Control<P> {
                     return Err(Error::AlreadyRunning { branch: entry.branch(), port, listen });
                 }
                 // A call with a key is remembered, though it did nothing.
-                self.remember_call(call, place, &entry).await?;
+                self.remember_call(call, place, &entry, wanted.size).await?;
                 return Ok((entry, false));
             }
             if alive {
@@ -194,24 +198,31 @@ impl<P: Pageserver> Control<P> {
         waited.ok_or_else(|| Error::NotStarted { branch: entry.branch(), reason: "it is still being stopped; try again".to_owned() })
     }
 
-    async fn remember_call(&self, call: &Call, place: &Place, entry: &Arc<Entry>) -> Result<(), Error> {
+    /// Remembers a call that found a compute running, and gives that the size that was asked for.
+    async fn remember_call(&self, call: &Call, place: &Place, entry: &Arc<Entry>, size: Size) -> Result<(), Error> {
+        let host = entry.row().host.and_then(|host| self.hosts.get(host));
+        host.map_or(Ok(()), |host| host.gives(&size))?;
         let row = call.row(&self.describe_entry(entry, None))?;
-        self.commit_edits(&place.log, |_| Ok(row.into_iter().collect())).await
+        let id = entry.id;
+        self.commit_edits(&place.log, |state| Ok(size_edit(state, id, size).into_iter().chain(row).collect())).await?;
+        entry.set_size(size_of(&place.log.state(), id));
+        Ok(())
     }
 
     /// Has a host start a process for `row`, and commits the row once the host says that it can.
     async fn launch(&self, call: &Call, place: &Place, row: EndpointRow, wanted: &Wanted) -> Result<Arc<Entry>, Error> {
-        let host = self.hosts.choose(&self.environment, place.facts.pg_version, row.host).await?;
+        let size = wanted.size.or(size_of(&place.log.state(), row.id));
+        let host = self.hosts.choose(&self.environment, place.facts.pg_version, row.host, &size).await?;
         let former = row.host.filter(|former| *former != host.id);
         let row = EndpointRow { host: Some(host.id), wanted: true, ..row };
-        let entry = Entry::new(place.tenant, place.facts.name.clone(), &Arc::new(row), Phase::Starting);
+        let entry = Entry::new(place.tenant, place.facts.name.clone(), &Arc::new(row), size, Phase::Starting);
         entry.set_settings(wanted.settings.clone());
         let entry = self.computes.add(entry);
         // A process that is quick waits for its row.
         let turn = entry.turn.lock().await;
         self.order(&entry, HostAction::Run);
         let committed = match self.host_says(&entry).await {
-            Ok(port) => self.commit_row(call, place, &entry, port).await,
+            Ok(port) => self.commit_row(call, place, &entry, port, wanted.size).await,
             Err(error) => Err(error),
         };
         if let Err(error) = committed {
@@ -247,7 +258,7 @@ impl<P: Pageserver> Control<P> {
         }
     }
 
-    async fn commit_row(&self, call: &Call, place: &Place, entry: &Arc<Entry>, port: u16) -> Result<(), Error> {
+    async fn commit_row(&self, call: &Call, place: &Place, entry: &Arc<Entry>, port: u16, size: Size) -> Result<(), Error> {
         let row = EndpointRow { port, ..EndpointRow::clone(&entry.row()) };
         entry.set_row(Arc::new(row.clone()));
         let mut gone = Vec::new();
@@ -256,12 +267,14 @@ impl<P: Pageserver> Control<P> {
             if row.moment.is_none() && state.endpoints_of(&row.branch).any(other) {
                 return Err(Error::Moved(entry.branch()));
             }
-            let edits = state.put_endpoint(row.clone())?;
+            let mut edits = state.put_endpoint(row.clone())?;
+            edits.extend(size_edit(state, row.id, size));
             gone = removed_timelines(&edits).collect();
             let action = format!("started compute {} on branch {}", row.id, row.branch);
             Ok(Plan { edits, action, answer: |_: &TenantState| Ok(self.describe_entry(entry, None)) })
         };
         self.commit::<Compute, _>(&place.log, call, plan).await?;
+        entry.set_size(size_of(&place.log.state(), entry.id));
         if !gone.is_empty() {
             self.pageserver.remove_timelines(place.tenant, gone).await;
         }
@@ -283,17 +296,18 @@ impl<P: Pageserver> Control<P> {
             // Its host is away: another one starts it, and whoever wakes up on the old one is fenced when that begins.
             return self.launch(call, place, row, wanted).await;
         }
+        host.map_or(Ok(()), |host| host.gives(&wanted.size))?;
         let turn = entry.turn.lock().await;
         let changed = (row.port, &row.listen) != (before.port, &before.listen);
         entry.set_row(Arc::new(row));
         let committed = if changed {
             self.order(entry, HostAction::Run);
             match self.host_says(entry).await {
-                Ok(port) => self.commit_row(call, place, entry, port).await,
+                Ok(port) => self.commit_row(call, place, entry, port, wanted.size).await,
                 Err(error) => Err(error),
             }
         } else {
-            self.commit_row(call, place, entry, before.port).await
+            self.commit_row(call, place, entry, before.port, wanted.size).await
         };
         if let Err(error) = committed {
             entry.set_row(before);

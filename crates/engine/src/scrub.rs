@@ -19,7 +19,7 @@ use varve_storage::kept_wal::KeptWal;
 use varve_storage::layer::Layer;
 use varve_storage::manifest::{LayerRow, ManifestState, timeline_folder};
 use varve_storage::store::{Failure, ObjectName, Store, StoreError};
-use varve_storage::tenant_log::{FileContents, TenantState, names, tenant_folder};
+use varve_storage::tenant_log::{FileContents, PAGES_FOLDER, TenantState, names, tenant_folder};
 use varve_storage::threads::Threads;
 
 use crate::error::EngineError;
@@ -142,7 +142,7 @@ impl<'a> Scrub<'a> {
         for timeline in state.timelines() {
             self.timeline(id, timeline.facts.id, &mut listed).await?;
         }
-        for (object, len) in files_of(&state) {
+        for (object, len) in self.files_of(&state).await? {
             listed.remove(&object);
             self.file(&object, len).await?;
         }
@@ -256,13 +256,15 @@ impl<'a> Scrub<'a> {
         Ok(verified.err().map(|error| error.to_string()))
     }
 
-    async fn file(&mut self, object: &ObjectName, len: u64) -> Result<(), EngineError> {
+    async fn file(&mut self, object: &ObjectName, len: Option<u64>) -> Result<(), EngineError> {
         match self.store.get_optional(object).await {
             Ok(Some(bytes)) => {
                 self.count(1, bytes.len() as u64).await;
                 match envelope::decode(&FILE_FORMAT, object.as_str(), &bytes) {
-                    Ok(decoded) if decoded.content.len() as u64 == len => {}
-                    Ok(decoded) => self.report.find(object, &format!("it has {} bytes, {len} are expected", decoded.content.len())),
+                    Ok(decoded) if len.is_none_or(|len| decoded.content.len() as u64 == len) => {}
+                    Ok(decoded) => {
+                        self.report.find(object, &format!("it has {} bytes, {} are expected", decoded.content.len(), len.unwrap_or(0)));
+                    }
                     Err(error) => self.report.find(object, &error),
                 }
             }
@@ -313,20 +315,51 @@ impl<'a> Scrub<'a> {
                     Ok(now) => now,
                     Err(error) => return unless_damaged(error).map(|()| false),
                 };
-                Ok(now.is_some_and(|(now, _)| files_of(&now).contains_key(object)))
+                match now {
+                    Some((now, _)) => Ok(self.files_of(&now).await?.contains_key(object)),
+                    None => Ok(false),
+                }
             }
         }
     }
+
+    /// The objects that hold files of a tenant's timelines, with the files' lengths, and those that lists of kept pages
+    /// name.
+    async fn files_of(&self, state: &TenantState) -> Result<BTreeMap<ObjectName, Option<u64>>, EngineError> {
+        let mut objects = BTreeMap::new();
+        let versions = state.timelines().flat_map(|timeline| timeline.files.iter());
+        for (path, contents) in versions.flat_map(|(path, versions)| versions.iter().map(move |(_, contents)| (path, contents))) {
+            let list = match &**contents {
+                FileContents::Removed => continue,
+                FileContents::Inline(bytes) => bytes.clone(),
+                FileContents::Object { name, len } => {
+                    let object: ObjectName = name.parse()?;
+                    objects.insert(object.clone(), Some(*len));
+                    if !path.starts_with(PAGES_FOLDER) {
+                        continue;
+                    }
+                    // One that cannot be read is told where it is checked.
+                    let bytes = self.store.get_optional(&object).await.ok().flatten().unwrap_or_default();
+                    envelope::decode(&FILE_FORMAT, name, &bytes).map(|decoded| decoded.content.to_vec()).unwrap_or_default()
+                }
+            };
+            if path.starts_with(PAGES_FOLDER)
+                && let Ok(list) = serde_json::from_slice::<serde_json::Value>(&list)
+            {
+                for name in names_in(&list) {
+                    objects.entry(name.parse()?).or_insert(None);
+                }
+            }
+        }
+        Ok(objects)
+    }
 }
 
-/// The objects that hold files of a tenant's timelines, with the files' lengths.
-fn files_of(state: &TenantState) -> BTreeMap<ObjectName, u64> {
-    let versions = state.timelines().flat_map(|timeline| timeline.files.values().flatten());
-    let object = |contents: &FileContents| match contents {
-        FileContents::Object { name, len } => Some((name.parse().ok()?, *len)),
-        FileContents::Inline(_) | FileContents::Removed => None,
-    };
-    versions.filter_map(|(_, contents)| object(contents)).collect()
+/// The names of objects in a list of kept pages (`varve_api::kept_pages`).
+fn names_in(list: &serde_json::Value) -> impl Iterator<Item = &str> {
+    let files = list["files"].as_array().into_iter().flatten();
+    let pieces = files.flat_map(|file| file["pieces"].as_array().into_iter().flatten());
+    pieces.filter_map(|piece| piece["object"]["name"].as_str())
 }
 
 /// The timeline in whose folder an object stands.

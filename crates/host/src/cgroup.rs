@@ -7,12 +7,18 @@
 use std::ffi::CString;
 use std::fs;
 use std::io;
+use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::Duration;
 
+use rustix::event::{EventfdFlags, eventfd};
 use rustix::mount::{MountFlags, mount};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
 
+/// Counts the use of processors, where a hierarchy of version 1 has it apart from their limits.
+const CPU_COUNTER: &str = "cpuacct";
 /// Name of the group that all of ours are in.
 const PARENT: &str = "varve";
 /// Where hierarchies are mounted that the machine has not mounted itself.
@@ -87,7 +93,9 @@ impl Group {
             let (version, root) = found.ok_or(CgroupError::NoController(controller))?;
             Ok((controller, version, root.join(PARENT).join(name)))
         };
-        Ok(Group { folders: CONTROLLERS.into_iter().map(folder).collect::<Result<_, _>>()? })
+        let mut folders = CONTROLLERS.into_iter().map(folder).collect::<Result<Vec<_>, _>>()?;
+        folders.extend(folder(CPU_COUNTER).ok());
+        Ok(Group { folders })
     }
 
     /// Makes the groups and sets their limits.
@@ -106,8 +114,23 @@ impl Group {
     /// # Errors
     /// [`CgroupError::Io`].
     pub fn limit(&self, limits: &Limits) -> Result<(), CgroupError> {
-        let quota = limits.cpu_milli.map(|milli| (milli * PERIOD_US / 1000).max(1000));
-        let or_max = |value: Option<u64>| value.map_or_else(|| "max".to_owned(), |value| value.to_string());
+        self.limit_cpu(limits.cpu_milli)?;
+        self.limit_memory(limits.memory_bytes, limits.memory_bytes)?;
+        self.wait_for_memory(false)?;
+        for (controller, _, folder) in &self.folders {
+            if *controller == "pids" {
+                write(folder, "pids.max", &limits.processes.to_string())?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Changes the limit of processors; none: what there is.
+    ///
+    /// # Errors
+    /// [`CgroupError::Io`].
+    pub fn limit_cpu(&self, milli: Option<u64>) -> Result<(), CgroupError> {
+        let quota = milli.map(|milli| (milli * PERIOD_US / 1000).max(1000));
         for (controller, version, folder) in &self.folders {
             match (*controller, version) {
                 ("cpu", Version::One) => {
@@ -119,29 +142,135 @@ impl Group {
                     write(folder, "cpu.weight", &WEIGHT.to_string())?;
                     write(folder, "cpu.max", &format!("{} {PERIOD_US}", or_max(quota)))?;
                 }
-                ("memory", Version::One) => {
-                    let bytes = limits.memory_bytes.map_or_else(|| "-1".to_owned(), |bytes| bytes.to_string());
-                    write(folder, "memory.limit_in_bytes", &bytes)?;
-                }
-                ("memory", Version::Two) => write(folder, "memory.max", &or_max(limits.memory_bytes))?,
-                _ => write(folder, "pids.max", &limits.processes.to_string())?,
+                _ => {}
             }
         }
         Ok(())
     }
 
+    /// Changes the limit of memory; none: what there is. `most` is what it may have at most. False where so much is in
+    /// use that the kernel cannot take it back: the limit is then as it was. Nobody is killed for that. Blocks while
+    /// the kernel takes memory back.
+    ///
+    /// # Errors
+    /// [`CgroupError::Io`].
+    pub fn limit_memory(&self, bytes: Option<u64>, most: Option<u64>) -> Result<bool, CgroupError> {
+        let Some((version, folder)) = self.folder("memory") else { return Ok(true) };
+        match version {
+            Version::One => {
+                let text = bytes.map_or_else(|| "-1".to_owned(), |bytes| bytes.to_string());
+                match write(folder, "memory.limit_in_bytes", &text) {
+                    Err(CgroupError::Io { source, .. }) if source.kind() == io::ErrorKind::ResourceBusy => Ok(false),
+                    other => other.map(|()| true),
+                }
+            }
+            Version::Two => {
+                // Above the first limit its processes are slowed down while the kernel takes memory back; only above
+                // the second it kills, so that comes down last.
+                write(folder, "memory.high", &or_max(if bytes == most { None } else { bytes }))?;
+                let used: u64 = number(folder, "memory.current").unwrap_or(0);
+                if most.is_some_and(|most| used > most) {
+                    write(folder, "memory.high", &or_max(most))?;
+                    if number(folder, "memory.current").unwrap_or(0) > most.unwrap_or(u64::MAX) {
+                        return Ok(false);
+                    }
+                }
+                write(folder, "memory.max", &or_max(most)).map(|()| true)
+            }
+        }
+    }
+
+    /// Whether processes that need more memory than there is wait until they get it, instead of being killed. Version 2
+    /// slows them down by itself.
+    ///
+    /// # Errors
+    /// [`CgroupError::Io`].
+    pub fn wait_for_memory(&self, wait: bool) -> Result<(), CgroupError> {
+        match self.folder("memory") {
+            Some((Version::One, folder)) => write(folder, "memory.oom_control", if wait { "1" } else { "0" }),
+            _ => Ok(()),
+        }
+    }
+
+    /// The limit of memory as it is now, if there is one.
+    pub fn memory_limit(&self) -> Option<u64> {
+        let (version, folder) = self.folder("memory")?;
+        number(folder, if version == Version::One { "memory.limit_in_bytes" } else { "memory.max" })
+    }
+
+    /// What its processes take right now, and took until now.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub fn load(&self) -> io::Result<Load> {
+        let mut load = Load::default();
+        let value = |text: &str, name: &str| -> u64 {
+            let found = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' ')?.trim().parse().ok());
+            found.unwrap_or(0)
+        };
+        for (controller, version, folder) in &self.folders {
+            match (*controller, version) {
+                ("cpu", Version::One) => load.throttled_ns = value(&fs::read_to_string(folder.join("cpu.stat"))?, "throttled_time"),
+                ("cpu", Version::Two) => {
+                    let text = fs::read_to_string(folder.join("cpu.stat"))?;
+                    (load.cpu_ns, load.throttled_ns) = (value(&text, "usage_usec") * 1000, value(&text, "throttled_usec") * 1000);
+                }
+                (CPU_COUNTER, _) => load.cpu_ns = number(folder, "cpuacct.usage").unwrap_or(0),
+                ("memory", version) => {
+                    let text = fs::read_to_string(folder.join("memory.stat"))?;
+                    let names = match version {
+                        Version::One => ["total_rss", "total_shmem", "total_workingset_refault_file"],
+                        Version::Two => ["anon", "shmem", "workingset_refault_file"],
+                    };
+                    load.held_bytes = value(&text, names[0]) + value(&text, names[1]);
+                    load.refaults = value(&text, names[2]);
+                }
+                _ => {}
+            }
+        }
+        Ok(load)
+    }
+
+    /// Has the kernel tell when the memory is not enough.
+    ///
+    /// # Errors
+    /// Those of the kernel.
+    pub fn watch_memory(&self) -> io::Result<OutOfMemory> {
+        let (version, folder) = self.folder("memory").ok_or(io::ErrorKind::NotFound)?;
+        let (told, interest) = match version {
+            Version::One => {
+                let told = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+                let control = fs::File::open(folder.join("memory.oom_control"))?;
+                fs::write(folder.join("cgroup.event_control"), format!("{} {}", told.as_raw_fd(), control.as_raw_fd()))?;
+                (told, Interest::READABLE)
+            }
+            Version::Two => {
+                let told = fs::File::open(folder.join("memory.events"))?.into();
+                (told, Interest::PRIORITY)
+            }
+        };
+        // Deprecated for types that may change their descriptor meanwhile, which `OwnedFd` cannot.
+        #[expect(deprecated)]
+        let told = AsyncFd::with_interest(told, interest)?;
+        Ok(OutOfMemory { told, version })
+    }
+
+    fn folder(&self, controller: &str) -> Option<(Version, &Path)> {
+        self.folders.iter().find(|(name, ..)| *name == controller).map(|(_, version, folder)| (*version, folder.as_path()))
+    }
+
     /// Their folders, into whose `cgroup.procs` a process writes itself.
     pub fn folders(&self) -> Vec<PathBuf> {
         let mut folders: Vec<PathBuf> = self.folders.iter().map(|(_, _, folder)| folder.clone()).collect();
+        folders.sort();
         folders.dedup();
         folders
     }
 
     /// How many processes the kernel has killed because the memory was not enough.
     pub fn out_of_memory_kills(&self) -> u64 {
-        let memory = self.folders.iter().find(|(controller, ..)| *controller == "memory");
-        let Some((_, version, folder)) = memory else { return 0 };
-        let file = if *version == Version::One { "memory.oom_control" } else { "memory.events" };
+        let Some((version, folder)) = self.folder("memory") else { return 0 };
+        let file = if version == Version::One { "memory.oom_control" } else { "memory.events" };
         let text = fs::read_to_string(folder.join(file)).unwrap_or_default();
         text.lines().find_map(|line| line.strip_prefix("oom_kill ")?.trim().parse().ok()).unwrap_or(0)
     }
@@ -156,6 +285,47 @@ impl Group {
                 }
             }
         }
+    }
+}
+
+/// How a group is: counters count from its beginning.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Load {
+    /// Nanoseconds of processors that its processes used.
+    pub cpu_ns: u64,
+    /// Nanoseconds that they stood still, because the limit was reached.
+    pub throttled_ns: u64,
+    /// Bytes of memory that cannot be thrown away.
+    pub held_bytes: u64,
+    /// Pages that were thrown away and needed again soon.
+    pub refaults: u64,
+}
+
+/// See [`Group::watch_memory`].
+#[derive(Debug)]
+pub struct OutOfMemory {
+    told: AsyncFd<OwnedFd>,
+    version: Version,
+}
+
+impl OutOfMemory {
+    /// Waits until the memory is not enough.
+    ///
+    /// # Errors
+    /// Those of the kernel.
+    pub async fn happens(&self) -> io::Result<()> {
+        let interest = if self.version == Version::One { Interest::READABLE } else { Interest::PRIORITY };
+        let mut ready = self.told.ready(interest).await?;
+        ready.clear_ready();
+        if self.version == Version::One {
+            // The number of times since it was read last, which does not matter.
+            let _ = rustix::io::read(self.told.get_ref(), &mut [0; 8]);
+        } else {
+            // Reading it says that we have seen it.
+            let mut text = [0; 512];
+            rustix::io::pread(self.told.get_ref(), &mut text, 0)?;
+        }
+        Ok(())
     }
 }
 
@@ -185,6 +355,14 @@ fn make_folder(controller: &str, version: Version, folder: &Path) -> Result<(), 
         }
     }
     fs::create_dir_all(folder).map_err(at(folder))
+}
+
+fn or_max(value: Option<u64>) -> String {
+    value.map_or_else(|| "max".to_owned(), |value| value.to_string())
+}
+
+fn number(folder: &Path, file: &str) -> Option<u64> {
+    fs::read_to_string(folder.join(file)).ok()?.trim().parse().ok()
 }
 
 fn at(path: &Path) -> impl Fn(io::Error) -> CgroupError {

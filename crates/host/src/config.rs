@@ -5,6 +5,7 @@
 //! and the command line, which beats `ALTER SYSTEM`, for all other settings that safety rests on.
 
 use varve_api::host::Begin;
+use varve_api::size::Size;
 
 use crate::asked::Asked;
 use crate::dirs::{Dirs, Isolation};
@@ -12,17 +13,24 @@ use crate::dirs::{Dirs, Isolation};
 /// The internal superuser, for the supervisor and the WAL receiver, over the private socket only.
 pub const INTERNAL_ROLE: &str = "varve";
 
-/// Text of our `postgresql.conf`: a default, the user's, then what is ours.
-pub fn postgresql_conf(dirs: &Dirs, standby_name: Option<&str>) -> String {
+/// Text of our `postgresql.conf`: a default, the user's, then what is ours and what follows from the size.
+pub fn postgresql_conf(dirs: &Dirs, standby_name: Option<&str>, size: &Size) -> String {
     // In-place tablespaces are directories inside the mount: who has no access to the host can make no others.
     format!(
         "# Written by varve at each start; settings belong into ALTER SYSTEM.\n\
          allow_in_place_tablespaces = on\n\
          include_if_exists '{}'\n\
-         synchronous_standby_names = '{}'\n",
+         {}synchronous_standby_names = '{}'\n",
         dirs.pgdata().join("postgresql.conf").display(),
+        size.memory_bytes.map_or_else(String::new, |memory| format!("shared_buffers = {}MB\n", shared_buffers_mb(memory.min))),
         standby_name.unwrap_or("")
     )
+}
+
+/// Postgres's own cache in a memory of so many bytes: a quarter, of the least that the compute has, since it cannot
+/// change while Postgres runs. The rest is for sessions and the kernel's cache. `ALTER SYSTEM` beats it.
+fn shared_buffers_mb(least_bytes: u64) -> u64 {
+    ((least_bytes / 4) >> 20).clamp(16, 16 << 10)
 }
 
 /// Text of our `pg_hba.conf`: the internal role over the private socket, then the user's lines. Who may take that role

@@ -24,6 +24,7 @@ use crate::ports::{self, PortError};
 use crate::record::RecordError;
 use crate::sandbox::{Dialer, Program, Running, SandboxError, Shell, Spec};
 use crate::sessions::{PrivateSocket, SessionError, Sessions};
+use crate::sizing::{self, Kills};
 use crate::start::Brought;
 use crate::start_failure::{Given, Said};
 use crate::tablespaces;
@@ -152,7 +153,7 @@ impl PostgresError {
 #[derive(Debug)]
 enum Processes {
     /// In a sandbox, with its log and, where it has a network of its own, the way in.
-    Sandboxed { running: Running, log: Log, group: Group, kills_before: u64, passage: Option<Passage> },
+    Sandboxed { running: Running, log: Log, kills: Kills, passage: Option<Passage> },
     /// As they are.
     Plain(Child),
 }
@@ -186,11 +187,12 @@ impl Postgres {
         }
         let log = LogOfStart::open(dirs)?;
         let mut postgres = match dirs.isolation() {
-            Isolation::Sandbox { .. } => {
+            Isolation::Sandbox { limits, .. } => {
                 let empty = match empty {
                     Some(empty) => empty,
                     None => EmptySandbox::make(dirs).await?,
                 };
+                empty.group.limit(&sizing::most(&limits, &begin.size))?;
                 Self::sandboxed(bin_dir, begin, dirs, brought, empty).await?
             }
             Isolation::None(user) => Self::plain(&binary, begin, dirs, user, brought)?,
@@ -309,6 +311,14 @@ impl Postgres {
         &self.sessions
     }
 
+    /// What the kernel kills of it for want of memory; none without a sandbox.
+    pub fn kills(&self) -> Option<&Kills> {
+        match &self.processes {
+            Processes::Sandboxed { kills, .. } => Some(kills),
+            Processes::Plain(_) => None,
+        }
+    }
+
     /// Makes Postgres read its configuration again.
     pub fn reload(&self) {
         self.signal(Signal::HUP);
@@ -331,14 +341,7 @@ impl Postgres {
     /// When the process cannot be waited for.
     pub async fn wait(&mut self) -> io::Result<ExitStatus> {
         match &mut self.processes {
-            Processes::Sandboxed { running, group, kills_before, .. } => {
-                let status = running.wait().await?;
-                let kills = group.out_of_memory_kills().saturating_sub(*kills_before);
-                if kills > 0 {
-                    tracing::warn!(kills, "the compute was out of memory: the kernel has killed processes of it");
-                }
-                Ok(status)
-            }
+            Processes::Sandboxed { running, .. } => running.wait().await,
             Processes::Plain(child) => child.wait().await,
         }
     }
@@ -479,11 +482,11 @@ impl EmptySandbox {
     /// Starts a program in it; its processes, and which one it is.
     async fn run(self, program: Program, dirs: &Dirs) -> Result<(Processes, u32), PostgresError> {
         // The groups may be those of an earlier incarnation, and count on.
-        let (group, kills_before) = (self.group.clone(), self.group.out_of_memory_kills());
+        let kills = Kills::of(self.group);
         let (running, pipe) = self.shell.run(program).await?;
         let pid = running.processes().map_or(0, |(_, program)| program);
         let log = Log::start(&dirs.log(), pipe);
-        Ok((Processes::Sandboxed { running, log, group, kills_before, passage: None }, pid))
+        Ok((Processes::Sandboxed { running, log, kills, passage: None }, pid))
     }
 }
 
@@ -510,8 +513,15 @@ fn program(bin_dir: &Path, begin: &Begin, dirs: &Dirs) -> io::Result<Program> {
     })
 }
 
-fn environment() -> [(&'static str, &'static str); 3] {
-    [("PATH", "/usr/local/bin:/usr/bin:/bin"), ("LC_ALL", "C.UTF-8"), ("PGUSER", config::INTERNAL_ROLE)]
+/// Where memory is not enough, a backend goes before the postmaster.
+fn environment() -> [(&'static str, &'static str); 5] {
+    [
+        ("PATH", "/usr/local/bin:/usr/bin:/bin"),
+        ("LC_ALL", "C.UTF-8"),
+        ("PGUSER", config::INTERNAL_ROLE),
+        ("PG_OOM_ADJUST_FILE", "/proc/self/oom_score_adj"),
+        ("PG_OOM_ADJUST_VALUE", "500"),
+    ]
 }
 
 /// The program, to be ended at once (`SIGQUIT`, which a postmaster passes on to its backends) when we die, however that

@@ -20,10 +20,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use varve_api::Code;
 use varve_api::client::ClientError;
 use varve_api::host::{Attach, Begin, Desired, Ended, Orders, Password};
+use varve_api::size::Size;
 use varve_api::token::Token;
 use varve_postgres::control::{ClusterState, ControlFile};
 use varve_postgres::{Lsn, Major};
@@ -31,6 +33,7 @@ use varve_postgres::{Lsn, Major};
 use crate::bin_dirs::{BinDirError, BinDirs};
 use crate::cache_report;
 use crate::dirs::{Dirs, Isolation};
+use crate::events::Events;
 use crate::files::Uploader;
 use crate::handover::{Handover, HandoverError};
 use crate::kept_pages::Taken;
@@ -39,6 +42,7 @@ use crate::postgres::{self, EmptySandbox, Postgres, PostgresError};
 use crate::record::{Record as _, RecordError, WriterRecord};
 use crate::server::{Server, is_fenced, is_transient};
 use crate::sessions::{SessionError, Sessions};
+use crate::sizing;
 use crate::start::{self, MountError};
 use crate::waiters;
 use crate::{beneath, config};
@@ -164,6 +168,7 @@ enum Begun {
 pub async fn run(config: ProcessConfig) -> Result<(), ProcessError> {
     let server = Server::new(&config.server_url, &config.id, &config.host, config.token.clone(), config.token_file.clone())?;
     let dirs = Dirs::existing(&config.home, &config.run_dir, &config.id, config.isolation);
+    let events = Events::start(server.clone());
     let mut terminate = signal(SignalKind::terminate())?;
     let mut failed_starts = 0;
     // Whether our role is to be brought back before Postgres starts.
@@ -203,7 +208,10 @@ pub async fn run(config: ProcessConfig) -> Result<(), ProcessError> {
         let prepared = tokio::task::spawn_blocking(move || preparing.prepare()).await.map_err(std::io::Error::other)?;
         let (mut ran, mut stopped) = (false, None);
         let end = match prepared {
-            Ok(()) => incarnation(&server, &begin, &dirs, &config, &mut terminate, (&mut ran, &mut stopped), (repair, empty)).await,
+            Ok(()) => {
+                let (config, ends) = ((&config, &events), (&mut ran, &mut stopped));
+                incarnation(&server, &begin, &dirs, config, &mut terminate, ends, (repair, empty)).await
+            }
             Err(error) => Err(error.into()),
         };
         let repaired = std::mem::take(&mut repair);
@@ -329,7 +337,7 @@ async fn begin(server: &Server, terminate: &mut Signal) -> Result<Begun, ClientE
             Ok(begin) => return Ok(Begun::Begin(Arc::new(begin))),
             Err(error) if is_transient(&error) => tracing::info!(%error, "waiting for the server"),
             // The branch moved while we began, or we are to end: the orders say which.
-            Err(error) if is_fenced(&error) => match server.orders(0, "").await {
+            Err(error) if is_fenced(&error) => match server.orders(0, "", &Size::default()).await {
                 Ok(Orders { desired: Desired::Run, .. }) => tracing::info!(%error, "beginning anew"),
                 Ok(Orders { desired: Desired::Stop | Desired::Fenced, .. }) => return Ok(Begun::Unwanted(error)),
                 Err(error) if is_transient(&error) => tracing::info!(%error, "waiting for the server"),
@@ -349,7 +357,7 @@ async fn incarnation(
     server: &Server,
     begin: &Arc<Begin>,
     dirs: &Dirs,
-    config: &ProcessConfig,
+    (config, events): (&ProcessConfig, &Events),
     terminate: &mut Signal,
     (ran, stopped): (&mut bool, &mut Option<CleanEnd>),
     (repair, empty): (bool, Option<AbortOnDrop<Result<EmptySandbox, PostgresError>>>),
@@ -363,7 +371,7 @@ async fn incarnation(
         writer.write(&dirs.leftover().record)?;
     }
     let started = async {
-        dirs.write("postgresql.conf", &config::postgresql_conf(dirs, begin.standby_name.as_deref()))?;
+        dirs.write("postgresql.conf", &config::postgresql_conf(dirs, begin.standby_name.as_deref(), &begin.size))?;
         if repair {
             postgres::repair(&bin_dir, begin, dirs, &brought).await?;
             tracing::warn!("{REPAIRED}");
@@ -385,17 +393,30 @@ async fn incarnation(
     *ran = true;
     let waiters = AbortOnDrop(tokio::spawn(waiters::watch(postgres.pid(), brought.asked.tenants_wal_senders())));
     // The first orders take a way to the server and back, meanwhile.
-    let orders = poll(server, begin, "");
+    let orders = poll(server, begin, "", begin.size);
     let password = set_password(postgres.sessions(), &begin.password()).await;
     if begin.startup_blocks.is_empty() {
         start::tell_startup_blocks(server, &mount);
     }
     uploader.reload_with(postgres.pid());
-    let reports = AbortOnDrop(tokio::spawn(cache_report::tell(server.clone(), begin.incarnation, mount.statistics_of())));
+    let (sizes, limits) = (watch::Sender::new(begin.size), watch::Sender::new(None));
+    let told = cache_report::tell(server.clone(), begin.incarnation, mount.statistics_of(), limits.subscribe());
+    let reports = AbortOnDrop(tokio::spawn(told));
+    let kills = postgres.kills().cloned();
+    let sizing = match (&kills, dirs.isolation()) {
+        (Some(kills), Isolation::Sandbox { limits: host, .. }) => {
+            let keep = sizing::keep(kills.clone(), host, sizes.subscribe(), limits, events.clone());
+            Some(AbortOnDrop(tokio::spawn(keep)))
+        }
+        _ => None,
+    };
     let mut warnings = brought.warnings;
     warnings.extend(repair.then(|| REPAIRED.to_owned()));
     let served = match password {
-        Ok(password) => serve(server, begin, dirs, (&mut postgres, &uploader), terminate, (warnings, password), orders).await,
+        Ok(password) => {
+            let running = (&mut postgres, &*uploader);
+            serve(server, begin, (dirs, &sizes), running, terminate, (warnings, password), orders).await
+        }
         Err(error) => Ok(End::Failed(Failure::LockedOut(error))),
     };
     let end = match served {
@@ -427,7 +448,11 @@ async fn incarnation(
             other
         }
     };
-    drop((waiters, reports));
+    drop((waiters, reports, sizing));
+    // Where that ended Postgres, it is told here.
+    if let Some(kills) = &kills {
+        kills.tell(events);
+    }
     start::unmount(mount, dirs).await;
     // As after a crash of a stock server its files are what its processes had written, states of slots among them.
     if matches!(end, Ok(End::Failed(_)))
@@ -503,7 +528,7 @@ async fn set_password(sessions: &Sessions, password: &Password) -> Result<Option
 async fn serve(
     server: &Server,
     begin: &Begin,
-    dirs: &Dirs,
+    (dirs, sizes): (&Dirs, &watch::Sender<Size>),
     (postgres, uploader): (&mut Postgres, &Uploader),
     terminate: &mut Signal,
     (warnings, mut setting_password): (Vec<String>, Option<AbortOnDrop>),
@@ -548,6 +573,9 @@ async fn serve(
             }
             answer = &mut orders => answer.map_err(std::io::Error::other)?,
         };
+        if let Ok(Orders { size: Some(size), .. }) = &answer {
+            sizes.send_if_modified(|known| std::mem::replace(known, *size) != *size);
+        }
         match answer {
             Ok(Orders { desired: Desired::Stop, .. }) => return Ok(End::Stopped { clean: true, reason: "stopped".into() }),
             Ok(Orders { desired: Desired::Fenced, .. }) => {
@@ -569,7 +597,7 @@ async fn serve(
                     }
                     Err(error) => {
                         tracing::warn!(%error, "Postgres does not say how far its WAL is");
-                        orders = poll(server, begin, &server_run);
+                        orders = poll(server, begin, &server_run, *sizes.borrow());
                         tokio::time::sleep(RETRY_WAIT).await;
                         continue;
                     }
@@ -590,7 +618,7 @@ async fn serve(
                             // A former server that still lives may have acknowledged more by now than we said is
                             // flushed. From here on it cannot, so we attach once more.
                             standby_name = attached.standby_name;
-                            dirs.write("postgresql.conf", &config::postgresql_conf(dirs, standby_name.as_deref()))?;
+                            dirs.write("postgresql.conf", &config::postgresql_conf(dirs, standby_name.as_deref(), &begin.size))?;
                             postgres.reload();
                         }
                     }
@@ -616,11 +644,11 @@ async fn serve(
                 return Ok(End::Stopped { clean: false, reason: "the server does not know this compute".into() });
             }
         }
-        orders = poll(server, begin, &server_run);
+        orders = poll(server, begin, &server_run, *sizes.borrow());
     }
 }
 
-fn poll(server: &Server, begin: &Begin, server_run: &str) -> JoinHandle<Result<Orders, ClientError>> {
+fn poll(server: &Server, begin: &Begin, server_run: &str, size: Size) -> JoinHandle<Result<Orders, ClientError>> {
     let (server, incarnation, server_run) = (server.clone(), begin.incarnation, server_run.to_owned());
-    tokio::spawn(async move { server.orders(incarnation, &server_run).await })
+    tokio::spawn(async move { server.orders(incarnation, &server_run, &size).await })
 }

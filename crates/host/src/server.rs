@@ -13,8 +13,10 @@ use serde::de::DeserializeOwned;
 use varve_api::Code;
 use varve_api::client::{Call, Client, ClientError, segment};
 use varve_api::host::{
-    Attach, Attached, Begin, BeginRequest, CacheReport, Ended, FileVersion, LeftoverQuery, LeftoverStart, Orders, PieceKept, StartupBlocks,
+    Attach, Attached, Begin, BeginRequest, CacheReport, Ended, EventReport, FileVersion, LeftoverQuery, LeftoverStart, Orders, PieceKept,
+    StartupBlocks, size_text,
 };
+use varve_api::size::Size;
 use varve_api::token::Token;
 use varve_postgres::Lsn;
 
@@ -150,6 +152,14 @@ impl Server {
         self.post("cache", report).await
     }
 
+    /// Tells that something happened.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub async fn event(&self, event: &EventReport) -> Result<(), ClientError> {
+        self.post("events", event).await
+    }
+
     /// Uploads a file that has no WAL.
     ///
     /// # Errors
@@ -175,14 +185,14 @@ impl Server {
         self.with_newest_token(|| self.client.get(&self.path("pages")).query(&[("name", name)]).within(FILE_MAX).send_for_bytes()).await
     }
 
-    /// Waits until the orders differ from "run incarnation `incarnation`, server run `server_run`", or a while has
-    /// passed.
+    /// Waits until the orders differ from "run incarnation `incarnation`, server run `server_run`, of this size", or a
+    /// while has passed.
     ///
     /// # Errors
     /// [`ClientError`].
-    pub async fn orders(&self, incarnation: u64, server_run: &str) -> Result<Orders, ClientError> {
-        let incarnation = incarnation.to_string();
-        let query = [("incarnation", incarnation.as_str()), ("server_run", server_run)];
+    pub async fn orders(&self, incarnation: u64, server_run: &str, size: &Size) -> Result<Orders, ClientError> {
+        let (incarnation, size) = (incarnation.to_string(), size_text(size));
+        let query = [("incarnation", incarnation.as_str()), ("server_run", server_run), ("size", size.as_str())];
         self.send(|| self.client.get(&self.path("orders")).query(&query).within(FILE_MAX)).await
     }
 }

@@ -208,6 +208,7 @@ impl Agent {
                 postgres: vec![(MAJOR.number(), MAJOR.number().to_string())],
                 lacks: Vec::new(),
                 problems: Vec::new(),
+                capacity: None,
                 computes: computes.collect(),
             };
             let id = self.shared.host.id.to_string();

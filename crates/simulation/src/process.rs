@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 use tokio::time::Instant;
-use varve_api::host::{Attach, Begin, BeginRequest, Desired, Ended, Orders, Walsender};
+use varve_api::host::{Attach, Begin, BeginRequest, Desired, Ended, Orders, OrdersQuery, Walsender};
 use varve_api::kept_pages::KeptPages;
 use varve_api::{Code, Refusal};
 use varve_postgres::Lsn;
@@ -173,8 +173,8 @@ impl Process {
     }
 
     async fn orders(&self, world: &Arc<World>, incarnation: u64, server_run: &str) -> Result<Orders, Refusal> {
-        let (id, server_run) = (self.id.clone(), server_run.to_owned());
-        call(world, self.about(None), |plane| async move { plane.orders(&id, incarnation, &server_run).await }).await
+        let (id, query) = (self.id.clone(), OrdersQuery { incarnation, server_run: server_run.to_owned(), size: None });
+        call(world, self.about(None), |plane| async move { plane.orders(&id, &query).await }).await
     }
 
     async fn serve(&self, world: &Arc<World>, begin: &Begin, postgres: &Arc<Compute>) -> End {

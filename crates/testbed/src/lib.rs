@@ -13,5 +13,6 @@ pub mod minio;
 pub mod postgres;
 pub mod redo;
 pub mod redo_coverage;
+pub mod session;
 pub mod suites;
 mod warned;

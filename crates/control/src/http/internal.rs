@@ -7,8 +7,8 @@ use futures::StreamExt as _;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use varve_api::host::{
-    Attach, Attached, Begin, BeginRequest, CacheReport, ComputeReport, Ended, FileVersion, Hello, HostOrders, LeftoverQuery, LeftoverStart,
-    Orders, PieceKept, StartupBlocks, Welcome,
+    Attach, Attached, Begin, BeginRequest, CacheReport, ComputeReport, Ended, EventReport, FileVersion, Hello, HostOrders, LeftoverQuery,
+    LeftoverStart, Orders, OrdersQuery, PieceKept, StartupBlocks, Welcome,
 };
 use varve_api::{Code, Problem, Refusal};
 
@@ -95,6 +95,14 @@ pub(super) async fn cache<P: Pageserver>(
     server.control.note_cache(&id, &report).map(Json)
 }
 
+pub(super) async fn event<P: Pageserver>(
+    State(server): State<Server<P>>,
+    Names(id): Names<String>,
+    Sent(report): Sent<EventReport, SMALL>,
+) -> Answer<()> {
+    server.control.note_event(&id, report).map(Json)
+}
+
 pub(super) async fn put_file<P: Pageserver>(
     State(server): State<Server<P>>,
     Names(id): Names<String>,
@@ -163,20 +171,12 @@ pub(super) async fn take_leftover<P: Pageserver>(
     server.control.take_leftover(&id, &query, bytes.boxed()).await.map(Json)
 }
 
-/// Where a waiting compute stands.
-#[derive(Debug, Deserialize)]
-pub(super) struct OrdersQuery {
-    incarnation: u64,
-    #[serde(default)]
-    server_run: String,
-}
-
 pub(super) async fn orders<P: Pageserver>(
     State(server): State<Server<P>>,
     Names(id): Names<String>,
     Parameters(query): Parameters<OrdersQuery>,
 ) -> Answer<Orders> {
-    server.control.orders(&id, query.incarnation, &query.server_run).await.map(Json)
+    server.control.orders(&id, &query).await.map(Json)
 }
 
 pub(super) async fn hello<P: Pageserver>(

@@ -6,9 +6,11 @@ use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
 use varve_api::admin::{
-    Branch, BranchChange, BranchMoment, CacheUse, Compute, Deleted, ForgottenWal, NewBranch, NewCompute, NewTenant, Ready, Restore,
-    Restored, Server as ServerFacts, Settings, SettingsChange, Stopped, Tenant, TenantPassword, Wal,
+    Branch, BranchChange, BranchMoment, BranchSize, CacheUse, Compute, Deleted, Event, ForgottenWal, NewBranch, NewCompute, NewTenant,
+    Ready, Restore, Restored, Server as ServerFacts, Settings, SettingsChange, Stopped, Tenant, TenantPassword, Wal,
 };
+
+use varve_api::size::Size;
 
 use super::Server;
 use super::extract::{Mutation, Names, Nothing, Parameters};
@@ -276,6 +278,41 @@ pub(super) async fn moment<P: Pageserver>(
     Parameters(query): Parameters<MomentQuery>,
 ) -> Answer<BranchMoment> {
     server.control.moment(&tenant, &branch, query.lsn.as_deref(), query.at.as_deref()).await.map(Json)
+}
+
+/// Shows how much of a machine the compute of a branch may take.
+#[utoipa::path(get, path = "/v1/tenants/{tenant}/branches/{branch}/size",
+    params(("tenant", description = "name or id"), ("branch", description = "name, or id of its timeline")),
+    responses((status = 200, body = BranchSize)))]
+pub(super) async fn show_size<P: Pageserver>(
+    State(server): State<Server<P>>,
+    Names((tenant, branch)): Names<(String, String)>,
+) -> Answer<BranchSize> {
+    server.control.branch_size(&tenant, &branch).await.map(Json)
+}
+
+/// Gives the compute of a branch another size; what is left out stays. One that runs takes it while it runs, and no
+/// session ends; what Postgres cannot change while it runs is set for the least at the next start.
+#[utoipa::path(patch, path = "/v1/tenants/{tenant}/branches/{branch}/size",
+    params(("tenant", description = "name or id"), ("branch", description = "name, or id of its timeline")),
+    request_body = Size, responses((status = 200, body = BranchSize)))]
+pub(super) async fn resize<P: Pageserver>(
+    State(server): State<Server<P>>,
+    Names((tenant, branch)): Names<(String, String)>,
+    Mutation { call, body }: Mutation<Size>,
+) -> Answer<BranchSize> {
+    to_its_end!(server, |control| control.resize(&call, &tenant, &branch, &body)).map(Json)
+}
+
+/// Lists what happened to the compute of a branch, oldest first: at most 100 events, since this server started.
+#[utoipa::path(get, path = "/v1/tenants/{tenant}/branches/{branch}/events",
+    params(("tenant", description = "name or id"), ("branch", description = "name, or id of its timeline")),
+    responses((status = 200, body = [Event])))]
+pub(super) async fn list_events<P: Pageserver>(
+    State(server): State<Server<P>>,
+    Names((tenant, branch)): Names<(String, String)>,
+) -> Answer<Vec<Event>> {
+    server.control.branch_events(&tenant, &branch).await.map(Json)
 }
 
 /// Says which WAL of a branch can be had: that of which redo can be checked.

@@ -9,8 +9,11 @@ use std::time::Duration;
 use bytes::Bytes;
 use parking_lot::Mutex;
 use tokio::task::JoinHandle;
-use varve_api::host::{Attach, BeginRequest, ComputeOrder, ComputeReport, Desired, Ended, Hello, HostAction, HostedCompute, Walsender};
+use varve_api::host::{
+    Attach, BeginRequest, ComputeOrder, ComputeReport, Desired, Ended, Hello, HostAction, HostedCompute, OrdersQuery, Walsender,
+};
 use varve_api::kept_pages::KeptPages;
+use varve_api::size::Capacity;
 use varve_api::{Code, Refusal};
 use varve_control::{Control, Error};
 
@@ -127,6 +130,7 @@ impl FakeHost {
             postgres: vec![(15, "15.20".to_owned()), (14, "14.23".to_owned())],
             lacks: vec![],
             problems: vec![],
+            capacity: Some(Capacity { cpu_milli: 2000, memory_bytes: 4 << 30 }),
             computes: computes.collect(),
         }
     }
@@ -248,8 +252,8 @@ impl FakeHost {
             }
             let mut run = String::new();
             loop {
-                let known = &run;
-                let orders = self.call(|plane| async move { plane.orders(id, begin.incarnation, known).await }).await;
+                let query = &OrdersQuery { incarnation: begin.incarnation, server_run: run.clone(), size: None };
+                let orders = self.call(|plane| async move { plane.orders(id, query).await }).await;
                 let Ok(orders) = orders else { return };
                 if orders.desired != Desired::Run {
                     self.state.lock().serves.remove(id);

@@ -32,6 +32,7 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use varve_api::client::{Client, ClientError};
 use varve_api::host::{Hello, HostOrders, HostedCompute, TemplateOrder};
+use varve_api::size::Capacity;
 use varve_api::{Code, Refusal};
 
 use crate::bin_dirs::BinDirs;
@@ -233,6 +234,17 @@ impl Shared {
         }
         lacks.extend(self.no_sandbox.lock().clone());
         lacks
+    }
+
+    /// The most that a compute gets here; none where there are no limits.
+    fn capacity(&self) -> Option<Capacity> {
+        let Sandboxing::Full { limits, .. } = &self.config.sandboxing else { return None };
+        let (machine, processors) = (rustix::system::sysinfo(), std::thread::available_parallelism());
+        let memory = machine.totalram.saturating_mul(machine.mem_unit.into());
+        Some(Capacity {
+            cpu_milli: limits.cpu_milli.unwrap_or_else(|| processors.map_or(1, |count| count.get() as u64) * 1000),
+            memory_bytes: limits.memory_bytes.unwrap_or(memory),
+        })
     }
 
     /// Tries whether sandboxes can be made.
@@ -464,6 +476,7 @@ impl Agent {
                 postgres: installed.iter().map(|found| (found.major.number(), found.version.clone())).collect(),
                 lacks: lacks.clone(),
                 problems: problems.clone(),
+                capacity: self.shared.capacity(),
                 computes: computes.collect(),
             };
             match self.shared.control.hello(&hello).await {

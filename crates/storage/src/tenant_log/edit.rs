@@ -115,6 +115,26 @@ pub struct EndpointRow {
     pub host: Option<HostId>,
 }
 
+/// The least and the most of something that a compute may take.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SizeRange {
+    /// The least: it has that whatever it does.
+    pub min: u64,
+    /// The most: it has that when it needs it.
+    pub max: u64,
+}
+
+/// How much of a machine the computes of an endpoint may take. What is none is its host's own limit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SizeRow {
+    /// The endpoint.
+    pub id: EndpointId,
+    /// Thousandths of a processor.
+    pub cpu_milli: Option<SizeRange>,
+    /// Bytes of memory.
+    pub memory_bytes: Option<SizeRange>,
+}
+
 /// One row.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum TenantEdit {
@@ -233,6 +253,8 @@ pub enum TenantEdit {
     },
     /// The superuser has another password than the tenant was created with.
     Password(PasswordRow),
+    /// An endpoint has another size. It goes with its endpoint.
+    Size(SizeRow),
 }
 
 /// A password of the superuser `postgres`.
@@ -249,7 +271,7 @@ pub struct PasswordRow {
 
 impl TenantEdit {
     /// How many kinds there are. A row of a kind at or above this was written by a newer release.
-    pub const KINDS: u32 = 19;
+    pub const KINDS: u32 = 20;
 }
 
 /// Who did what, when.
@@ -268,8 +290,7 @@ mod tests {
     #[test]
     fn the_last_kind_is_counted() {
         // Postcard writes a variant's number first. Whoever adds a kind after this one must count it, and name it here.
-        let password = PasswordRow { number: 2, password: String::new(), verifier: String::new() };
-        let last = TenantEdit::Password(password);
+        let last = TenantEdit::Size(SizeRow { id: EndpointId([1; 16]), cpu_milli: None, memory_bytes: None });
         let row = postcard::to_stdvec(&last).unwrap();
         assert_eq!(u32::from(row[0]) + 1, TenantEdit::KINDS);
     }

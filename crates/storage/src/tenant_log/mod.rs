@@ -12,7 +12,9 @@ pub mod names;
 mod plan;
 mod state;
 
-pub use edit::{Ancestor, AuditRow, EndpointMoment, EndpointRow, FileContents, PasswordRow, TenantEdit, TenantFacts, TimelineFacts};
+pub use edit::{
+    Ancestor, AuditRow, EndpointMoment, EndpointRow, FileContents, PasswordRow, SizeRange, SizeRow, TenantEdit, TenantFacts, TimelineFacts,
+};
 pub use error::TenantError;
 pub use log::{
     CreateTenantError, FoundOwner, TenantLog, create_tenant, delete_objects, find_owner, read, read_all, take_over, tenant_folder,

@@ -32,7 +32,9 @@ impl TenantState {
         // A timeline has one name, so the old one goes first; the endpoints go with it, and come back under the new
         // one.
         let mut edits = vec![TenantEdit::BranchRemoved { name: from }, TenantEdit::Branch { name: to.clone(), timeline }];
+        let sizes: Vec<TenantEdit> = endpoints.iter().filter_map(|row| self.size(row.id)).map(TenantEdit::Size).collect();
         edits.extend(endpoints.into_iter().map(TenantEdit::Endpoint));
+        edits.extend(sizes);
         Ok(edits)
     }
 

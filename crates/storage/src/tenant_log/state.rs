@@ -9,7 +9,7 @@ use imbl::{HashMap, OrdMap, OrdSet, Vector};
 use varve_postgres::Lsn;
 
 use super::TenantError;
-use super::edit::{AuditRow, EndpointRow, FileContents, PasswordRow, TenantEdit, TenantFacts, TimelineFacts};
+use super::edit::{AuditRow, EndpointRow, FileContents, PasswordRow, SizeRow, TenantEdit, TenantFacts, TimelineFacts};
 use crate::ids::{BranchName, EndpointId, Generation, TimelineId, WalLogId, WriterEpoch};
 
 /// Audit rows that are kept; older ones are in older entries of the log.
@@ -93,6 +93,8 @@ pub struct TenantState {
     endpoints: OrdMap<EndpointId, Arc<EndpointRow>>,
     /// The same, by branch.
     endpoints_by_branch: OrdSet<(BranchName, EndpointId)>,
+    /// Of endpoints that have one.
+    sizes: OrdMap<EndpointId, SizeRow>,
     timelines: HashMap<TimelineId, Arc<TimelineState>>,
     /// Removed timelines that had writers, oldest first.
     gone: Vector<TimelineId>,
@@ -269,6 +271,11 @@ impl TenantState {
         self.endpoints.get(&id).ok_or(TenantError::UnknownEndpoint(id))
     }
 
+    /// The size of an endpoint, if it has one.
+    pub fn size(&self, id: EndpointId) -> Option<SizeRow> {
+        self.sizes.get(&id).copied()
+    }
+
     /// The endpoints of a branch, by id.
     pub fn endpoints_of(&self, branch: &BranchName) -> impl Iterator<Item = &Arc<EndpointRow>> {
         let (first, last) = (EndpointId([0; 16]), EndpointId([255; 16]));
@@ -339,7 +346,10 @@ impl TenantState {
                 Some(timeline) => {
                     self.set_branch(timeline, None);
                     let gone: Vec<EndpointId> = self.endpoints_of(name).map(|endpoint| endpoint.id).collect();
-                    gone.into_iter().for_each(|id| self.take_endpoint(id));
+                    for id in gone {
+                        self.take_endpoint(id);
+                        self.sizes.remove(&id);
+                    }
                 }
                 None => return Err(TenantError::UnknownBranch(name.to_string())),
             },
@@ -415,6 +425,11 @@ impl TenantState {
             TenantEdit::EndpointRemoved { id } => {
                 self.endpoint(*id)?;
                 self.take_endpoint(*id);
+                self.sizes.remove(id);
+            }
+            TenantEdit::Size(row) => {
+                self.endpoint(row.id)?;
+                self.sizes.insert(row.id, *row);
             }
             TenantEdit::Figures { timeline, head, size_bytes } => {
                 self.change(*timeline)?.figures = Some(Figures { head: *head, size_bytes: *size_bytes });
@@ -504,6 +519,7 @@ impl TenantState {
         edits.extend(self.branches.iter().map(|(name, timeline)| TenantEdit::Branch { name: name.clone(), timeline: *timeline }));
         // After the branches that they belong to.
         edits.extend(self.endpoints.values().map(|endpoint| TenantEdit::Endpoint(EndpointRow::clone(endpoint))));
+        edits.extend(self.sizes.values().copied().map(TenantEdit::Size));
         edits.extend(self.gone.iter().map(|timeline| TenantEdit::TimelineGone { timeline: *timeline }));
         edits.extend(self.audit.iter().cloned().map(TenantEdit::Audit));
         let answers = self.idempotency.iter();

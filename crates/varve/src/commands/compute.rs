@@ -5,11 +5,13 @@ use std::process::ExitCode;
 use anyhow::{Context as _, bail};
 use clap::Subcommand;
 use reqwest::Method;
-use varve_api::admin::{Compute, NewCompute, Stopped};
+use varve_api::admin::{BranchSize, Compute, Event, NewCompute, Stopped};
+use varve_api::size::{self, Between};
 
 use super::BranchPath;
 use super::branch::MomentArgs;
 use super::settings::NameValue;
+use super::size::SizeArgs;
 use crate::client::{Client, segment};
 use crate::output;
 use crate::progress::spinner;
@@ -35,7 +37,22 @@ pub(crate) enum ComputeCommand {
         #[arg(long, value_name = "NAME=VALUE")]
         set: Vec<NameValue>,
         #[command(flatten)]
+        size: SizeArgs,
+        #[command(flatten)]
         moment: MomentArgs,
+    },
+    /// Give the compute of a branch another size: at once where one runs, without ending a session, else at its next
+    /// start. What is left out stays.
+    Resize {
+        /// The branch, as tenant/branch.
+        branch: BranchPath,
+        #[command(flatten)]
+        size: SizeArgs,
+    },
+    /// List what happened to the compute of a branch, oldest first.
+    Events {
+        /// The branch, as tenant/branch.
+        branch: BranchPath,
     },
     /// Stop a compute cleanly.
     Stop {
@@ -48,15 +65,33 @@ pub(crate) enum ComputeCommand {
 
 pub(crate) async fn run(command: ComputeCommand, client: &Client, json: bool) -> anyhow::Result<()> {
     match command {
-        ComputeCommand::Start { branch, port, listen, replace, set, moment } => {
+        ComputeCommand::Start { branch, port, listen, replace, set, size, moment } => {
             let settings = set.into_iter().map(|NameValue { name, value }| (name, value)).collect();
-            let body = NewCompute { port, listen, lsn: moment.lsn, at: moment.at, replace, settings };
+            let body = NewCompute { port, listen, lsn: moment.lsn, at: moment.at, replace, settings, size: size.size() };
             let path = format!("{}/computes", branch.api());
             let compute: Compute = spinner("starting Postgres", client.post(&path, &body)).await?;
             for warning in &compute.warnings {
                 eprintln!("varve: warning: {warning}");
             }
             output::print(json, &compute, || compute.conninfo.clone())
+        }
+        ComputeCommand::Resize { branch, size } => {
+            if size.size().is_empty() {
+                bail!("say what is to change: --cpu, --memory or both");
+            }
+            let path = format!("{}/size", branch.api());
+            let resized: BranchSize = client.call(Method::PATCH, &path, Some(&size.size())).await?;
+            output::print(json, &resized, || {
+                let (cpu, memory) = (range(resized.size.cpu_milli, size::processors), range(resized.size.memory_bytes, size::bytes));
+                format!("{}: {cpu}, {memory} of memory", resized.branch)
+            })
+        }
+        ComputeCommand::Events { branch } => {
+            let events: Vec<Event> = client.get(&format!("{}/events", branch.api())).await?;
+            output::print(json, &events, || {
+                let row = |event: &Event| vec![event.at.clone(), event.kind.name().to_owned(), event.words.clone()];
+                output::table(&["AT", "KIND", "WHAT"], &events.iter().map(row).collect::<Vec<_>>())
+            })
         }
         ComputeCommand::Stop { what } => {
             let ids: Vec<String> = if what.contains('/') {
@@ -102,15 +137,35 @@ pub(crate) async fn run(command: ComputeCommand, client: &Client, json: bool) ->
                             c.lsn.clone().unwrap_or_default(),
                             c.state.clone(),
                             c.port.to_string(),
+                            range_now(c.size.cpu_milli, c.limits.and_then(|limits| limits.cpu_milli), size::processors),
+                            range_now(c.size.memory_bytes, c.limits.and_then(|limits| limits.memory_bytes), size::bytes),
                             c.pid.map(|pid| pid.to_string()).unwrap_or_default(),
                             c.id.clone(),
                             c.error.clone().unwrap_or_default(),
                         ]
                     })
                     .collect();
-                output::table(&["BRANCH", "AT", "STATE", "PORT", "PID", "ID", "ERROR"], &rows)
+                output::table(&["BRANCH", "AT", "STATE", "PORT", "CPU", "MEMORY", "PID", "ID", "ERROR"], &rows)
             })
         }
+    }
+}
+
+/// The least and the most, as a person reads them.
+fn range(between: Option<Between>, words: fn(u64) -> String) -> String {
+    match between {
+        None => "what the host gives".to_owned(),
+        Some(Between { min, max }) if min == max => words(min),
+        Some(Between { min, max }) => format!("{} to {}", words(min), words(max)),
+    }
+}
+
+/// The same, with what of it is there right now.
+fn range_now(between: Option<Between>, now: Option<u64>, words: fn(u64) -> String) -> String {
+    match (between, now) {
+        (Some(between), Some(now)) if between.min < between.max => format!("{}, now {}", range(Some(between), words), words(now)),
+        (Some(between), _) => range(Some(between), words),
+        (None, now) => now.map(words).unwrap_or_default(),
     }
 }
 

@@ -9,6 +9,7 @@ mod host;
 mod materialize;
 mod scrub;
 mod settings;
+mod size;
 mod tenant;
 mod verify;
 mod wal;

@@ -188,3 +188,25 @@ fn removed_timelines_that_had_writers_are_remembered_in_snapshots() {
         assert!(!state.was_removed(id(9)), "and no more");
     }
 }
+
+#[test]
+fn a_size_goes_with_its_endpoint() {
+    use super::super::edit::{SizeRange, SizeRow};
+
+    let id = EndpointId([9; 16]);
+    let size = SizeRow { id, cpu_milli: Some(SizeRange { min: 250, max: 2000 }), memory_bytes: None };
+    assert!(TenantState::default().apply(&TenantEdit::Size(size)).is_err(), "of an endpoint that is there");
+    let edits = [timeline(1, 1, None), branch("main", 1), timeline(2, 2, None), branch("other", 2), endpoint(9, "main", None)];
+    let mut state = state(&edits);
+    state.apply(&TenantEdit::Size(size)).unwrap();
+    state.apply(&endpoint(9, "main", None)).unwrap();
+    assert_eq!(state.size(id), Some(size), "an endpoint that changes keeps its size");
+    let mut again = TenantState::default();
+    state.edits().iter().for_each(|edit| again.apply(edit).unwrap());
+    assert_eq!(again.size(id), Some(size), "a snapshot has it");
+    let renamed = state.rename_branch("main", &name("trunk")).unwrap();
+    renamed.iter().for_each(|edit| state.apply(edit).unwrap());
+    assert_eq!(state.size(id), Some(size), "so has a branch with another name");
+    state.apply(&TenantEdit::EndpointRemoved { id }).unwrap();
+    assert_eq!(state.size(id), None);
+}
