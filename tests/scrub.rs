@@ -100,14 +100,19 @@ fn what_nothing_refers_to_is_told_and_left() -> anyhow::Result<()> {
     let mut dev = Dev::start(VARVE)?;
     load(&dev)?;
     dev.stop()?;
+    // Of tenants and of a template.
     let layers = find(&dev.store(), "*/timelines/*/layers/*")?;
-    let layer = layers.first().context("a layer")?;
-    let stray = layer.with_file_name("00000001-0123456789abcdef0123456789abcdef");
-    std::fs::copy(layer, &stray)?;
-    let report = is_sound(&dev)?;
-    let name = stray.strip_prefix(dev.store())?.display().to_string();
-    ensure!(report["unreferenced"] == 1 && report["unreferenced_objects"][0] == *name, "expected {name}, got {report}");
-    ensure!(stray.exists(), "it is left");
+    let folders: std::collections::BTreeSet<&Path> = layers.iter().filter_map(|layer| layer.parent()).collect();
+    ensure!(folders.len() > 1, "expected layers of more than one timeline, got {folders:?}");
+    for layer in folders.into_iter().filter_map(|folder| layers.iter().find(|layer| layer.starts_with(folder))) {
+        let stray = layer.with_file_name("00000001-0123456789abcdef0123456789abcdef");
+        std::fs::copy(layer, &stray)?;
+        let report = is_sound(&dev)?;
+        let name = stray.strip_prefix(dev.store())?.display().to_string();
+        ensure!(report["unreferenced"] == 1 && report["unreferenced_objects"][0] == *name, "expected {name}, got {report}");
+        ensure!(stray.exists(), "it is left");
+        std::fs::remove_file(stray)?;
+    }
     Ok(())
 }
 

@@ -137,4 +137,4 @@ impl TemplateHistory {
 }
 
 /// Templates are kept as if they were those of one tenant that nobody can name or delete.
-const TEMPLATE_TENANT: TenantId = TenantId([0; 16]);
+pub(crate) const TEMPLATE_TENANT: TenantId = TenantId([0; 16]);

@@ -23,6 +23,7 @@ use varve_storage::tenant_log::{FileContents, PAGES_FOLDER, TenantState, names, 
 use varve_storage::threads::Threads;
 
 use crate::error::EngineError;
+use crate::histories::TEMPLATE_TENANT;
 use crate::template::Templates;
 use crate::tenant::FILE_FORMAT;
 
@@ -117,7 +118,30 @@ impl<'a> Scrub<'a> {
             self.watch.tenant(name.as_str(), number + 1, chosen.len());
             self.tenant(*id).await?;
         }
+        if only.is_none() {
+            self.layers_of_templates().await?;
+        }
         Ok(self.report)
+    }
+
+    /// Templates that no tenant has, and what nothing refers to among the layers of all.
+    async fn layers_of_templates(&mut self) -> Result<(), EngineError> {
+        let mut listed: BTreeMap<ObjectName, u64> =
+            self.store.list(&tenant_folder(TEMPLATE_TENANT)?).await?.into_iter().map(|l| (l.name, l.bytes)).collect();
+        let folder: ObjectName = "templates".parse()?;
+        for object in self.store.list(&folder).await? {
+            let Some((name, "template" | "template.json")) = folder.relative(&object.name).and_then(|rest| rest.split_once('/')) else {
+                continue;
+            };
+            self.template(name).await?;
+            if let Ok(template) = Templates::new(self.store.clone()).by_name(name).await {
+                for row in &template.facts().layers {
+                    listed.remove(&row.object);
+                }
+            }
+        }
+        listed.iter().for_each(|(object, bytes)| self.report.find_unreferenced(object, *bytes));
+        Ok(())
     }
 
     async fn tenant(&mut self, id: TenantId) -> Result<(), EngineError> {

@@ -5,6 +5,8 @@ use std::io::{Read as _, Write as _};
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context as _, bail, ensure};
@@ -40,12 +42,23 @@ pub struct Dev {
     process: Option<Child>,
 }
 
-/// A port that was free a moment ago.
+/// Ports of tests: below those that the kernel gives to whoever asks for any, such as computes and clients.
+const PORTS: std::ops::Range<u16> = 10_240..32_768;
+
+/// A port that is free, and that nobody in this process was given before.
 ///
 /// # Errors
 /// When none is.
 pub fn free_port() -> anyhow::Result<u16> {
-    Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?.port())
+    static NEXT: OnceLock<AtomicU32> = OnceLock::new();
+    let next = NEXT.get_or_init(|| AtomicU32::new(std::process::id().wrapping_mul(7919)));
+    for _ in PORTS {
+        let port = PORTS.start + (next.fetch_add(1, Ordering::Relaxed) % PORTS.len() as u32) as u16;
+        if TcpListener::bind(("127.0.0.1", port)).is_ok() {
+            return Ok(port);
+        }
+    }
+    anyhow::bail!("no port from {} to {} is free", PORTS.start, PORTS.end - 1)
 }
 
 impl Dev {
