@@ -143,12 +143,15 @@ fn the_same_everywhere(major: Major, scale: u32, seconds: u32, settings: &[(&str
     let branch_db = dev.compute("acme/child", &[])?;
     ensure_same(&of_standby, &everything(&branch_db, major)?, Sequences::Exact).context("the branch beside the standby")?;
     ensure_same(&expected, &everything(&branch_db, major)?, Sequences::LoggedAhead).context("the branch beside the compute")?;
+    let scratch = psql(&db, "SELECT count(*) FROM scratch")?;
     dev.json(&["compute", "stop", "acme/main"])?;
     let db = dev.compute("acme/main", &[])?;
-    ensure_same(&expected, &everything(&db, major)?, Sequences::LoggedAhead).context("the next compute beside the one before")?;
-    for db in [&db, &branch_db] {
+    ensure_same(&expected, &everything(&db, major)?, Sequences::Exact).context("the next compute beside the one before")?;
+    for (db, scratch, what) in [(&db, &*scratch, "are as a clean stop left them"), (&branch_db, "0", "are empty where the WAL was redone")]
+    {
         ensure!(psql(db, prepared)? == expected_prepared, "prepared transactions are {expected_prepared} on every copy");
-        ensure!(psql(db, "SELECT count(*) FROM scratch")? == "0", "unlogged tables are empty where the WAL was redone");
+        let found = psql(db, "SELECT count(*) FROM scratch")?;
+        ensure!(found == scratch, "unlogged tables {what}: expected {scratch} rows, got {found}");
         for gid in ["stays", "stays, with locks"] {
             psql(db, &format!("COMMIT PREPARED '{gid}'"))?;
         }

@@ -73,12 +73,13 @@ fn names_it_when_damaged(dev: &Dev, path: &Path) -> anyhow::Result<()> {
 fn what_is_damaged_or_missing_is_named() -> anyhow::Result<()> {
     let mut dev = Dev::start(VARVE)?;
     load(&dev)?;
+    let acme = dev.json(&["tenant", "show", "acme"])?["id"].as_str().context("an id")?.to_owned();
     dev.stop()?;
     let report = is_sound(&dev)?;
     ensure!(report["tenants"] == 2 && report["layers"].as_u64() > Some(2), "both tenants were read: {report}");
     ensure!(report["unreferenced"] == 0, "nothing is left over after an orderly stop: {report}");
-    for part in ["*/timelines/*/layers/*", "*/timelines/*/wal/*", "*/templates/*/template", "*/tenants/*/log/*"] {
-        // The first entry of a log, which later ones follow.
+    for part in ["*/timelines/*/layers/*", "*/timelines/*/wal/*", "*/templates/*/template", &format!("*/{acme}/log/*")] {
+        // Of a log the first entry, which later ones follow.
         let path = find(&dev.store(), part)?.into_iter().min().with_context(|| format!("there is something in {part}"))?;
         names_it_when_damaged(&dev, &path)?;
     }
