@@ -81,6 +81,16 @@ impl Report {
     }
 }
 
+/// A log as its objects make it.
+enum Log<S> {
+    /// All of it can be read, and fits together.
+    Sound(S),
+    /// There is none.
+    Missing,
+    /// What is wrong with it has been told.
+    Damaged,
+}
+
 /// What a scrub is told while it goes on.
 pub trait Watch: Send {
     /// The tenant that is next, of so many.
@@ -96,14 +106,16 @@ pub struct Scrub<'a> {
     threads: Arc<dyn Threads>,
     watch: &'a mut dyn Watch,
     report: Report,
-    /// Templates that were read.
-    templates: BTreeSet<String>,
+    templates: Templates,
+    /// Templates that were checked.
+    checked: BTreeSet<String>,
 }
 
 impl<'a> Scrub<'a> {
     /// Of `store`; checksums are computed on `threads`.
     pub fn new(store: &'a Store, threads: Arc<dyn Threads>, watch: &'a mut dyn Watch) -> Scrub<'a> {
-        Scrub { store, threads, watch, report: Report::default(), templates: BTreeSet::new() }
+        let templates = Templates::new(store.clone());
+        Scrub { store, threads, watch, report: Report::default(), templates, checked: BTreeSet::new() }
     }
 
     /// Scrubs the tenant of this name or id, or, without one, all.
@@ -134,7 +146,7 @@ impl<'a> Scrub<'a> {
                 continue;
             };
             self.template(name).await?;
-            if let Ok(template) = Templates::new(self.store.clone()).by_name(name).await {
+            if let Ok(template) = self.templates.by_name(name).await {
                 for row in &template.facts().layers {
                     listed.remove(&row.object);
                 }
@@ -148,17 +160,14 @@ impl<'a> Scrub<'a> {
         let folder = tenant_folder(id)?;
         // Before the manifests: what is published meanwhile is not taken for unreferenced.
         let mut listed: BTreeMap<ObjectName, u64> = self.store.list(&folder).await?.into_iter().map(|l| (l.name, l.bytes)).collect();
-        self.log::<TenantState>(&folder, &mut listed).await?;
-        let read = edit_log::read_state::<TenantState>(self.store, &folder).await;
         self.report.tenants += 1;
-        let state = match read {
-            Ok(Some((state, _))) => state,
-            Ok(None) => {
+        let state = match self.log::<TenantState>(&folder, &mut listed).await? {
+            Log::Sound(state) => state,
+            Log::Missing => {
                 self.report.find(&folder, "the tenant has a name and no log: restore its objects from a copy of the store");
                 return Ok(());
             }
-            // Told by the log's own check.
-            Err(error) => return unless_damaged(error),
+            Log::Damaged => return Ok(()),
         };
         if let Some(facts) = state.facts() {
             self.template(&facts.template.clone()).await?;
@@ -170,16 +179,26 @@ impl<'a> Scrub<'a> {
             listed.remove(&object);
             self.file(&object, len).await?;
         }
+        // What was published since the listing is referred to by now. Each manifest is read once more for that.
+        let mut left: BTreeMap<Option<TimelineId>, BTreeMap<ObjectName, u64>> = BTreeMap::new();
         for (object, bytes) in listed {
-            if !self.is_referenced(id, &object).await? {
-                self.report.find_unreferenced(&object, bytes);
+            left.entry(timeline_of(&folder, &object)).or_default().insert(object, bytes);
+        }
+        for (timeline, objects) in left {
+            let known = self.referenced(id, timeline).await?;
+            for (object, bytes) in objects.iter().filter(|(object, _)| !known.contains(*object)) {
+                self.report.find_unreferenced(object, *bytes);
             }
         }
         Ok(())
     }
 
-    /// Checks each object of a log, and takes them off the list.
-    async fn log<S: edit_log::State>(&mut self, folder: &ObjectName, listed: &mut BTreeMap<ObjectName, u64>) -> Result<(), EngineError> {
+    /// Checks each object of a log, and takes them off the list. Gives what they make together.
+    async fn log<S: edit_log::State>(
+        &mut self,
+        folder: &ObjectName,
+        listed: &mut BTreeMap<ObjectName, u64>,
+    ) -> Result<Log<S>, EngineError> {
         let log = folder.join("log")?;
         let (mut objects, mut bytes) = (0, 0);
         listed.retain(|object, length| {
@@ -189,23 +208,18 @@ impl<'a> Scrub<'a> {
             }
             !is_of_log
         });
-        if objects == 0 {
-            return Ok(());
-        }
         self.count(objects, bytes).await;
-        match edit_log::dump::<S>(self.store, folder).await {
-            Ok(_) => {}
+        // Each object by itself, and then in order: each edit must fit the state before it.
+        let read = match edit_log::dump::<S>(self.store, folder).await {
+            Ok(_) => edit_log::read_state::<S>(self.store, folder).await,
+            Err(error) => Err(error),
+        };
+        match read {
+            Ok(Some((state, _))) => Ok(Log::Sound(state)),
+            Ok(None) => Ok(Log::Missing),
             Err(error) => {
                 self.report.find(folder, &error);
-                return unless_damaged(error);
-            }
-        }
-        // In order, each edit must fit the state before it.
-        match edit_log::read_state::<S>(self.store, folder).await {
-            Ok(_) => Ok(()),
-            Err(error) => {
-                self.report.find(folder, &error);
-                unless_damaged(error)
+                unless_damaged(error).map(|()| Log::Damaged)
             }
         }
     }
@@ -223,9 +237,9 @@ impl<'a> Scrub<'a> {
         listed: &mut BTreeMap<ObjectName, u64>,
     ) -> Result<(), EngineError> {
         let folder = timeline_folder(tenant, timeline)?;
-        self.log::<ManifestState>(&folder, listed).await?;
         self.report.timelines += 1;
-        let Some(state) = self.manifest(&folder).await? else { return Ok(()) };
+        // A timeline without layers has no manifest yet.
+        let Log::Sound(state) = self.log::<ManifestState>(&folder, listed).await? else { return Ok(()) };
         let rows: Vec<Arc<LayerRow>> = state.layers().cloned().collect();
         let pieces: Vec<Arc<KeptWal>> = state.kept_wal().cloned().collect();
         drop(state);
@@ -303,10 +317,10 @@ impl<'a> Scrub<'a> {
 
     /// A template and its layers, once.
     async fn template(&mut self, name: &str) -> Result<(), EngineError> {
-        if !self.templates.insert(name.to_owned()) {
+        if !self.checked.insert(name.to_owned()) {
             return Ok(());
         }
-        let template = match Templates::new(self.store.clone()).by_name(name).await {
+        let template = match self.templates.by_name(name).await {
             Ok(template) => template,
             Err(EngineError::Store(error)) if !error.is_not_found() => return Err(error.into()),
             Err(error) => {
@@ -323,27 +337,17 @@ impl<'a> Scrub<'a> {
         Ok(())
     }
 
-    /// Whether a manifest or the tenant's log refers to an object by now.
-    async fn is_referenced(&self, tenant: TenantId, object: &ObjectName) -> Result<bool, EngineError> {
-        let folder = tenant_folder(tenant)?;
-        match timeline_of(&folder, object) {
-            Some(timeline) => {
-                let now = self.manifest(&timeline_folder(tenant, timeline)?).await?;
-                Ok(now.is_some_and(|now| {
-                    now.layers().any(|row| row.object == *object) || now.kept_wal().any(|piece| piece.object == *object)
-                }))
-            }
-            None => {
-                let read = edit_log::read_state::<TenantState>(self.store, &folder).await;
-                let now = match read {
-                    Ok(now) => now,
-                    Err(error) => return unless_damaged(error).map(|()| false),
-                };
-                match now {
-                    Some((now, _)) => Ok(self.files_of(&now).await?.contains_key(object)),
-                    None => Ok(false),
-                }
-            }
+    /// What a timeline's manifest refers to by now, or, without a timeline, the tenant's log.
+    async fn referenced(&self, tenant: TenantId, timeline: Option<TimelineId>) -> Result<BTreeSet<ObjectName>, EngineError> {
+        if let Some(timeline) = timeline {
+            let Some(now) = self.manifest(&timeline_folder(tenant, timeline)?).await? else { return Ok(BTreeSet::new()) };
+            let layers = now.layers().map(|row| row.object.clone());
+            return Ok(layers.chain(now.kept_wal().map(|piece| piece.object.clone())).collect());
+        }
+        match edit_log::read_state::<TenantState>(self.store, &tenant_folder(tenant)?).await {
+            Ok(Some((now, _))) => Ok(self.files_of(&now).await?.into_keys().collect()),
+            Ok(None) => Ok(BTreeSet::new()),
+            Err(error) => unless_damaged(error).map(|()| BTreeSet::new()),
         }
     }
 

@@ -389,6 +389,15 @@ mod tests {
     }
 
     #[test]
+    fn pieces_of_segments_are_known_by_their_names() {
+        let segment = "000000010000000000000001";
+        assert_eq!(piece_of_segment(&format!("{segment}.00512000")), Some((segment, 0x51_2000)));
+        for name in [segment, "00000002.history", "000000010000000000000001.0051200", "000000010000000000000001.backup00"] {
+            assert_eq!(piece_of_segment(name), None, "{name}");
+        }
+    }
+
+    #[test]
     fn a_base_backup_that_breaks_off_is_fetched_again() {
         let closed = || io::Error::other(ClientError::Closed { endpoint: "the page service".to_owned() });
         for before in [&b""[..], &[0; 512], &[b'x'; 100]] {

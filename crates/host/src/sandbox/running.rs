@@ -65,7 +65,7 @@ impl Shell {
         command.args(["sandbox-launch", "--spec", &spec_text]).current_dir("/").process_group(0).env_clear();
         command.stdin(OwnedFd::from(theirs)).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
         let mut launcher = command.spawn()?;
-        // It keeps the other end of the orders open, which would be ours to close.
+        // It has the other end of the orders, and would keep us from seeing that init is gone.
         drop(command);
         let gone = || io::Error::other("the launcher ended as it started");
         let said = BufReader::new(launcher.stdout.take().ok_or_else(gone)?);

@@ -86,13 +86,9 @@ pub(crate) fn version_and_folder(text: &str) -> Result<(u32, PathBuf), String> {
 
 /// Logs to standard error; RUST_LOG says how much: a level, or `target=level` by commas.
 pub(crate) fn log_to_stderr() {
-    let asked = std::env::var("RUST_LOG").ok();
-    let filter = asked.as_deref().map(str::parse::<Targets>);
-    let (filter, wrong) = match filter {
-        Some(Ok(filter)) => (filter, None),
-        Some(Err(e)) => (Targets::new().with_default(LevelFilter::INFO), Some(e)),
-        None => (Targets::new().with_default(LevelFilter::INFO), None),
-    };
+    let asked = std::env::var("RUST_LOG").unwrap_or_else(|_| "info".to_owned()).parse::<Targets>();
+    let wrong = asked.as_ref().err().map(ToString::to_string);
+    let filter = asked.unwrap_or_else(|_| Targets::new().with_default(LevelFilter::INFO));
     let ansi = std::io::IsTerminal::is_terminal(&std::io::stderr());
     let lines = tracing_subscriber::fmt::layer().with_ansi(ansi).with_writer(std::io::stderr);
     tracing_subscriber::registry().with(lines).with(filter).init();
