@@ -53,6 +53,7 @@ fn resources(runtime: &Runtime, folder: &std::path::Path, cache_bytes: usize) ->
         page_cache: PageCache::new(cache_bytes),
         memtable_budget: MemoryBudget::new(1 << 30),
         memtable_bytes_max: 1 << 30,
+        garbage_bytes_min: 0,
         layer_bytes_target: LAYER_BYTES_TARGET,
         files: OpenFiles::new(64),
         ranges: RangeCache::new(folder.to_owned(), 1 << 30),
@@ -71,6 +72,7 @@ fn open(resources: &Arc<Resources>, layered: Lsn, layers: &[Arc<LayerRow>]) -> A
         ancestor: None,
         start: Lsn(0),
         layered,
+        collected: varve_storage::retained::Retained::default(),
     };
     Timeline::open(spec, Arc::clone(resources), layers.iter().cloned())
 }

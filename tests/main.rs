@@ -18,6 +18,7 @@ mod postgres_suites;
 mod random_lsns;
 mod replication;
 mod restores_under_kills;
+mod retention;
 mod sandbox;
 mod scrub;
 mod tablespaces;

@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use crate::history::History;
 use crate::size::{CurrentLimits, Size};
 
 /// Body of `POST /v1/tenants`.
@@ -35,6 +36,9 @@ pub struct Tenant {
     pub created_at: String,
     /// Number of branches.
     pub branches: usize,
+    /// How far back its branches can go.
+    #[serde(default)]
+    pub history: History,
     /// Who took the tenant over last, as far as its log says.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub owner: Option<TenantOwner>,
@@ -102,6 +106,9 @@ pub struct NewBranch {
     /// The time to start at, as `recovery_target_time` means it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub at: Option<String>,
+    /// The snapshot to start from, instead of a branch and a moment of it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub snapshot: Option<String>,
 }
 
 /// A branch.
@@ -121,6 +128,9 @@ pub struct Branch {
     pub branch_lsn: Option<String>,
     /// Head: end of the last whole, durable record.
     pub last_lsn: String,
+    /// From where on all of its history can be read.
+    #[serde(default)]
+    pub earliest_lsn: String,
     /// Bytes of all relations at the newest applied LSN, if they are known without reading.
     pub size_bytes: Option<u64>,
     /// When the timeline was created.
@@ -140,7 +150,7 @@ pub struct BranchChange {
     pub name: String,
 }
 
-/// Body of `POST /v1/tenants/{tenant}/branches/{branch}/restore`: one of the two.
+/// Body of `POST /v1/tenants/{tenant}/branches/{branch}/restore`: one of them.
 #[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Restore {
@@ -150,6 +160,9 @@ pub struct Restore {
     /// The time to go back to.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub at: Option<String>,
+    /// The snapshot to go back to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub snapshot: Option<String>,
 }
 
 /// Answer to a restore.

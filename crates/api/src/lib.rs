@@ -2,6 +2,7 @@
 //! client.
 //!
 //! - [`admin`]: bodies of the admin API `/v1`, as operators and the CLI use it.
+//! - [`history`]: how far back a tenant can go, and its snapshots.
 //! - [`host`]: bodies of the routes that hosts and the computes on them use.
 //! - [`kept_pages`]: pages that WAL does not give back;
 //! - [`kept_files`]: which files of a data directory hosts send and the control plane takes.
@@ -13,6 +14,7 @@
 
 pub mod admin;
 pub mod client;
+pub mod history;
 pub mod host;
 pub mod kept_files;
 pub mod kept_pages;

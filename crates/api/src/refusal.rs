@@ -52,6 +52,8 @@ codes! {
     UnknownTenant "unknown_tenant" 404 "Not Found";
     /// No such branch.
     UnknownBranch "unknown_branch" 404 "Not Found";
+    /// No such snapshot.
+    UnknownSnapshot "unknown_snapshot" 404 "Not Found";
     /// No such compute.
     UnknownCompute "unknown_compute" 404 "Not Found";
     /// No such host.

@@ -8,11 +8,12 @@ use varve_api::admin::{Branch, BranchMoment, Deleted, NewBranch, Restore, Restor
 use varve_api::host::Desired;
 use varve_postgres::{Lsn, Timestamp};
 use varve_storage::ids::{BranchName, TenantId, TimelineId};
-use varve_storage::tenant_log::{Ancestor, TenantEdit, TenantLog, TenantState, TimelineFacts, removed_timelines};
+use varve_storage::tenant_log::{Ancestor, TenantLog, TenantState, TimelineFacts, removed_timelines};
 
 use crate::arguments::{Listed, Page};
 use crate::call::Call;
 use crate::error::Error;
+use crate::history::Wanted;
 use crate::logs::{Plan, branch, facts};
 use crate::ports::{Moment, Pageserver, Resolved};
 use crate::registry::{Entry, Phase};
@@ -66,6 +67,7 @@ impl<P: Pageserver> Control<P> {
             tli: facts.tli,
             parent: facts.ancestor.and_then(|ancestor| state.branch_of(ancestor.timeline)).map(ToString::to_string),
             branch_lsn: facts.ancestor.map(|ancestor| ancestor.lsn.to_string()),
+            earliest_lsn: state.earliest(timeline)?.to_string(),
             last_lsn: live.as_ref().map_or(logged, |live| live.head.max(logged)).to_string(),
             size_bytes: match live.as_ref().and_then(|live| live.size_bytes) {
                 Some(size) => Some(size),
@@ -94,23 +96,31 @@ impl<P: Pageserver> Control<P> {
     /// [`Error`].
     pub async fn create_branch(&self, call: &Call, tenant: &str, new: &NewBranch) -> Result<Branch, Error> {
         let name = arguments::new_branch_name(&new.name)?;
-        let asked = moment::parse(new.lsn.as_deref(), new.at.as_deref())?;
+        moment::parse(new.lsn.as_deref(), new.at.as_deref())?;
         let id = self.find(tenant).await?;
         let log = self.own(id, "a branch is made").await?;
         if let Some(prior) = call.prior(&log.state())? {
             return Ok(prior);
         }
         log.state().check_free(&name)?;
-        let (_, parent) = branch(&log.state(), new.from.as_deref().unwrap_or("main"))?;
-        let at = self.resolve(id, parent, asked).await?;
+        let asked = Wanted::parse(&log.state(), new.snapshot.as_deref(), new.lsn.as_deref(), new.at.as_deref())?;
+        let is_of_head = matches!(asked, Wanted::OnBranch(Moment::Head));
+        let at = match asked {
+            Wanted::Snapshot(_) if new.from.is_some() => {
+                return Err(Error::argument("from", "both a branch and a snapshot to start from were given: give one of them"));
+            }
+            Wanted::Snapshot(at) => at,
+            Wanted::OnBranch(moment) => {
+                let (_, parent) = branch(&log.state(), new.from.as_deref().unwrap_or("main"))?;
+                self.resolve(id, parent, moment).await?
+            }
+        };
         let facts = self.new_timeline(at)?;
         let timeline = facts.id;
         let action = format!("created branch {name} from timeline {} at {}", at.timeline, at.lsn);
         let created = self.commit(&log, call, |state| {
-            state.check_free(&name)?;
-            let facts = TimelineFacts { tli: state.next_tli()?, ..facts };
-            let mut edits = vec![TenantEdit::Timeline(facts), TenantEdit::Branch { name: name.clone(), timeline }];
-            if asked == Moment::Head {
+            let mut edits = state.create_branch(&name, &facts)?;
+            if is_of_head {
                 edits.extend(state.files_at_head(at.timeline, at.lsn, timeline)?);
             }
             Ok(Plan { edits, action, answer: |after: &TenantState| self.describe_branch(after, id, &name, timeline) })
@@ -183,9 +193,9 @@ impl<P: Pageserver> Control<P> {
     /// # Errors
     /// [`Error`].
     pub async fn restore_branch(&self, call: &Call, tenant: &str, branch_text: &str, restore: &Restore) -> Result<Restored, Error> {
-        let at = moment::parse(restore.lsn.as_deref(), restore.at.as_deref())?;
-        if at == Moment::Head {
-            return Err(Error::argument("at", "say where to go back to: give an LSN or a time"));
+        let moment = moment::parse(restore.lsn.as_deref(), restore.at.as_deref())?;
+        if moment == Moment::Head && restore.snapshot.is_none() {
+            return Err(Error::argument("at", "say where to go back to: give an LSN, a time or a snapshot"));
         }
         let id = self.find(tenant).await?;
         let log = self.own(id, "a branch is restored").await?;
@@ -193,7 +203,10 @@ impl<P: Pageserver> Control<P> {
             return Ok(prior);
         }
         let (name, old) = branch(&log.state(), branch_text)?;
-        let at = self.resolve(id, old, at).await?;
+        let at = match Wanted::parse(&log.state(), restore.snapshot.as_deref(), restore.lsn.as_deref(), restore.at.as_deref())? {
+            Wanted::Snapshot(at) => at,
+            Wanted::OnBranch(moment) => self.resolve(id, old, moment).await?,
+        };
         let writer = self.computes.of_branch(id, &name).into_iter().find(|entry| entry.writes());
         let restored = match &writer {
             Some(entry) => {

@@ -119,6 +119,19 @@ pub enum Error {
     /// A time that is yet to come.
     #[error("{0} is in the future")]
     InTheFuture(String),
+    /// A moment that was collected.
+    #[error(
+        "{what} is not kept any more: {of} can be read from {from} on. What is to stay longer needs a longer window \
+         (varve tenant set --history), which counts from then on, or a snapshot"
+    )]
+    NotKept {
+        /// What was asked for.
+        what: String,
+        /// Of which branch.
+        of: String,
+        /// The earliest moment that there is.
+        from: String,
+    },
     /// All names for what a restored branch was are taken.
     #[error("no free name is left for what was {0}")]
     NoNameLeft(String),
@@ -240,6 +253,7 @@ impl Error {
             Error::NotYetKnown(_) | Error::Moved(_) | Error::HostSilent { .. } | Error::Stopping | Error::Store(_) => Code::Unavailable,
             Error::KeyReused(_) => Code::KeyReused,
             Error::InTheFuture(_) => Code::InTheFuture,
+            Error::NotKept { .. } => Code::NotRetained,
             Error::NoNameLeft(_) => Code::NameTaken,
             Error::Tenant(error) => tenant_code(error),
             Error::Log(error) => log_code(error),
@@ -270,7 +284,9 @@ fn tenant_code(error: &TenantError) -> Code {
     match error {
         TenantError::UnknownBranch(_) | TenantError::UnknownTimeline(_) => Code::UnknownBranch,
         TenantError::UnknownEndpoint(_) => Code::UnknownCompute,
-        TenantError::BranchExists(_) => Code::NameTaken,
+        TenantError::UnknownSnapshot(_) => Code::UnknownSnapshot,
+        TenantError::BranchExists(_) | TenantError::SnapshotExists(_) => Code::NameTaken,
+        TenantError::Collected { .. } => Code::NotRetained,
         TenantError::LastBranch(_) => Code::LastBranch,
         TenantError::Removed => Code::UnknownTenant,
         TenantError::NoTliLeft | TenantError::Contradiction(_) => Code::Internal,

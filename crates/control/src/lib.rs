@@ -20,6 +20,7 @@ mod control;
 mod environment;
 mod error;
 mod events;
+mod history;
 mod hosts;
 pub mod http;
 mod leftovers;

@@ -133,7 +133,19 @@ impl<P: Pageserver> Control<P> {
         {
             return Err(Error::InTheFuture(moment::rfc3339(at)));
         }
-        Ok(self.pageserver.resolve(tenant, timeline, moment).await?)
+        let found = match self.pageserver.resolve(tenant, timeline, moment).await {
+            Ok(found) => found,
+            Err(refusal) if refusal.code == varve_api::Code::NotRetained => {
+                let state = self.read(tenant).await?;
+                // Before all history there is nothing that could have been kept.
+                let is_whole = state.ancestry(timeline)?.iter().all(|(state, _)| state.cutoff <= state.facts.start);
+                let what = moment::in_words(moment);
+                return Err(if is_whole { refusal.into() } else { self.not_kept(&state, tenant, timeline, &what).await });
+            }
+            Err(refusal) => return Err(refusal.into()),
+        };
+        self.check_retained(&*self.read(tenant).await?, tenant, timeline, found.lsn).await?;
+        Ok(found)
     }
 
     /// A tenant's log to write: `why` is work that needs ownership.

@@ -10,6 +10,15 @@ pub(crate) fn rfc3339(time: Timestamp) -> String {
     jiff::Timestamp::from_microsecond(time.unix_micros()).map_or_else(|_| "out of range".to_owned(), |t| t.to_string())
 }
 
+/// A moment in words.
+pub(crate) fn in_words(moment: Moment) -> String {
+    match moment {
+        Moment::Head => "head".to_owned(),
+        Moment::Lsn(lsn) => lsn.to_string(),
+        Moment::Time(at) => rfc3339(at),
+    }
+}
+
 /// Reads an LSN.
 pub(crate) fn lsn(name: &'static str, text: &str) -> Result<Lsn, Error> {
     text.parse().map_err(|error| Error::argument(name, error))

@@ -126,6 +126,9 @@ pub trait Pageserver: Send + Sync + 'static {
     /// Stops timelines that the log no longer has, and removes what is stored of them.
     fn remove_timelines(&self, tenant: TenantId, timelines: Vec<TimelineId>) -> impl Future<Output = ()> + Send;
 
+    /// Collects what a tenant need not keep any more, and waits until that is done.
+    fn collect(&self, tenant: TenantId) -> impl Future<Output = PortResult<()>> + Send;
+
     /// Where a timeline stands, if it is open here: never opens it.
     fn live(&self, tenant: TenantId, timeline: TimelineId) -> Option<Live>;
 

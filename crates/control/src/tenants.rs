@@ -16,7 +16,7 @@ use crate::call::Call;
 use crate::error::Error;
 use crate::logs::{Plan, facts};
 use crate::ports::{Pageserver, Template};
-use crate::{Control, arguments, moment, password};
+use crate::{Control, arguments, history, moment, password};
 
 /// The role that has the tenant's password.
 const SUPERUSER: &str = "postgres";
@@ -29,7 +29,7 @@ const DELETIONS_MAX: usize = 1000;
 
 impl<P: Pageserver> Control<P> {
     /// What the API says of a tenant, from its log alone.
-    fn describe_tenant(&self, state: &TenantState, id: TenantId) -> Result<Tenant, Error> {
+    pub(crate) fn describe_tenant(&self, state: &TenantState, id: TenantId) -> Result<Tenant, Error> {
         let facts = facts(state, id)?;
         Ok(Tenant {
             name: facts.name.to_string(),
@@ -38,6 +38,7 @@ impl<P: Pageserver> Control<P> {
             system_identifier: facts.system_identifier.to_string(),
             created_at: moment::rfc3339(Timestamp(facts.created)),
             branches: state.branch_count(),
+            history: history::history(state),
             owner: self.owner(state, id),
             problem: None,
         })
@@ -71,6 +72,7 @@ impl<P: Pageserver> Control<P> {
                     system_identifier: String::new(),
                     created_at: String::new(),
                     branches: 0,
+                    history: varve_api::history::History::default(),
                     owner: None,
                     problem: Some(error.to_string()),
                 })

@@ -67,7 +67,9 @@ pub fn write(
     let state = tenant.log().state();
     let chain = state.ancestry(live.id())?;
     let applied = live.positions().applied();
-    let base = moments::round_down(&**live.history(), lsn, live.first_lsn(), applied)?;
+    // Of a timeline that nobody goes on with the end may be gone.
+    let known = if live.history().collected().holds(applied) { applied } else { lsn };
+    let base = moments::round_down(&**live.history(), lsn, live.first_lsn(), known)?;
     let mut ancestors: Vec<AncestorTimeline> = Vec::with_capacity(chain.len());
     for (timeline, _) in chain.iter().rev() {
         if let Some(ancestor) = timeline.facts.ancestor {

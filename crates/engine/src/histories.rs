@@ -12,11 +12,12 @@ use varve_storage::layer::blob::OpenFiles;
 use varve_storage::layer::range_cache::RangeCache;
 use varve_storage::manifest::{LayerRow, Manifest};
 use varve_storage::page_cache::PageCache;
+use varve_storage::retained::Retained;
 use varve_storage::store::Store;
 use varve_storage::tenant_log::TimelineState;
 use varve_storage::threads::Threads;
 use varve_storage::timeline::{
-    LAYER_BYTES_TARGET, LayerChange, MEMTABLE_BYTES_MAX, RANGE_CACHE_BYTES_MAX, Resources, Timeline, TimelineSpec,
+    GARBAGE_BYTES_MIN, LAYER_BYTES_TARGET, LayerChange, MEMTABLE_BYTES_MAX, RANGE_CACHE_BYTES_MAX, Resources, Timeline, TimelineSpec,
 };
 
 use crate::context::Context;
@@ -44,6 +45,7 @@ pub fn resources(
         page_cache: PageCache::new((cache_bytes - cache_bytes / BLOCK_CACHE_SHARE) as usize),
         memtable_budget: MemoryBudget::new(memtable_bytes as usize),
         memtable_bytes_max: MEMTABLE_BYTES_MAX,
+        garbage_bytes_min: GARBAGE_BYTES_MIN,
         layer_bytes_target: LAYER_BYTES_TARGET,
         files: OpenFiles::new(OPEN_FILES_MAX),
         ranges: RangeCache::new(cache_dir.clone(), RANGE_CACHE_BYTES_MAX),
@@ -86,6 +88,7 @@ pub(crate) async fn open_history(
         ancestor,
         start: if layers_begin_at_zero(state) { Lsn::INVALID } else { state.facts.start },
         layered,
+        collected: published.collected().clone(),
     };
     Ok(OpenedHistory { history: Timeline::open(spec, context.resources.clone(), layers), layered, manifest })
 }
@@ -111,6 +114,7 @@ impl TemplateHistory {
             ancestor: None,
             start: Lsn::INVALID,
             layered: Lsn::INVALID,
+            collected: Retained::default(),
         };
         Ok(TemplateHistory { timeline: Timeline::open(spec, context.resources.clone(), Vec::new()) })
     }

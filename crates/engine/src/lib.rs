@@ -3,8 +3,9 @@
 //! - [`LiveTimeline`] is an open timeline: positions, the one writer, ingest, flush, merge; [`Tenant`] a tenant's log
 //!   and those of its timelines that are open.
 //! - [`WorkQueue`] does the background work of all of them, with fair shares by tenant and a fixed number of threads.
-//! - [`resolve`] says which record boundary a moment is; [`catalog`] which databases there are and how large;
-//!   [`backup`] and [`base_backup`] make a data directory that a stock Postgres starts from; [`template`] takes one in.
+//! - [`retention`] says from where on history is kept; [`resolve`] says which record boundary a moment is; [`catalog`]
+//!   which databases there are and how large; [`backup`] and [`base_backup`] make a data directory that a stock
+//!   Postgres starts from; [`template`] takes one in.
 //!
 //! **It promises** that head covers every acknowledged commit; that what a fenced compute writes is never taken; that
 //! what is closed and opened again, after a crash too, stands where it stood; that no lock of a map is held while
@@ -25,6 +26,7 @@ pub mod histories;
 pub mod ingest;
 pub mod moments;
 pub mod resolve;
+pub mod retention;
 pub mod scrub;
 pub mod template;
 pub mod tenant;

@@ -31,6 +31,12 @@ pub enum MomentError {
         /// Where the history begins.
         start: Lsn,
     },
+    /// It was collected.
+    #[error("what was asked for is not kept any more: the history of this branch can be read from {earliest} on")]
+    Collected {
+        /// From where on all of it can be read.
+        earliest: Lsn,
+    },
     /// A time before the first transaction that the history knows.
     #[error("the time is before the history of this branch")]
     BeforeTime {

@@ -48,7 +48,13 @@ pub async fn resolve(live: &Arc<LiveTimeline>, moment: Moment) -> Result<Resolve
             let lsn = lsn.min(limit);
             // What comes later does not matter: ingest may lag, or have stopped there.
             in_history(&owner, lsn, move |owner| {
-                let known = limit.min(owner.positions().applied());
+                let collected = owner.history().collected();
+                if !collected.holds(lsn) && lsn > owner.facts().start {
+                    return Err(MomentError::Collected { earliest: owner.first_whole() }.into());
+                }
+                // Of a timeline that nobody goes on with the end may be gone.
+                let newest = limit.min(owner.positions().applied());
+                let known = if collected.holds(newest) { newest } else { lsn };
                 let boundary = moments::round_down(&**owner.history(), lsn, owner.facts().start, known)?;
                 Ok(Resolved { timeline: owner.id(), lsn: boundary.end })
             })
@@ -61,8 +67,13 @@ pub async fn resolve(live: &Arc<LiveTimeline>, moment: Moment) -> Result<Resolve
 async fn resolve_time(live: &Arc<LiveTimeline>, head: Lsn, at: Timestamp) -> Result<Resolved, EngineError> {
     for (owner, limit) in live.owners(head) {
         let found =
-            in_history(&owner, limit, move |owner| Ok(moments::moment(&**owner.history(), at, owner.facts().start, limit)?)).await?;
+            in_history(&owner, limit, move |owner| Ok(moments::moment(&**owner.history(), at, owner.first_whole().min(limit), limit)?))
+                .await?;
         match found {
+            // It may lie where the history is collected, and then in no ancestor's.
+            Found::Before if owner.first_whole() > owner.facts().start => {
+                return Err(MomentError::Collected { earliest: owner.first_whole() }.into());
+            }
             Found::Before => {}
             Found::At(boundary) | Found::AllOfIt(boundary) => return Ok(Resolved { timeline: owner.id(), lsn: boundary.end }),
         }

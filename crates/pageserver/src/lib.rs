@@ -19,6 +19,7 @@ pub mod source;
 pub mod tenants;
 pub mod timeline_pages;
 pub mod wal_receiver;
+mod wall_clock;
 pub mod writers;
 
 pub use error::ServerError;

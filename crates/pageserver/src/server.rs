@@ -31,6 +31,7 @@ use varve_storage::wal_log::{Unattached, WalLog};
 
 use crate::error::ServerError;
 use crate::tenants::{Identity, LostTo, Tenants};
+use crate::wall_clock;
 use crate::writers::{Writer, Writers};
 
 /// How often it is looked for tenants that others took over, and for timelines and tenants that nobody has use for.
@@ -203,6 +204,7 @@ impl Pageserver {
             tokio::time::sleep(SWEEP_INTERVAL).await;
             self.tenants.find_lost().await;
             self.tenants.sweep(self.config.idle).await;
+            self.tenants.wake_due().await;
         }
     }
 
@@ -392,6 +394,15 @@ impl Pageserver {
     pub async fn forget(&self, tenant: TenantId, timelines: Vec<TimelineId>) {
         self.tenants.forget(tenant).await;
         self.context.forget_wal(tenant, timelines).await;
+    }
+
+    /// Collects what a tenant need not keep any more, and waits until that is done.
+    ///
+    /// # Errors
+    /// [`ServerError`].
+    pub async fn collect(&self, tenant: TenantId) -> Result<(), ServerError> {
+        let tenant = self.tenants.own(tenant, "its history is collected").await?;
+        Ok(tenant.collect_everything(wall_clock::now()).await?)
     }
 
     /// The boundary that a moment of a timeline is.

@@ -9,10 +9,10 @@
 //! and whoever asks is told who has it). The map of slots is locked for look-ups only; each slot is opened by whoever
 //! comes first, while others wait for that slot alone.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures::{StreamExt as _, stream};
 use parking_lot::Mutex;
@@ -24,9 +24,13 @@ use varve_storage::ids::{Generation, TenantId, TenantName};
 use varve_storage::tenant_log::{FoundOwner, Owner, TenantLog, find_owner, names, take_over, tenant_folder};
 
 use crate::error::ServerError;
+use crate::wall_clock;
 
 /// How often a tenant's log is told of the sizes of branches that are being written.
 const FIGURES_INTERVAL: Duration = Duration::from_secs(60);
+
+/// Tenants that are woken for collection between two sweeps.
+const WOKEN_AT_ONCE: usize = 4;
 
 /// Tenants that are looked at at once.
 const LOOKED_AT_ONCE: usize = 16;
@@ -90,6 +94,8 @@ enum Slot {
 struct Slots {
     awake: BTreeMap<TenantId, Arc<Awake>>,
     asleep: HashMap<TenantId, Ownership>,
+    /// When history of those that sleep will have left their window.
+    due: BTreeSet<(Instant, TenantId)>,
     lost: BTreeMap<TenantId, (LostTo, Losing)>,
 }
 
@@ -399,9 +405,16 @@ impl Tenants {
     async fn sweep_one(&self, tenant: Arc<Tenant>, unused: Duration) {
         let id = tenant.id();
         tenant.note_figures(FIGURES_INTERVAL.min(unused)).await;
+        let now = wall_clock::now();
+        if let Err(error) = tenant.look_after_history(now, false).await
+            && !error.is_fenced()
+        {
+            tracing::warn!(tenant = %tenant.name(), %error, "what of its history can go could not be found out; it is looked at again");
+        }
         if !tenant.close_idle(unused).await {
             return;
         }
+        let due = tenant.collects_after();
         drop(tenant);
         let mut slots = self.slots.lock();
         let Some(awake) = slots.awake.get(&id) else { return };
@@ -413,6 +426,35 @@ impl Tenants {
             _ => return,
         };
         slots.insert(id, Slot::Asleep(asleep));
+        slots.due.extend(due.and_then(|after| Some((Instant::now().checked_add(after)?, id))));
+    }
+
+    /// Wakes tenants that sleep and whose history has left their window by now; it is collected before they sleep
+    /// again. After a restart that waits until they are used.
+    pub async fn wake_due(&self) {
+        let due: Vec<TenantId> = {
+            let mut slots = self.slots.lock();
+            let now = Instant::now();
+            let mut found = Vec::new();
+            while found.len() < WOKEN_AT_ONCE
+                && let Some((_, id)) = slots.due.first().copied().filter(|(at, _)| *at <= now)
+            {
+                slots.due.pop_first();
+                if slots.asleep.contains_key(&id) {
+                    found.push(id);
+                }
+            }
+            found
+        };
+        for id in due {
+            let collected = match self.own_if_ours(id, "its history is collected").await {
+                Ok(tenant) => tenant.collect_everything(wall_clock::now()).await.map_err(ServerError::from),
+                Err(error) => Err(error),
+            };
+            if let Err(error) = collected {
+                tracing::warn!(tenant = %id, %error, "the history of a tenant that sleeps was not collected");
+            }
+        }
     }
 
     /// Slots whose opening failed, and for which nobody waits any more, say only by what right they are ours.

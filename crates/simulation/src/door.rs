@@ -144,6 +144,11 @@ impl Pageserver for Door {
         }
     }
 
+    async fn collect(&self, _tenant: TenantId) -> PortResult<()> {
+        let Some(tenant) = self.node.upgrade().and_then(|node| node.owned()) else { return Ok(()) };
+        tenant.collect_everything(self.world.wall_clock()).await.map_err(|error| Refusal::new(code(&error), error.to_string()))
+    }
+
     fn live(&self, _tenant: TenantId, timeline: TimelineId) -> Option<Live> {
         let live = self.node.upgrade()?.owned()?.opened(timeline)?;
         let positions = live.positions();

@@ -95,7 +95,7 @@ fn texts(moment: Moment) -> (Option<String>, Option<String>) {
 /// When it is refused, or may not have been done.
 pub async fn make_branch(world: &Arc<World>, from: &BranchName, name: &BranchName, moment: Moment) -> Result<(), Refused> {
     let (lsn, at) = texts(moment);
-    let new = NewBranch { name: name.to_string(), from: Some(from.to_string()), lsn, at };
+    let new = NewBranch { name: name.to_string(), from: Some(from.to_string()), lsn, at, snapshot: None };
     ask(world, Kind::CrashInBranch, |plane, tenant| async move { plane.create_branch(&Call::default(), &tenant, &new).await }).await?;
     Ok(())
 }
@@ -106,7 +106,7 @@ pub async fn make_branch(world: &Arc<World>, from: &BranchName, name: &BranchNam
 /// When it is refused, or may not have been done.
 pub async fn restore(world: &Arc<World>, branch: &BranchName, moment: Moment) -> Result<(), Refused> {
     let ((lsn, at), branch) = (texts(moment), branch.to_string());
-    let to = Restore { lsn, at };
+    let to = Restore { lsn, at, snapshot: None };
     let restored =
         ask(
             world,

@@ -11,6 +11,7 @@ use varve_storage::checkpoint_fields::CheckpointFields;
 use varve_storage::history::{HistoryError, HistoryWriter};
 use varve_storage::ids::{Generation, TenantId, TimelineId};
 use varve_storage::key::Key;
+use varve_storage::retained::Retained;
 use varve_storage::store::ObjectName;
 use varve_storage::threads::{RuntimeThreads, Threads};
 use varve_storage::timeline::{Timeline, TimelineSpec};
@@ -67,6 +68,7 @@ fn objects() -> anyhow::Result<Vec<(ObjectName, Bytes)>> {
         ancestor: None,
         start: Lsn::INVALID,
         layered: Lsn::INVALID,
+        collected: Retained::default(),
     };
     let made = std::thread::spawn(move || -> anyhow::Result<Vec<varve_storage::manifest::LayerRow>> {
         varve_storage::chance::give(Some(Arc::new(Zeros)));

@@ -225,6 +225,11 @@ name!(
     BranchName,
     "branch"
 );
+name!(
+    /// Name of a snapshot within its tenant: `before-migration`. See [`ParseNameError`] for the rules.
+    SnapshotName,
+    "snapshot"
+);
 
 fn is_name(text: &str) -> bool {
     let plain = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit();

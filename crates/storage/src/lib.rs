@@ -39,6 +39,7 @@ pub mod page_cache;
 pub mod relation;
 pub mod relation_size;
 pub mod replication_origin;
+pub mod retained;
 mod row_fields;
 pub mod size_cache;
 pub mod slru_extent;

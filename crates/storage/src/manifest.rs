@@ -22,6 +22,7 @@ use crate::ids::{Generation, LayerId, TenantId, TimelineId};
 use crate::kept_wal::KeptWal;
 use crate::key::Key;
 use crate::layer::LayerInfo;
+use crate::retained::Retained;
 use crate::store::{ObjectName, ParseObjectNameError, Store};
 
 /// Whose an object is: only this timeline merges it away, and only what deletes this timeline deletes it.
@@ -144,11 +145,13 @@ pub enum ManifestEdit {
         /// The layer.
         layer: LayerRow,
     },
+    /// The layers were reduced to what is retained, up to the cutoff: elsewhere below it they give no answer.
+    Collected(Retained),
 }
 
 impl ManifestEdit {
     /// How many kinds there are. A row of a kind at or above this was written by a newer release.
-    pub const KINDS: u32 = 5;
+    pub const KINDS: u32 = 6;
 
     /// The edit that adds a layer.
     pub fn add(layer: LayerRow) -> ManifestEdit {
@@ -178,6 +181,7 @@ pub struct ManifestState {
     layered: Lsn,
     /// By start; no two overlap.
     kept_wal: OrdMap<Lsn, Arc<KeptWal>>,
+    collected: Retained,
 }
 
 impl ManifestState {
@@ -199,6 +203,11 @@ impl ManifestState {
     /// Up to where layers cover the whole history; [`Lsn::INVALID`] where there are none yet.
     pub fn layered(&self) -> Lsn {
         self.layered
+    }
+
+    /// Where the layers can be read: at the cutoff and above, and at the pins.
+    pub fn collected(&self) -> &Retained {
+        &self.collected
     }
 
     /// The pieces of WAL that are kept, ascending.
@@ -266,6 +275,13 @@ impl State for ManifestState {
                 }
                 self.kept_wal.insert(piece.lsn_start, Arc::new(piece.clone()));
             }
+            ManifestEdit::Collected(retained) => {
+                if retained.cutoff < self.collected.cutoff {
+                    let (before, now) = (self.collected.cutoff, retained.cutoff);
+                    return Err(ApplyError(format!("history was collected up to {before}, and now only up to {now}")));
+                }
+                self.collected = retained.clone();
+            }
         }
         Ok(())
     }
@@ -277,6 +293,9 @@ impl State for ManifestState {
         emit(&ManifestEdit::Layered { lsn: self.layered });
         for piece in self.kept_wal.values() {
             emit(&ManifestEdit::KeepWal(KeptWal::clone(piece)));
+        }
+        if self.collected != Retained::default() {
+            emit(&ManifestEdit::Collected(self.collected.clone()));
         }
     }
 }
@@ -377,6 +396,7 @@ impl Manifest {
                 }
                 ManifestEdit::RemoveLayer { id } => state.layer(*id).is_some(),
                 ManifestEdit::Layered { lsn } => *lsn > state.layered(),
+                ManifestEdit::Collected(retained) => retained.cutoff >= state.collected.cutoff && *retained != state.collected,
                 ManifestEdit::KeepWal(piece) => state.kept_wal_at(piece.lsn_start).is_none_or(|known| **known != *piece),
             });
             Ok::<_, std::convert::Infallible>((edits, ()))
@@ -470,13 +490,19 @@ mod tests {
         let edit = ManifestEdit::AddLayerOf { owner: row(1).owner.unwrap(), layer: LayerRow { owner: None, ..row(1) } };
         let bytes = postcard::to_stdvec(&edit).unwrap();
         assert!(bytes.len() < 150, "a row has {} bytes", bytes.len());
-        assert_eq!(u32::from(bytes[0]) + 1, ManifestEdit::KINDS, "whoever adds a kind counts it, and names it here");
         assert_eq!(postcard::from_bytes::<ManifestEdit>(&bytes).unwrap(), edit);
         assert_eq!(edit.added(), Some(row(1)));
         let json = serde_json::to_value(&edit).unwrap();
         assert_eq!(json["add_layer_of"]["layer"]["lsn_end"], "0/16B3748");
         assert_eq!(json["add_layer_of"]["layer"]["first_key"], "010000000000000000000000000000000000");
         assert_eq!(json["add_layer_of"]["owner"]["timeline"], "02020202020202020202020202020202");
+        assert_eq!(serde_json::from_value::<ManifestEdit>(json).unwrap(), edit);
+        let edit = ManifestEdit::Collected(Retained::new(Lsn(0x16B_3748), Lsn::MAX, vec![Lsn(0x10)]));
+        let row = postcard::to_stdvec(&edit).unwrap();
+        assert_eq!(u32::from(row[0]) + 1, ManifestEdit::KINDS, "whoever adds a kind counts it, and names it here");
+        assert_eq!(postcard::from_bytes::<ManifestEdit>(&row).unwrap(), edit);
+        let json = serde_json::to_value(&edit).unwrap();
+        assert_eq!((&json["collected"]["cutoff"], &json["collected"]["pins"][0]), (&"0/16B3748".into(), &"0/10".into()));
         assert_eq!(serde_json::from_value::<ManifestEdit>(json).unwrap(), edit);
         let edit = ManifestEdit::KeepWal(piece(0x16B_3748, 0x26B_3748));
         let row = postcard::to_stdvec(&edit).unwrap();

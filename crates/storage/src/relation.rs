@@ -86,7 +86,10 @@ pub fn database(history: &(impl History + ?Sized), spc: Oid, db: Oid, lsn: Lsn) 
 }
 
 /// The floor of a database in a tablespace; shared relations have none.
-fn database_floor(history: &(impl History + ?Sized), spc: Oid, db: Oid, lsn: Lsn) -> Result<Lsn, HistoryError> {
+///
+/// # Errors
+/// When the history cannot be read.
+pub fn database_floor(history: &(impl History + ?Sized), spc: Oid, db: Oid, lsn: Lsn) -> Result<Lsn, HistoryError> {
     if spc == GLOBAL_TABLESPACE {
         return Ok(Lsn::INVALID);
     }

@@ -17,6 +17,24 @@ pub(crate) mod lsn {
     }
 }
 
+/// Several of them. For `#[serde(with = "row_fields::lsns")]`.
+pub(crate) mod lsns {
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+    use varve_postgres::Lsn;
+
+    #[derive(Serialize, Deserialize)]
+    struct Row(#[serde(with = "super::lsn")] Lsn);
+
+    pub(crate) fn serialize<S: Serializer>(lsns: &[Lsn], serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_seq(lsns.iter().map(|lsn| Row(*lsn)))
+    }
+
+    pub(crate) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<Lsn>, D::Error> {
+        let rows = Vec::<Row>::deserialize(deserializer)?;
+        Ok(rows.into_iter().map(|Row(lsn)| lsn).collect())
+    }
+}
+
 /// A key: 36 hexadecimal digits, or its 18 bytes. For `#[serde(with = "row_fields::key")]`.
 pub(crate) mod key {
     use serde::{Deserialize, Deserializer, Serialize, Serializer, de};

@@ -62,9 +62,9 @@ fn engine_code(error: &EngineError) -> Code {
         EngineError::EpochOver { .. } | EngineError::BranchMoved { .. } | EngineError::StreamOver { .. } => Code::Fenced,
         EngineError::LeftoverWal { .. } => Code::InvalidArgument,
         EngineError::Moment(MomentError::Future { .. }) => Code::InTheFuture,
-        EngineError::Moment(MomentError::BeforeHistory { .. } | MomentError::BeforeTime { .. }) | EngineError::WalNotKept { .. } => {
-            Code::NotRetained
-        }
+        EngineError::Moment(MomentError::BeforeHistory { .. } | MomentError::BeforeTime { .. } | MomentError::Collected { .. })
+        | EngineError::Tenant(TenantError::Collected { .. })
+        | EngineError::WalNotKept { .. } => Code::NotRetained,
         EngineError::Template(_) => Code::HostUnfit,
         _ => Code::Internal,
     }
@@ -122,6 +122,10 @@ impl ports::Pageserver for Door {
 
     async fn remove_timelines(&self, tenant: TenantId, timelines: Vec<TimelineId>) {
         self.pageserver.remove_timelines(tenant, timelines).await;
+    }
+
+    async fn collect(&self, tenant: TenantId) -> PortResult<()> {
+        self.pageserver.collect(tenant).await.map_err(refusal)
     }
 
     fn live(&self, tenant: TenantId, timeline: TimelineId) -> Option<Live> {

@@ -8,6 +8,7 @@
 
 mod door;
 mod extract;
+mod history;
 mod internal;
 mod openapi;
 mod routes;
@@ -105,7 +106,10 @@ pub fn router<P: Pageserver>(control: Arc<Control<P>>, config: Arc<HttpConfig>) 
     let branch = "/v1/tenants/{tenant}/branches/{branch}";
     Router::new()
         .route("/v1/tenants", get(routes::list_tenants::<P>).post(routes::create_tenant::<P>))
-        .route("/v1/tenants/{tenant}", get(routes::show_tenant::<P>).delete(routes::delete_tenant::<P>))
+        .route("/v1/tenants/{tenant}", get(routes::show_tenant::<P>).patch(history::change_tenant::<P>).delete(routes::delete_tenant::<P>))
+        .route("/v1/tenants/{tenant}/collect", post(history::collect_tenant::<P>))
+        .route("/v1/tenants/{tenant}/snapshots", get(history::list_snapshots::<P>).post(history::create_snapshot::<P>))
+        .route("/v1/tenants/{tenant}/snapshots/{snapshot}", get(history::show_snapshot::<P>).delete(history::delete_snapshot::<P>))
         .route("/v1/tenants/{tenant}/branches", get(routes::list_branches::<P>).post(routes::create_branch::<P>))
         .route(branch, get(routes::show_branch::<P>).patch(routes::rename_branch::<P>).delete(routes::delete_branch::<P>))
         .route(&format!("{branch}/restore"), post(routes::restore_branch::<P>))

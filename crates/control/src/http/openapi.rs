@@ -10,7 +10,7 @@ use utoipa::openapi::schema::{Object, Ref, Type};
 use utoipa::openapi::{ContentBuilder, RefOr, Required, ResponseBuilder};
 use varve_api::Problem;
 
-use super::routes;
+use super::{history, routes};
 
 #[derive(OpenApi)]
 #[openapi(
@@ -25,6 +25,12 @@ use super::routes;
         routes::create_tenant,
         routes::show_tenant,
         routes::delete_tenant,
+        history::change_tenant,
+        history::collect_tenant,
+        history::list_snapshots,
+        history::create_snapshot,
+        history::show_snapshot,
+        history::delete_snapshot,
         routes::list_branches,
         routes::create_branch,
         routes::show_branch,

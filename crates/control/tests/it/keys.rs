@@ -28,7 +28,7 @@ async fn calls_at_once_with_one_key_do_it_once() {
     let world = World::with_tenant().await;
     let timeline = world.timeline("main").await;
     world.pageserver.written.lock().insert(timeline, 0x100);
-    let back = Restore { lsn: Some("0/1000010".to_owned()), at: None };
+    let back = Restore { lsn: Some("0/1000010".to_owned()), ..Restore::default() };
     let call = keyed("k", "restore");
     let all = futures::future::join_all((0..5).map(|_| world.plane.restore_branch(&call, "acme", "main", &back))).await;
     let befores: BTreeSet<String> = all.into_iter().map(|done| done.unwrap().before.name).collect();

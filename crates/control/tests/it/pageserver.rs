@@ -123,6 +123,11 @@ impl Pageserver for FakePageserver {
         timelines.iter().for_each(|timeline| self.note(format!("remove {timeline}")));
     }
 
+    async fn collect(&self, tenant: TenantId) -> PortResult<()> {
+        self.note(format!("collect {tenant}"));
+        Ok(())
+    }
+
     fn live(&self, tenant: TenantId, timeline: TimelineId) -> Option<Live> {
         self.stream(timeline)?;
         let head = self.head(&self.owned(tenant)?.state(), timeline).ok()?;

@@ -11,7 +11,7 @@ use varve_control::arguments::Page;
 use crate::world::{World, code};
 
 fn back() -> Restore {
-    Restore { lsn: Some("0/1000010".to_owned()), at: None }
+    Restore { lsn: Some("0/1000010".to_owned()), ..Restore::default() }
 }
 
 /// A running compute that wrote something.

@@ -1,4 +1,5 @@
-//! Merging layers in the background: after each flush, one merge of a timeline at a time.
+//! Merging and collecting layers in the background: after each flush, and when history is not retained any more; one
+//! merge of a timeline at a time.
 
 use std::sync::Arc;
 
@@ -13,7 +14,8 @@ impl LiveTimeline {
         let mut publish = |change: &LayerChange| self.publish(change);
         let give_up = || self.is_closing();
         let mut check = || self.context.threads.wait(self.manifest.check_ownership()).map_err(PublishError::from);
-        let done = match self.history.compact(&mut publish, &give_up) {
+        let retained = self.retained(&self.log.state());
+        let done = match self.history.compact(&retained, &mut publish, &give_up) {
             Ok(true) => return Next::More,
             Ok(false) => self.history.delete_retired(&mut check),
             Err(error) => Err(error),

@@ -20,6 +20,7 @@ mod flush;
 mod ingest;
 mod kept_wal;
 mod leftover;
+mod looks;
 mod merge;
 mod open;
 
@@ -38,6 +39,7 @@ use varve_storage::timeline::{Position, Positions, Stopped, Timeline, WaitError}
 pub use epochs::{EpochStart, Flushed, Standby, StreamEnd, StreamError, Tail, WalStream};
 pub use kept_wal::KeptRange;
 pub use leftover::Leftover;
+pub(crate) use looks::Looks;
 pub(crate) use open::OpenTimeline;
 
 use crate::context::Context;
@@ -76,6 +78,7 @@ pub struct LiveTimeline {
     used_at: Mutex<Instant>,
     /// What its tenant's log was told of it last.
     noted: Mutex<Option<Noted>>,
+    looks: Looks,
     _attached: open::Attached,
 }
 
@@ -213,19 +216,36 @@ impl LiveTimeline {
     /// when there is news in the store, and not more often than every `pause`; `None` if there is nothing to tell.
     pub(crate) fn to_note(&self, pause: Duration) -> Option<Lsn> {
         let now = (self.context.resources.clock)();
-        match *self.noted.lock() {
+        let news = match *self.noted.lock() {
             None => Some(self.positions().applied()).filter(|applied| *applied > self.facts.start),
             Some(noted) => {
                 let layered = self.positions().layered();
                 (noted.head < layered && now.duration_since(noted.at) >= pause).then_some(layered)
             }
-        }
+        };
+        // The end of a timeline that nobody goes on with may be gone.
+        news.filter(|lsn| self.history.collected().holds(*lsn))
     }
 
     /// Remembers what the tenant's log was told.
     pub(crate) fn note(&self, head: Lsn, size_bytes: u64) {
         let at = (self.context.resources.clock)();
         *self.noted.lock() = Some(Noted { head, size_bytes, at });
+    }
+
+    /// From where on all of its own history can be read.
+    pub fn first_whole(&self) -> Lsn {
+        self.facts.start.max(self.history.collected().cutoff)
+    }
+
+    /// When it was looked at for what could be collected.
+    pub(crate) fn looks(&self) -> &Looks {
+        &self.looks
+    }
+
+    /// Sees to it that its layers are merged or collected soon, if that is due.
+    pub(crate) fn merge_soon(self: &Arc<Self>) {
+        self.schedule(Kind::Merge, Duration::ZERO);
     }
 
     /// Whether a compute writes it here; also while it is just being decided.

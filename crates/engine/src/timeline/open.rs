@@ -15,7 +15,7 @@ use varve_storage::wal_log::WalLog;
 use super::epochs::{Tail, Writer};
 use super::flush::FlushState;
 use super::ingest::IngestState;
-use super::{LiveTimeline, Noted};
+use super::{LiveTimeline, Looks, Noted};
 use crate::context::Context;
 use crate::error::EngineError;
 use crate::histories::OpenedHistory;
@@ -91,6 +91,7 @@ impl LiveTimeline {
         tracing::info!(timeline = name, %head, layered = %layered, ?tail, "opened");
         let epoch = open.state.epochs.last().map_or(WriterEpoch(0), |last| last.epoch);
         let used_at = (open.context.resources.clock)();
+        let looks = Looks::new(open.context.resources.clock.clone());
         let noted = open.state.figures.map(|figures| Noted { head: figures.head, size_bytes: figures.size_bytes, at: used_at });
         let live = Arc::new(LiveTimeline {
             tenant,
@@ -113,6 +114,7 @@ impl LiveTimeline {
             flush: Mutex::new(FlushState::default()),
             used_at: Mutex::new(used_at),
             noted: Mutex::new(noted),
+            looks,
             _attached: attached,
         });
         live.positions().raise(Position::Head, head);

@@ -6,7 +6,7 @@
 use serde::{Deserialize, Serialize};
 use varve_postgres::Lsn;
 
-use crate::ids::{BranchName, EndpointId, Generation, HostId, TenantId, TenantName, TimelineId, WalLogId, WriterEpoch};
+use crate::ids::{BranchName, EndpointId, Generation, HostId, SnapshotName, TenantId, TenantName, TimelineId, WalLogId, WriterEpoch};
 
 /// What a tenant is from its first day.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -135,6 +135,52 @@ pub struct SizeRow {
     pub memory_bytes: Option<SizeRange>,
 }
 
+/// How far back a tenant can go. What lies further back is collected, unless something else holds it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HistoryRow {
+    /// Seconds; none: for ever.
+    pub seconds: Option<u64>,
+    /// Bytes of WAL of each branch; none: however many the time brings.
+    pub wal_bytes: Option<u64>,
+}
+
+impl Default for HistoryRow {
+    /// A week.
+    fn default() -> HistoryRow {
+        HistoryRow { seconds: Some(7 * 24 * 3600), wal_bytes: None }
+    }
+}
+
+/// A moment that has a name, and stays readable.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SnapshotRow {
+    /// Its name.
+    pub name: SnapshotName,
+    /// The branch that it was made of.
+    pub branch: BranchName,
+    /// The timeline in whose own history it lies.
+    pub timeline: TimelineId,
+    /// The position.
+    #[serde(with = "crate::row_fields::lsn")]
+    pub lsn: Lsn,
+    /// Microseconds since 2000-01-01 UTC.
+    pub created: i64,
+    /// When it goes by itself, microseconds since 2000-01-01 UTC; none: never.
+    pub expires: Option<i64>,
+}
+
+/// A position that somebody reads for a while, and has asked to keep.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LeaseRow {
+    /// The timeline in whose own history it lies.
+    pub timeline: TimelineId,
+    /// The position.
+    #[serde(with = "crate::row_fields::lsn")]
+    pub lsn: Lsn,
+    /// When it ends, microseconds since 2000-01-01 UTC.
+    pub expires: i64,
+}
+
 /// One row.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum TenantEdit {
@@ -255,6 +301,44 @@ pub enum TenantEdit {
     Password(PasswordRow),
     /// An endpoint has another size. It goes with its endpoint.
     Size(SizeRow),
+    /// How far back the tenant can go from now on.
+    History(HistoryRow),
+    /// What lies before a position of a timeline's own history need not be readable any more, but where something
+    /// holds it. It only grows.
+    Cutoff {
+        /// The timeline.
+        timeline: TimelineId,
+        /// The position.
+        #[serde(with = "crate::row_fields::lsn")]
+        lsn: Lsn,
+    },
+    /// A moment gets a name.
+    Snapshot(SnapshotRow),
+    /// A snapshot is gone.
+    SnapshotRemoved {
+        /// Its name.
+        name: SnapshotName,
+    },
+    /// A position is kept for a while, or longer than it was.
+    Lease(LeaseRow),
+    /// A lease has ended.
+    LeaseRemoved {
+        /// The timeline.
+        timeline: TimelineId,
+        /// The position.
+        #[serde(with = "crate::row_fields::lsn")]
+        lsn: Lsn,
+    },
+    /// The compute of the newest writer epoch reads its timeline at another position than that where it began.
+    EpochBase {
+        /// The timeline.
+        timeline: TimelineId,
+        /// The epoch.
+        epoch: WriterEpoch,
+        /// The position.
+        #[serde(with = "crate::row_fields::lsn")]
+        lsn: Lsn,
+    },
 }
 
 /// A password of the superuser `postgres`.
@@ -271,7 +355,7 @@ pub struct PasswordRow {
 
 impl TenantEdit {
     /// How many kinds there are. A row of a kind at or above this was written by a newer release.
-    pub const KINDS: u32 = 20;
+    pub const KINDS: u32 = 27;
 }
 
 /// Who did what, when.
@@ -290,7 +374,7 @@ mod tests {
     #[test]
     fn the_last_kind_is_counted() {
         // Postcard writes a variant's number first. Whoever adds a kind after this one must count it, and name it here.
-        let last = TenantEdit::Size(SizeRow { id: EndpointId([1; 16]), cpu_milli: None, memory_bytes: None });
+        let last = TenantEdit::EpochBase { timeline: TimelineId([1; 16]), epoch: WriterEpoch(1), lsn: Lsn(1) };
         let row = postcard::to_stdvec(&last).unwrap();
         assert_eq!(u32::from(row[0]) + 1, TenantEdit::KINDS);
     }

@@ -1,6 +1,8 @@
 //! What a tenant's log does not take.
 
-use crate::ids::{BranchName, EndpointId, TimelineId};
+use varve_postgres::Lsn;
+
+use crate::ids::{BranchName, EndpointId, SnapshotName, TimelineId};
 
 /// An edit that contradicts the state, or a request that the state does not allow.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -20,6 +22,22 @@ pub enum TenantError {
     /// The branch is the only one.
     #[error("branch '{0}' is the last of its tenant: create another first, or delete the tenant")]
     LastBranch(BranchName),
+    /// No such snapshot.
+    #[error("there is no snapshot '{0}'")]
+    UnknownSnapshot(String),
+    /// The name is taken.
+    #[error("there is a snapshot '{0}' already: choose another name, or delete it")]
+    SnapshotExists(SnapshotName),
+    /// The moment is not retained.
+    #[error("{lsn} is not kept any more: the history of timeline {timeline} can be read from {earliest} on")]
+    Collected {
+        /// The timeline whose history it was.
+        timeline: TimelineId,
+        /// The position.
+        lsn: Lsn,
+        /// Where what is readable without a gap begins.
+        earliest: Lsn,
+    },
     /// All Postgres timelines are used up.
     #[error("this tenant has used all of Postgres's 2147483647 timelines: copy it into a new tenant")]
     NoTliLeft,

@@ -10,10 +10,12 @@ mod lists;
 mod log;
 pub mod names;
 mod plan;
+mod retention;
 mod state;
 
 pub use edit::{
-    Ancestor, AuditRow, EndpointMoment, EndpointRow, FileContents, PasswordRow, SizeRange, SizeRow, TenantEdit, TenantFacts, TimelineFacts,
+    Ancestor, AuditRow, EndpointMoment, EndpointRow, FileContents, HistoryRow, LeaseRow, PasswordRow, SizeRange, SizeRow, SnapshotRow,
+    TenantEdit, TenantFacts, TimelineFacts,
 };
 pub use error::TenantError;
 pub use log::{

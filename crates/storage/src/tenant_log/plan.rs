@@ -1,10 +1,10 @@
 //! The edits of what people do with branches and endpoints: renames, deletions, restores. Each gives edits that fit
 //! the state it is asked of.
 //!
-//! **What lives.** A timeline lives as long as something refers to it: a branch's name, a child, or the moment that
-//! an endpoint shows. Each of these plans removes what it leaves without any, and then the ancestors that lived only
-//! for that. So a branch with children can be deleted: its name goes, and its timeline stays without a name until its
-//! last child goes.
+//! **What lives.** A timeline lives as long as something refers to it: a branch's name, a child, or the moment that an
+//! endpoint shows, or a snapshot. Each of these plans removes what it leaves without any, and then the ancestors that
+//! lived only for that. So a branch with children can be deleted: its name goes, and its timeline stays without a name
+//! until its last child goes.
 
 use super::TenantError;
 use super::edit::{EndpointRow, TenantEdit, TimelineFacts};
@@ -62,12 +62,12 @@ impl TenantState {
     ///
     /// # Errors
     /// [`TenantError::UnknownBranch`], [`TenantError::UnknownTimeline`] of the new one's ancestor,
-    /// [`TenantError::BranchExists`], [`TenantError::NoTliLeft`].
+    /// [`TenantError::Collected`], [`TenantError::BranchExists`], [`TenantError::NoTliLeft`].
     pub fn restore_branch(&self, name: &str, before: &BranchName, facts: &TimelineFacts) -> Result<Vec<TenantEdit>, TenantError> {
         let (name, old) = self.named(name)?;
         self.check_free(before)?;
         if let Some(ancestor) = facts.ancestor {
-            self.timeline(ancestor.timeline)?;
+            self.check_retained(ancestor.timeline, ancestor.lsn)?;
         }
         let facts = TimelineFacts { tli: self.next_tli()?, ..facts.clone() };
         let new = facts.id;
@@ -79,11 +79,29 @@ impl TenantState {
         ])
     }
 
+    /// The edits that make a branch at a moment, whose TLI is filled in here.
+    ///
+    /// # Errors
+    /// [`TenantError::BranchExists`], [`TenantError::UnknownTimeline`] of its ancestor, [`TenantError::Collected`],
+    /// [`TenantError::NoTliLeft`].
+    pub fn create_branch(&self, name: &BranchName, facts: &TimelineFacts) -> Result<Vec<TenantEdit>, TenantError> {
+        self.check_free(name)?;
+        if let Some(ancestor) = facts.ancestor {
+            self.check_retained(ancestor.timeline, ancestor.lsn)?;
+        }
+        let timeline = facts.id;
+        let facts = TimelineFacts { tli: self.next_tli()?, ..facts.clone() };
+        Ok(vec![TenantEdit::Timeline(facts), TenantEdit::Branch { name: name.clone(), timeline }])
+    }
+
     /// The edits that make or change an endpoint, and remove the timelines that only its former moment referred to.
     ///
     /// # Errors
-    /// [`TenantError::UnknownBranch`], [`TenantError::UnknownTimeline`].
+    /// [`TenantError::UnknownBranch`], [`TenantError::UnknownTimeline`], [`TenantError::Collected`].
     pub fn put_endpoint(&self, row: EndpointRow) -> Result<Vec<TenantEdit>, TenantError> {
+        if let Some(moment) = row.moment {
+            self.check_retained(moment.timeline, moment.lsn)?;
+        }
         let left = self.endpoint(row.id).ok().and_then(|old| Some(old.moment?.timeline));
         self.with_removals(vec![TenantEdit::Endpoint(row)], left.as_slice())
     }
@@ -106,7 +124,7 @@ impl TenantState {
 
     /// `edits`, and then the removal of those of the timelines `left` that nothing refers to after them, and of their
     /// ancestors that lived for them alone.
-    fn with_removals(&self, mut edits: Vec<TenantEdit>, left: &[TimelineId]) -> Result<Vec<TenantEdit>, TenantError> {
+    pub(super) fn with_removals(&self, mut edits: Vec<TenantEdit>, left: &[TimelineId]) -> Result<Vec<TenantEdit>, TenantError> {
         // Shares structure with this state: a clone costs next to nothing.
         let mut after = self.clone();
         edits.iter().try_for_each(|edit| after.apply(edit))?;

@@ -9,8 +9,10 @@ use imbl::{HashMap, OrdMap, OrdSet, Vector};
 use varve_postgres::Lsn;
 
 use super::TenantError;
-use super::edit::{AuditRow, EndpointRow, FileContents, PasswordRow, SizeRow, TenantEdit, TenantFacts, TimelineFacts};
-use crate::ids::{BranchName, EndpointId, Generation, TimelineId, WalLogId, WriterEpoch};
+use super::edit::{
+    AuditRow, EndpointRow, FileContents, HistoryRow, LeaseRow, PasswordRow, SizeRow, SnapshotRow, TenantEdit, TenantFacts, TimelineFacts,
+};
+use crate::ids::{BranchName, EndpointId, Generation, SnapshotName, TimelineId, WalLogId, WriterEpoch};
 
 /// Audit rows that are kept; older ones are in older entries of the log.
 const AUDIT_ROWS_MAX: usize = 1000;
@@ -28,6 +30,8 @@ pub struct EpochState {
     pub epoch: WriterEpoch,
     /// Where it began.
     pub lsn: Lsn,
+    /// Where its compute reads the timeline.
+    pub base: Lsn,
     /// Where it ended, if it ended cleanly.
     pub closed: Option<Lsn>,
     /// The WAL log that holds what of it the store does not have yet.
@@ -45,13 +49,19 @@ pub struct TimelineState {
     pub files: BTreeMap<String, Vec<(Lsn, Arc<FileContents>)>>,
     /// What was known of it when it was last flushed or closed.
     pub figures: Option<Figures>,
+    /// What lies before this in its own history is collected, but for what something holds.
+    pub cutoff: Lsn,
     /// Timelines that come from it.
-    children: OrdSet<TimelineId>,
-    /// The branch that points to it; none for an ancestor that lost its name, and lives for its children or for a
-    /// moment.
-    branch: Option<BranchName>,
+    pub(super) children: OrdSet<TimelineId>,
+    /// The branch that points to it; none for an ancestor that lost its name, and lives for its children, for a moment
+    /// or for a snapshot.
+    pub(super) branch: Option<BranchName>,
     /// Endpoints that show a moment of it.
-    moments: OrdSet<EndpointId>,
+    pub(super) moments: OrdSet<EndpointId>,
+    /// Snapshots of it.
+    pub(super) snapshots: OrdSet<SnapshotName>,
+    /// Leases of it, with their ends.
+    pub(super) leases: BTreeMap<Lsn, i64>,
 }
 
 /// What was known of a timeline at some time: a hint for lists, never a source of truth.
@@ -75,9 +85,9 @@ pub struct Owner {
 }
 
 impl TimelineState {
-    /// Whether nothing refers to it: no name, no child, no endpoint's moment.
+    /// Whether nothing refers to it: no name, no child, no endpoint's moment, no snapshot.
     pub(super) fn is_dead(&self) -> bool {
-        self.children.is_empty() && self.branch.is_none() && self.moments.is_empty()
+        self.children.is_empty() && self.branch.is_none() && self.moments.is_empty() && self.snapshots.is_empty()
     }
 }
 
@@ -95,6 +105,8 @@ pub struct TenantState {
     endpoints_by_branch: OrdSet<(BranchName, EndpointId)>,
     /// Of endpoints that have one.
     sizes: OrdMap<EndpointId, SizeRow>,
+    history: Option<HistoryRow>,
+    pub(super) snapshots: OrdMap<SnapshotName, Arc<SnapshotRow>>,
     timelines: HashMap<TimelineId, Arc<TimelineState>>,
     /// Removed timelines that had writers, oldest first.
     gone: Vector<TimelineId>,
@@ -123,6 +135,11 @@ impl TenantState {
             verifier: facts.password_verifier.clone(),
         };
         self.password.as_deref().cloned().or_else(|| self.facts.as_ref().map(first))
+    }
+
+    /// How far back the tenant can go.
+    pub fn history(&self) -> HistoryRow {
+        self.history.unwrap_or_default()
     }
 
     /// Whether the tenant was deleted.
@@ -326,9 +343,12 @@ impl TenantState {
                     epochs: Vec::new(),
                     files: BTreeMap::new(),
                     figures: None,
+                    cutoff: Lsn::INVALID,
                     children: OrdSet::new(),
                     branch: None,
                     moments: OrdSet::new(),
+                    snapshots: OrdSet::new(),
+                    leases: BTreeMap::new(),
                 };
                 self.timelines.insert(facts.id, Arc::new(state));
             }
@@ -383,7 +403,7 @@ impl TenantState {
                         epoch.0, last.epoch.0, last.lsn
                     ));
                 }
-                state.epochs.push(EpochState { epoch: *epoch, lsn: *lsn, closed: None, wal_log: *wal_log });
+                state.epochs.push(EpochState { epoch: *epoch, lsn: *lsn, base: *lsn, closed: None, wal_log: *wal_log });
             }
             TenantEdit::EpochClosed { timeline, epoch, lsn } => {
                 let state = self.change(*timeline)?;
@@ -433,6 +453,38 @@ impl TenantState {
             }
             TenantEdit::Figures { timeline, head, size_bytes } => {
                 self.change(*timeline)?.figures = Some(Figures { head: *head, size_bytes: *size_bytes });
+            }
+            TenantEdit::History(row) => self.history = Some(*row),
+            TenantEdit::Cutoff { timeline, lsn } => {
+                let state = self.change(*timeline)?;
+                if *lsn < state.cutoff {
+                    return contradiction(format!("timeline {timeline} is cut off at {lsn} after {}", state.cutoff));
+                }
+                state.cutoff = *lsn;
+            }
+            TenantEdit::Snapshot(row) => {
+                if self.snapshots.contains_key(&row.name) {
+                    return Err(TenantError::SnapshotExists(row.name.clone()));
+                }
+                self.change(row.timeline)?.snapshots.insert(row.name.clone());
+                self.snapshots.insert(row.name.clone(), Arc::new(row.clone()));
+            }
+            TenantEdit::SnapshotRemoved { name } => {
+                let row = self.snapshots.remove(name).ok_or_else(|| TenantError::UnknownSnapshot(name.to_string()))?;
+                self.change(row.timeline)?.snapshots.remove(name);
+            }
+            TenantEdit::Lease(LeaseRow { timeline, lsn, expires }) => {
+                self.change(*timeline)?.leases.insert(*lsn, *expires);
+            }
+            TenantEdit::LeaseRemoved { timeline, lsn } => {
+                self.change(*timeline)?.leases.remove(lsn);
+            }
+            TenantEdit::EpochBase { timeline, epoch, lsn } => {
+                let state = self.change(*timeline)?;
+                match state.epochs.last_mut().filter(|last| last.epoch == *epoch && last.base <= *lsn) {
+                    Some(last) => last.base = *lsn,
+                    None => return contradiction(format!("timeline {timeline}: epoch {} reads at {lsn}, and is not the newest", epoch.0)),
+                }
             }
             TenantEdit::Owner { generation, server, url } => {
                 // Who was replaced may not say so after its successor.
@@ -494,6 +546,7 @@ impl TenantState {
             TenantEdit::Owner { generation, server, url }
         }));
         edits.extend(self.password.iter().map(|row| TenantEdit::Password(PasswordRow::clone(row))));
+        edits.extend(self.history.map(TenantEdit::History));
         // By TLI: an ancestor's is below its children's.
         let mut timelines: Vec<&TimelineState> = self.timelines().collect();
         timelines.sort_by_key(|timeline| timeline.facts.tli);
@@ -502,8 +555,15 @@ impl TenantState {
             edits.push(TenantEdit::Timeline(state.facts.clone()));
             for epoch in &state.epochs {
                 edits.push(TenantEdit::Epoch { timeline, epoch: epoch.epoch, lsn: epoch.lsn, wal_log: epoch.wal_log });
+                if epoch.base > epoch.lsn {
+                    edits.push(TenantEdit::EpochBase { timeline, epoch: epoch.epoch, lsn: epoch.base });
+                }
                 edits.extend(epoch.closed.map(|lsn| TenantEdit::EpochClosed { timeline, epoch: epoch.epoch, lsn }));
             }
+            if state.cutoff > Lsn::INVALID {
+                edits.push(TenantEdit::Cutoff { timeline, lsn: state.cutoff });
+            }
+            edits.extend(state.leases.iter().map(|(lsn, expires)| TenantEdit::Lease(LeaseRow { timeline, lsn: *lsn, expires: *expires })));
             edits.extend(state.figures.map(|Figures { head, size_bytes }| TenantEdit::Figures { timeline, head, size_bytes }));
             for (path, versions) in &state.files {
                 edits.extend(versions.iter().map(|(lsn, contents)| TenantEdit::File {
@@ -520,6 +580,7 @@ impl TenantState {
         // After the branches that they belong to.
         edits.extend(self.endpoints.values().map(|endpoint| TenantEdit::Endpoint(EndpointRow::clone(endpoint))));
         edits.extend(self.sizes.values().copied().map(TenantEdit::Size));
+        edits.extend(self.snapshots.values().map(|row| TenantEdit::Snapshot(SnapshotRow::clone(row))));
         edits.extend(self.gone.iter().map(|timeline| TenantEdit::TimelineGone { timeline: *timeline }));
         edits.extend(self.audit.iter().cloned().map(TenantEdit::Audit));
         let answers = self.idempotency.iter();

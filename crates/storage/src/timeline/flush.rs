@@ -19,6 +19,7 @@ use crate::ids::LayerId;
 use crate::kept_wal::KeptWalError;
 use crate::key::Key;
 use crate::manifest::{LayerRow, ManifestEdit};
+use crate::retained::Retained;
 
 /// A change of a timeline's layers, to be published as one edit of its manifest.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -30,6 +31,8 @@ pub struct LayerChange {
     /// Everything up to here is in layers, once this is published. Of two changes that are published at the same time
     /// the greater counts.
     pub layered: Lsn,
+    /// What the layers were reduced to, if this is a collection.
+    pub collected: Option<Retained>,
 }
 
 impl LayerChange {
@@ -37,7 +40,8 @@ impl LayerChange {
     pub fn edits(&self) -> Vec<ManifestEdit> {
         let add = self.add.iter().cloned().map(ManifestEdit::add);
         let remove = self.remove.iter().map(|id| ManifestEdit::RemoveLayer { id: *id });
-        add.chain(remove).chain([ManifestEdit::Layered { lsn: self.layered }]).collect()
+        let collected = self.collected.iter().cloned().map(ManifestEdit::Collected);
+        add.chain(remove).chain([ManifestEdit::Layered { lsn: self.layered }]).chain(collected).collect()
     }
 }
 
@@ -103,7 +107,8 @@ impl Timeline {
         };
         let WrittenLayers { layers, .. } = written.insert(WrittenLayers { end: frozen.end, layers });
         upload(&self.resources, layers)?;
-        let change = LayerChange { add: layers.iter().map(|layer| layer.row.clone()).collect(), remove: Vec::new(), layered: frozen.end };
+        let add = layers.iter().map(|layer| layer.row.clone()).collect();
+        let change = LayerChange { add, remove: Vec::new(), layered: frozen.end, collected: None };
         publish(&change)?;
         *written = None;
         self.install(&change);

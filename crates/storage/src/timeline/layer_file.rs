@@ -64,6 +64,13 @@ pub(super) struct WrittenLayer {
     uploaded: bool,
 }
 
+impl WrittenLayer {
+    /// Removes the file of a layer that is not published.
+    pub(super) fn discard(&self) {
+        discard(&self.path);
+    }
+}
+
 struct Open {
     writer: LayerWriter<BufWriter<File>>,
     object: ObjectName,

@@ -18,12 +18,13 @@ use super::flush::{FlushError, LayerChange, Publish, PublishError};
 use super::layer_file::{LayerFiles, upload};
 use super::{Timeline, WriteError};
 use crate::chain::{CHAIN_BYTES_MAX, CHAIN_CHANGES_MAX, Version, image, page_number};
-use crate::compaction::{MergePlan, plan};
+use crate::compaction::{MergePlan, plan, plan_unfinished};
 use crate::envelope::Codec;
 use crate::ids::LayerId;
 use crate::key::Key;
 use crate::layer::{Layer, LayerError, LayerIter};
 use crate::layer_map::{LayerMap, Run};
+use crate::retained::Retained;
 
 /// Changes on top of a page's chain that are worth an image.
 const TOP_CHANGES: usize = 16;
@@ -31,20 +32,20 @@ const TOP_CHANGES: usize = 16;
 const TOP_BYTES: usize = 3 << 10;
 
 /// The versions of one run, in order.
-struct RunVersions {
+pub(super) struct RunVersions {
     /// Layers that are not yet begun.
     layers: VecDeque<Arc<Layer>>,
     iter: Option<LayerIter>,
-    next: Option<(Key, Version)>,
+    pub(super) next: Option<(Key, Version)>,
 }
 
 impl RunVersions {
-    fn new(run: &Run, after: Option<Key>) -> RunVersions {
+    pub(super) fn new(run: &Run, after: Option<Key>) -> RunVersions {
         let is_left = |layer: &&Arc<Layer>| after.is_none_or(|after| layer.info().last_key > after);
         RunVersions { layers: run.layers().iter().filter(is_left).cloned().collect(), iter: None, next: None }
     }
 
-    fn advance(&mut self) -> Result<(), LayerError> {
+    pub(super) fn advance(&mut self) -> Result<(), LayerError> {
         loop {
             if let Some(iter) = &mut self.iter {
                 self.next = iter.next()?;
@@ -64,7 +65,7 @@ impl RunVersions {
 }
 
 /// Writes one key's versions, newest first, with images where its chain needs them.
-struct ChainWriter<'a, 'b> {
+pub(super) struct ChainWriter<'a, 'b> {
     timeline: &'a Timeline,
     files: &'b mut LayerFiles<'a>,
     key: Key,
@@ -79,13 +80,13 @@ struct ChainWriter<'a, 'b> {
 }
 
 impl<'a, 'b> ChainWriter<'a, 'b> {
-    fn new(timeline: &'a Timeline, files: &'b mut LayerFiles<'a>, key: Key) -> ChainWriter<'a, 'b> {
+    pub(super) fn new(timeline: &'a Timeline, files: &'b mut LayerFiles<'a>, key: Key) -> ChainWriter<'a, 'b> {
         let is_page = page_number(key).is_some();
         let top = is_page.then(Vec::new);
         ChainWriter { timeline, files, key, is_page, top, top_bytes: 0, changes: 0, bytes: 0, last_base: None }
     }
 
-    fn push(&mut self, version: Version) -> Result<(), FlushError> {
+    pub(super) fn push(&mut self, version: Version) -> Result<(), FlushError> {
         let Some(top) = &mut self.top else { return self.write(&version) };
         let is_change = !version.value.is_base();
         self.top_bytes += version.value.len();
@@ -104,7 +105,7 @@ impl<'a, 'b> ChainWriter<'a, 'b> {
     }
 
     /// Writes what was held back.
-    fn finish(&mut self) -> Result<(), FlushError> {
+    pub(super) fn finish(&mut self) -> Result<(), FlushError> {
         self.top.take().into_iter().flatten().try_for_each(|version| self.write(&version))
     }
 
@@ -148,18 +149,28 @@ impl<'a, 'b> ChainWriter<'a, 'b> {
 }
 
 impl Timeline {
-    /// Does one merge if one is due, step by step, each published. Whether one was done. Reads go on meanwhile, and so
-    /// do flushes. May block for long; when `give_up` says so it ends after the next step, and what is left is done
-    /// another time.
+    /// Does one merge if one is due, step by step, each published, or one collection down to what is `retained`.
+    /// Whether one was done. Reads go on meanwhile, and so do flushes. May block for long; when `give_up` says so it
+    /// ends after the next step, and what is left is done another time.
     ///
     /// # Errors
     /// When layers cannot be read, written, uploaded or published; to be called again later.
-    pub fn compact(&self, publish: &mut Publish<'_>, give_up: &dyn Fn() -> bool) -> Result<bool, FlushError> {
-        let _merging = self.merge.lock();
-        for blocks in [false, true] {
-            let layers = Arc::clone(&self.view.load().layers);
-            let runs = layers.runs(blocks);
-            if let Some(plan) = plan(runs, |run| run.layers().iter().all(|layer| layer.is_own())) {
+    pub fn compact(&self, retained: &Retained, publish: &mut Publish<'_>, give_up: &dyn Fn() -> bool) -> Result<bool, FlushError> {
+        let mut unpublished = self.merge.lock();
+        self.publish_collection(&mut unpublished, publish)?;
+        let layers = Arc::clone(&self.view.load().layers);
+        // A collection takes whole runs.
+        for runs in [layers.runs(false), layers.runs(true)] {
+            if let Some(plan) = plan_unfinished(runs) {
+                self.run_merge(runs, &plan, publish, give_up)?;
+                return Ok(true);
+            }
+        }
+        if self.collect(retained, &mut unpublished, publish, give_up)? {
+            return Ok(true);
+        }
+        for runs in [layers.runs(false), layers.runs(true)] {
+            if let Some(plan) = plan(runs, self.collected().cutoff) {
                 self.run_merge(runs, &plan, publish, give_up)?;
                 return Ok(true);
             }
@@ -215,7 +226,7 @@ impl Timeline {
         *left = stay;
         let add = files.written_mut().iter().map(|layer| layer.row.clone()).collect();
         let remove: Vec<LayerId> = gone.iter().map(|layer| layer.info().id).collect();
-        let change = LayerChange { add, remove, layered: self.layered_lsn() };
+        let change = LayerChange { add, remove, layered: self.layered_lsn(), collected: None };
         let published = publish(&change);
         // Whether they were published may not be known after an error: they are never taken back, but left for the
         // garbage collector.

@@ -8,12 +8,14 @@
 //! - [`read`]: pages and values at an LSN; [`scan`]: keys in order;
 //! - [`write`]: puts, and what they lead to: images in long chains, freezing;
 //! - [`flush`]: a frozen memtable becomes layers, is uploaded, published, and dropped;
-//! - [`merge`]: neighbouring runs of layers become one.
+//! - [`merge`]: neighbouring runs of layers become one;
+//! - [`collect`]: the oldest of them are reduced to what is retained.
 //!
 //! Invariants: readers ask for LSNs that are applied; everything at or below [`Timeline::layered_lsn`] is in layers
 //! that are published; memtables and layers tile the LSNs above the branch point without gap or overlap, but for the
 //! inputs of a merge that is being published.
 
+mod collect;
 mod flush;
 mod layer_file;
 mod merge;
@@ -40,6 +42,7 @@ use crate::layer_map::LayerMap;
 use crate::manifest::{LayerOwner, LayerRow};
 use crate::memtable::Memtable;
 use crate::page_cache::PageCache;
+use crate::retained::Retained;
 use crate::size_cache::SizeCache;
 use crate::store::BlockingStore;
 use crate::threads::Clock;
@@ -49,6 +52,7 @@ pub use layer_file::WriteError;
 pub use positions::{Position, Positions, Stopped, WaitError};
 pub use read::{PageRef, ReadError};
 
+use collect::Unpublished;
 use flush::WrittenLayers;
 use write::Writer;
 
@@ -57,6 +61,9 @@ pub const MEMTABLE_BYTES_MAX: usize = 64 << 20;
 
 /// Bytes of a layer after which the next key begins another one, unless told otherwise.
 pub const LAYER_BYTES_TARGET: u64 = 64 << 20;
+
+/// Bytes that a collection must be expected to free, unless told otherwise.
+pub const GARBAGE_BYTES_MIN: u64 = 64 << 10;
 
 /// Bytes of layers in a bucket that are kept on local disk after they were read by ranges, unless told otherwise.
 pub const RANGE_CACHE_BYTES_MAX: u64 = 2 << 30;
@@ -73,6 +80,8 @@ pub struct Resources {
     pub memtable_bytes_max: usize,
     /// Bytes of a layer after which the next key begins another one. An upload holds as much in memory.
     pub layer_bytes_target: u64,
+    /// Bytes that a collection must be expected to free.
+    pub garbage_bytes_min: u64,
     /// Layer files that are open.
     pub files: Arc<OpenFiles>,
     /// Parts of layers that were read from a bucket.
@@ -102,6 +111,8 @@ pub struct TimelineSpec {
     pub start: Lsn,
     /// Everything up to here is in the layers given.
     pub layered: Lsn,
+    /// Where the layers can be read.
+    pub collected: Retained,
 }
 
 impl TimelineSpec {
@@ -139,8 +150,11 @@ pub struct Timeline {
     sizes: SizeCache,
     /// Whoever flushes holds this; within, what was written and is not yet published.
     flush: Mutex<Option<WrittenLayers>>,
-    /// Whoever merges layers holds this.
-    merge: Mutex<()>,
+    /// Whoever merges layers holds this; within, a collection that was not published.
+    merge: Mutex<Option<Unpublished>>,
+    /// Where the layers can be read. It is changed before layers of which it is true are put in, so who asks after
+    /// having read learns in time that what he read does not count.
+    collected: ArcSwap<Retained>,
     /// Merged layers, no longer in the view, whose objects are to be deleted once nobody reads them.
     retired: Mutex<Vec<Arc<Layer>>>,
 }
@@ -154,6 +168,7 @@ impl Timeline {
         let view = View { active: Arc::clone(&active), frozen: Vec::new(), layers: Arc::new(LayerMap::new(layers)), layered: applied };
         Arc::new(Timeline {
             positions: Positions::new(spec.id, applied),
+            collected: ArcSwap::from_pointee(spec.collected.clone()),
             spec,
             resources,
             view: ArcSwap::from_pointee(view),
@@ -161,7 +176,7 @@ impl Timeline {
             writer: Mutex::new(Writer::new(active)),
             sizes: SizeCache::new(applied),
             flush: Mutex::new(None),
-            merge: Mutex::new(()),
+            merge: Mutex::new(None),
             retired: Mutex::default(),
         })
     }
@@ -217,6 +232,11 @@ impl Timeline {
     pub fn layer_stats(&self) -> (usize, u64) {
         let layers = Arc::clone(&self.view.load().layers);
         layers.layers().fold((0, 0), |(count, bytes), layer| (count + 1, bytes + layer.info().length))
+    }
+
+    /// Where the layers can be read.
+    pub fn collected(&self) -> Arc<Retained> {
+        self.collected.load_full()
     }
 
     /// Gives back what an idle timeline need not hold.

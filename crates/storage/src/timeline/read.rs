@@ -37,6 +37,16 @@ pub enum ReadError {
         /// What is applied.
         applied: Lsn,
     },
+    /// The history is collected there.
+    #[error("timeline {timeline} cannot be read at {lsn} any more: its history is kept from {cutoff} on")]
+    Collected {
+        /// The timeline.
+        timeline: TimelineId,
+        /// Where it was to be read.
+        lsn: Lsn,
+        /// From where on all of it can be read.
+        cutoff: Lsn,
+    },
     /// A layer could not be read.
     #[error(transparent)]
     Layer(#[from] LayerError),
@@ -127,8 +137,37 @@ impl Timeline {
         if lsn <= applied { Ok(()) } else { Err(ReadError::NotApplied { timeline: self.spec.id, lsn, applied }) }
     }
 
-    /// Adds what this timeline itself has for each of `lookups`, whose keys ascend and are all of one kind.
-    fn gather(&self, lookups: &mut [&mut Lookup]) -> Result<(), LayerError> {
+    /// That what was just read of the layers as they are at `lsn` was all there. To be asked afterwards: layers that
+    /// lack something are put in after this says so.
+    fn check_collected(&self, lsn: Lsn) -> Result<(), ReadError> {
+        let collected = self.collected.load();
+        // What lies before its own beginning, or at it, is its ancestor's.
+        if collected.holds(lsn) || lsn <= self.spec.start && self.spec.ancestor.is_some() {
+            return Ok(());
+        }
+        Err(ReadError::Collected { timeline: self.spec.id, lsn, cutoff: collected.cutoff })
+    }
+
+    /// The same of the ancestors, too.
+    pub(super) fn check_collected_below(&self, lsn: Lsn) -> Result<(), ReadError> {
+        let (mut timeline, mut upto) = (self, lsn);
+        for _ in 0..ANCESTORS_MAX {
+            timeline.check_collected(upto)?;
+            let Some((ancestor, branch_lsn)) = &timeline.spec.ancestor else { break };
+            timeline = ancestor;
+            upto = upto.min(*branch_lsn);
+        }
+        Ok(())
+    }
+
+    /// Adds what this timeline itself has for each of `lookups`, whose keys ascend and are all of one kind, as of
+    /// `upto`.
+    fn gather(&self, lookups: &mut [&mut Lookup], upto: Lsn) -> Result<(), ReadError> {
+        self.gather_unchecked(lookups)?;
+        self.check_collected(upto)
+    }
+
+    fn gather_unchecked(&self, lookups: &mut [&mut Lookup]) -> Result<(), LayerError> {
         let view = self.view.load();
         let memtables = std::iter::once(&view.active).chain(view.frozen.iter().map(|frozen| &frozen.memtable));
         for memtable in memtables.filter(|memtable| !memtable.is_empty()) {
@@ -190,7 +229,7 @@ impl Timeline {
             timeline.check_applied(upto)?;
             let above: Vec<Lsn> = walks.iter().map(|walk| walk.lookup.above).collect();
             let mut lookups: Vec<&mut Lookup> = walks.iter_mut().filter(|walk| !walk.done).map(|walk| &mut walk.lookup).collect();
-            timeline.gather(&mut lookups)?;
+            timeline.gather(&mut lookups, upto)?;
             for (walk, above) in walks.iter_mut().zip(above).filter(|(walk, _)| !walk.done) {
                 let found = walk.base.is_some() || walk.lookup.newest().is_some();
                 if found {
@@ -304,7 +343,7 @@ impl Timeline {
             }
             timeline.check_applied(upto)?;
             open.iter_mut().for_each(|lookup| lookup.upto = upto);
-            timeline.gather(&mut open)?;
+            timeline.gather(&mut open, upto)?;
             let Some((ancestor, branch_lsn)) = &timeline.spec.ancestor else { break };
             timeline = ancestor;
             upto = upto.min(*branch_lsn);

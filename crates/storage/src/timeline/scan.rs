@@ -89,7 +89,8 @@ impl Timeline {
         loop {
             let batch = next_keys(&mut sources, to).map_err(|error| HistoryError(error.to_string()))?;
             if batch.is_empty() {
-                return Ok(());
+                // Where keys came from may have been reduced since, or before.
+                return Ok(self.check_collected_below(lsn)?);
             }
             let values = self.values(&batch, floor, lsn)?;
             for (key, value) in batch.into_iter().zip(values) {

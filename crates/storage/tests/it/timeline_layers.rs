@@ -26,6 +26,7 @@ use varve_storage::layer::range_cache::RangeCache;
 use varve_storage::manifest::{LayerOwner, LayerRow};
 use varve_storage::page_cache::PageCache;
 use varve_storage::relation_size::RelationSize;
+use varve_storage::retained::Retained;
 use varve_storage::store::{Failure, Store};
 use varve_storage::threads::RuntimeThreads;
 use varve_storage::timeline::{LayerChange, PublishError, Resources, Timeline, TimelineSpec};
@@ -80,6 +81,7 @@ impl Bench {
             ancestor: Some((Arc::clone(&self.timeline), lsn)),
             start: lsn,
             layered: lsn,
+            collected: Retained::default(),
         };
         Timeline::open(spec, Arc::clone(&self.resources), [])
     }
@@ -131,6 +133,7 @@ fn resources(runtime: &Runtime, folder: &tempfile::TempDir, store: &Store) -> Ar
         page_cache: PageCache::new(1 << 20),
         memtable_budget: MemoryBudget::new(1 << 20),
         memtable_bytes_max: 16 << 20,
+        garbage_bytes_min: 0,
         layer_bytes_target: 8 << 10,
         files: OpenFiles::new(8),
         ranges: RangeCache::new(folder.path().join("cache"), 1 << 20),
@@ -149,6 +152,7 @@ fn open(resources: &Arc<Resources>, manifest: &Published) -> Arc<Timeline> {
         ancestor: None,
         start: START,
         layered: manifest.1,
+        collected: Retained::default(),
     };
     Timeline::open(spec, Arc::clone(resources), manifest.0.values().cloned())
 }
@@ -176,8 +180,8 @@ fn an_interrupted_merge_is_finished_after_a_restart_and_its_inputs_go() {
     let files = |bench: &Bench| bench.runtime.block_on(bench.store.list(&"tenants".parse().unwrap())).unwrap().len();
     let before = files(&bench);
     // Metadata are one small merge; of the blocks one step is done.
-    bench.timeline.compact(&mut bench.publish(), &|| false).unwrap();
-    bench.timeline.compact(&mut bench.publish(), &|| true).unwrap();
+    bench.timeline.compact(&Retained::default(), &mut bench.publish(), &|| false).unwrap();
+    bench.timeline.compact(&Retained::default(), &mut bench.publish(), &|| true).unwrap();
     let (runs, _) = bench.timeline.run_counts();
     assert!(runs > 5, "the first layer of the merge is there, and all inputs: {runs} runs");
     for _ in 0..2 {
@@ -186,7 +190,7 @@ fn an_interrupted_merge_is_finished_after_a_restart_and_its_inputs_go() {
         }
         bench.reopen();
     }
-    while bench.timeline.compact(&mut bench.publish(), &|| false).unwrap() {}
+    while bench.timeline.compact(&Retained::default(), &mut bench.publish(), &|| false).unwrap() {}
     assert_eq!(bench.timeline.run_counts(), (1, 1));
     assert!(files(&bench) > before, "inputs are deleted only when told");
     let refused = bench.timeline.delete_retired(&mut || Err(not_published()));
@@ -219,13 +223,16 @@ fn a_layer_is_merged_and_deleted_by_its_owner_only_wherever_it_stands() {
         let rows = own.iter().map(|row| (row.id, Arc::new(LayerRow { owner: other, ..LayerRow::clone(row) })));
         bench.manifest.lock().0.extend(rows);
         bench.reopen();
-        assert!(!bench.timeline.compact(&mut bench.publish(), &|| false).unwrap(), "a layer of {other:?} was merged away");
+        assert!(
+            !bench.timeline.compact(&Retained::default(), &mut bench.publish(), &|| false).unwrap(),
+            "a layer of {other:?} was merged away"
+        );
         assert_eq!(bench.timeline.delete_retired(&mut || Ok(())).unwrap(), 0);
         bench.check_blocks(bench.lsn, 5);
     }
     bench.manifest.lock().0.extend(own.iter().map(|row| (row.id, Arc::clone(row))));
     bench.reopen();
-    while bench.timeline.compact(&mut bench.publish(), &|| false).unwrap() {}
+    while bench.timeline.compact(&Retained::default(), &mut bench.publish(), &|| false).unwrap() {}
     assert!(bench.timeline.delete_retired(&mut || Ok(())).unwrap() > 0, "its own it merges and deletes");
     bench.check_blocks(bench.lsn, 5);
 }
@@ -383,7 +390,7 @@ fn a_page_that_changes_often_never_costs_a_read_much_redo() {
             bench.timeline.advance(lsn);
             bench.flush();
         }
-        while bench.timeline.compact(&mut bench.publish(), &|| false).unwrap() {}
+        while bench.timeline.compact(&Retained::default(), &mut bench.publish(), &|| false).unwrap() {}
         bench.reopen();
     }
     let page = bench.timeline.page(key, Lsn(0), bench.lsn).unwrap().unwrap();

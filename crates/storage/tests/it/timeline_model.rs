@@ -1,5 +1,6 @@
 //! The engine answers what the naive model answers: on branches, across freezes, flushes, failed publishings, merges,
-//! also interrupted ones, and reopening from the store, with truncations, drops of relations and of databases.
+//! also interrupted ones, collections down to a window and
+//! pins, and reopening from the store, with truncations, drops of relations and of databases.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on must panic")]
 
@@ -28,6 +29,7 @@ use varve_storage::manifest::LayerRow;
 use varve_storage::page_cache::PageCache;
 use varve_storage::relation::{self, RelationError};
 use varve_storage::relation_size::RelationSize;
+use varve_storage::retained::Retained;
 use varve_storage::store::Store;
 use varve_storage::threads::RuntimeThreads;
 use varve_storage::timeline::{LayerChange, PublishError, Resources, Timeline, TimelineSpec};
@@ -105,6 +107,33 @@ enum Op {
         timeline: usize,
         back: u64,
     },
+    /// The window begins later, and what that leaves behind is collected.
+    Collect {
+        timeline: usize,
+        back: u64,
+        publishing: Publishing,
+    },
+    /// Something holds a position, or nothing does any more.
+    Pin {
+        timeline: usize,
+        back: u64,
+    },
+    Unpin {
+        timeline: usize,
+    },
+    /// Nobody goes on with a timeline that others have left.
+    LoseName {
+        timeline: usize,
+    },
+}
+
+/// What becomes of the publishing of a collection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Publishing {
+    Works,
+    Fails,
+    /// It works, and nobody hears of it.
+    IsNotHeardOf,
 }
 
 fn op() -> impl Strategy<Value = Op> {
@@ -127,8 +156,16 @@ fn op() -> impl Strategy<Value = Op> {
         3 => (timeline.clone(), any::<bool>()).prop_map(|(timeline, gives_up)| Op::Compact { timeline, gives_up }),
         1 => Just(Op::Reopen),
         1 => (timeline.clone(), 0u64..3000).prop_map(|(timeline, back)| Op::Branch { timeline, back }),
-        4 => (timeline, 0u64..4000).prop_map(|(timeline, back)| Op::Check { timeline, back }),
+        4 => (timeline.clone(), 0u64..4000).prop_map(|(timeline, back)| Op::Check { timeline, back }),
+        5 => (timeline.clone(), 0u64..2000, publishing()).prop_map(|(timeline, back, publishing)| Op::Collect { timeline, back, publishing }),
+        2 => (timeline.clone(), 0u64..3000).prop_map(|(timeline, back)| Op::Pin { timeline, back }),
+        1 => timeline.clone().prop_map(|timeline| Op::Unpin { timeline }),
+        1 => timeline.prop_map(|timeline| Op::LoseName { timeline }),
     ]
+}
+
+fn publishing() -> impl Strategy<Value = Publishing> {
+    prop_oneof![8 => Just(Publishing::Works), 1 => Just(Publishing::Fails), 1 => Just(Publishing::IsNotHeardOf)]
 }
 
 fn rel(number: u32) -> RelFork {
@@ -142,8 +179,32 @@ struct Both {
     ancestor: Option<(usize, Lsn)>,
     engine: Arc<Timeline>,
     model: Arc<NaiveHistory>,
-    published: BTreeMap<LayerId, Arc<LayerRow>>,
+    manifest: Published,
+    cutoff: Lsn,
+    pins: Vec<Lsn>,
+    has_name: bool,
+}
+
+/// What a timeline's manifest says.
+struct Published {
+    layers: BTreeMap<LayerId, Arc<LayerRow>>,
     layered: Lsn,
+    collected: Retained,
+}
+
+impl Published {
+    /// Takes a change in; one that it has already once more.
+    fn record(&mut self, change: &LayerChange) {
+        self.layers.extend(change.add.iter().map(|row| (row.id, Arc::new(row.clone()))));
+        let is_repeated = change.collected.as_ref() == Some(&self.collected);
+        for id in &change.remove {
+            assert!(self.layers.remove(id).is_some() || is_repeated, "a layer that is removed was there");
+        }
+        self.layered = change.layered.max(self.layered);
+        if let Some(collected) = &change.collected {
+            self.collected = collected.clone();
+        }
+    }
 }
 
 struct World {
@@ -160,6 +221,7 @@ fn resources(store: &Store, runtime: &Runtime, folder: &tempfile::TempDir) -> Ar
         page_cache: PageCache::new(40 * BLCKSZ),
         memtable_budget: MemoryBudget::new(1 << 30),
         memtable_bytes_max: 1 << 20,
+        garbage_bytes_min: 0,
         layer_bytes_target: 2 << 10,
         files: OpenFiles::new(4),
         ranges: RangeCache::new(folder.path().join("cache"), 1 << 20),
@@ -185,15 +247,71 @@ impl World {
     fn add(&mut self, ancestor: Option<(usize, Lsn)>, model: Arc<NaiveHistory>) {
         let id = TimelineId([self.timelines.len() as u8 + 1; 16]);
         let start = ancestor.map_or(START, |(_, lsn)| lsn);
-        let engine = self.open(id, ancestor, start, Vec::new());
-        self.timelines.push(Both { id, ancestor, engine, model, published: BTreeMap::new(), layered: start });
+        let manifest = Published { layers: BTreeMap::new(), layered: start, collected: Retained::default() };
+        let engine = self.open(id, ancestor, &manifest);
+        self.timelines.push(Both { id, ancestor, engine, model, manifest, cutoff: Lsn::INVALID, pins: Vec::new(), has_name: true });
     }
 
-    fn open(&self, id: TimelineId, ancestor: Option<(usize, Lsn)>, layered: Lsn, layers: Vec<Arc<LayerRow>>) -> Arc<Timeline> {
+    fn open(&self, id: TimelineId, ancestor: Option<(usize, Lsn)>, manifest: &Published) -> Arc<Timeline> {
         let start = ancestor.map_or(START, |(_, lsn)| lsn);
         let ancestor = ancestor.map(|(number, lsn)| (Arc::clone(&self.timelines[number].engine), lsn));
-        let spec = TimelineSpec { tenant: TENANT, id, major: MAJOR, generation: Generation(1), ancestor, start, layered };
-        Timeline::open(spec, Arc::clone(&self.resources), layers)
+        let (generation, layered, collected) = (Generation(1), manifest.layered, manifest.collected.clone());
+        let spec = TimelineSpec { tenant: TENANT, id, major: MAJOR, generation, ancestor, start, layered, collected };
+        Timeline::open(spec, Arc::clone(&self.resources), manifest.layers.values().cloned())
+    }
+
+    /// The timeline in whose own history a position of another one lies.
+    fn owner(&self, mut timeline: usize, lsn: Lsn) -> usize {
+        while let Some((ancestor, _)) = self.timelines[timeline].ancestor.filter(|(_, start)| lsn <= *start) {
+            timeline = ancestor;
+        }
+        timeline
+    }
+
+    /// What must stay readable of a timeline's own history.
+    fn retained(&self, timeline: usize) -> Retained {
+        let both = &self.timelines[timeline];
+        let children = self.timelines.iter().filter_map(|child| child.ancestor);
+        let points = children.filter(|(parent, lsn)| self.owner(*parent, *lsn) == timeline).map(|(_, lsn)| lsn);
+        let pins: Vec<Lsn> = points.chain(both.pins.iter().copied()).collect();
+        let top = if both.has_name { Lsn::MAX } else { pins.iter().copied().max().unwrap_or(Lsn::INVALID) };
+        Retained::new(both.cutoff, top, pins)
+    }
+
+    fn holds(&self, timeline: usize, lsn: Lsn) -> bool {
+        self.retained(self.owner(timeline, lsn)).holds(lsn)
+    }
+
+    /// A position of a timeline so far back, if it is retained.
+    fn position(&self, timeline: usize, back: u64) -> Option<Lsn> {
+        let lsn = Lsn(self.timelines[timeline].model.applied().0.saturating_sub(back)).max(START);
+        self.holds(timeline, lsn).then_some(lsn)
+    }
+
+    fn collect(&mut self, timeline: usize, back: u64, publishing: Publishing) {
+        let both = &mut self.timelines[timeline];
+        let applied = both.model.applied();
+        both.cutoff = both.cutoff.max(Lsn(applied.0.saturating_sub(back)));
+        let retained = self.retained(timeline);
+        let both = &mut self.timelines[timeline];
+        let mut outcomes = vec![Publishing::Works, publishing];
+        let mut publish = |change: &LayerChange| {
+            let outcome = if change.collected.is_some() { outcomes.pop().unwrap_or(Publishing::Works) } else { Publishing::Works };
+            if outcome != Publishing::Fails {
+                both.manifest.record(change);
+            }
+            if outcome == Publishing::Works { Ok(()) } else { Err(not_published()) }
+        };
+        for _ in 0..100 {
+            match both.engine.compact(&retained, &mut publish, &|| false) {
+                Ok(false) => break,
+                Ok(true) => {}
+                // Half of the time it is tried again, and the other half all stays as it is until it is reopened.
+                Err(_) if back.is_multiple_of(2) => {}
+                Err(_) => break,
+            }
+        }
+        both.engine.delete_retired(&mut || Ok(())).unwrap();
     }
 
     /// Everything in memory is lost; what the store lacks comes from the log again.
@@ -202,9 +320,9 @@ impl World {
         self.resources = resources(&store, &self._runtime, &self._folder);
         for number in 0..self.timelines.len() {
             let both = &self.timelines[number];
-            let engine = self.open(both.id, both.ancestor, both.layered, both.published.values().cloned().collect());
+            let engine = self.open(both.id, both.ancestor, &both.manifest);
             let mut versions = both.model.versions();
-            versions.retain(|(_, lsn, _)| *lsn > both.layered);
+            versions.retain(|(_, lsn, _)| *lsn > both.manifest.layered);
             versions.sort_by_key(|(_, lsn, _)| *lsn);
             for (key, lsn, value) in versions {
                 engine.put(key, lsn, value).unwrap();
@@ -263,29 +381,29 @@ impl World {
 
     fn flush(&mut self, timeline: usize, publish_fails: bool) {
         let both = &mut self.timelines[timeline];
-        let (published, layered) = (&mut both.published, &mut both.layered);
+        let manifest = &mut both.manifest;
         let mut publish = |change: &LayerChange| {
             if publish_fails {
                 return Err(not_published());
             }
-            record(published, layered, change);
+            manifest.record(change);
             Ok(())
         };
         // After a failure all stays as it was, for the next flush, or until everything is reopened.
         let fails = publish_fails && both.engine.frozen_memtables() > 0;
         assert_eq!(both.engine.flush(&mut publish).is_err(), fails);
-        assert_eq!(both.engine.layered_lsn(), both.layered);
+        assert_eq!(both.engine.layered_lsn(), both.manifest.layered);
     }
 
     /// Merges what is due; if it gives up, after the first step of each merge.
     fn compact(&mut self, timeline: usize, gives_up: bool) {
+        let retained = self.retained(timeline);
         let both = &mut self.timelines[timeline];
-        let (published, layered) = (&mut both.published, &mut both.layered);
         let mut publish = |change: &LayerChange| {
-            record(published, layered, change);
+            both.manifest.record(change);
             Ok(())
         };
-        while both.engine.compact(&mut publish, &|| gives_up).unwrap() && !gives_up {}
+        while both.engine.compact(&retained, &mut publish, &|| gives_up).unwrap() && !gives_up {}
         both.engine.delete_retired(&mut || Ok(())).unwrap();
         if !gives_up {
             let (blocks, others) = both.engine.run_counts();
@@ -293,8 +411,25 @@ impl World {
         }
     }
 
+    /// The timeline that an operation writes to, if it writes.
+    fn written(&self, op: &Op) -> Option<usize> {
+        match op {
+            Op::Write { timeline, .. }
+            | Op::Status { timeline, .. }
+            | Op::Map { timeline, .. }
+            | Op::Truncate { timeline, .. }
+            | Op::Drop { timeline, .. }
+            | Op::DropDatabase { timeline, .. }
+            | Op::Flushes { timeline, .. } => Some(timeline % self.timelines.len()),
+            _ => None,
+        }
+    }
+
     fn run(&mut self, op: &Op) {
         let count = self.timelines.len();
+        if self.written(op).is_some_and(|timeline| !self.timelines[timeline].has_name) {
+            return;
+        }
         match *op {
             Op::Write { timeline, rel: number, block, offset, times, advance_each } => {
                 self.write(timeline % count, rel(number), block, offset, times, advance_each);
@@ -350,9 +485,8 @@ impl World {
             Op::Branch { timeline, back } => {
                 if count < TIMELINES_MAX {
                     let parent = timeline % count;
-                    let model = &self.timelines[parent].model;
-                    let lsn = Lsn(model.applied().0.saturating_sub(back)).max(START);
-                    let branch = Arc::new(model.branch(lsn).unwrap());
+                    let Some(lsn) = self.position(parent, back) else { return };
+                    let branch = Arc::new(self.timelines[parent].model.branch(lsn).unwrap());
                     self.add(Some((parent, lsn)), branch);
                 }
             }
@@ -360,18 +494,40 @@ impl World {
                 let applied = self.timelines[timeline % count].model.applied();
                 self.check(timeline % count, Lsn(applied.0.saturating_sub(back)).max(START));
                 self.check(timeline % count, applied);
+                for pin in self.retained(timeline % count).pins().to_vec() {
+                    self.check(timeline % count, pin);
+                }
+            }
+            Op::Collect { timeline, back, publishing } => self.collect(timeline % count, back, publishing),
+            Op::Pin { timeline, back } => {
+                if let Some(lsn) = self.position(timeline % count, back) {
+                    let owner = self.owner(timeline % count, lsn);
+                    self.timelines[owner].pins.push(lsn);
+                }
+            }
+            Op::Unpin { timeline } => drop(self.timelines[timeline % count].pins.pop()),
+            Op::LoseName { timeline } => {
+                let has_children = self.timelines.iter().any(|child| child.ancestor.is_some_and(|(parent, _)| parent == timeline % count));
+                self.timelines[timeline % count].has_name &= !has_children;
             }
         }
     }
 
-    /// Everything that can be read of a timeline at an LSN is what the model says.
+    /// Everything that can be read of a timeline at an LSN is what the model says; where the history is collected it
+    /// may be refused.
     fn check(&self, timeline: usize, lsn: Lsn) {
         let Both { engine, model, .. } = &self.timelines[timeline];
+        let may_be_refused = !self.holds(timeline, lsn);
+        let refused = |error: &dyn std::fmt::Display| may_be_refused && error.to_string().contains("its history is kept from");
         assert_eq!(engine.applied(), model.applied());
         let wanted: Vec<_> = (0..RELS).flat_map(|number| (0..BLOCKS + 1).map(move |block| (rel(number), block))).collect();
         // Twice: the second time pages come from the cache.
         for round in 0..2 {
-            let answers = engine.blocks(&wanted, lsn).unwrap();
+            let answers = match engine.blocks(&wanted, lsn) {
+                Ok(answers) => answers,
+                Err(error) if refused(&error) => Vec::new(),
+                Err(error) => panic!("blocks at {lsn}: {error}"),
+            };
             for ((rel, block), answer) in wanted.iter().zip(answers) {
                 let expected = relation::block(&**model, *rel, *block, lsn);
                 same_block(answer.map(|page| Box::new(*page)), &expected, &format!("block {block} of {rel} at {lsn}, round {round}"));
@@ -379,50 +535,54 @@ impl World {
                     same_block(warm.map(|page| Box::new(*page)), &expected, &format!("warm block {block} of {rel} at {lsn}"));
                 }
                 let alone = relation::block(&**engine, *rel, *block, lsn);
-                same_block(alone, &expected, &format!("block {block} of {rel} alone at {lsn}"));
+                if !alone.as_ref().is_err_and(|error| refused(error)) {
+                    same_block(alone, &expected, &format!("block {block} of {rel} alone at {lsn}"));
+                }
             }
         }
         for page in 0..2 {
             let key = Key::slru_page(SlruKind::Clog, page);
-            let (found, expected) = (engine.page(key, Lsn::INVALID, lsn).unwrap(), model.page(key, Lsn::INVALID, lsn).unwrap());
-            assert!(found == expected, "page {page} of pg_xact at {lsn}");
+            let expected = model.page(key, Lsn::INVALID, lsn).unwrap();
+            match engine.page(key, Lsn::INVALID, lsn) {
+                Ok(found) => assert!(found == expected, "page {page} of pg_xact at {lsn}"),
+                Err(error) => assert!(refused(&error), "page {page} of pg_xact at {lsn}: {error}"),
+            }
         }
         for number in 0..5 {
             let key = Key::relation_map(1663, number);
-            assert_eq!(engine.get(key, lsn).unwrap(), model.get(key, lsn).unwrap(), "{key} at {lsn}");
+            match engine.get(key, lsn) {
+                Ok(found) => assert_eq!(found, model.get(key, lsn).unwrap(), "{key} at {lsn}"),
+                Err(error) => assert!(refused(&error), "{key} at {lsn}: {error}"),
+            }
         }
         for db in [5, 6, 7] {
             let list = |history: &dyn History| {
                 let mut found = Vec::new();
-                relation::list(history, 1663, db, lsn, &mut |rel, blocks| {
+                let listed = relation::list(history, 1663, db, lsn, &mut |rel, blocks| {
                     found.push((rel, blocks));
                     Ok(())
-                })
-                .unwrap();
-                found
+                });
+                listed.map(|()| found)
             };
-            assert_eq!(list(&**engine), list(&**model), "relations of database {db} at {lsn}");
+            match list(&**engine) {
+                Ok(found) => assert_eq!(found, list(&**model).unwrap(), "relations of database {db} at {lsn}"),
+                Err(error) => assert!(refused(&error), "relations of database {db} at {lsn}: {error}"),
+            }
         }
         let scan = |history: &dyn History, range: Range<Key>| {
             let mut found = Vec::new();
-            history
-                .scan(range.start, range.end, lsn, &mut |key, value| {
-                    found.push((key, value));
-                    Ok(())
-                })
-                .unwrap();
-            found
+            let scanned = history.scan(range.start, range.end, lsn, &mut |key, value| {
+                found.push((key, value));
+                Ok(())
+            });
+            scanned.map(|()| found)
         };
         let all = Key::FIRST_METADATA..Key::MAX;
-        assert_eq!(scan(&**engine, all.clone()), scan(&**model, all), "all values at {lsn}");
+        match scan(&**engine, all.clone()) {
+            Ok(found) => assert_eq!(found, scan(&**model, all).unwrap(), "all values at {lsn}"),
+            Err(error) => assert!(refused(&error), "all values at {lsn}: {error}"),
+        }
     }
-}
-
-/// What a manifest does.
-fn record(published: &mut BTreeMap<LayerId, Arc<LayerRow>>, layered: &mut Lsn, change: &LayerChange) {
-    published.extend(change.add.iter().map(|row| (row.id, Arc::new(row.clone()))));
-    change.remove.iter().for_each(|id| drop(published.remove(id).expect("a layer that is removed was there")));
-    *layered = change.layered.max(*layered);
 }
 
 fn same_block(found: Result<Box<Page>, RelationError>, expected: &Result<Box<Page>, RelationError>, what: &str) {
@@ -475,6 +635,9 @@ proptest! {
             let applied = world.timelines[timeline].model.applied();
             for back in [0, 8, 100, 1000, 3000] {
                 world.check(timeline, Lsn(applied.0.saturating_sub(back)).max(START));
+            }
+            for pin in world.retained(timeline).pins().to_vec() {
+                world.check(timeline, pin);
             }
         }
     }

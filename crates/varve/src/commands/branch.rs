@@ -29,11 +29,14 @@ pub(crate) enum BranchCommand {
     Create {
         /// The new branch, as tenant/branch.
         branch: BranchPath,
-        /// The branch to start from.
-        #[arg(long, default_value = "main")]
-        from: String,
+        /// The branch to start from; main by default.
+        #[arg(long)]
+        from: Option<String>,
         #[command(flatten)]
         moment: MomentArgs,
+        /// The snapshot to start from, instead of a branch.
+        #[arg(long, conflicts_with_all = ["from", "lsn", "at"])]
+        snapshot: Option<String>,
     },
     /// List a tenant's branches as a tree.
     List {
@@ -68,6 +71,9 @@ pub(crate) enum BranchCommand {
         branch: BranchPath,
         #[command(flatten)]
         moment: MomentArgs,
+        /// The snapshot to go back to.
+        #[arg(long, conflicts_with_all = ["lsn", "at"])]
+        snapshot: Option<String>,
     },
     /// Say which LSN a time is, or which time an LSN.
     Moment {
@@ -88,12 +94,13 @@ fn came_from(branch: &Branch) -> String {
 
 fn describe(b: &Branch) -> String {
     let mut text = format!(
-        "branch     {}/{}\ntimeline   {} (TLI {})\nfrom       {}\nhead       {}\nsize       {}\ncreated    {}\ncompute    {}",
+        "branch     {}/{}\ntimeline   {} (TLI {})\nfrom       {}\nearliest   {}\nhead       {}\nsize       {}\ncreated    {}\ncompute    {}",
         b.tenant,
         b.name,
         b.timeline_id,
         b.tli,
         came_from(b),
+        b.earliest_lsn,
         b.last_lsn,
         b.size_bytes.map_or_else(|| "not known".to_owned(), output::bytes),
         b.created_at,
@@ -137,8 +144,8 @@ fn tree(branches: &[Branch]) -> Vec<Vec<String>> {
 
 pub(crate) async fn run(command: BranchCommand, client: &Client, json: bool) -> anyhow::Result<()> {
     match command {
-        BranchCommand::Create { branch, from, moment } => {
-            let body = NewBranch { name: branch.branch.clone(), from: Some(from), lsn: moment.lsn, at: moment.at };
+        BranchCommand::Create { branch, from, moment, snapshot } => {
+            let body = NewBranch { name: branch.branch.clone(), from, lsn: moment.lsn, at: moment.at, snapshot };
             let created: Branch = client.post(&format!("tenants/{}/branches", segment(&branch.tenant)), &body).await?;
             output::print(json, &created, || format!("branch {branch} from {}", came_from(&created)))
         }
@@ -168,8 +175,8 @@ pub(crate) async fn run(command: BranchCommand, client: &Client, json: bool) -> 
             let answer: serde_json::Value = client.call(Method::DELETE, &branch.api(), None::<&()>).await?;
             output::print(json, &answer, || format!("branch {branch} is deleted"))
         }
-        BranchCommand::Restore { branch, moment } => {
-            let body = Restore { lsn: moment.lsn, at: moment.at };
+        BranchCommand::Restore { branch, moment, snapshot } => {
+            let body = Restore { lsn: moment.lsn, at: moment.at, snapshot };
             let path = format!("{}/restore", branch.api());
             let restored: Restored = spinner("restoring", client.post(&path, &body)).await?;
             output::print(json, &restored, || {

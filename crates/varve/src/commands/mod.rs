@@ -10,6 +10,7 @@ mod materialize;
 mod scrub;
 mod settings;
 mod size;
+mod snapshot;
 mod tenant;
 mod verify;
 mod wal;
@@ -51,6 +52,9 @@ pub(crate) enum Command {
     /// Branches of a tenant: named, writable histories.
     #[command(subcommand)]
     Branch(branch::BranchCommand),
+    /// Snapshots: moments of branches that have a name, and stay.
+    #[command(subcommand)]
+    Snapshot(snapshot::SnapshotCommand),
     /// Computes: stock Postgres servers on a branch.
     #[command(subcommand)]
     Compute(compute::ComputeCommand),
@@ -144,6 +148,7 @@ pub(crate) async fn run(cli: Cli) -> anyhow::Result<ExitCode> {
     match cli.command {
         Command::Dev(args) => dev::run(args).await?,
         Command::Tenant(command) => tenant::run(command, &Client::new(&url)?, json).await?,
+        Command::Snapshot(command) => snapshot::run(command, &Client::new(&url)?, json).await?,
         Command::Branch(command) => branch::run(command, &Client::new(&url)?, json).await?,
         Command::Compute(command) => compute::run(command, &Client::new(&url)?, json).await?,
         Command::Settings(command) => settings::run(command, &Client::new(&url)?, json).await?,

@@ -39,21 +39,22 @@ fn processors(text: &str) -> Result<Between, String> {
     between(text, part, "a number of processors, such as 2 or 0.25..2", |cpu| Size { cpu_milli: Some(cpu), ..Size::default() })
 }
 
-fn memory(text: &str) -> Result<Between, String> {
-    let part = |text: &str| {
-        let at = text.find(|letter: char| !letter.is_ascii_digit()).unwrap_or(text.len());
-        let (number, unit) = text.split_at(at);
-        // As Postgres writes them; without one nobody knows what is meant.
-        let unit: u64 = match unit.trim() {
-            "kB" | "KB" => 1 << 10,
-            "MB" => 1 << 20,
-            "GB" => 1 << 30,
-            "TB" => 1 << 40,
-            _ => return None,
-        };
-        number.parse::<u64>().ok()?.checked_mul(unit)
+/// Bytes as Postgres writes them; without a unit nobody knows what is meant.
+pub(crate) fn bytes_of(text: &str) -> Option<u64> {
+    let at = text.find(|letter: char| !letter.is_ascii_digit()).unwrap_or(text.len());
+    let (number, unit) = text.split_at(at);
+    let unit: u64 = match unit.trim() {
+        "kB" | "KB" => 1 << 10,
+        "MB" => 1 << 20,
+        "GB" => 1 << 30,
+        "TB" => 1 << 40,
+        _ => return None,
     };
-    between(text, part, "a number with its unit, such as 512MB or 256MB..2GB", |memory| Size {
+    number.parse::<u64>().ok()?.checked_mul(unit)
+}
+
+fn memory(text: &str) -> Result<Between, String> {
+    between(text, bytes_of, "a number with its unit, such as 512MB or 256MB..2GB", |memory| Size {
         memory_bytes: Some(memory),
         ..Size::default()
     })

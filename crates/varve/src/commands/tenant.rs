@@ -1,8 +1,11 @@
 //! `varve tenant`.
 
+use std::time::Duration;
+
 use clap::Subcommand;
 use reqwest::Method;
 use varve_api::admin::{NewTenant, Tenant, TenantPassword};
+use varve_api::history::{History, TenantChange};
 
 use crate::client::{Client, ListArgs, segment};
 use crate::output;
@@ -23,6 +26,22 @@ pub(crate) enum TenantCommand {
     List(ListArgs),
     /// Show a tenant.
     Show {
+        /// Its name.
+        name: String,
+    },
+    /// Change how far back a tenant's branches can go.
+    Set {
+        /// Its name.
+        name: String,
+        /// How long history is kept: 7d, 12h, 30min, or forever.
+        #[arg(long, value_parser = window)]
+        history: Option<Window>,
+        /// How many bytes of WAL of each branch are kept at most: 50GB, 512MB, or unlimited.
+        #[arg(long, value_parser = wal_bytes)]
+        history_bytes: Option<Window>,
+    },
+    /// Collect at once what a tenant need not keep any more; it happens by itself, too.
+    Collect {
         /// Its name.
         name: String,
     },
@@ -49,6 +68,37 @@ pub(crate) enum TenantCommand {
     },
 }
 
+/// The end of a window; none: it has none.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Window(Option<u64>);
+
+fn window(text: &str) -> Result<Window, String> {
+    if text.eq_ignore_ascii_case("forever") {
+        return Ok(Window(None));
+    }
+    let time = humantime::parse_duration(text).map_err(|error| format!("{error}: write 7d, 12h, 30min, or forever"))?;
+    Ok(Window(Some(time.as_secs())))
+}
+
+fn wal_bytes(text: &str) -> Result<Window, String> {
+    if text.eq_ignore_ascii_case("unlimited") {
+        return Ok(Window(None));
+    }
+    let bytes = super::size::bytes_of(text).ok_or_else(|| format!("'{text}' cannot be read: write 50GB, 512MB, or unlimited"))?;
+    Ok(Window(Some(bytes)))
+}
+
+/// How far back a tenant can go.
+fn in_words(history: History) -> String {
+    let time = history
+        .seconds
+        .map_or_else(|| "to its beginning".to_owned(), |seconds| humantime::format_duration(Duration::from_secs(seconds)).to_string());
+    match history.wal_bytes {
+        None => time,
+        Some(bytes) => format!("{time}, and at most {} of WAL", output::bytes(bytes)),
+    }
+}
+
 pub(crate) async fn run(command: TenantCommand, client: &Client, json: bool) -> anyhow::Result<()> {
     match command {
         TenantCommand::Create { name, pg_version } => {
@@ -57,6 +107,20 @@ pub(crate) async fn run(command: TenantCommand, client: &Client, json: bool) -> 
             let tenant = spinner("creating the tenant (the first of a Postgres version makes a template)", work).await?;
             output::print(json, &tenant, || {
                 format!("tenant {} (PostgreSQL {}) with branch {}/main", tenant.name, tenant.pg_version, tenant.name)
+            })
+        }
+        TenantCommand::Set { name, history, history_bytes } => {
+            let value = |window: Option<Window>| window.map(|Window(value)| value);
+            let change = TenantChange { history_seconds: value(history), history_wal_bytes: value(history_bytes) };
+            let path = format!("tenants/{}", segment(&name));
+            let tenant: Tenant = client.call(Method::PATCH, &path, Some(&change)).await?;
+            output::print(json, &tenant, || format!("tenant {} can go back {}", tenant.name, in_words(tenant.history)))
+        }
+        TenantCommand::Collect { name } => {
+            let path = format!("tenants/{}/collect", segment(&name));
+            let tenant: Tenant = spinner("collecting", client.post(&path, &serde_json::json!({}))).await?;
+            output::print(json, &tenant, || {
+                format!("tenant {} keeps what it must: it can go back {}", tenant.name, in_words(tenant.history))
             })
         }
         TenantCommand::Take { name } => {
@@ -94,8 +158,14 @@ pub(crate) async fn run(command: TenantCommand, client: &Client, json: bool) -> 
                 );
                 format!(
                     "tenant             {}\nid                 {}\nPostgreSQL         {}\nsystem identifier  {}\nbranches           {}\n\
-                     created            {}\nowner              {owner}",
-                    t.name, t.id, t.pg_version, t.system_identifier, t.branches, t.created_at
+                     history            {}\ncreated            {}\nowner              {owner}",
+                    t.name,
+                    t.id,
+                    t.pg_version,
+                    t.system_identifier,
+                    t.branches,
+                    in_words(t.history),
+                    t.created_at
                 )
             })
         }

@@ -18,6 +18,13 @@ fn timeline(id: u8, tli: u32, ancestor: Option<(u8, u64)>) -> TenantEdit {
     })
 }
 
+fn facts(id: u8, ancestor: Option<(u8, u64)>) -> TimelineFacts {
+    match timeline(id, 0, ancestor) {
+        TenantEdit::Timeline(facts) => facts,
+        _ => unreachable!(),
+    }
+}
+
 fn branch(text: &str, id: u8) -> TenantEdit {
     TenantEdit::Branch { name: name(text), timeline: TimelineId([id; 16]) }
 }
@@ -209,4 +216,77 @@ fn a_size_goes_with_its_endpoint() {
     assert_eq!(state.size(id), Some(size), "so has a branch with another name");
     state.apply(&TenantEdit::EndpointRemoved { id }).unwrap();
     assert_eq!(state.size(id), None);
+}
+
+fn snapshot(text: &str, id: u8, lsn: u64, expires: Option<i64>) -> SnapshotRow {
+    let name = text.parse().unwrap();
+    SnapshotRow { name, branch: self::name("main"), timeline: TimelineId([id; 16]), lsn: Lsn(lsn), created: 0, expires }
+}
+
+fn cutoff(id: u8, lsn: u64) -> TenantEdit {
+    TenantEdit::Cutoff { timeline: TimelineId([id; 16]), lsn: Lsn(lsn) }
+}
+
+#[test]
+fn what_is_behind_the_cutoff_can_be_read_only_where_something_holds_it() {
+    let mut state = state(&[timeline(1, 1, None), branch("main", 1), timeline(2, 2, Some((1, 50))), branch("child", 2)]);
+    let main = TimelineId([1; 16]);
+    let holds = |state: &TenantState, lsn: u64| state.check_retained(main, Lsn(lsn)).is_ok();
+    state.apply(&TenantEdit::Snapshot(snapshot("before", 1, 70, Some(9)))).unwrap();
+    state.apply(&TenantEdit::Epoch { timeline: main, epoch: WriterEpoch(1), lsn: Lsn(90), wal_log: WalLogId([1; 16]) }).unwrap();
+    state.lease(main, Lsn(80), 5).unwrap().iter().for_each(|edit| state.apply(edit).unwrap());
+    state.apply(&cutoff(1, 100)).unwrap();
+    for (lsn, held) in [(49, false), (50, true), (51, false), (70, true), (80, true), (90, true), (99, false), (100, true), (500, true)] {
+        assert_eq!(holds(&state, lsn), held, "{lsn}");
+    }
+    assert_eq!(state.earliest(main).unwrap(), Lsn(100));
+    assert!(state.apply(&cutoff(1, 99)).is_err(), "a cutoff only grows");
+    let error = state.lease(main, Lsn(60), 5).unwrap_err();
+    assert_eq!(error, TenantError::Collected { timeline: main, lsn: Lsn(60), earliest: Lsn(100) });
+    assert_eq!(state.add_snapshot(snapshot("late", 1, 60, None)).unwrap_err(), error);
+    assert!(state.create_branch(&name("late"), &facts(3, Some((1, 60)))).is_err());
+    assert!(state.restore_branch("main", &name("old"), &facts(3, Some((1, 60)))).is_err());
+    assert!(state.create_branch(&name("late"), &facts(3, Some((1, 70)))).is_ok(), "a branch of the snapshot");
+    // The child shows what lies before it through its ancestor.
+    assert!(state.check_retained(TimelineId([2; 16]), Lsn(60)).is_ok() && state.check_retained(TimelineId([2; 16]), Lsn(45)).is_err());
+    assert_eq!(state.earliest(TimelineId([2; 16])).unwrap(), Lsn(50));
+
+    // All of it is in a snapshot of the log.
+    let copy = self::state(&state.edits());
+    assert_eq!((copy.retained(main).unwrap(), copy.edits()), (state.retained(main).unwrap(), state.edits()));
+
+    // Time takes the lease and the snapshot; a clean end the compute's position; the child's end its own.
+    state.expire(5).unwrap().iter().for_each(|edit| state.apply(edit).unwrap());
+    assert!(!holds(&state, 80) && holds(&state, 70));
+    state.expire(9).unwrap().iter().for_each(|edit| state.apply(edit).unwrap());
+    state.apply(&TenantEdit::EpochClosed { timeline: main, epoch: WriterEpoch(1), lsn: Lsn(95) }).unwrap();
+    state.delete_branch("child").unwrap().iter().for_each(|edit| state.apply(edit).unwrap());
+    assert!([50, 70, 80, 90].into_iter().all(|lsn| !holds(&state, lsn)));
+    assert!(state.expire(i64::MAX).unwrap().is_empty());
+}
+
+#[test]
+fn of_a_timeline_without_a_name_only_what_others_hold_is_retained() {
+    let mut state = state(&[timeline(1, 1, None), branch("main", 1), timeline(2, 2, Some((1, 50))), branch("child", 2)]);
+    let main = TimelineId([1; 16]);
+    state.apply(&TenantEdit::Snapshot(snapshot("kept", 1, 70, None))).unwrap();
+    state.delete_branch("main").unwrap().iter().for_each(|edit| state.apply(edit).unwrap());
+    assert_eq!(state.retained(main).unwrap().top, Lsn(70));
+    assert!(state.check_retained(main, Lsn(60)).is_ok() && state.check_retained(main, Lsn(71)).is_err());
+    state.apply(&cutoff(1, 60)).unwrap();
+    assert!(state.check_retained(main, Lsn(55)).is_err(), "the window goes on");
+    let removed = state.remove_snapshot(&"kept".parse().unwrap()).unwrap();
+    assert_eq!(removed.len(), 1, "the child still needs it");
+    removed.iter().for_each(|edit| state.apply(edit).unwrap());
+    assert_eq!(state.retained(main).unwrap().top, Lsn(50));
+}
+
+#[test]
+fn a_snapshot_keeps_the_timeline_of_a_branch_that_is_deleted() {
+    let mut state = state(&[timeline(1, 1, None), branch("main", 1), timeline(2, 2, Some((1, 50))), branch("child", 2)]);
+    state.apply(&TenantEdit::Snapshot(snapshot("kept", 2, 70, None))).unwrap();
+    state.delete_branch("child").unwrap().iter().for_each(|edit| state.apply(edit).unwrap());
+    assert!(state.check_retained(TimelineId([2; 16]), Lsn(70)).is_ok());
+    let edits = state.remove_snapshot(&"kept".parse().unwrap()).unwrap();
+    assert_eq!(crate::tenant_log::removed_timelines(&edits).collect::<Vec<_>>(), [TimelineId([2; 16])]);
 }

@@ -1,0 +1,165 @@
+//! History is kept as long as it must be, and no longer: what left its window goes, what something holds stays to the
+//! byte, and who asks for what is gone is told what there is.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context as _, ensure};
+use serde_json::Value;
+use varve_testbed::dev::{Dev, amcheck, program, psql, settle};
+use varve_testbed::minio::Minio;
+
+const VARVE: &str = env!("CARGO_BIN_EXE_varve");
+/// How long a cutoff may take to follow the clock.
+const CUT_MAX: Duration = Duration::from_secs(60);
+
+/// All rows of pgbench's tables, in a few letters.
+const SUM: &str = "SELECT md5(string_agg(a::text, ',' ORDER BY aid)) || (SELECT md5(coalesce(string_agg(h::text, ',' ORDER BY h::text), '')) \
+                   FROM pgbench_history h) FROM pgbench_accounts a";
+
+fn head(dev: &Dev, branch: &str) -> anyhow::Result<String> {
+    Ok(dev.json(&["branch", "show", branch])?["last_lsn"].as_str().context("an LSN")?.to_owned())
+}
+
+fn lsn(text: &str) -> anyhow::Result<varve_postgres::Lsn> {
+    Ok(text.parse()?)
+}
+
+/// Bytes of the layers in the store, and what a scrub has to say besides.
+fn layers(dev: &Dev) -> anyhow::Result<(u64, Value)> {
+    let output = dev.output(Command::new(VARVE).args(["scrub", "--json", "--store", &dev.store()]))?;
+    let report: Value = serde_json::from_slice(&output.stdout)?;
+    ensure!(report["findings"] == 0, "expected a sound store, got {report}");
+    let listed = program("find", &[&dev.store(), "-path", "*/timelines/*/layers/*", "-printf", "%s\n"])?;
+    Ok((listed.lines().filter_map(|line| line.parse::<u64>().ok()).sum(), report))
+}
+
+/// Every file of a branch's relations and transactions at an LSN.
+fn files_at(dev: &Dev, branch: &str, lsn: &str, name: &str) -> anyhow::Result<BTreeMap<String, Vec<u8>>> {
+    let folder = dev.folder().join(name);
+    let text = folder.display().to_string();
+    dev.json(&["materialize", branch, &text, "--lsn", lsn])?;
+    let mut files = BTreeMap::new();
+    for part in ["base", "global", "pg_xact", "pg_multixact"] {
+        for path in program("find", &[&folder.join(part).display().to_string(), "-type", "f"])?.lines() {
+            let name = Path::new(path).strip_prefix(&folder)?.display().to_string();
+            if name != "global/pg_control" {
+                files.insert(name, std::fs::read(path)?);
+            }
+        }
+    }
+    std::fs::remove_dir_all(&folder)?;
+    Ok(files)
+}
+
+fn same_files(before: &BTreeMap<String, Vec<u8>>, after: &BTreeMap<String, Vec<u8>>) -> anyhow::Result<()> {
+    let names = |files: &BTreeMap<String, Vec<u8>>| files.keys().cloned().collect::<Vec<_>>();
+    ensure!(names(before) == names(after), "the same files were expected");
+    for (name, bytes) in before {
+        ensure!(after.get(name) == Some(bytes), "{name} is another one after the collection");
+    }
+    Ok(())
+}
+
+fn collects(mut dev: Dev, counts_bytes: bool) -> anyhow::Result<()> {
+    dev.json(&["tenant", "create", "acme"])?;
+    let db = dev.compute("acme/main", &[])?;
+    program("pgbench", &["-iq", "-s", "4", &db])?;
+    settle(&db)?;
+    // Three things that hold a position, and one that nothing holds.
+    dev.json(&["snapshot", "create", "acme/main", "loaded"])?;
+    let loaded = dev.json(&["snapshot", "show", "acme", "loaded"])?["lsn"].as_str().context("an LSN")?.to_owned();
+    let sum_loaded = psql(&db, SUM)?;
+    program("pgbench", &["-n", "-c", "4", "-t", "1000", &db])?;
+    settle(&db)?;
+    dev.json(&["branch", "create", "acme/child"])?;
+    let child_at = dev.json(&["branch", "show", "acme/child"])?["branch_lsn"].as_str().context("an LSN")?.to_owned();
+    let sum_child = psql(&db, SUM)?;
+    psql(&db, "DROP TABLE IF EXISTS gone; CREATE TABLE gone AS SELECT g, repeat('x', 500) FROM generate_series(1, 40000) g")?;
+    program("pgbench", &["-n", "-c", "4", "-t", "1000", &db])?;
+    let lost = settle(&db)?.to_string();
+    psql(&db, "DROP TABLE gone")?;
+    for _ in 0..3 {
+        psql(&db, "UPDATE pgbench_accounts SET abalance = abalance + 1")?;
+        psql(&db, "VACUUM pgbench_accounts")?;
+    }
+    settle(&db)?;
+    let sum_main = psql(&db, SUM)?;
+    dev.json(&["compute", "stop", "acme/main"])?;
+    let end = head(&dev, "acme/main")?;
+    let before: Vec<_> = [("acme/main", &loaded), ("acme/main", &child_at), ("acme/main", &end)]
+        .map(|(branch, lsn)| files_at(&dev, branch, lsn, "before"))
+        .into_iter()
+        .collect::<Result<_, _>>()?;
+    let (bytes_before, _) = layers(&dev).unwrap_or_default();
+
+    // The window closes.
+    let told = dev.json(&["tenant", "set", "acme", "--history", "3s"])?;
+    ensure!(told["history"]["seconds"] == 3, "{told}");
+    std::thread::sleep(Duration::from_secs(4));
+    dev.json(&["tenant", "collect", "acme"])?;
+    dev.until("the cutoff to pass what nothing holds", CUT_MAX, || {
+        let earliest = dev.json(&["branch", "show", "acme/main"])?["earliest_lsn"].as_str().context("an LSN")?.to_owned();
+        Ok((self::lsn(&earliest)? > self::lsn(&lost)?).then_some(()))
+    })?;
+    let earliest = dev.json(&["branch", "show", "acme/main"])?["earliest_lsn"].as_str().context("an LSN")?.to_owned();
+    for refused in [
+        &["branch", "create", "acme/late", "--lsn", &lost][..],
+        &["branch", "restore", "acme/main", "--lsn", &lost],
+        &["snapshot", "create", "acme/main", "late", "--lsn", &lost],
+        &["materialize", "acme/main", "/nowhere", "--lsn", &lost],
+    ] {
+        let words = dev.refused(refused)?;
+        ensure!(words.contains("is not kept any more") && words.contains(&earliest), "{refused:?}: {words}");
+    }
+    let after: Vec<_> = [("acme/main", &loaded), ("acme/main", &child_at), ("acme/main", &end)]
+        .map(|(branch, lsn)| files_at(&dev, branch, lsn, "after"))
+        .into_iter()
+        .collect::<Result<_, _>>()?;
+    before.iter().zip(&after).try_for_each(|(before, after)| same_files(before, after))?;
+
+    // From the snapshot, from the child, and from the branch itself, also after a restart of the server.
+    dev.kill()?;
+    dev.run()?;
+    dev.json(&["branch", "create", "acme/old", "--snapshot", "loaded"])?;
+    for (branch, sum) in [("acme/old", &sum_loaded), ("acme/child", &sum_child), ("acme/main", &sum_main)] {
+        let db = dev.compute(branch, &[])?;
+        ensure!(psql(&db, SUM)? == *sum, "{branch} has other rows after the collection");
+        amcheck(&db)?;
+        program("pgbench", &["-n", "-t", "50", &db])?;
+        dev.json(&["compute", "stop", branch])?;
+    }
+    if !counts_bytes {
+        return Ok(());
+    }
+    // What was held goes when nothing holds it any more.
+    let (bytes_held, _) = layers(&dev)?;
+    dev.json(&["branch", "delete", "acme/old", "--yes"])?;
+    dev.json(&["branch", "delete", "acme/child", "--yes"])?;
+    dev.json(&["snapshot", "delete", "acme", "loaded", "--yes"])?;
+    std::thread::sleep(Duration::from_secs(4));
+    dev.json(&["tenant", "collect", "acme"])?;
+    let (bytes_alone, report) = layers(&dev)?;
+    ensure!(
+        bytes_held < bytes_before && bytes_alone < bytes_held,
+        "bytes of layers: {bytes_before}, then {bytes_held}, then {bytes_alone}"
+    );
+    let left: Vec<&str> = report["unreferenced_objects"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
+    ensure!(left.iter().all(|object| !object.contains("/layers/")), "no layer is left over: {left:?}");
+    let db = dev.compute("acme/main", &[])?;
+    amcheck(&db)?;
+    Ok(())
+}
+
+#[test]
+fn what_left_the_window_goes_and_what_is_held_stays() -> anyhow::Result<()> {
+    collects(Dev::start(VARVE)?, true)
+}
+
+#[test]
+fn the_same_over_minio() -> anyhow::Result<()> {
+    let Some(minio) = Minio::start_unless_skipped() else { return Ok(()) };
+    collects(Dev::start_on(VARVE, Some(minio.url("retention")), minio.variables())?, false)
+}
