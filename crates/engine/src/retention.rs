@@ -59,7 +59,9 @@ impl LiveTimeline {
 
     /// What its tenant's log says must stay readable; everything of a timeline that it does not know any more.
     pub(crate) fn retained(&self, state: &TenantState) -> Retained {
-        state.retained(self.id()).unwrap_or_default()
+        let retained = state.retained(self.id()).unwrap_or_default();
+        // What is still to come goes on from the end.
+        if self.is_complete() { retained } else { retained.up_to(Lsn::MAX) }
     }
 
     /// Whether a collection is due.

@@ -149,6 +149,12 @@ pub async fn read(world: &Arc<World>, timeline: TimelineId) -> Result<(), Refuse
 pub async fn read_at(world: &Arc<World>, node: &Arc<Node>, timeline: TimelineId, lsn: Lsn) -> Result<(), Refused> {
     let tenant = node.own(world).await?;
     let live = tenant.timeline(timeline).await?;
+    // What is not retained may be gone, or never be ingested.
+    let is_retained = || tenant.log().state().check_retained(timeline, lsn).is_ok();
+    if !is_retained() {
+        world.counts.add(Kind::NotRetained);
+        return Ok(());
+    }
     if let Some(stopped) = live.stopped() {
         world.violate(format!("ingest of {timeline} stopped at {}: {}", stopped.at, stopped.reason));
     }
@@ -160,6 +166,7 @@ pub async fn read_at(world: &Arc<World>, node: &Arc<Node>, timeline: TimelineId,
         (Some(expected), Ok(found)) if expected != found => {
             world.violate(format!("{timeline} at {lsn} is not as it was written: {}", expected.difference(&found)));
         }
+        (_, Err(_)) if !is_retained() => world.counts.add(Kind::NotRetained),
         (_, Err(HistoryError(error))) if !error.contains("simulated") => {
             world.violate(format!("{timeline} at {lsn} cannot be read: {error}"));
         }

@@ -98,6 +98,10 @@ kinds! {
     RestoredToPosition,
     /// An idle timeline was closed.
     IdleClosed,
+    /// Layers were reduced to what is retained.
+    Collected,
+    /// A position was asked for that is not retained any more.
+    NotRetained,
     /// The WAL log was over its limit while a compute wrote.
     WalLogFull,
 }

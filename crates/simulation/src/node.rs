@@ -12,7 +12,8 @@ use varve_engine::held::{Claim, claim};
 use varve_engine::template::Templates;
 use varve_engine::timeline::{Flushed, StreamEnd, StreamError, WalStream};
 use varve_engine::work_queue::Places;
-use varve_engine::{Context, EngineError, Tenant, WorkQueue, histories};
+use varve_engine::{Context, EngineError, LiveTimeline, Tenant, WorkQueue, histories};
+use varve_postgres::Lsn;
 use varve_postgres::wal::Framer;
 use varve_storage::ids::{BranchName, TimelineId, WalLogId};
 use varve_storage::tenant_log::{TenantLog, tenant_folder};
@@ -131,7 +132,9 @@ impl Machine {
         let folder = world.folder.join(self.index.to_string());
         // A folder of its own for the copies of layers: it is there already after the first start.
         let _there = std::fs::create_dir(&folder);
-        let resources = histories::resources(&store, &threads, folder, CACHE_BYTES, 64 << 20);
+        let mut resources = histories::resources(&store, &threads, folder, CACHE_BYTES, 64 << 20);
+        // Histories are short here.
+        resources.garbage_bytes_min = 0;
         let queue = WorkQueue::new(Places { ingest: 2, flush: 2, merge: 1 }, threads.clone());
         let context = Arc::new(Context {
             wal: Arc::new(wal),
@@ -328,6 +331,13 @@ impl Node {
             }
             self.note_moved(&world, &tenant);
             self.open_what_the_wal_log_holds(&world, &tenant).await;
+            if let Err(error) = tenant.look_after_history(world.wall_clock(), world.chance(100)).await {
+                world.say(format_args!("server {} does not know what can be collected: {error}", self.machine));
+            }
+            let is_collected = |live: &Arc<LiveTimeline>| live.history().collected().cutoff > Lsn::INVALID;
+            if tenant.all_opened().iter().any(is_collected) {
+                world.counts.add(Kind::Collected);
+            }
             if tenant.close_idle(UNUSED_MAX).await {
                 world.counts.add(Kind::IdleClosed);
             }

@@ -12,7 +12,7 @@ use tokio::sync::Notify;
 use varve_postgres::Timestamp;
 use varve_storage::chance;
 use varve_storage::ids::{BranchName, TenantId, TimelineId};
-use varve_storage::tenant_log::{self, TenantEdit, TenantFacts, TenantState, TimelineFacts, TimelineState};
+use varve_storage::tenant_log::{self, HistoryRow, TenantEdit, TenantFacts, TenantState, TimelineFacts, TimelineState};
 use varve_testing::random::SeededRng;
 use varve_testing::sim_store::SimStore;
 
@@ -30,6 +30,8 @@ use crate::wal::{FIRST_XID, MAJOR, START, SYSTEM_IDENTIFIER};
 pub const MACHINES: usize = 2;
 /// Hosts.
 pub const HOSTS: usize = 2;
+/// How far back a tenant can go where history is short: about the time of a run.
+const HISTORY_SECONDS: u64 = 20;
 /// A server may go on so long with a stream after it knows that its branch moved.
 const MOVE_NOTICED_MAX: Duration = Duration::from_secs(8);
 
@@ -154,7 +156,12 @@ impl World {
         let timeline = TimelineId::random()?;
         let first = TimelineFacts { id: timeline, ancestor: None, tli: 2, start: START, created: 0 };
         let branch = TenantEdit::Branch { name: "main".parse()?, timeline };
-        tenant_log::create_tenant(&store.reliable(), facts, vec![TenantEdit::Timeline(first), branch]).await?;
+        let mut edits = vec![TenantEdit::Timeline(first), branch];
+        // In half of the worlds history is short, in the other half nothing of it goes.
+        if random.bits().is_multiple_of(2) {
+            edits.push(TenantEdit::History(HistoryRow { seconds: Some(HISTORY_SECONDS), wal_bytes: None }));
+        }
+        tenant_log::create_tenant(&store.reliable(), facts, edits).await?;
         let mut machines = Vec::new();
         for index in 0..MACHINES {
             machines.push(Machine::new(index, random.bits())?);

@@ -381,6 +381,11 @@ impl LiveTimeline {
         }
     }
 
+    /// Whether all that its newest writer ever had acknowledged is here, and no stream brings more.
+    pub(crate) fn is_complete(&self) -> bool {
+        self.writer.try_lock().is_ok_and(|writer| writer.tail.get() == Tail::Known && !writer.has_stream())
+    }
+
     fn tail_unknown(&self, epoch: WriterEpoch) -> EngineError {
         EngineError::TailUnknown { timeline: self.id(), epoch: epoch.0, head: self.positions().head(), wal_log: self.tail_in.clone() }
     }

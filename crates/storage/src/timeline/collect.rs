@@ -91,13 +91,12 @@ impl Sieve<'_> {
         let mut versions = versions.into_iter().peekable();
         for (number, point) in self.points.iter().enumerate().rev() {
             let above = number.checked_sub(1).and_then(|below| self.points.get(below)).copied().unwrap_or(Lsn::INVALID);
-            // What lies above the last point is shown by none; facts about WAL are read from anywhere.
-            let is_shown = |version: &Version| version.lsn <= *point || matches!(key.kind(), Some(KeyKind::WalIndex { .. }));
             let floor = self.floor(key, number)?;
             let mut group: Vec<Version> = Vec::new();
             let mut is_complete = false;
             while let Some(version) = versions.next_if(|version| version.lsn > above) {
-                if !is_complete && version.lsn > floor && is_shown(&version) {
+                // What lies above the last point is shown by none.
+                if !is_complete && version.lsn > floor && version.lsn <= *point {
                     is_complete = version.value.is_base();
                     group.push(version);
                 }
