@@ -68,7 +68,7 @@ fn collects(mut dev: Dev, counts_bytes: bool) -> anyhow::Result<()> {
     let db = dev.compute("acme/main", &[])?;
     program("pgbench", &["-iq", "-s", "4", &db])?;
     settle(&db)?;
-    // Three things that hold a position, and one that nothing holds.
+    // Four things that hold a position, and one that nothing holds.
     dev.json(&["snapshot", "create", "acme/main", "loaded"])?;
     let loaded = dev.json(&["snapshot", "show", "acme", "loaded"])?["lsn"].as_str().context("an LSN")?.to_owned();
     let sum_loaded = psql(&db, SUM)?;
@@ -77,6 +77,13 @@ fn collects(mut dev: Dev, counts_bytes: bool) -> anyhow::Result<()> {
     dev.json(&["branch", "create", "acme/child"])?;
     let child_at = dev.json(&["branch", "show", "acme/child"])?["branch_lsn"].as_str().context("an LSN")?.to_owned();
     let sum_child = psql(&db, SUM)?;
+    psql(&db, "CREATE TABLE leased AS SELECT 1 AS one")?;
+    let leased = settle(&db)?.to_string();
+    let pages = format!("host=127.0.0.1 port={} user=u dbname=x sslmode=disable", dev.pages_port());
+    let lease = |lsn: &str| program("psql", &["-XAtq", "-d", &pages, "-c", &format!("lease lsn acme main {lsn}")]);
+    let until = lease(&leased)?;
+    ensure!(until.contains('T') && lease(&leased)? == until, "a lease has an end, and is not renewed at once: {until}");
+    psql(&db, "DROP TABLE leased")?;
     psql(&db, "DROP TABLE IF EXISTS gone; CREATE TABLE gone AS SELECT g, repeat('x', 500) FROM generate_series(1, 40000) g")?;
     program("pgbench", &["-n", "-c", "4", "-t", "1000", &db])?;
     let lost = settle(&db)?.to_string();
@@ -89,10 +96,8 @@ fn collects(mut dev: Dev, counts_bytes: bool) -> anyhow::Result<()> {
     let sum_main = psql(&db, SUM)?;
     dev.json(&["compute", "stop", "acme/main"])?;
     let end = head(&dev, "acme/main")?;
-    let before: Vec<_> = [("acme/main", &loaded), ("acme/main", &child_at), ("acme/main", &end)]
-        .map(|(branch, lsn)| files_at(&dev, branch, lsn, "before"))
-        .into_iter()
-        .collect::<Result<_, _>>()?;
+    let before: Vec<_> =
+        [&loaded, &child_at, &leased, &end].map(|lsn| files_at(&dev, "acme/main", lsn, "before")).into_iter().collect::<Result<_, _>>()?;
     let (bytes_before, _) = layers(&dev).unwrap_or_default();
 
     // The window closes.
@@ -114,11 +119,11 @@ fn collects(mut dev: Dev, counts_bytes: bool) -> anyhow::Result<()> {
         let words = dev.refused(refused)?;
         ensure!(words.contains("is not kept any more") && words.contains(&earliest), "{refused:?}: {words}");
     }
-    let after: Vec<_> = [("acme/main", &loaded), ("acme/main", &child_at), ("acme/main", &end)]
-        .map(|(branch, lsn)| files_at(&dev, branch, lsn, "after"))
-        .into_iter()
-        .collect::<Result<_, _>>()?;
+    let after: Vec<_> =
+        [&loaded, &child_at, &leased, &end].map(|lsn| files_at(&dev, "acme/main", lsn, "after")).into_iter().collect::<Result<_, _>>()?;
     before.iter().zip(&after).try_for_each(|(before, after)| same_files(before, after))?;
+
+    ensure!(lease(&lost).is_err(), "there is no lease on what is gone");
 
     // From the snapshot, from the child, and from the branch itself, also after a restart of the server.
     dev.kill()?;
@@ -156,6 +161,56 @@ fn collects(mut dev: Dev, counts_bytes: bool) -> anyhow::Result<()> {
 #[test]
 fn what_left_the_window_goes_and_what_is_held_stays() -> anyhow::Result<()> {
     collects(Dev::start(VARVE)?, true)
+}
+
+/// Puts copies of a layer where nothing refers to them.
+fn stray(store: &str, tenant: &str, names: &[&str]) -> anyhow::Result<Vec<std::path::PathBuf>> {
+    let layer = program("find", &[store, "-path", &format!("*/tenants/{tenant}/timelines/*/layers/*")])?;
+    let layer = Path::new(layer.lines().next().context("a layer")?).to_owned();
+    let timeline = layer.parent().and_then(Path::parent).context("a timeline's folder")?;
+    let tenant = timeline.parent().and_then(Path::parent).context("a tenant's folder")?;
+    let put = |name: &&str| {
+        let path = if name.starts_with("layers/") { timeline.join(name) } else { tenant.join(name) };
+        std::fs::create_dir_all(path.parent().context("a folder")?)?;
+        std::fs::copy(&layer, &path)?;
+        Ok(path)
+    };
+    names.iter().map(put).collect()
+}
+
+#[test]
+fn what_a_crash_left_is_found_and_deleted_and_nothing_else() -> anyhow::Result<()> {
+    let mut dev = Dev::start(VARVE)?;
+    dev.json(&["tenant", "create", "acme"])?;
+    let db = dev.compute("acme/main", &[])?;
+    program("pgbench", &["-iq", "-s", "1", &db])?;
+    psql(&db, "COPY (SELECT md5(i::text) FROM generate_series(1, 5000) i) TO PROGRAM 'cat > long.txt'")?;
+    let sum = psql(&db, SUM)?;
+    dev.json(&["compute", "stop", "acme/main"])?;
+    // Another generation owns it from here on.
+    dev.stop()?;
+    dev.run()?;
+    let id = "0123456789abcdef0123456789abcdef";
+    let (former, ours, gone) =
+        (format!("layers/00000001-{id}"), format!("layers/7fffffff-{id}"), format!("timelines/{id}/layers/00000001-{id}"));
+    let (old, new) = (format!("files/{id}"), format!("files/{}", id.replace('0', "1")));
+    let acme = dev.json(&["tenant", "show", "acme"])?["id"].as_str().context("an id")?.to_owned();
+    let strays = stray(&dev.store(), &acme, &[&former, &gone, &old, &ours, &new])?;
+    program("touch", &["-d", "2 days ago", &strays[2].display().to_string()])?;
+    dev.json(&["tenant", "collect", "acme"])?;
+    let left: Vec<bool> = strays.iter().map(|path| path.exists()).collect();
+    ensure!(
+        left == [false, false, false, true, true],
+        "of a former owner, a deleted timeline, an old file, a later owner, a new file: {left:?}"
+    );
+    for path in &strays[3..] {
+        std::fs::remove_file(path)?;
+    }
+    let (_, report) = layers(&dev)?;
+    ensure!(report["unreferenced"] == 0, "{report}");
+    let db = dev.compute("acme/main", &[])?;
+    ensure!(psql(&db, SUM)? == sum && psql(&db, "SELECT length(pg_read_file('long.txt')) > 100000")? == "t", "everything is there");
+    Ok(())
 }
 
 #[test]

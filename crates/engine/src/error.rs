@@ -169,6 +169,14 @@ pub enum EngineError {
         /// Its major.
         pg_version: u32,
     },
+    /// A list of kept pages that cannot be read.
+    #[error("the list of kept pages {path} cannot be read: {problem}")]
+    KeptPages {
+        /// Its name.
+        path: String,
+        /// Why.
+        problem: String,
+    },
     /// WAL that is neither kept nor in the WAL log.
     #[error("the WAL at {lsn} is not kept: {what_there_is}")]
     WalNotKept {

@@ -25,6 +25,7 @@ pub mod held;
 pub mod histories;
 pub mod ingest;
 pub mod moments;
+mod orphans;
 pub mod resolve;
 pub mod retention;
 pub mod scrub;

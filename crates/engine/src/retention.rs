@@ -8,7 +8,7 @@ use std::time::Duration;
 use varve_postgres::{Lsn, Timestamp};
 use varve_storage::ids::TimelineId;
 use varve_storage::retained::Retained;
-use varve_storage::tenant_log::{HistoryRow, TenantEdit, TenantState, TimelineState, removed_timelines};
+use varve_storage::tenant_log::{HistoryRow, TenantState, TimelineState, removed_timelines};
 
 use crate::error::EngineError;
 use crate::moments::{self, Found};
@@ -116,12 +116,10 @@ impl Tenant {
         let edits = |state: &TenantState| {
             let mut edits = state.expire(now.0)?;
             let gone: Vec<TimelineId> = removed_timelines(&edits).collect();
-            let is_known = |(timeline, lsn): &(TimelineId, Lsn)| {
-                !gone.contains(timeline) && state.timeline(*timeline).is_ok_and(|state| state.cutoff < *lsn)
-            };
-            edits.extend(
-                moves.iter().filter(|moved| is_known(moved)).map(|(timeline, lsn)| TenantEdit::Cutoff { timeline: *timeline, lsn: *lsn }),
-            );
+            let is_known = |(timeline, _): &&(TimelineId, Lsn)| !gone.contains(timeline) && state.timeline(*timeline).is_ok();
+            for (timeline, cutoff) in moves.iter().filter(is_known) {
+                edits.extend(state.cut_off(*timeline, *cutoff)?);
+            }
             Ok::<_, EngineError>((edits, gone))
         };
         if edits(&self.log().state())?.0.is_empty() {
@@ -136,6 +134,21 @@ impl Tenant {
             })
             .await?;
         Ok(removed)
+    }
+
+    /// Keeps a position of a timeline readable for `duration` from `now` on, or longer. Gives until when. Asked for
+    /// again and again, the log is written once in half of that time.
+    ///
+    /// # Errors
+    /// [`varve_storage::tenant_log::TenantError::Collected`]; when the log cannot be written.
+    pub async fn lease(&self, timeline: TimelineId, lsn: Lsn, now: Timestamp, duration: Duration) -> Result<Timestamp, EngineError> {
+        let micros = i64::try_from(duration.as_micros()).unwrap_or(i64::MAX);
+        if let Some(until) = self.log().state().leased_until(timeline, lsn).filter(|until| *until >= now.0.saturating_add(micros / 2)) {
+            return Ok(Timestamp(until));
+        }
+        let until = now.0.saturating_add(micros);
+        self.log().commit(|state| Ok::<_, EngineError>((state.lease(timeline, lsn, until)?, ()))).await?;
+        Ok(Timestamp(until))
     }
 
     /// After how long all that it has now will have left its window, so that it is worth to collect it once more; none
@@ -168,12 +181,16 @@ impl Tenant {
             live.flush_all().await?;
         }
         self.look_after_history(now, true).await?;
-        for live in opened {
+        for live in &opened {
             while live.wants_collection(&self.log().state()) {
                 live.touch();
                 live.merge_soon();
                 tokio::time::sleep(COLLECTED_POLL).await;
             }
+        }
+        let orphans = self.delete_orphans(now).await?;
+        if orphans > 0 {
+            tracing::info!(tenant = %self.name(), orphans, "objects that nothing referred to were deleted");
         }
         Ok(())
     }

@@ -175,7 +175,7 @@ impl<'a> Scrub<'a> {
         for timeline in state.timelines() {
             self.timeline(id, timeline.facts.id, &mut listed).await?;
         }
-        for (object, len) in self.files_of(&state).await? {
+        for (object, len) in files_of(self.store, &state, true).await? {
             listed.remove(&object);
             self.file(&object, len).await?;
         }
@@ -345,42 +345,53 @@ impl<'a> Scrub<'a> {
             return Ok(layers.chain(now.kept_wal().map(|piece| piece.object.clone())).collect());
         }
         match edit_log::read_state::<TenantState>(self.store, &tenant_folder(tenant)?).await {
-            Ok(Some((now, _))) => Ok(self.files_of(&now).await?.into_keys().collect()),
+            Ok(Some((now, _))) => Ok(files_of(self.store, &now, true).await?.into_keys().collect()),
             Ok(None) => Ok(BTreeSet::new()),
             Err(error) => unless_damaged(error).map(|()| BTreeSet::new()),
         }
     }
+}
 
-    /// The objects that hold files of a tenant's timelines, with the files' lengths, and those that lists of kept pages
-    /// name.
-    async fn files_of(&self, state: &TenantState) -> Result<BTreeMap<ObjectName, Option<u64>>, EngineError> {
-        let mut objects = BTreeMap::new();
-        let versions = state.timelines().flat_map(|timeline| timeline.files.iter());
-        for (path, contents) in versions.flat_map(|(path, versions)| versions.iter().map(move |(_, contents)| (path, contents))) {
-            let list = match &**contents {
-                FileContents::Removed => continue,
-                FileContents::Inline(bytes) => bytes.clone(),
-                FileContents::Object { name, len } => {
-                    let object: ObjectName = name.parse()?;
-                    objects.insert(object.clone(), Some(*len));
-                    if !path.starts_with(PAGES_FOLDER) {
-                        continue;
-                    }
-                    // One that cannot be read is told where it is checked.
-                    let bytes = self.store.get_optional(&object).await.ok().flatten().unwrap_or_default();
-                    envelope::decode(&FILE_FORMAT, name, &bytes).map(|decoded| decoded.content.to_vec()).unwrap_or_default()
-                }
-            };
-            if path.starts_with(PAGES_FOLDER)
-                && let Ok(list) = serde_json::from_slice::<serde_json::Value>(&list)
-            {
-                for name in names_in(&list) {
-                    objects.entry(name.parse()?).or_insert(None);
-                }
+/// The objects that hold files of a tenant's timelines, with the files' lengths, and those that lists of kept pages
+/// name. What a list names that is damaged is not known: then it is an error, or, where the damage is told elsewhere,
+/// left out.
+pub(crate) async fn files_of(
+    store: &Store,
+    state: &TenantState,
+    is_damage_told: bool,
+) -> Result<BTreeMap<ObjectName, Option<u64>>, EngineError> {
+    let mut objects = BTreeMap::new();
+    let mut lists = Vec::new();
+    for (path, versions) in state.timelines().flat_map(|timeline| timeline.files.iter()) {
+        for (_, contents) in versions {
+            if let FileContents::Object { name, len } = &**contents {
+                objects.insert(name.parse()?, Some(*len));
+            }
+            if path.starts_with(PAGES_FOLDER) {
+                lists.push((path.clone(), contents.clone()));
             }
         }
-        Ok(objects)
     }
+    for (path, contents) in lists {
+        match pieces_in(store, &path, &contents).await {
+            Ok(names) => objects.extend(names.into_iter().map(|name| (name, None))),
+            Err(_) if is_damage_told => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(objects)
+}
+
+/// The objects that a list of kept pages names.
+async fn pieces_in(store: &Store, path: &str, contents: &FileContents) -> Result<Vec<ObjectName>, EngineError> {
+    let list = match contents {
+        FileContents::Removed => return Ok(Vec::new()),
+        FileContents::Inline(bytes) => bytes.clone(),
+        FileContents::Object { name, .. } => envelope::decode(&FILE_FORMAT, name, &store.get(&name.parse()?).await?)?.content.to_vec(),
+    };
+    let list: serde_json::Value =
+        serde_json::from_slice(&list).map_err(|error| EngineError::KeptPages { path: path.to_owned(), problem: error.to_string() })?;
+    Ok(names_in(&list).map(str::parse).collect::<Result<_, _>>()?)
 }
 
 /// The names of objects in a list of kept pages (`varve_api::kept_pages`).
@@ -391,7 +402,7 @@ fn names_in(list: &serde_json::Value) -> impl Iterator<Item = &str> {
 }
 
 /// The timeline in whose folder an object stands.
-fn timeline_of(tenant: &ObjectName, object: &ObjectName) -> Option<TimelineId> {
+pub(crate) fn timeline_of(tenant: &ObjectName, object: &ObjectName) -> Option<TimelineId> {
     tenant.relative(object)?.strip_prefix("timelines/")?.split('/').next()?.parse().ok()
 }
 

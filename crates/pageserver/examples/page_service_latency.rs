@@ -79,6 +79,9 @@ impl TimelinePages for OnePage {
     fn list_slru(&self, _kind: SlruKind, _at: ReadLsn) -> Result<Vec<SlruSegmentSize>, SourceError> {
         Ok(Vec::new())
     }
+    fn lease(&self, lsn: Lsn) -> BoxFuture<'static, Result<String, SourceError>> {
+        async move { Err(SourceError::NotFound(lsn.to_string())) }.boxed()
+    }
     fn base_backup(&self, _lsn: Option<Lsn>, _options: BackupOptions, _sink: &mut dyn Write) -> Result<(), SourceError> {
         Ok(())
     }

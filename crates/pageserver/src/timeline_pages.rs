@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures::FutureExt as _;
+use futures::future::BoxFuture;
 use varve_engine::backup::{self, BackupOptions};
 use varve_engine::{EngineError, LiveTimeline, Tenant, catalog};
 use varve_postgres::page::ZERO_PAGE;
@@ -19,6 +20,10 @@ use varve_storage::relation::{self, RelationError};
 use varve_storage::timeline::Timeline;
 
 use crate::page_service::{Arrival, SourceError, TimelinePages};
+use crate::wall_clock;
+
+/// How long a position stays that somebody asks to keep; he asks again before that.
+const LEASE: Duration = Duration::from_secs(600);
 
 /// How long a read waits for an LSN that has not arrived.
 const ARRIVAL_WAIT_MAX: Duration = Duration::from_secs(60);
@@ -54,24 +59,35 @@ impl Pages {
 
     /// The LSN that must have been applied before `at` can be answered.
     fn wanted(&self, at: ReadLsn) -> Lsn {
-        if at.lsn == Lsn::MAX { self.live.positions().head().max(at.not_modified_since) } else { at.lsn }
+        if at.lsn == Lsn::MAX { self.live.positions().head().max(at.not_modified_since) } else { at.lsn.min(at.not_modified_since) }
     }
 
     /// The LSN to read at, now that the wait for it is over.
     fn arrived(&self, at: ReadLsn) -> Result<Lsn, SourceError> {
         let positions = self.live.positions();
         let newest = at.lsn == Lsn::MAX;
-        // Of what is newest only what was asked for must be there; more may have come since.
-        let wanted = if newest { at.not_modified_since } else { at.lsn };
-        if !newest && wanted < self.live.first_lsn() {
+        // Of what is newest only what was asked for must be there; more may have come since. What did not change since
+        // an earlier moment can be read as soon as that is there.
+        let wanted = if newest { at.not_modified_since } else { at.lsn.min(at.not_modified_since) };
+        if !newest && at.lsn < self.live.first_lsn() {
             return Err(SourceError::NotFound(format!(
-                "{wanted} is before the history of timeline {}, which begins at {}",
+                "{} is before the history of timeline {}, which begins at {}",
+                at.lsn,
                 self.live.id(),
                 self.live.first_lsn()
             )));
         }
+        if !newest && let Err(error) = self.history().check_kept(at.lsn) {
+            return Err(SourceError::NotFound(error.to_string()));
+        }
         if self.live.is_applied(wanted) {
-            return Ok(if newest { positions.applied() } else { wanted });
+            return Ok(if newest {
+                positions.applied()
+            } else if self.live.is_applied(at.lsn) {
+                at.lsn
+            } else {
+                positions.applied().min(at.lsn)
+            });
         }
         Err(not_there(&self.live, wanted))
     }
@@ -151,6 +167,8 @@ impl TimelinePages for Pages {
                         {
                             each(index, Ok(&ZERO_PAGE));
                         }
+                        // Others ask for pages in whole batches, of which the last are behind the end.
+                        Err(RelationError::BeyondEnd { .. }) => each(index, Ok(&ZERO_PAGE)),
                         Err(error) => each(index, Err(error.into())),
                     }
                 }
@@ -232,6 +250,19 @@ impl TimelinePages for Pages {
         }
         let size = |segno| segment_pages(extent.intervals(), segno).map(|pages| SlruSegmentSize { segno, pages });
         Ok(segments.into_iter().filter_map(size).collect())
+    }
+
+    fn lease(&self, lsn: Lsn) -> BoxFuture<'static, Result<String, SourceError>> {
+        let (tenant, timeline) = (self.tenant.clone(), self.live.id());
+        async move {
+            let now = wall_clock::now();
+            let kept = tenant.lease(timeline, lsn, now, LEASE).await.map_err(|error| match error {
+                EngineError::Tenant(error) => SourceError::NotFound(error.to_string()),
+                error => SourceError::NotReady(error.to_string()),
+            });
+            kept.map(wall_clock::rfc3339)
+        }
+        .boxed()
     }
 
     fn base_backup(&self, lsn: Option<Lsn>, options: BackupOptions, sink: &mut dyn Write) -> Result<(), SourceError> {

@@ -17,4 +17,4 @@ pub mod wire;
 
 pub use client::{BaseBackup, BaseBackupOptions, BlockingPageClient, PageClient, PageStream, ReadLsn};
 pub use connect::{ClientError, ConnectConfig, Endpoint};
-pub use message::{Answer, Header, Query, RelationSize, Request, Response, SlruSegmentSize};
+pub use message::{Answer, Header, Query, RelationSize, Request, Response, SlruSegmentSize, Version};

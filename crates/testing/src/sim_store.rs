@@ -248,7 +248,7 @@ impl ObjectClient for SimClient {
         self.request(move |store| {
             let objects = store.objects.lock();
             let below = objects.iter().filter(|(name, _)| prefix.relative(name).is_some());
-            Ok(below.map(|(name, bytes)| Listed { name: name.clone(), bytes: bytes.len() as u64 }).collect())
+            Ok(below.map(|(name, bytes)| Listed { name: name.clone(), bytes: bytes.len() as u64, written: None }).collect())
         })
         .boxed()
     }

@@ -116,7 +116,8 @@ impl LiveTimeline {
         if self.positions().stopped().is_some() {
             return Next::Done;
         }
-        // Nobody goes on with it, and its end is collected: what another server had of it beyond that counts for nobody.
+        // Nobody goes on with it, and its end is collected: what another server had of it beyond that counts for
+        // nobody.
         if self.is_over() {
             return Next::Done;
         }

@@ -243,6 +243,11 @@ impl LiveTimeline {
         !self.history.collected().holds(self.positions().applied())
     }
 
+    /// Its manifest, which is ours.
+    pub(crate) fn manifest(&self) -> &Manifest {
+        &self.manifest
+    }
+
     /// When it was looked at for what could be collected.
     pub(crate) fn looks(&self) -> &Looks {
         &self.looks
@@ -270,7 +275,9 @@ impl LiveTimeline {
         let now = (self.context.resources.clock)();
         now.duration_since(*self.used_at.lock()) >= unused
             && !positions.is_awaited()
-            && (positions.stopped().is_some() || self.is_over() || positions.layered() == positions.head() && self.to_note(Duration::ZERO).is_none())
+            && (positions.stopped().is_some()
+                || self.is_over()
+                || positions.layered() == positions.head() && self.to_note(Duration::ZERO).is_none())
             && self.history.memtable_is_empty()
             && self.context.queue.is_idle(self.tenant, self.facts.id)
             && self.writer.try_lock().is_ok_and(|writer| !writer.has_stream())

@@ -4,7 +4,7 @@ use bytes::{BufMut, BytesMut};
 use varve_postgres::{BlockNumber, RelFork};
 use varve_protocol::message::RESPONSE_SIZE_MAX;
 use varve_protocol::wire::backend;
-use varve_protocol::{Answer, Header, Query, ReadLsn, Request, Response};
+use varve_protocol::{Answer, Header, Query, ReadLsn, Request, Response, Version};
 
 use super::{SourceError, TimelinePages};
 
@@ -17,9 +17,9 @@ pub(super) fn moment(header: &Header) -> ReadLsn {
 }
 
 /// Appends a page as the answer to `request`.
-pub(super) fn put_page(request: &Request, page: &[u8], out: &mut BytesMut) {
+pub(super) fn put_page(version: Version, request: &Request, page: &[u8], out: &mut BytesMut) {
     backend::copy_data(out, |out| {
-        Response::encode_start(request, out);
+        Response::encode_start_as(version, request, out);
         out.put_slice(page);
     });
 }
@@ -28,7 +28,12 @@ pub(super) fn put_page(request: &Request, page: &[u8], out: &mut BytesMut) {
 ///
 /// # Errors
 /// [`SourceError::NotReady`], behind the answers before it: the connection is to end.
-pub(super) fn answer_all(timeline: &dyn TimelinePages, requests: &[Request], out: &mut BytesMut) -> Result<(), SourceError> {
+pub(super) fn answer_all(
+    version: Version,
+    timeline: &dyn TimelinePages,
+    requests: &[Request],
+    out: &mut BytesMut,
+) -> Result<(), SourceError> {
     let mut rest = requests;
     while let Some(first) = rest.first() {
         let at = moment(&first.header);
@@ -38,18 +43,19 @@ pub(super) fn answer_all(timeline: &dyn TimelinePages, requests: &[Request], out
         });
         let blocks: Vec<(RelFork, BlockNumber)> = run.collect();
         if blocks.is_empty() {
-            answer_one(timeline, first, at, out)?;
+            answer_one(version, timeline, first, at, out)?;
             rest = &rest[1..];
             continue;
         }
         let (asked, later) = rest.split_at(blocks.len());
-        answer_pages(timeline, asked, &blocks, at, out)?;
+        answer_pages(version, timeline, asked, &blocks, at, out)?;
         rest = later;
     }
     Ok(())
 }
 
 fn answer_pages(
+    version: Version,
     timeline: &dyn TimelinePages,
     asked: &[Request],
     blocks: &[(RelFork, BlockNumber)],
@@ -66,28 +72,34 @@ fn answer_pages(
         let Some(request) = asked.get(index) else { return };
         next += 1;
         match page {
-            Ok(page) => put_page(request, page, out),
+            Ok(page) => put_page(version, request, page, out),
             Err(error @ SourceError::NotReady(_)) => not_ready = Some(error),
-            Err(error) => put_error(request, &error, out),
+            Err(error) => put_error(version, request, &error, out),
         }
     });
     if let Some(error) = not_ready {
         return Err(error);
     }
     for request in &asked[next.min(asked.len())..] {
-        put_error(request, &SourceError::Failed("internal error: the page was not delivered".to_owned()), out);
+        put_error(version, request, &SourceError::Failed("internal error: the page was not delivered".to_owned()), out);
     }
     Ok(())
 }
 
-fn answer_one(timeline: &dyn TimelinePages, request: &Request, at: ReadLsn, out: &mut BytesMut) -> Result<(), SourceError> {
+fn answer_one(
+    version: Version,
+    timeline: &dyn TimelinePages,
+    request: &Request,
+    at: ReadLsn,
+    out: &mut BytesMut,
+) -> Result<(), SourceError> {
     match find(timeline, &request.query, at) {
         Ok(answer) => {
             let response = Response::new(*request, answer);
-            backend::copy_data(out, |out| response.encode(out));
+            backend::copy_data(out, |out| response.encode_as(version, out));
         }
         Err(error @ SourceError::NotReady(_)) => return Err(error),
-        Err(error) => put_error(request, &error, out),
+        Err(error) => put_error(version, request, &error, out),
     }
     Ok(())
 }
@@ -121,7 +133,7 @@ fn gather(read: impl FnOnce(&mut Vec<u8>) -> Result<(), SourceError>) -> Result<
 }
 
 /// Appends an error as the answer to `request`.
-pub(super) fn put_error(request: &Request, error: &SourceError, out: &mut BytesMut) {
+pub(super) fn put_error(version: Version, request: &Request, error: &SourceError, out: &mut BytesMut) {
     let response = Response::error(request.header, &error.to_string());
-    backend::copy_data(out, |out| response.encode(out));
+    backend::copy_data(out, |out| response.encode_as(version, out));
 }

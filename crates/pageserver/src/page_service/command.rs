@@ -1,6 +1,8 @@
 //! The commands of the page service, parsed.
 
 use varve_postgres::Lsn;
+use varve_postgres::lsn::ParseLsnError;
+use varve_protocol::Version;
 use varve_protocol::wire::{ServerMessage, backend::sqlstate};
 
 use super::BackupOptions;
@@ -11,15 +13,26 @@ const NAME_SIZE_MAX: usize = 256;
 /// What a client may ask for.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Command {
-    /// `pagestream_v3 <tenant> <timeline>`
+    /// `pagestream_v3 <tenant> <timeline>`, or `pagestream_v2` likewise
     PageStream {
+        /// Which form its messages have.
+        version: Version,
         /// The tenant, by id or name.
         tenant: String,
         /// The timeline, by id or by its branch's name.
         timeline: String,
     },
-    /// `basebackup <tenant> <timeline> [<lsn>] [--gzip] [--no-slru] [--newest-files] [--short-wal]`, or `fullbackup`
-    /// likewise
+    /// `lease lsn <tenant> <timeline> <lsn>`: the position stays readable for a while, whatever the tenant's window is.
+    Lease {
+        /// The tenant, by id or name.
+        tenant: String,
+        /// The timeline, by id or by its branch's name.
+        timeline: String,
+        /// The position.
+        lsn: Lsn,
+    },
+    /// `basebackup <tenant> <timeline> [<lsn>|latest] [--gzip] [--replica] [--no-slru] [--newest-files] [--short-wal]`,
+    /// or `fullbackup` likewise. A replica is given what any other server is: it is not told apart.
     Backup {
         /// The tenant, by id or name.
         tenant: String,
@@ -47,15 +60,27 @@ impl Command {
         let mut words = text.trim().trim_end_matches(';').split_ascii_whitespace();
         let Some(verb) = words.next() else { return Ok(Command::Empty) };
         let command = match verb {
-            "pagestream_v3" => {
-                Command::PageStream { tenant: take_name(&mut words, verb, "tenant")?, timeline: take_name(&mut words, verb, "timeline")? }
+            "pagestream_v3" | "pagestream_v2" => Command::PageStream {
+                version: if verb == "pagestream_v2" { Version::V2 } else { Version::V3 },
+                tenant: take_name(&mut words, verb, "tenant")?,
+                timeline: take_name(&mut words, verb, "timeline")?,
+            },
+            "lease" => {
+                if words.next() != Some("lsn") {
+                    return Err(syntax("lease: write lease lsn <tenant> <timeline> <lsn>".to_owned()));
+                }
+                let (tenant, timeline) = (take_name(&mut words, "lease lsn", "tenant")?, take_name(&mut words, "lease lsn", "timeline")?);
+                let lsn =
+                    words.next().ok_or_else(|| syntax("lease lsn needs a tenant, a timeline and an LSN: the LSN is missing".to_owned()))?;
+                Command::Lease { tenant, timeline, lsn: parse_lsn(lsn)? }
             }
             "basebackup" | "fullbackup" => Self::parse_backup(verb, &mut words)?,
             _ if verb.eq_ignore_ascii_case("set") => return Ok(Command::Set),
             _ => {
                 return Err(syntax(format!(
-                    "unknown command '{}': the page service knows pagestream_v3 <tenant> <timeline>, basebackup <tenant> <timeline> [<lsn>] \
-                     [--gzip] [--no-slru] [--newest-files] [--short-wal] and fullbackup likewise; for SQL, connect to a compute",
+                    "unknown command '{}': the page service knows pagestream_v3 <tenant> <timeline>, pagestream_v2 likewise, \
+                     lease lsn <tenant> <timeline> <lsn>, basebackup <tenant> <timeline> [<lsn>|latest] [--gzip] [--replica] [--no-slru] \
+                     [--newest-files] [--short-wal] and fullbackup likewise; for SQL, connect to a compute",
                     cut(verb)
                 )));
             }
@@ -69,24 +94,27 @@ impl Command {
     fn parse_backup<'a>(verb: &str, words: &mut impl Iterator<Item = &'a str>) -> Result<Command, ServerMessage> {
         let tenant = take_name(words, verb, "tenant")?;
         let timeline = take_name(words, verb, "timeline")?;
-        let (mut lsn, mut gzip) = (None, false);
+        let (mut lsn, mut gzip, mut is_moment_given) = (None, false, false);
         let mut options = BackupOptions { full: verb == "fullbackup", no_slru: false, newest_files: false, short_wal: false };
         for word in words {
             match word {
                 "--gzip" => gzip = true,
+                "--replica" => {}
                 "--no-slru" => options.no_slru = true,
                 "--newest-files" => options.newest_files = true,
                 "--short-wal" => options.short_wal = true,
                 _ if word.starts_with('-') => return Err(syntax(format!("{verb}: unknown option '{}'", cut(word)))),
-                _ if lsn.is_some() => return Err(syntax(format!("{verb}: '{}' is one word too many", cut(word)))),
-                _ => {
-                    let parsed = word.parse::<Lsn>();
-                    lsn = Some(parsed.map_err(|error| ServerMessage::error(sqlstate::INVALID_PARAMETER_VALUE, error.to_string()))?);
-                }
+                _ if is_moment_given => return Err(syntax(format!("{verb}: '{}' is one word too many", cut(word)))),
+                "latest" => is_moment_given = true,
+                _ => (lsn, is_moment_given) = (Some(parse_lsn(word)?), true),
             }
         }
         Ok(Command::Backup { tenant, timeline, lsn, gzip, options })
     }
+}
+
+fn parse_lsn(word: &str) -> Result<Lsn, ServerMessage> {
+    word.parse().map_err(|error: ParseLsnError| ServerMessage::error(sqlstate::INVALID_PARAMETER_VALUE, error.to_string()))
 }
 
 fn take_name<'a>(words: &mut impl Iterator<Item = &'a str>, verb: &str, what: &str) -> Result<String, ServerMessage> {
@@ -111,7 +139,7 @@ mod tests {
 
     #[test]
     fn commands_are_understood() {
-        let stream = Command::PageStream { tenant: "acme".into(), timeline: "main".into() };
+        let stream = Command::PageStream { version: Version::V3, tenant: "acme".into(), timeline: "main".into() };
         assert_eq!(Command::parse("pagestream_v3 acme main"), Ok(stream.clone()));
         assert_eq!(Command::parse("  pagestream_v3  acme\tmain ;"), Ok(stream));
         let backup = |lsn, gzip, full, no_slru| {
@@ -121,6 +149,11 @@ mod tests {
         assert_eq!(Command::parse("basebackup a m"), backup(None, false, false, false));
         assert_eq!(Command::parse("basebackup a m 0/16B3748 --gzip"), backup(Some(Lsn(0x16B_3748)), true, false, false));
         assert_eq!(Command::parse("basebackup a m --no-slru 0/28"), backup(Some(Lsn(0x28)), false, false, true));
+        assert_eq!(Command::parse("basebackup a m latest --replica"), backup(None, false, false, false));
+        let old = Command::PageStream { version: Version::V2, tenant: "acme".into(), timeline: "main".into() };
+        assert_eq!(Command::parse("pagestream_v2 acme main"), Ok(old));
+        let lease = Command::Lease { tenant: "a".into(), timeline: "m".into(), lsn: Lsn(0x28) };
+        assert_eq!(Command::parse("lease lsn a m 0/28"), Ok(lease));
         assert_eq!(Command::parse("fullbackup a m"), backup(None, false, true, false));
         assert_eq!(Command::parse("SET datestyle TO 'ISO'"), Ok(Command::Set));
         assert_eq!(Command::parse(" ;"), Ok(Command::Empty));
@@ -130,7 +163,10 @@ mod tests {
     fn what_is_not_understood_is_told_why() {
         for (text, why) in [
             ("SELECT 1", "unknown command 'SELECT'"),
-            ("pagestream_v2 a m", "unknown command 'pagestream_v2'"),
+            ("pagestream_v1 a m", "unknown command 'pagestream_v1'"),
+            ("lease a m 0/1", "write lease lsn"),
+            ("lease lsn a m", "the LSN is missing"),
+            ("basebackup a m latest 0/2", "'0/2' is one word too many"),
             ("pagestream_v3", "the tenant is missing"),
             ("pagestream_v3 a", "the timeline is missing"),
             ("pagestream_v3 a m x", "'x' is one word too many"),

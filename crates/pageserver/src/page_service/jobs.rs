@@ -14,7 +14,7 @@ use futures::FutureExt;
 use tokio::sync::oneshot;
 use varve_postgres::{BLCKSZ, slru::PAGES_PER_SEGMENT};
 use varve_protocol::wire::{ServerMessage, backend::sqlstate};
-use varve_protocol::{Query, Request};
+use varve_protocol::{Query, Request, Version};
 
 use super::answer::{answer_all, put_error};
 use super::connection::End;
@@ -42,6 +42,7 @@ struct Job {
 
 /// See the module's doc.
 pub(super) struct Jobs {
+    version: Version,
     timeline: Arc<dyn TimelinePages>,
     pool: FairPool,
     list: VecDeque<Job>,
@@ -50,8 +51,8 @@ pub(super) struct Jobs {
 }
 
 impl Jobs {
-    pub(super) fn new(timeline: Arc<dyn TimelinePages>, pool: FairPool) -> Jobs {
-        Jobs { timeline, pool, list: VecDeque::new(), size: 0 }
+    pub(super) fn new(version: Version, timeline: Arc<dyn TimelinePages>, pool: FairPool) -> Jobs {
+        Jobs { version, timeline, pool, list: VecDeque::new(), size: 0 }
     }
 
     pub(super) fn is_empty(&self) -> bool {
@@ -72,7 +73,7 @@ impl Jobs {
         let estimate = requests.iter().map(answer_size).sum();
         let state = match arrival {
             Some(arrival) => State::Waits { arrival, requests },
-            None => State::Runs(start(&self.timeline, &self.pool, requests, estimate)),
+            None => State::Runs(start(self.version, &self.timeline, &self.pool, requests, estimate)),
         };
         self.size += estimate;
         self.list.push_back(Job { state, estimate });
@@ -98,8 +99,8 @@ impl Jobs {
             {
                 let requests = std::mem::take(requests);
                 *state = State::Runs(match arrived {
-                    Ok(()) => start(&self.timeline, &self.pool, requests, *estimate),
-                    Err(error) => refused(&requests, &error),
+                    Ok(()) => start(self.version, &self.timeline, &self.pool, requests, *estimate),
+                    Err(error) => refused(self.version, &requests, &error),
                 });
             }
         }
@@ -116,25 +117,31 @@ impl Jobs {
     }
 }
 
-fn start(timeline: &Arc<dyn TimelinePages>, pool: &FairPool, requests: Vec<Request>, estimate: usize) -> oneshot::Receiver<JobResult> {
+fn start(
+    version: Version,
+    timeline: &Arc<dyn TimelinePages>,
+    pool: &FairPool,
+    requests: Vec<Request>,
+    estimate: usize,
+) -> oneshot::Receiver<JobResult> {
     let tenant = timeline.tenant();
     let timeline = timeline.clone();
     pool.run(tenant, move || {
         let mut out = BytesMut::with_capacity(estimate);
-        let result = answer_all(&*timeline, &requests, &mut out);
+        let result = answer_all(version, &*timeline, &requests, &mut out);
         (out, result)
     })
 }
 
 /// The answers to requests whose moment did not arrive.
-fn refused(requests: &[Request], error: &SourceError) -> oneshot::Receiver<JobResult> {
+fn refused(version: Version, requests: &[Request], error: &SourceError) -> oneshot::Receiver<JobResult> {
     let (sender, receiver) = oneshot::channel();
     let mut out = BytesMut::new();
     let result = match error {
         // The connection is to end, so that its client looks for the timeline again.
         SourceError::NotReady(_) => Err(error.clone()),
         SourceError::NotFound(_) | SourceError::Failed(_) => {
-            requests.iter().for_each(|request| put_error(request, error, &mut out));
+            requests.iter().for_each(|request| put_error(version, request, error, &mut out));
             Ok(())
         }
     };

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use bytes::{Buf, BytesMut};
 use varve_protocol::message::REQUEST_SIZE_MAX;
 use varve_protocol::wire::{FRAME_HEADER_SIZE, ServerMessage, backend, backend::sqlstate, peek_frame};
-use varve_protocol::{Query, ReadLsn, Request};
+use varve_protocol::{Query, ReadLsn, Request, Version};
 
 use super::answer::{moment, put_page};
 use super::connection::{Connection, End, Waited};
@@ -43,6 +43,7 @@ pub(super) enum StreamEnd {
 
 /// A page stream on a connection, from `CopyBothResponse` to the client's `CopyDone`.
 pub(super) struct PageStream<'a> {
+    version: Version,
     connection: &'a mut Connection,
     timeline: Arc<dyn TimelinePages>,
     batch: Batch,
@@ -53,9 +54,14 @@ pub(super) struct PageStream<'a> {
 }
 
 impl<'a> PageStream<'a> {
-    pub(super) fn new(connection: &'a mut Connection, timeline: Arc<dyn TimelinePages>, pool: FairPool) -> PageStream<'a> {
-        let jobs = Jobs::new(timeline.clone(), pool);
-        PageStream { connection, timeline, batch: Batch::default(), jobs, end: None }
+    pub(super) fn new(
+        version: Version,
+        connection: &'a mut Connection,
+        timeline: Arc<dyn TimelinePages>,
+        pool: FairPool,
+    ) -> PageStream<'a> {
+        let jobs = Jobs::new(version, timeline.clone(), pool);
+        PageStream { version, connection, timeline, batch: Batch::default(), jobs, end: None }
     }
 
     /// Serves until the client ends its side; the connection can be used for other commands then.
@@ -108,7 +114,7 @@ impl<'a> PageStream<'a> {
             let body = &self.connection.input[FRAME_HEADER_SIZE..FRAME_HEADER_SIZE + body_len];
             match tag {
                 b'd' => {
-                    let request = Request::decode(body).map_err(|error| violation(error.to_string()))?;
+                    let request = Request::decode_as(self.version, body).map_err(|error| violation(error.to_string()))?;
                     self.connection.input.advance(FRAME_HEADER_SIZE + body_len);
                     self.take_request(request);
                 }
@@ -136,8 +142,8 @@ impl<'a> PageStream<'a> {
             && self.batch.requests.is_empty()
             && self.jobs.is_empty()
         {
-            let output = &mut self.connection.output;
-            let mut put = |page: &varve_postgres::Page| put_page(&request, page, output);
+            let (version, output) = (self.version, &mut self.connection.output);
+            let mut put = |page: &varve_postgres::Page| put_page(version, &request, page, output);
             if self.timeline.try_get_page_cached(rel, blkno, at, &mut put) {
                 return;
             }

@@ -158,14 +158,27 @@ impl<'a> Session<'a> {
         match command {
             Command::Empty => backend::empty(b'I', &mut self.connection.output),
             Command::Set => backend::command_complete("SET", &mut self.connection.output),
-            Command::PageStream { tenant, timeline } => {
+            Command::Lease { tenant, timeline, lsn } => {
+                let timeline = match self.resolve(tenant, timeline).await? {
+                    Ok(timeline) => timeline,
+                    Err(error) => return Ok(Err(error)),
+                };
+                match self.connection.wait_unread(timeline.lease(lsn)).await? {
+                    Ok(until) => {
+                        backend::text_row("valid_until", &until, &mut self.connection.output);
+                        backend::command_complete("SELECT 1", &mut self.connection.output);
+                    }
+                    Err(error) => return Ok(Err(ServerMessage::error(error.sqlstate(), error.to_string()))),
+                }
+            }
+            Command::PageStream { version, tenant, timeline } => {
                 tracing::info!(peer = %self.connection.peer, tenant, timeline, "page stream");
                 let timeline = match self.resolve(tenant, timeline).await? {
                     Ok(timeline) => timeline,
                     Err(error) => return Ok(Err(error)),
                 };
                 backend::copy_both_response(&mut self.connection.output);
-                match PageStream::new(self.connection, timeline, self.shared.jobs.clone()).run().await? {
+                match PageStream::new(version, self.connection, timeline, self.shared.jobs.clone()).run().await? {
                     StreamEnd::Done => put_end(&mut self.connection.output),
                     StreamEnd::GivenUp => {
                         tracing::debug!(peer = %self.connection.peer, "the client gave up its page stream");

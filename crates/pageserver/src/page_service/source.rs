@@ -161,6 +161,12 @@ pub trait TimelinePages: Send + Sync + 'static {
     /// [`SourceError`] says why not.
     fn list_slru(&self, kind: SlruKind, at: ReadLsn) -> Result<Vec<SlruSegmentSize>, SourceError>;
 
+    /// Keeps `lsn` readable for a while, whatever the tenant's window is. Gives until when, RFC 3339. Must not block.
+    ///
+    /// # Errors
+    /// [`SourceError::NotFound`] when it is not kept any more.
+    fn lease(&self, lsn: Lsn) -> BoxFuture<'static, Result<String, SourceError>>;
+
     /// Writes a base backup as a tar archive into `sink`, at `lsn` or else at the newest LSN. A `sink` that fails has
     /// lost its client, or has no more room: an ordinary end, and nothing for a log.
     ///

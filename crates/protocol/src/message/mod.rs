@@ -23,8 +23,19 @@
 //!  35 / 135  SLRU range      kind u8, segment u32, first u32, n u32            u32 count, pages
 //! ```
 //!
+//! Version 2 ([`Version::V2`]) has no request id, and its responses repeat nothing: a tag, then the answer or the text.
+//!
 //! Decoding is total: any bytes give a message or a [`MessageError`], a message has no bytes left over, and no length
 //! field makes anything be allocated that did not arrive.
+
+/// Which form the messages of a stream have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Version {
+    /// `pagestream_v2`: answers are told by their order alone.
+    V2,
+    /// `pagestream_v3`.
+    V3,
+}
 
 mod cursor;
 mod request;

@@ -3,7 +3,7 @@
 use bytes::{Buf, BufMut};
 use varve_postgres::{BlockNumber, Fork, Lsn, Oid, RelFork, RelNode, slru::SlruKind};
 
-use super::{MessageError, RANGE_PAGES_MAX, cursor::Cursor};
+use super::{MessageError, RANGE_PAGES_MAX, Version, cursor::Cursor};
 
 /// What every request begins with and every response repeats.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -77,9 +77,9 @@ impl Header {
         out.put_u64(self.not_modified_since.0);
     }
 
-    pub(super) fn decode(cursor: &mut Cursor<impl Buf>) -> Result<Header, MessageError> {
+    pub(super) fn decode(version: Version, cursor: &mut Cursor<impl Buf>) -> Result<Header, MessageError> {
         Ok(Header {
-            request_id: cursor.u64("request id")?,
+            request_id: if version == Version::V2 { 0 } else { cursor.u64("request id")? },
             request_lsn: Lsn(cursor.u64("request LSN")?),
             not_modified_since: Lsn(cursor.u64("not-modified-since LSN")?),
         })
@@ -198,9 +198,17 @@ impl Request {
     /// # Errors
     /// [`MessageError`] says what is wrong with them.
     pub fn decode(bytes: &[u8]) -> Result<Request, MessageError> {
+        Self::decode_as(Version::V3, bytes)
+    }
+
+    /// The request of a stream of this version that `bytes` are.
+    ///
+    /// # Errors
+    /// [`MessageError`] says what is wrong with them.
+    pub fn decode_as(version: Version, bytes: &[u8]) -> Result<Request, MessageError> {
         let (&tag, rest) = bytes.split_first().ok_or(MessageError::Short { tag: 0, field: "tag", missing: 1 })?;
         let mut cursor = Cursor::new(rest, tag);
-        let request = Request { header: Header::decode(&mut cursor)?, query: Query::decode(tag, &mut cursor)? };
+        let request = Request { header: Header::decode(version, &mut cursor)?, query: Query::decode(tag, &mut cursor)? };
         cursor.end()?;
         Ok(request)
     }

@@ -4,7 +4,8 @@ use bytes::{Buf, BufMut, Bytes};
 use varve_postgres::{BLCKSZ, BlockNumber, Fork, Oid};
 
 use super::{
-    ERROR_TEXT_SIZE_MAX, Header, MessageError, Query, RANGE_PAGES_MAX, Request, SEGMENT_SIZE_MAX, cursor::Cursor, request::take_fork,
+    ERROR_TEXT_SIZE_MAX, Header, MessageError, Query, RANGE_PAGES_MAX, Request, SEGMENT_SIZE_MAX, Version, cursor::Cursor,
+    request::take_fork,
 };
 
 const ERROR_TAG: u8 = 103;
@@ -231,14 +232,21 @@ impl Response {
 
     /// Appends this response's bytes to `out`.
     pub fn encode(&self, out: &mut impl BufMut) {
+        self.encode_as(Version::V3, out);
+    }
+
+    /// Appends this response's bytes to `out`, in a stream of this version.
+    pub fn encode_as(&self, version: Version, out: &mut impl BufMut) {
         match self {
             Response::Answer { request, answer } => {
-                Self::encode_start(request, out);
+                Self::encode_start_as(version, request, out);
                 answer.encode(out);
             }
             Response::Error { header, message } => {
                 out.put_u8(ERROR_TAG);
-                header.encode(out);
+                if version == Version::V3 {
+                    header.encode(out);
+                }
                 out.put_slice(message.as_bytes());
                 out.put_u8(0);
             }
@@ -248,9 +256,16 @@ impl Response {
     /// Appends what a response to `request` begins with: the answer's bytes follow. For servers that have a page at
     /// hand and copy it once.
     pub fn encode_start(request: &Request, out: &mut impl BufMut) {
+        Self::encode_start_as(Version::V3, request, out);
+    }
+
+    /// The same in a stream of this version.
+    pub fn encode_start_as(version: Version, request: &Request, out: &mut impl BufMut) {
         out.put_u8(response_tag(&request.query));
-        request.header.encode(out);
-        request.query.encode(out);
+        if version == Version::V3 {
+            request.header.encode(out);
+            request.query.encode(out);
+        }
     }
 
     /// The response that `bytes` are; pages in it are views of them.
@@ -260,7 +275,7 @@ impl Response {
     pub fn decode(bytes: &Bytes) -> Result<Response, MessageError> {
         let tag = *bytes.first().ok_or(MessageError::Short { tag: 0, field: "tag", missing: 1 })?;
         let mut cursor = Cursor::new(bytes.slice(1..), tag);
-        let header = Header::decode(&mut cursor)?;
+        let header = Header::decode(Version::V3, &mut cursor)?;
         if tag == ERROR_TAG {
             let text = cursor.bytes("text", cursor.remaining())?;
             let text = match text.split_last() {

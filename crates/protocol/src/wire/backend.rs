@@ -361,6 +361,28 @@ pub fn no_parameters(out: &mut BytesMut) {
     put_frame(b't', out, |out| out.put_u16(0));
 }
 
+/// Appends a result of one row with one column of text: its description and the row.
+pub fn text_row(column: &str, value: &str, out: &mut BytesMut) {
+    /// Oid of the type `text`.
+    const TEXT: u32 = 25;
+    put_frame(b'T', out, |out| {
+        out.put_u16(1);
+        out.put_slice(column.as_bytes());
+        out.put_u8(0);
+        out.put_u32(0); // of no table
+        out.put_u16(0);
+        out.put_u32(TEXT);
+        out.put_i16(-1); // of any length
+        out.put_i32(-1);
+        out.put_u16(0); // as text
+    });
+    put_frame(b'D', out, |out| {
+        out.put_u16(1);
+        out.put_u32(value.len() as u32);
+        out.put_slice(value.as_bytes());
+    });
+}
+
 /// Appends "of protocol 3, minor version 0 is the newest that I speak".
 pub fn negotiate_protocol_version(out: &mut BytesMut) {
     put_frame(b'v', out, |out| {

@@ -26,6 +26,8 @@ pub struct Listed {
     pub name: ObjectName,
     /// Its length.
     pub bytes: u64,
+    /// When it was written, as the store says: microseconds since 1970-01-01 UTC. None where nobody knows.
+    pub written: Option<i64>,
 }
 
 /// Which of a folder's objects a page has.

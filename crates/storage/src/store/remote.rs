@@ -161,7 +161,7 @@ impl ObjectClient for Remote {
             while let Some(object) = objects.try_next().await.map_err(|e| client_error(&e))? {
                 let name = object.location.as_ref().strip_prefix(&self.prefix).and_then(|name| name.parse().ok());
                 match name {
-                    Some(name) => listed.push(Listed { name, bytes: object.size }),
+                    Some(name) => listed.push(Listed { name, bytes: object.size, written: Some(object.last_modified.timestamp_micros()) }),
                     // Somebody's editor backup or a store's own marker: none of ours, so none of our business.
                     None => tracing::debug!(object = %object.location, store = ?self.paging, "listing skips a foreign name"),
                 }

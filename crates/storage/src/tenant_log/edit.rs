@@ -339,6 +339,16 @@ pub enum TenantEdit {
         #[serde(with = "crate::row_fields::lsn")]
         lsn: Lsn,
     },
+    /// A version of a file without WAL is shown at no moment that is retained.
+    FileForgotten {
+        /// The timeline.
+        timeline: TimelineId,
+        /// Path relative to the data directory.
+        path: String,
+        /// From where on it counted.
+        #[serde(with = "crate::row_fields::lsn")]
+        lsn: Lsn,
+    },
 }
 
 /// A password of the superuser `postgres`.
@@ -355,7 +365,7 @@ pub struct PasswordRow {
 
 impl TenantEdit {
     /// How many kinds there are. A row of a kind at or above this was written by a newer release.
-    pub const KINDS: u32 = 27;
+    pub const KINDS: u32 = 28;
 }
 
 /// Who did what, when.
@@ -374,7 +384,7 @@ mod tests {
     #[test]
     fn the_last_kind_is_counted() {
         // Postcard writes a variant's number first. Whoever adds a kind after this one must count it, and name it here.
-        let last = TenantEdit::EpochBase { timeline: TimelineId([1; 16]), epoch: WriterEpoch(1), lsn: Lsn(1) };
+        let last = TenantEdit::FileForgotten { timeline: TimelineId([1; 16]), path: String::new(), lsn: Lsn(1) };
         let row = postcard::to_stdvec(&last).unwrap();
         assert_eq!(u32::from(row[0]) + 1, TenantEdit::KINDS);
     }

@@ -125,6 +125,30 @@ impl TenantState {
         Ok(vec![TenantEdit::Lease(LeaseRow { timeline, lsn, expires })])
     }
 
+    /// The edits that cut a timeline's own history off at `cutoff`, with the versions of files that no retained moment
+    /// shows then; none where it is cut off there already.
+    ///
+    /// # Errors
+    /// [`TenantError::UnknownTimeline`].
+    pub fn cut_off(&self, timeline: TimelineId, cutoff: Lsn) -> Result<Vec<TenantEdit>, TenantError> {
+        let state = self.timeline(timeline)?;
+        if cutoff <= state.cutoff {
+            return Ok(Vec::new());
+        }
+        let points = self.retained(timeline)?.from(cutoff).points_upto(cutoff);
+        let mut edits = vec![TenantEdit::Cutoff { timeline, lsn: cutoff }];
+        for (path, versions) in &state.files {
+            // What a point shows is the newest version at or before it.
+            let is_shown = |number: usize, lsn: Lsn| {
+                let next = versions.get(number + 1).map_or(Lsn::MAX, |(next, _)| *next);
+                lsn > cutoff || points.iter().any(|point| lsn <= *point && *point < next)
+            };
+            let gone = versions.iter().enumerate().filter(|(number, (lsn, _))| !is_shown(*number, *lsn));
+            edits.extend(gone.map(|(_, (lsn, _))| TenantEdit::FileForgotten { timeline, path: path.clone(), lsn: *lsn }));
+        }
+        Ok(edits)
+    }
+
     /// When a lease on a position of a timeline ends; none where there is none.
     pub fn leased_until(&self, timeline: TimelineId, lsn: Lsn) -> Option<i64> {
         self.timeline(self.owner_of(timeline, lsn).ok()?).ok()?.leases.get(&lsn).copied()

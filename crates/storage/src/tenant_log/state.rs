@@ -428,6 +428,15 @@ impl TenantState {
                     None => versions.push((*lsn, contents)),
                 }
             }
+            TenantEdit::FileForgotten { timeline, path, lsn } => {
+                let state = self.change(*timeline)?;
+                if let Some(versions) = state.files.get_mut(path) {
+                    versions.retain(|(at, _)| at != lsn);
+                    if versions.is_empty() {
+                        state.files.remove(path);
+                    }
+                }
+            }
             TenantEdit::Endpoint(row) => {
                 if !self.branches.contains_key(&row.branch) {
                     return Err(TenantError::UnknownBranch(row.branch.to_string()));

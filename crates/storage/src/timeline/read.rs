@@ -148,8 +148,11 @@ impl Timeline {
         Err(ReadError::Collected { timeline: self.spec.id, lsn, cutoff: collected.cutoff })
     }
 
-    /// The same of the ancestors, too.
-    pub(super) fn check_collected_below(&self, lsn: Lsn) -> Result<(), ReadError> {
+    /// That nothing was collected that a read at `lsn` needs, here or on the ancestors. It may be the next moment.
+    ///
+    /// # Errors
+    /// [`ReadError::Collected`].
+    pub fn check_kept(&self, lsn: Lsn) -> Result<(), ReadError> {
         let (mut timeline, mut upto) = (self, lsn);
         for _ in 0..ANCESTORS_MAX {
             timeline.check_collected(upto)?;

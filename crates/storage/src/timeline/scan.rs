@@ -90,7 +90,7 @@ impl Timeline {
             let batch = next_keys(&mut sources, to).map_err(|error| HistoryError(error.to_string()))?;
             if batch.is_empty() {
                 // Where keys came from may have been reduced since, or before.
-                return Ok(self.check_collected_below(lsn)?);
+                return Ok(self.check_kept(lsn)?);
             }
             let values = self.values(&batch, floor, lsn)?;
             for (key, value) in batch.into_iter().zip(values) {

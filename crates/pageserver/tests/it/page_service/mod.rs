@@ -97,6 +97,31 @@ async fn answers_are_right_and_in_the_order_of_the_requests() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn clients_of_the_second_version_get_bare_answers() {
+    let served = Served::start(PageServiceConfig::default()).await;
+    let mut raw = served.raw().await;
+    raw.log_in().await;
+    raw.command("pagestream_v2 acme main").await;
+    assert_eq!(raw.message().await, Some(BackendMessage::CopyBothResponse));
+    // Warm and cold, a size, and one behind the end; without ids.
+    let queries = [Query::GetPage(REL, 7), Query::Nblocks(REL), Query::GetPage(REL, BLOCKS), Query::GetPage(REL, 8), Query::Exists(REL)];
+    for query in queries {
+        let mut v3 = BytesMut::new();
+        request(9, query).encode(&mut v3);
+        raw.send(|out| frontend::copy_data(out, |out| out.extend_from_slice(&[&v3[..1], &v3[9..]].concat()))).await;
+    }
+    for query in queries {
+        let Some(BackendMessage::CopyData(bytes)) = raw.message().await else { panic!("expected the answer to {query:?}") };
+        match query {
+            Query::GetPage(_, BLOCKS) => assert!(bytes[0] == 103 && bytes.ends_with(&[0]), "an error is a tag and a text: {bytes:?}"),
+            Query::GetPage(_, blkno) => assert_eq!(bytes[..], [&[102][..], &page(REL, blkno, AT.lsn)[..]].concat()[..]),
+            Query::Nblocks(_) => assert_eq!(bytes[..], [&[101][..], &BLOCKS.to_be_bytes()].concat()[..]),
+            _ => assert_eq!(bytes[..], [100, 1]),
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn our_own_clients_get_what_they_ask_for() {
     let served = Served::start(PageServiceConfig::default()).await;
     let stream = PageClient::connect(&served.config()).await.expect("log in").pagestream_v3("acme", "main").await.expect("a stream");

@@ -266,6 +266,28 @@ fn what_is_behind_the_cutoff_can_be_read_only_where_something_holds_it() {
 }
 
 #[test]
+fn versions_of_files_go_that_no_retained_moment_shows() {
+    let file = |lsn: u64, text: &str| TenantEdit::File {
+        timeline: TimelineId([1; 16]),
+        path: "postgresql.auto.conf".to_owned(),
+        lsn: Lsn(lsn),
+        contents: FileContents::Inline(text.as_bytes().to_vec()),
+    };
+    let mut state = state(&[timeline(1, 1, None), branch("main", 1), timeline(2, 2, Some((1, 25))), branch("child", 2)]);
+    [(10, "a"), (20, "b"), (30, "c"), (40, "d"), (60, "e")].iter().for_each(|(lsn, text)| state.apply(&file(*lsn, text)).unwrap());
+    let at = |state: &TenantState, id: u8, lsn: u64| state.files_at(TimelineId([id; 16]), Lsn(lsn)).unwrap();
+    let main = TimelineId([1; 16]);
+    let shown: Vec<_> = [25, 50, 59, 60].iter().map(|lsn| at(&state, 1, *lsn)).collect();
+    let of_child = at(&state, 2, 25);
+    state.cut_off(main, Lsn(50)).unwrap().iter().for_each(|edit| state.apply(edit).unwrap());
+    let left: Vec<u64> = state.timeline(main).unwrap().files["postgresql.auto.conf"].iter().map(|(lsn, _)| lsn.0).collect();
+    assert_eq!(left, [20, 40, 60], "those of the child, of the cutoff, and after it");
+    assert_eq!([25, 50, 59, 60].iter().map(|lsn| at(&state, 1, *lsn)).collect::<Vec<_>>(), shown);
+    assert_eq!(at(&state, 2, 25), of_child);
+    assert!(state.cut_off(main, Lsn(50)).unwrap().is_empty());
+}
+
+#[test]
 fn of_a_timeline_without_a_name_only_what_others_hold_is_retained() {
     let mut state = state(&[timeline(1, 1, None), branch("main", 1), timeline(2, 2, Some((1, 50))), branch("child", 2)]);
     let main = TimelineId([1; 16]);
