@@ -27,3 +27,4 @@ mod two_machines;
 mod verify;
 mod waiting_commits;
 mod way_back;
+mod written_blocks;

@@ -235,6 +235,9 @@ pub struct Compute {
     /// Its block cache, as it was some seconds ago; none until it has told.
     #[serde(default)]
     pub cache: Option<CacheUse>,
+    /// The LSNs at which its data directory reads pages, or is about to; none until it has told.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub bases: Vec<String>,
     /// How much of the machine it may take: the least and the most.
     #[serde(default)]
     pub size: Size,
@@ -303,9 +306,15 @@ pub struct CacheUse {
     pub blocks_fetched: u64,
     /// Blocks that were dropped to make room.
     pub blocks_evicted: u64,
+    /// How often its base moved on, to a checkpoint of Postgres's.
+    #[serde(default)]
+    pub rebases: u64,
+    /// Blocks that were written, and that may be dropped since the base moved on.
+    #[serde(default)]
+    pub blocks_handed_over: u64,
     /// Bytes that the page service has as well, and that may be dropped.
     pub cached_bytes: u64,
-    /// Bytes that were written, and stay until the compute ends.
+    /// Bytes that were written, and stay until the base has them, too.
     pub dirty_bytes: u64,
     /// What both should not exceed together; none: whatever there is. They do where `dirty_bytes` alone does.
     pub limit_bytes: Option<u64>,

@@ -243,7 +243,7 @@ pub struct StartupBlocks {
 
 /// Body of `POST /v1/computes/{id}/cache`, sent now and then, and when its limits change: what became
 /// of the block cache, and what the compute may take.
-#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct CacheReport {
     /// The incarnation whose it is.
     pub incarnation: u64,
@@ -252,6 +252,9 @@ pub struct CacheReport {
     /// What the compute may take right now, where it has limits.
     #[serde(default)]
     pub limits: Option<CurrentLimits>,
+    /// The LSNs at which its mount reads, or is about to: history at these must stay.
+    #[serde(default)]
+    pub bases: Vec<String>,
 }
 
 /// Body of `POST /v1/computes/{id}/events`: something happened to the compute.

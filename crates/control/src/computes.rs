@@ -87,6 +87,7 @@ impl<P: Pageserver> Control<P> {
             error,
             warnings: status.warnings,
             cache: status.cache,
+            bases: status.bases,
             size: status.size,
             limits: status.limits,
         }

@@ -237,7 +237,7 @@ impl<P: Pageserver> Control<P> {
         }
         entry.update(|status| {
             if status.incarnation != attach.incarnation {
-                (status.cache, status.limits) = (None, None);
+                (status.cache, status.bases, status.limits) = (None, Vec::new(), None);
             }
             status.incarnation = attach.incarnation;
             status.epoch = attach.epoch.map(WriterEpoch);
@@ -348,6 +348,7 @@ impl<P: Pageserver> Control<P> {
         self.process(id)?.update(|status| {
             if status.incarnation == report.incarnation {
                 (status.cache, status.limits) = (Some(report.cache), report.limits);
+                status.bases.clone_from(&report.bases);
             }
         });
         Ok(())

@@ -82,6 +82,8 @@ pub(crate) struct Status {
     pub(crate) warnings: Vec<String>,
     /// What the incarnation told of its block cache last.
     pub(crate) cache: Option<CacheUse>,
+    /// The LSNs at which its mount reads, or is about to, as it told last.
+    pub(crate) bases: Vec<String>,
     /// What it may take, as the tenant's log has it.
     pub(crate) size: Size,
     /// What it may take right now, as the incarnation told last.
@@ -122,6 +124,7 @@ impl Entry {
             mount_pid: None,
             warnings: Vec::new(),
             cache: None,
+            bases: Vec::new(),
             size,
             limits: None,
             process: Process::Unsaid,

@@ -8,7 +8,8 @@
 //! - [`process`] is the life of one compute process: it begins at the server, mounts the data directory ([`mount`],
 //!   over FUSE), starts Postgres ([`postgres`]) in a sandbox ([`sandbox`], [`cgroup`]), offers its walsender
 //!   ([`handover`]), attaches, follows orders, and begins anew when Postgres ends in any way but a clean shutdown: the
-//!   cache is disposable, and durability is the pageserver's.
+//!   cache is disposable, and durability is the pageserver's. What Postgres has written can be dropped from the cache
+//!   once the page service has it ([`rebase`]).
 //!
 //! It knows the other roles only through the page service ([`page_fetcher`]) and the messages of `varve-api`. No path
 //! of another process's disk comes here, and none of ours goes out but that of a socket.
@@ -35,6 +36,7 @@ mod passage;
 pub mod ports;
 pub mod postgres;
 pub mod process;
+mod rebase;
 pub mod record;
 pub mod sandbox;
 pub mod server;

@@ -31,7 +31,7 @@ use varve_postgres::control::{ClusterState, ControlFile};
 use varve_postgres::{Lsn, Major};
 
 use crate::bin_dirs::{BinDirError, BinDirs};
-use crate::cache_report;
+use crate::cache_report::{self, Reporter};
 use crate::dirs::{Dirs, Isolation};
 use crate::events::Events;
 use crate::files::Uploader;
@@ -39,6 +39,7 @@ use crate::handover::{Handover, HandoverError};
 use crate::kept_pages::Taken;
 use crate::leftover::LeftoverError;
 use crate::postgres::{self, EmptySandbox, Postgres, PostgresError};
+use crate::rebase;
 use crate::record::{Record as _, RecordError, WriterRecord};
 use crate::server::{Server, is_fenced, is_transient};
 use crate::sessions::{SessionError, Sessions};
@@ -364,7 +365,7 @@ async fn incarnation(
 ) -> Result<End, ProcessError> {
     let bin_dir = config.bin_dirs.path(begin.pg_version);
     let uploader = Arc::new(Uploader::start(server.clone(), begin.incarnation, begin.epoch.is_some()));
-    let (mount, brought) = start::mount(server, begin, dirs, &uploader, config.cache_bytes).await?;
+    let (mount, brought, base) = start::mount(server, begin, dirs, &uploader, config.cache_bytes).await?;
     uploader.watch_access(dirs);
     if let Some(epoch) = begin.epoch {
         let writer = WriterRecord { timeline_id: begin.timeline_id.clone(), epoch, pg_version: begin.pg_version };
@@ -400,8 +401,12 @@ async fn incarnation(
     }
     uploader.reload_with(postgres.pid());
     let (sizes, limits) = (watch::Sender::new(begin.size), watch::Sender::new(None));
-    let told = cache_report::tell(server.clone(), begin.incarnation, mount.statistics_of(), limits.subscribe());
-    let reports = AbortOnDrop(tokio::spawn(told));
+    let of_us = (server.clone(), begin.incarnation);
+    let reporter = Arc::new(Reporter::new(of_us, mount.statistics_of(), base.clone(), limits.subscribe()));
+    let reports = AbortOnDrop(tokio::spawn(cache_report::tell(reporter.clone())));
+    let rebases = rebase::keep(mount.rebaser(), postgres.sessions().clone(), base, reporter);
+    // Without an epoch nobody takes what is written.
+    let rebases = begin.epoch.map(|_| AbortOnDrop(tokio::spawn(rebases)));
     let kills = postgres.kills().cloned();
     let sizing = match (&kills, dirs.isolation()) {
         (Some(kills), Isolation::Sandbox { limits: host, .. }) => {
@@ -419,6 +424,7 @@ async fn incarnation(
         }
         Err(error) => Ok(End::Failed(Failure::LockedOut(error))),
     };
+    drop(rebases);
     let end = match served {
         Ok(End::Stopped { clean: true, reason }) => {
             let mut mount = mount;

@@ -46,6 +46,20 @@ const NO_LIBRARIES: &str = "-c session_preload_libraries= -c local_preload_libra
 const OUR_OWN: &str = "-c role=none -c default_transaction_read_only=off -c search_path=pg_catalog -c statement_timeout=0 \
                        -c lock_timeout=0 -c synchronous_commit=local";
 
+/// How long a checkpoint may take.
+const CHECKPOINT_MAX: Duration = Duration::from_secs(600);
+
+/// A checkpoint that has completed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Checkpointed {
+    /// Its redo point.
+    pub redo: Lsn,
+    /// The oldest transaction that may still run, but for prepared ones.
+    pub oldest_running: u32,
+    /// Whether pages have checksums.
+    pub checksums: bool,
+}
+
 /// Why a session came to nothing.
 #[derive(Debug, thiserror::Error)]
 pub enum SessionError {
@@ -58,6 +72,9 @@ pub enum SessionError {
     /// An answer that is none.
     #[error("Postgres says that its WAL is flushed up to '{0}', which is no position")]
     Position(String),
+    /// An answer that is none, about a checkpoint.
+    #[error("Postgres says '{0}' of its checkpoint and transactions")]
+    Checkpoint(String),
     /// The thread of the session ended early.
     #[error("a session of the supervisor: {0}")]
     Task(#[from] tokio::task::JoinError),
@@ -188,6 +205,52 @@ impl Sessions {
         let work = |connection: &mut Connection| connection.simple_query("ALTER SYSTEM RESET synchronous_standby_names");
         self.in_a_database(work, ANSWER_MAX).await?;
         Ok(())
+    }
+
+    /// Makes a checkpoint that begins from now on, and waits until it, or a later one, has completed. Behind it is an
+    /// empty commit that asks for the store to have what comes before it, which would take its time otherwise. Nobody
+    /// waits for that commit, since its transaction wrote nothing.
+    ///
+    /// # Errors
+    /// When Postgres refuses, or does not come to it in time.
+    pub async fn checkpoint(&self) -> Result<Checkpointed, SessionError> {
+        let work = |connection: &mut Connection| {
+            for sql in ["CHECKPOINT", "BEGIN", "SET LOCAL synchronous_commit = remote_apply", "SELECT pg_current_xact_id()", "COMMIT"] {
+                connection.simple_query(sql)?;
+            }
+            let mut rows = connection.simple_query("SELECT redo_lsn, current_setting('data_checksums') FROM pg_control_checkpoint()")?;
+            // A transaction that gets its number after the first of these is no older than what it says.
+            rows.extend(connection.simple_query("SELECT pg_snapshot_xmax(pg_current_snapshot())")?);
+            rows.extend(connection.simple_query("SELECT backend_xid FROM pg_stat_get_activity(NULL) WHERE backend_xid IS NOT NULL")?);
+            Ok(rows)
+        };
+        let rows = self.in_a_database(work, CHECKPOINT_MAX).await?;
+        let column = |row: usize, column: usize| rows.get(row).and_then(|row| row.get(column)).cloned().flatten().unwrap_or_default();
+        let wrong = || SessionError::Checkpoint(format!("{rows:?}"));
+        let redo: Lsn = column(0, 0).parse().map_err(|_| wrong())?;
+        // Numbers of snapshots say how often they began anew, those of backends do not.
+        let next = column(1, 0).parse::<u64>().map_err(|_| wrong())? as u32;
+        let mut oldest_running = next;
+        for row in 2..rows.len() {
+            let running: u32 = column(row, 0).parse().map_err(|_| wrong())?;
+            if (running.wrapping_sub(oldest_running) as i32) < 0 {
+                oldest_running = running;
+            }
+        }
+        Ok(Checkpointed { redo, oldest_running, checksums: column(0, 1) != "off" })
+    }
+
+    /// How far the store has its WAL, as the pageserver said last; none while it does not receive any.
+    ///
+    /// # Errors
+    /// When Postgres does not answer.
+    pub async fn stored(&self) -> Result<Option<Lsn>, SessionError> {
+        let work = |connection: &mut Connection| {
+            connection.simple_query("SELECT min(replay_lsn) FROM pg_stat_get_wal_senders() WHERE sync_state = 'sync'")
+        };
+        let rows = self.in_a_database(work, ANSWER_MAX).await?;
+        let Some(text) = rows.first().and_then(|row| row.first()).cloned().flatten() else { return Ok(None) };
+        text.parse().map(Some).map_err(|_| SessionError::Position(text))
     }
 
     /// Does something for which any database will do. The session ends at once, so that it keeps nobody from dropping

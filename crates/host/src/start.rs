@@ -116,14 +116,15 @@ pub struct Brought {
     pub warnings: Vec<String>,
 }
 
-/// Fetches the base backup and mounts the data directory. Gives the settings that it brings, too.
+/// Fetches the base backup and mounts the data directory. Gives the settings that it brings, and where its pages come
+/// from.
 pub(crate) async fn mount(
     server: &Server,
     begin: &Arc<Begin>,
     dirs: &Dirs,
     uploader: &Arc<Uploader>,
     cache_bytes: Option<u64>,
-) -> Result<(Mount, Brought), MountError> {
+) -> Result<(Mount, Brought, Arc<PageFetcher>), MountError> {
     let (server, begin, dirs, uploader) = (server.clone(), begin.clone(), dirs.clone(), uploader.clone());
     tokio::task::spawn_blocking(move || mount_blocking(&server, &begin, &dirs, &uploader, cache_bytes)).await.map_err(io::Error::other)?
 }
@@ -134,7 +135,7 @@ fn mount_blocking(
     dirs: &Dirs,
     uploader: &Uploader,
     cache_bytes: Option<u64>,
-) -> Result<(Mount, Brought), MountError> {
+) -> Result<(Mount, Brought, Arc<PageFetcher>), MountError> {
     let started = Instant::now();
     let lsn: Lsn = begin.base_lsn.parse().map_err(|_| MountError::begin("an LSN", &begin.base_lsn))?;
     let connection = page_service(begin)?;
@@ -178,7 +179,7 @@ fn mount_blocking(
     let user = dirs.user();
     let major = Major::from_number(begin.pg_version).ok_or_else(|| MountError::begin("a major of Postgres", &begin.pg_version))?;
     let name = format!("{}/{}", begin.tenant, begin.branch);
-    let mut config = MountConfig::new(&name, &dirs.pgdata(), &dirs.cache(), (major, begin.catalog_version), source);
+    let mut config = MountConfig::new(&name, &dirs.pgdata(), &dirs.cache(), (major, begin.catalog_version), source.clone());
     config.cache_bytes = cache_bytes;
     config.uid = user.uid;
     config.gid = user.gid;
@@ -204,7 +205,7 @@ fn mount_blocking(
         pages_ms = (put_back - mounted).as_millis(),
         "the data directory is there"
     );
-    Ok((mount, Brought { given: settings, asked, warnings: lost.into_iter().collect() }))
+    Ok((mount, Brought { given: settings, asked, warnings: lost.into_iter().collect() }, source))
 }
 
 /// Tells the pageserver what this start read, so that later ones of the same template get it in one batch.

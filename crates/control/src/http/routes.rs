@@ -400,11 +400,13 @@ pub(super) async fn stop_compute<P: Pageserver>(
 type CacheFigure = (&'static str, &'static str, fn(&CacheUse) -> u64);
 
 /// What is told of the block caches of computes.
-const CACHE_FIGURES: [CacheFigure; 7] = [
+const CACHE_FIGURES: [CacheFigure; 9] = [
     ("hits", "counter", |cache| cache.hits),
     ("fetches", "counter", |cache| cache.fetches),
     ("fetched_blocks", "counter", |cache| cache.blocks_fetched),
     ("evicted_blocks", "counter", |cache| cache.blocks_evicted),
+    ("rebases", "counter", |cache| cache.rebases),
+    ("handed_over_blocks", "counter", |cache| cache.blocks_handed_over),
     ("cached_bytes", "gauge", |cache| cache.cached_bytes),
     ("dirty_bytes", "gauge", |cache| cache.dirty_bytes),
     ("limit_bytes", "gauge", |cache| cache.limit_bytes.unwrap_or(0)),

@@ -1,8 +1,8 @@
 //! How much of the disk a mount's cache may take, and what goes when it is too much.
 //!
-//! Only blocks that were fetched and never written can go (see [`super::fetched`]): the base still has them. What was
-//! written counts as well, but stays. When it alone fills the budget, that is logged once, and of what is fetched only
-//! a small part stays.
+//! Only blocks that the base has as well can go (see [`super::fetched`]). What was written counts, but stays until the
+//! base moves on ([`super::rebase`]), which is asked for when it takes half of a budget that is used up. When what is
+//! written alone fills the budget, that is logged, and of what is fetched only a small part stays.
 //!
 //! Whoever fetched makes room before he keeps what he has, after the reader has his answer; what others are about to
 //! keep counts as well. Whoever writes makes room afterwards. A hand goes around all files that have fetched blocks and
@@ -23,6 +23,7 @@ use std::{
 };
 
 use parking_lot::Mutex;
+use tokio::sync::Notify;
 
 use super::{
     cells::{BLOCK_BYTES, CELL_BYTES},
@@ -36,6 +37,10 @@ const SLACK_SHARE: u64 = 16;
 const SLACK_BYTES_MAX: u64 = 1024 * 1024;
 /// The share of the budget that fetched blocks keep when what is written fills it.
 const FLOOR_SHARE: u64 = 16;
+/// The share of the budget that what is written may take before the base is asked to move on,
+const WRITTEN_SHARE: u64 = 2;
+/// once all but this share of the budget is used.
+const UNUSED_SHARE: u64 = 8;
 /// The share of fetched blocks that should be cold: how long a new block stays that is not read again.
 const COLD_SHARE: u64 = 8;
 /// Rounds of the hand at most, for one thread that makes room. In two, hot blocks have become cold and gone.
@@ -66,6 +71,10 @@ pub(super) struct CacheBudget {
     cannot: AtomicBool,
     /// It was said that what is written fills the budget.
     told: AtomicBool,
+    /// Blocks that were handed over to the base.
+    handed_over: AtomicU64,
+    /// Notified when the base should move on.
+    crowded: Notify,
     hand: Mutex<Hand>,
     /// Files that have fetched blocks since a moment ago.
     newcomers: Mutex<Vec<Weak<FileData>>>,
@@ -90,6 +99,8 @@ impl CacheBudget {
             evicted: AtomicU64::new(0),
             cannot: AtomicBool::new(false),
             told: AtomicBool::new(false),
+            handed_over: AtomicU64::new(0),
+            crowded: Notify::new(),
             hand: Mutex::default(),
             newcomers: Mutex::default(),
         }
@@ -147,6 +158,37 @@ impl CacheBudget {
         }
     }
 
+    /// Blocks that were written were handed over to the base.
+    pub(super) fn count_handed_over(&self, blocks: u32) {
+        self.handed_over.fetch_add(blocks.into(), Relaxed);
+    }
+
+    /// Blocks handed over so far.
+    pub(super) fn handed_over(&self) -> u64 {
+        self.handed_over.load(Relaxed)
+    }
+
+    /// Whether what is written takes so much that the base should move on.
+    pub(super) fn is_crowded(&self) -> bool {
+        let Some(limit) = self.limit else { return false };
+        let held = self.held();
+        held.written > limit / WRITTEN_SHARE && held.written + held.fetched > limit - limit / UNUSED_SHARE
+    }
+
+    /// Waits until [`CacheBudget::is_crowded`].
+    pub(super) async fn crowded(&self) {
+        while !self.is_crowded() {
+            self.crowded.notified().await;
+        }
+    }
+
+    /// Whoever kept something asks for the base to move on where that is due.
+    fn look_for_a_crowd(&self) {
+        if self.is_crowded() {
+            self.crowded.notify_one();
+        }
+    }
+
     /// So many bytes more, or fewer, are about to be kept.
     pub(super) fn reserve(&self, bytes: i64) {
         self.reserved.fetch_add(bytes, Relaxed);
@@ -156,12 +198,16 @@ impl CacheBudget {
     fn excess(&self) -> u64 {
         let (Some(limit), false) = (self.limit, self.cannot.load(Relaxed)) else { return 0 };
         let held = self.held();
-        if held.written > limit && !self.told.swap(true, AcqRel) {
-            tracing::warn!(
-                written_bytes = held.written,
-                limit_bytes = limit,
-                "what was written since the start fills the cache's budget, and cannot be dropped: the cache grows beyond it"
-            );
+        if held.written > limit {
+            if !self.told.swap(true, AcqRel) {
+                tracing::warn!(
+                    written_bytes = held.written,
+                    limit_bytes = limit,
+                    "what was written lately fills the cache's budget: the cache grows beyond it until the base has that, too"
+                );
+            }
+        } else if held.written < limit / WRITTEN_SHARE && self.told.load(Relaxed) {
+            self.told.store(false, Relaxed);
         }
         let wished = held.fetched + held.written + u64::try_from(self.reserved.load(Relaxed)).unwrap_or(0);
         if wished <= limit {
@@ -180,6 +226,7 @@ impl CacheBudget {
     /// Drops what is too much. One thread does it at a time; another waits for it if it `waits`, and otherwise leaves
     /// it to that one.
     pub(super) fn make_room(&self, context: &FileContext, waits: bool) {
+        self.look_for_a_crowd();
         if self.excess() == 0 {
             return;
         }

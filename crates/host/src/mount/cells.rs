@@ -3,9 +3,10 @@
 //! A file is cut into *cells* of 4 KiB, the kernel's page: a write-back of the kernel then always covers whole cells,
 //! so writing never has to fetch, even where the kernel writes back one half of a Postgres block. A cell is *absent*
 //! (its contents are those of the base and not here) or *present* (written here, fetched, or zero: the cache file says
-//! what it holds). What was fetched and is still the base's may become absent again (see [`super::fetched`]). What was
-//! written, truncated or punched is present for good. That one direction is what keeps a late fetch from overwriting
-//! anything newer, and what keeps a truncated, punched or unlinked range from falling through to the base again.
+//! what it holds). What the base has as well may become absent again (see [`super::fetched`]): what was fetched, and
+//! what was written once it was handed over to the base (see [`super::rule`]). Anything else that was written,
+//! truncated or punched is present. That is what keeps a late fetch from overwriting anything newer, and what keeps a
+//! truncated, punched or unlinked range from falling through to the base again.
 
 use std::ops::Range;
 
@@ -36,6 +37,37 @@ impl AbsentCells {
     /// Number of absent cells.
     pub(super) fn count(&self) -> u32 {
         self.absent
+    }
+
+    /// Where the last cell ends that can be absent.
+    pub(super) fn end(&self) -> u64 {
+        u64::from(self.cells) * CELL_BYTES
+    }
+
+    /// Cells of a file of `bytes` bytes can be absent; none of those that come with it is.
+    pub(super) fn grow(&mut self, bytes: u64) {
+        let cells = u32::try_from(bytes.div_ceil(CELL_BYTES)).unwrap_or(u32::MAX);
+        if cells <= self.cells {
+            return;
+        }
+        if self.absent > 0 {
+            let mut bits = self.bits_of_all().into_vec();
+            bits.resize((cells as usize).div_ceil(64), 0);
+            self.bits = Some(bits.into());
+        }
+        self.cells = cells;
+    }
+
+    /// The bits, which are made where all are alike.
+    fn bits_of_all(&mut self) -> Box<[u64]> {
+        let (cells, absent) = (self.cells, self.absent > 0);
+        self.bits.take().unwrap_or_else(|| {
+            let mut bits = vec![if absent { u64::MAX } else { 0 }; (cells as usize).div_ceil(64)].into_boxed_slice();
+            if let (Some(last), rest @ 1.., true) = (bits.last_mut(), cells % 64, absent) {
+                *last = (1 << rest) - 1;
+            }
+            bits
+        })
     }
 
     fn clip(&self, range: Range<u64>) -> Range<u32> {
@@ -127,23 +159,14 @@ impl AbsentCells {
             self.bits = None;
             return;
         }
-        let (cells, were_absent) = (self.cells, self.absent > 0);
-        let bits = self.bits.get_or_insert_with(|| {
-            let mut bits = vec![if were_absent { u64::MAX } else { 0 }; (cells as usize).div_ceil(64)].into_boxed_slice();
-            if let (Some(last), rest @ 1.., true) = (bits.last_mut(), cells % 64, were_absent) {
-                *last = (1 << rest) - 1;
-            }
-            bits
-        });
+        let mut bits = self.bits_of_all();
         for word in range.start / 64..range.end.div_ceil(64) {
             let mask = mask_of(word, &range);
             let old = bits[word as usize];
             bits[word as usize] = if absent { old | mask } else { old & !mask };
             self.absent = self.absent + bits[word as usize].count_ones() - old.count_ones();
         }
-        if self.absent == none || self.absent == all {
-            self.bits = None;
-        }
+        self.bits = (self.absent != none && self.absent != all).then_some(bits);
     }
 }
 
@@ -204,7 +227,13 @@ mod tests {
         fn agrees_with_a_set_of_cells(cells in 1u64..300, changes in prop::collection::vec((0u64..320, 0u64..90, any::<bool>()), 0..20)) {
             let mut absent = AbsentCells::all(cells * CELL_BYTES - 7);
             let mut model: Vec<bool> = vec![true; cells as usize];
-            for (start, length, again) in changes {
+            let mut cells = cells;
+            for (number, (start, length, again)) in changes.into_iter().enumerate() {
+                if number % 4 == 3 {
+                    cells += length / 3;
+                    absent.grow(cells * CELL_BYTES - 7);
+                    model.resize(cells as usize, false);
+                }
                 absent.change(start..start + length, again);
                 for cell in start..(start + length).min(cells) {
                     model[cell as usize] = again;

@@ -1,9 +1,11 @@
-//! Which blocks of a file can go at any time: those that were fetched and never written, which the base still has.
+//! Which blocks of a file can go at any time: those that were fetched and not written since, which the base still has.
 //!
 //! A block is *fetched* from the moment it is kept until it is written, cut off or dropped. It is *hot* once it was
 //! read again through the mount, or fetched again soon after it was dropped. Since the kernel keeps pages itself, that
-//! says: Postgres needs it more often than the kernel could remember. Takes 64 KiB for a file of 1 GiB, from its first
-//! fetch on.
+//! says: Postgres needs it more often than the kernel could remember. Takes 64 KiB for a file of 1 GiB that is fetched,
+//! in parts that come with the first block of 32 MiB.
+//!
+//! A written block that the base has as well is taken for a fetched one from then on (see [`super::rule`]).
 //!
 //! Whether a block is fetched changes under the lock of its file only. That it is hot may be noted without: it decides
 //! what goes first, and nothing else.
@@ -24,11 +26,19 @@ use super::cells::mask_of;
 /// Blocks in a word.
 pub(super) const WORD_BLOCKS: u32 = u64::BITS;
 
+/// Words in a part.
+const PART_WORDS: u32 = 64;
+
+/// Words that come together.
+type Part = OnceLock<Box<[Word]>>;
+
 /// See the module.
 pub(super) struct FetchedBlocks {
     blocks: u32,
     count: AtomicU32,
-    words: OnceLock<Box<[Word]>>,
+    /// One behind the last word that ever had a fetched block.
+    words: AtomicU32,
+    parts: OnceLock<Box<[Part]>>,
 }
 
 #[derive(Default)]
@@ -53,7 +63,12 @@ pub(super) struct Change {
 impl FetchedBlocks {
     /// None of `blocks` blocks is.
     pub(super) fn none(blocks: u32) -> FetchedBlocks {
-        FetchedBlocks { blocks, count: AtomicU32::new(0), words: OnceLock::new() }
+        FetchedBlocks { blocks, count: AtomicU32::new(0), words: AtomicU32::new(0), parts: OnceLock::new() }
+    }
+
+    /// How many can be.
+    pub(super) fn capacity(&self) -> u32 {
+        self.blocks
     }
 
     /// How many are.
@@ -61,18 +76,34 @@ impl FetchedBlocks {
         self.count.load(Acquire)
     }
 
+    /// A word, where it is there.
+    fn word(&self, word: u32) -> Option<&Word> {
+        let part = self.parts.get()?.get((word / PART_WORDS) as usize)?;
+        part.get()?.get((word % PART_WORDS) as usize)
+    }
+
     /// The words that hold bits of `range`, each with its number and a mask of them.
     fn words_of(&self, range: &Range<u32>) -> impl Iterator<Item = (u32, &Word, u64)> {
         let range = range.start..range.end.min(self.blocks);
-        let numbers = if range.is_empty() { 0..0 } else { range.start / WORD_BLOCKS..range.end.div_ceil(WORD_BLOCKS) };
-        let words = self.words.get().map(|words| &**words).unwrap_or_default();
-        numbers.filter_map(move |word| Some((word, words.get(word as usize)?, mask_of(word, &range))))
+        let end = range.end.div_ceil(WORD_BLOCKS).min(self.words());
+        let numbers = if range.is_empty() { 0..0 } else { range.start / WORD_BLOCKS..end };
+        numbers.filter_map(move |word| Some((word, self.word(word)?, mask_of(word, &range))))
+    }
+
+    /// Makes the words that hold bits of `range`.
+    fn make(&self, range: &Range<u32>) {
+        let words = range.start / WORD_BLOCKS..range.end.min(self.blocks).div_ceil(WORD_BLOCKS);
+        let parts = self.parts.get_or_init(|| (0..self.blocks.div_ceil(WORD_BLOCKS * PART_WORDS)).map(|_| Part::new()).collect());
+        for part in parts.iter().take(words.end.div_ceil(PART_WORDS) as usize).skip((words.start / PART_WORDS) as usize) {
+            part.get_or_init(|| (0..PART_WORDS).map(|_| Word::default()).collect());
+        }
+        self.words.fetch_max(words.end, AcqRel);
     }
 
     /// Blocks were fetched and kept; which of them are new. Those are hot that were dropped since `soon`. With the
     /// file's lock held.
     pub(super) fn add(&self, blocks: &Range<u32>, soon: u64) -> Change {
-        self.words.get_or_init(|| (0..self.blocks.div_ceil(WORD_BLOCKS)).map(|_| Word::default()).collect());
+        self.make(blocks);
         let mut added = Change::default();
         for (_, word, mask) in self.words_of(blocks) {
             let new = mask & !word.fetched.fetch_or(mask, AcqRel);
@@ -127,14 +158,19 @@ impl FetchedBlocks {
         heated
     }
 
-    /// The number of words.
+    /// The number of words that ever had fetched blocks, with those before them.
     pub(super) fn words(&self) -> u32 {
-        self.blocks.div_ceil(WORD_BLOCKS)
+        self.words.load(Acquire)
+    }
+
+    /// Whether a block is fetched.
+    pub(super) fn has(&self, block: u32) -> bool {
+        self.word(block / WORD_BLOCKS).is_some_and(|word| word.fetched.load(Acquire) >> (block % WORD_BLOCKS) & 1 == 1)
     }
 
     /// Runs of at most `limit` blocks of a word that are fetched and not hot.
     pub(super) fn cold(&self, word: u32, limit: u32) -> Vec<Range<u32>> {
-        let Some(found) = self.words.get().and_then(|words| words.get(word as usize)) else { return Vec::new() };
+        let Some(found) = self.word(word) else { return Vec::new() };
         let mut bits = found.fetched.load(Acquire) & !found.hot.load(Acquire);
         let (mut runs, mut left) = (Vec::new(), limit);
         while bits != 0 && left > 0 {
@@ -150,8 +186,7 @@ impl FetchedBlocks {
 
     /// Blocks of a word are hot no more, unless they are read again; how many were.
     pub(super) fn cool(&self, word: u32) -> u32 {
-        let words = self.words.get().map(|words| &**words).unwrap_or_default();
-        words.get(word as usize).map_or(0, |word| word.hot.swap(0, AcqRel).count_ones())
+        self.word(word).map_or(0, |word| word.hot.swap(0, AcqRel).count_ones())
     }
 }
 
@@ -192,6 +227,20 @@ mod tests {
         fetched.drop(&(4..6), 101, 200);
         fetched.drop(&(6..8), 201, 300);
         assert_eq!(fetched.add(&(4..8), 250), Change { blocks: 4, hot: 2 });
+    }
+
+    #[test]
+    fn blocks_far_apart_are_kept_apart() {
+        let fetched = FetchedBlocks::none(131_072);
+        assert_eq!(fetched.words(), 0);
+        assert_eq!(fetched.add(&(100_000..100_070), 0), Change { blocks: 70, hot: 0 });
+        assert_eq!(fetched.add(&(4_090..4_100), 0), Change { blocks: 10, hot: 0 });
+        assert_eq!((fetched.words(), fetched.count()), (1_564, 80));
+        assert!(fetched.has(4_095) && fetched.has(4_096) && fetched.has(100_069));
+        assert!(!fetched.has(4_100) && !fetched.has(0) && !fetched.has(131_071));
+        assert_eq!(cold(&fetched, 63, 99), [(4_090, 4_096)]);
+        assert_eq!(cold(&fetched, 64, 99), [(4_096, 4_100)]);
+        assert_eq!(fetched.remove(&(0..u32::MAX)), Change { blocks: 80, hot: 0 });
     }
 
     #[test]

@@ -13,7 +13,14 @@
 //! Where it is the same, no hole was made since: a reader that saw the hole sees the count, and one that saw the count
 //! before had seen the cells absent. Otherwise it begins again. A writer takes its blocks off the list of those that
 //! may go, under the lock, before it writes without it. A file all of whose cells were written has nothing that could
-//! go or come, for good, and is written without any lock.
+//! go or come, and is written without any lock.
+//!
+//! A block that was written is *handed over* when the base has it as well: it counts as fetched from then on
+//! ([`FileData::hand_over`], [`super::rebase`]). Nobody writes meanwhile: writers share a lock for as long as they
+//! write, and whoever hands over has it alone. A block that somebody fetches is passed over: what comes may be older.
+
+mod flight;
+mod hand_over;
 
 use std::{
     cell::RefCell,
@@ -29,8 +36,7 @@ use std::{
     },
 };
 
-use bytes::Bytes;
-use parking_lot::{Condvar, Mutex, MutexGuard};
+use parking_lot::{Condvar, Mutex, MutexGuard, RwLock};
 use rustix::fs::{FallocateFlags, fallocate};
 
 use super::{
@@ -42,9 +48,14 @@ use super::{
         whole_blocks, without,
     },
     fetched::FetchedBlocks,
+    recent::RecentWrites,
     source::PatientSource,
     startup_set::StartupSet,
 };
+
+pub(super) use self::flight::Flight;
+use self::flight::{Leg, Piece};
+pub use self::hand_over::Tally;
 
 /// Bytes read at a time where a whole file is read.
 const WHOLE_READ_BYTES: u64 = 1 << 20;
@@ -59,6 +70,8 @@ pub(super) struct FileContext {
     pub(super) budget: CacheBudget,
     pub(super) startup_set: StartupSet,
     pub(super) counters: Counters,
+    /// Grows at each mark (see [`super::recent`]).
+    pub(super) mark: AtomicU64,
     /// What a test does at the moment when a thread has let go of a file's lock and has not read or written yet.
     #[cfg(test)]
     pub(super) meanwhile: fn(&FileContext, &FileData),
@@ -82,6 +95,8 @@ pub(super) struct Counters {
     pub(super) blocks_fetched: AtomicU64,
     pub(super) bytes_read: AtomicU64,
     pub(super) bytes_written: AtomicU64,
+    /// How often the base moved on.
+    pub(super) rebases: AtomicU64,
 }
 
 impl Counters {
@@ -100,12 +115,15 @@ pub(super) struct FileData {
     /// Number of absent cells. Changed under the lock of `blocks`: after the cache file was written, and before a hole
     /// is made in it.
     absent: AtomicU32,
-    /// Number of cells that are absent or may become it. Only falls: where it is 0 nothing comes or goes any more.
+    /// Number of cells that are absent or may become it. Where it is 0 nothing comes or goes until blocks are handed
+    /// over, which happens to main forks only.
     unsettled: AtomicU32,
     /// How often blocks were dropped. Counts under the lock of `blocks`, between `absent` and the hole.
     evictions: AtomicU64,
     /// The blocks that can be dropped.
     fetched: FetchedBlocks,
+    /// Shared while somebody writes. Comes before the lock of `blocks`.
+    writers: RwLock<()>,
     blocks: Mutex<Blocks>,
     /// Notified when blocks land.
     landed: Condvar,
@@ -114,18 +132,14 @@ pub(super) struct FileData {
 
 struct Blocks {
     absent: AbsentCells,
+    /// What was written lately, of a main fork.
+    recent: RecentWrites,
     /// Disjoint runs of blocks that somebody fetches or is about to keep.
     in_flight: Vec<Leg>,
     /// Whether the hand that makes room comes by.
     enrolled: bool,
     /// The file is gone: nothing is counted or kept any more.
     gone: bool,
-}
-
-/// A run of blocks in flight, with its contents once it has landed.
-struct Leg {
-    run: Range<u32>,
-    contents: Option<Bytes>,
 }
 
 /// What a reader found.
@@ -138,19 +152,13 @@ struct Found<'a> {
     lock: Option<MutexGuard<'a, Blocks>>,
 }
 
-/// Contents of absent cells: those from `start` on, a multiple of a cell.
-struct Piece {
-    start: u64,
-    bytes: Bytes,
-}
-
 impl FileData {
     /// File `ino` as it is in the base.
     pub(super) fn new(ino: u64, base: Base) -> Arc<FileData> {
         let size = base.bytes();
         let absent = AbsentCells::all(size);
-        // What is in memory is small, and not worth dropping.
-        let droppable = if base.is_in_memory() { 0 } else { absent.count() / CELLS_PER_BLOCK };
+        let fetched = FetchedBlocks::none(base.blocks_max());
+        let recent = RecentWrites::default();
         Arc::new_cyclic(|me| FileData {
             me: me.clone(),
             base,
@@ -158,8 +166,9 @@ impl FileData {
             absent: AtomicU32::new(absent.count()),
             unsettled: AtomicU32::new(absent.count()),
             evictions: AtomicU64::new(0),
-            fetched: FetchedBlocks::none(droppable),
-            blocks: Mutex::new(Blocks { absent, in_flight: Vec::new(), enrolled: false, gone: false }),
+            fetched,
+            writers: RwLock::new(()),
+            blocks: Mutex::new(Blocks { absent, recent, in_flight: Vec::new(), enrolled: false, gone: false }),
             landed: Condvar::new(),
             cache: CacheFile::new(ino),
         })
@@ -170,7 +179,7 @@ impl FileData {
         self.size.load(Acquire)
     }
 
-    /// Whether anything of it was written, or its size changed.
+    /// Whether anything of it is written that is not the base's as well, or its size changed.
     pub(super) fn is_changed(&self) -> bool {
         let size = self.size();
         size != self.base.bytes() || i64::from(self.unsettled.load(SeqCst)) < cells_in(size)
@@ -454,7 +463,7 @@ impl FileData {
 
     /// The first absent cell of which `start..end` covers a part only (as far as the base has it).
     fn absent_edge(&self, blocks: &Blocks, start: u64, end: u64) -> Option<u64> {
-        let base_end = self.base.bytes();
+        let base_end = if self.base.is_in_memory() { self.base.bytes() } else { blocks.absent.end() };
         let first = (!start.is_multiple_of(CELL_BYTES)).then_some(start / CELL_BYTES);
         let last = (!end.is_multiple_of(CELL_BYTES) && end < base_end).then_some(end / CELL_BYTES);
         [first, last].into_iter().flatten().find(|cell| blocks.absent.any(*cell..cell + 1))
@@ -492,11 +501,13 @@ impl FileData {
     pub(super) fn write(&self, context: &FileContext, offset: u64, data: &[u8]) -> io::Result<()> {
         let end = offset.checked_add(data.len() as u64).ok_or(io::ErrorKind::FileTooLarge)?;
         context.counters.bytes_written.fetch_add(data.len() as u64, Relaxed);
+        let writing = self.writers.read();
         let file = context.cache.open(&self.cache)?;
-        if self.unsettled.load(SeqCst) == 0 {
+        if self.unsettled.load(SeqCst) == 0 && self.base.main_fork().is_none() {
             file.write_all_at(data, offset)?;
         } else {
             let mut blocks = self.lock_for_change(context, offset, end)?;
+            self.note(context, &mut blocks, offset, end);
             let cells = cells_of(offset, end);
             if blocks.absent.any(cells.clone()) {
                 file.write_all_at(data, offset)?;
@@ -511,8 +522,17 @@ impl FileData {
             }
         }
         self.grow(context, end);
+        drop(writing);
         context.budget.make_room(context, false);
         Ok(())
+    }
+
+    /// Bytes `start..end` are being written.
+    fn note(&self, context: &FileContext, blocks: &mut Blocks, start: u64, end: u64) {
+        if self.base.main_fork().is_some() {
+            let (written, max) = (blocks_of(start, end), self.fetched.capacity());
+            blocks.recent.note(context.mark.load(SeqCst), written.start.min(max)..written.end.min(max));
+        }
     }
 
     /// The file has at least `size` bytes.
@@ -525,7 +545,9 @@ impl FileData {
 
     /// Cuts or extends the file; what is added is zero.
     pub(super) fn truncate(&self, context: &FileContext, size: u64) -> io::Result<()> {
+        let writing = self.writers.read();
         let mut blocks = self.lock_for_change(context, size, u64::MAX)?;
+        self.note(context, &mut blocks, size, size.max(self.size()));
         if self.cache.exists() {
             context.cache.open(&self.cache)?.set_len(size)?;
         }
@@ -534,6 +556,7 @@ impl FileData {
         let before = self.size.swap(size, AcqRel);
         context.budget.count_written(cells_in(size) - cells_in(before));
         drop(blocks);
+        drop(writing);
         context.budget.make_room(context, false);
         Ok(())
     }
@@ -546,17 +569,21 @@ impl FileData {
             FallocateFlags::PUNCH_HOLE | FallocateFlags::ZERO_RANGE => true,
             _ => return Err(rustix::io::Errno::OPNOTSUPP.into()),
         };
+        let writing = self.writers.read();
         let file = context.cache.open(&self.cache)?;
         if zeroes {
             let mut blocks = self.lock_for_change(context, offset, end)?;
+            self.note(context, &mut blocks, offset, end);
             fallocate(&*file, mode, offset, length)?;
             self.settle(context, &mut blocks, cells_of(offset, end));
         } else {
+            self.note(context, &mut self.blocks.lock(), offset, end);
             fallocate(&*file, mode, offset, length)?;
         }
         if !mode.contains(FallocateFlags::KEEP_SIZE) {
             self.grow(context, end);
         }
+        drop(writing);
         context.budget.make_room(context, false);
         Ok(())
     }
@@ -584,93 +611,6 @@ impl Blocks {
             }
         }
         Some(pieces)
-    }
-}
-
-impl Piece {
-    fn end(&self) -> u64 {
-        self.start + self.bytes.len() as u64
-    }
-
-    /// Puts the piece into `buffer`, which starts at `offset` of the file.
-    fn overlay(&self, offset: u64, buffer: &mut [u8]) {
-        let from = self.start.max(offset);
-        let to = self.end().min(offset + buffer.len() as u64);
-        if from < to {
-            buffer[(from - offset) as usize..(to - offset) as usize]
-                .copy_from_slice(&self.bytes[(from - self.start) as usize..(to - self.start) as usize]);
-        }
-    }
-}
-
-/// Blocks of a file that this thread fetches or is about to keep. When it is dropped, it does so no more.
-pub(super) struct Flight<'a> {
-    file: &'a FileData,
-    runs: Vec<Range<u32>>,
-    /// The contents of each run, once they have landed.
-    contents: Vec<Bytes>,
-}
-
-impl<'a> Flight<'a> {
-    /// The runs of blocks.
-    pub(super) fn runs(&self) -> &[Range<u32>] {
-        &self.runs
-    }
-
-    /// Asks the base for them.
-    fn fetch(&mut self, context: &FileContext) -> io::Result<()> {
-        let contents = self.file.base.fetch(&context.source, &self.runs)?;
-        if !self.file.base.is_in_memory() {
-            context.counters.count_fetch(self.runs.iter().map(ExactSizeIterator::len).sum());
-        }
-        self.land(contents);
-        Ok(())
-    }
-
-    /// The contents of the runs are there: all readers may have them.
-    pub(super) fn land(&mut self, contents: Vec<Bytes>) {
-        let mut blocks = self.file.blocks.lock();
-        for (run, contents) in self.runs.iter().zip(&contents) {
-            if let Some(leg) = blocks.in_flight.iter_mut().find(|leg| leg.run == *run) {
-                leg.contents = Some(contents.clone());
-            }
-        }
-        self.contents = contents;
-        self.file.landed.notify_all();
-    }
-
-    /// Takes over the blocks of another flight of the same file.
-    fn join(mut self, mut other: Flight<'a>) -> Flight<'a> {
-        self.runs.append(&mut other.runs);
-        self.contents.append(&mut other.contents);
-        self
-    }
-
-    /// As [`Flight::keep`], after room was made for it.
-    pub(super) fn keep_within_budget(self, context: &FileContext) -> io::Result<()> {
-        let bytes: usize = self.contents.iter().map(Bytes::len).sum();
-        context.budget.reserve(bytes as i64);
-        context.budget.make_room(context, true);
-        let kept = self.keep(context);
-        context.budget.reserve(-(bytes as i64));
-        context.budget.make_room(context, true);
-        kept
-    }
-
-    /// Keeps what landed, wherever nothing newer is there.
-    pub(super) fn keep(self, context: &FileContext) -> io::Result<()> {
-        for (run, contents) in self.runs.iter().zip(&self.contents) {
-            self.file.keep(context, &Piece { start: u64::from(run.start) * BLOCK_BYTES, bytes: contents.clone() }, false)?;
-        }
-        Ok(())
-    }
-}
-
-impl Drop for Flight<'_> {
-    fn drop(&mut self) {
-        let mut blocks = self.file.blocks.lock();
-        blocks.in_flight.retain(|leg| !self.runs.contains(&leg.run));
-        self.file.landed.notify_all();
     }
 }
 

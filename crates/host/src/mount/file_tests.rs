@@ -13,27 +13,60 @@ use std::{
 };
 
 use bytes::Bytes;
+use parking_lot::Mutex;
 use proptest::prelude::*;
 use rustix::fs::FallocateFlags;
-use varve_postgres::{Fork, Oid, RelFork, RelNode, slru::SlruKind};
+use varve_postgres::{Fork, Lsn, Oid, RelFork, RelNode, slru::SlruKind};
 
 use super::{
     base::Base,
     budget::{CacheBudget, Held},
     cache::CacheDir,
     cells::BLOCK_BYTES,
-    file::{Counters, FileContext, FileData, Flight},
+    file::{Counters, FileContext, FileData, Flight, Tally},
+    rule::Terms,
     source::{BaseSource, PatientSource},
     startup_set::StartupSet,
 };
 
-const FORK: RelFork = RelFork { node: RelNode { spc: 1663, db: 5, rel: 16384 }, fork: Fork::Main };
+pub(super) const FORK: RelFork = RelFork { node: RelNode { spc: 1663, db: 5, rel: 16384 }, fork: Fork::Main };
 
-/// A base in which each byte says in which block it stands.
+/// A base in which each byte says in which block it stands, until it moves on to other contents.
 #[derive(Default)]
-struct PatternSource {
+pub(super) struct PatternSource {
     delay_us: AtomicU64,
+    moved: Mutex<Option<Vec<u8>>>,
 }
+
+impl PatternSource {
+    fn blocks(&self, first: u32, count: u32) -> Vec<u8> {
+        let (start, length) = (first as usize * BLOCK, count as usize * BLOCK);
+        match &*self.moved.lock() {
+            None => (first..first + count).flat_map(pattern).collect(),
+            Some(contents) => contents.get(start..start + length).expect("a block that the base has").to_vec(),
+        }
+    }
+
+    pub(super) fn move_to(&self, contents: Vec<u8>) {
+        *self.moved.lock() = Some(contents);
+    }
+}
+
+pub(super) const BLOCK: usize = BLOCK_BYTES as usize;
+
+/// A page that may go, and no two are alike.
+pub(super) fn page(block: u32, number: u32) -> Vec<u8> {
+    let mut page = varve_postgres::page::ZERO_PAGE;
+    varve_postgres::page::init(&mut page, 16);
+    varve_postgres::page::set_lsn(&mut page, Lsn(0x1000));
+    let word = [block.to_le_bytes(), number.to_le_bytes()].concat();
+    // In both halves.
+    page[100..108].copy_from_slice(&word);
+    page[5000..5008].copy_from_slice(&word);
+    page.to_vec()
+}
+
+pub(super) const TERMS: Terms = Terms { redo: Lsn(0x2000), oldest_running: 1000 };
 
 fn pattern(block: u32) -> Vec<u8> {
     (0..BLOCK_BYTES as u32).map(|byte| (block.wrapping_mul(31) + byte / 512 + 1) as u8).collect()
@@ -45,7 +78,7 @@ impl BaseSource for PatternSource {
     }
     fn read_blocks(&self, _: RelFork, first: u32, count: u32) -> io::Result<Bytes> {
         std::thread::sleep(Duration::from_micros(self.delay_us.load(Relaxed)));
-        Ok((first..first + count).flat_map(pattern).collect())
+        Ok(self.blocks(first, count).into())
     }
     fn slru_segments(&self, _: SlruKind) -> io::Result<Vec<(u32, u32)>> {
         Ok(Vec::new())
@@ -55,11 +88,11 @@ impl BaseSource for PatternSource {
     }
     fn read_scattered(&self, blocks: &[(RelFork, u32)]) -> io::Result<Vec<Bytes>> {
         std::thread::sleep(Duration::from_micros(self.delay_us.load(Relaxed)));
-        Ok(blocks.iter().map(|(_, block)| pattern(*block).into()).collect())
+        Ok(blocks.iter().map(|(_, block)| self.blocks(*block, 1).into()).collect())
     }
 }
 
-fn context(dir: &Path, source: Arc<PatternSource>) -> FileContext {
+pub(super) fn context(dir: &Path, source: Arc<PatternSource>) -> FileContext {
     context_within(dir, source, None)
 }
 
@@ -69,6 +102,7 @@ fn context_within(dir: &Path, source: Arc<PatternSource>, limit: Option<u64>) ->
         cache: CacheDir::create(dir).expect("a cache"),
         budget: CacheBudget::new(limit),
         startup_set: StartupSet::record_for(Duration::ZERO),
+        mark: AtomicU64::new(0),
         counters: Counters::default(),
         meanwhile: |_, _| {},
     }
@@ -107,9 +141,18 @@ enum Step {
     Evict {
         limit: u32,
     },
+    /// A page is written.
+    Page {
+        block: u32,
+        number: u32,
+    },
+    /// A mark is set, and the database as it is then is the next base.
+    Mark,
+    /// The base moves there.
+    HandOver,
 }
 
-const FILE_BLOCKS: u32 = 12;
+pub(super) const FILE_BLOCKS: u32 = 12;
 
 /// Offsets are often those of blocks and cells, as the kernel's are.
 fn offset() -> impl Strategy<Value = u64> {
@@ -131,22 +174,33 @@ fn step() -> impl Strategy<Value = Step> {
         2 => (0..FILE_BLOCKS, 1u32..6).prop_map(|(first, count)| Step::TakeOff { first, count }),
         2 => Just(Step::Land),
         3 => (1..FILE_BLOCKS).prop_map(|limit| Step::Evict { limit }),
+        4 => (0..FILE_BLOCKS + 4, any::<u32>()).prop_map(|(block, number)| Step::Page { block, number }),
+        2 => Just(Step::Mark),
+        2 => Just(Step::HandOver),
     ]
 }
 
-fn land(context: &FileContext, file: &FileData, mut flight: Flight<'_>) {
-    let base_bytes = file.base().bytes();
-    let contents = |run: &Range<u32>| {
-        let bytes = base_bytes - u64::from(run.start) * BLOCK_BYTES;
-        run.clone().flat_map(pattern).take(bytes as usize).collect()
-    };
-    let contents = flight.runs().iter().map(contents).collect();
+/// Blocks on their way, with what the base had of them when they were asked for.
+pub(super) struct Coming<'a>(Flight<'a>, Vec<Bytes>);
+
+impl<'a> Coming<'a> {
+    pub(super) fn of(source: &PatternSource, file: &FileData, flight: Flight<'a>) -> Coming<'a> {
+        let contents = |run: &Range<u32>| match file.base() {
+            Base::Memory(contents) => contents.slice(run.start as usize * BLOCK..contents.len().min(run.end as usize * BLOCK)),
+            _ => source.blocks(run.start, run.end - run.start).into(),
+        };
+        let contents = flight.runs().iter().map(contents).collect();
+        Coming(flight, contents)
+    }
+}
+
+pub(super) fn land(context: &FileContext, Coming(mut flight, contents): Coming<'_>) {
     flight.land(contents);
     flight.keep(context).expect("it is kept");
     context.budget.make_room(context, true);
 }
 
-fn read(context: &FileContext, file: &FileData, offset: u64, length: u64) -> Vec<u8> {
+pub(super) fn read(context: &FileContext, file: &FileData, offset: u64, length: u64) -> Vec<u8> {
     file.read(context, offset, length, |read| read.expect("a read").to_vec())
 }
 
@@ -169,25 +223,27 @@ fn allocated(dir: &Path) -> u64 {
 
 fn check_within(limit: Option<u64>, base: Base, model: &mut Vec<u8>, steps: &[Step]) -> Result<(), TestCaseError> {
     let dir = tempfile::tempdir().unwrap();
-    let context = context_within(dir.path(), Arc::default(), limit);
+    let source = Arc::new(PatternSource::default());
+    let context = context_within(dir.path(), source.clone(), limit);
+    let mut marked: Option<Vec<u8>> = None;
     // Room that was reserved where the file is still the base's is not counted.
     let reserves = steps.iter().any(|step| matches!(step, Step::Reserve { .. }));
     // Contents in memory are never taken for something to wait for.
     let at_hand = matches!(base, Base::Memory(_));
     let file = FileData::new(2, base);
-    let mut flights: Vec<Flight<'_>> = Vec::new();
+    let mut flights: Vec<Coming<'_>> = Vec::new();
     for step in steps {
         match *step {
             Step::Read { offset, length } => {
                 // A read waits for what is in flight, so it has to land before.
-                flights.drain(..).for_each(|flight| land(&context, &file, flight));
+                flights.drain(..).for_each(|flight| land(&context, flight));
                 let expected = &model[model.len().min(offset as usize)..model.len().min((offset + length) as usize)];
                 let got = read(&context, &file, offset, length);
                 prop_assert!(got == expected, "{:?} reads something else than what was written", step);
             }
             Step::Write { offset, length, fill } => {
                 if at_hand || file.write_waits(offset, length) {
-                    flights.drain(..).for_each(|flight| land(&context, &file, flight));
+                    flights.drain(..).for_each(|flight| land(&context, flight));
                 }
                 let data: Vec<u8> = (0..length).map(|n| fill.wrapping_add((n / 100) as u8)).collect();
                 file.write(&context, offset, &data).unwrap();
@@ -197,14 +253,14 @@ fn check_within(limit: Option<u64>, base: Base, model: &mut Vec<u8>, steps: &[St
             }
             Step::Truncate { size } => {
                 if at_hand || file.truncate_waits(size) {
-                    flights.drain(..).for_each(|flight| land(&context, &file, flight));
+                    flights.drain(..).for_each(|flight| land(&context, flight));
                 }
                 file.truncate(&context, size).unwrap();
                 model.resize(size as usize, 0);
             }
             Step::Zero { offset, length, punch } => {
                 if at_hand || file.write_waits(offset, length) {
-                    flights.drain(..).for_each(|flight| land(&context, &file, flight));
+                    flights.drain(..).for_each(|flight| land(&context, flight));
                 }
                 let mode = if punch { FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE } else { FallocateFlags::ZERO_RANGE };
                 file.allocate(&context, mode, offset, length).unwrap();
@@ -220,12 +276,31 @@ fn check_within(limit: Option<u64>, base: Base, model: &mut Vec<u8>, steps: &[St
             }
             Step::TakeOff { first, count } => {
                 let wanted: Vec<_> = (first..first + count).map(|block| block..block + 1).collect();
-                flights.extend(file.claim(&wanted));
+                flights.extend(file.claim(&wanted).map(|flight| Coming::of(&source, &file, flight)));
             }
             Step::Land if flights.is_empty() => {}
-            Step::Land => land(&context, &file, flights.remove(0)),
+            Step::Land => land(&context, flights.remove(0)),
             Step::Evict { limit } => {
                 file.evict(&context, 0, limit).unwrap();
+            }
+            Step::Page { block, number } => {
+                let (start, page) = (block as usize * BLOCK, page(block, number));
+                file.write(&context, start as u64, &page).unwrap();
+                model.resize(model.len().max(start + BLOCK), 0);
+                model[start..start + BLOCK].copy_from_slice(&page);
+            }
+            Step::Mark => {
+                context.mark.fetch_add(1, Relaxed);
+                marked = Some(model.clone());
+            }
+            Step::HandOver => {
+                let Some(contents) = marked.take().filter(|_| file.base().main_fork().is_some()) else { continue };
+                let mut contents: Vec<u8> = contents;
+                let blocks = (contents.len() / BLOCK) as u32;
+                contents.resize((FILE_BLOCKS as usize + 8) * BLOCK, 1);
+                source.move_to(contents);
+                file.hand_over(&context, &TERMS, blocks, &mut Tally::default()).unwrap();
+                context.budget.make_room(&context, true);
             }
         }
         prop_assert_eq!(file.size(), model.len() as u64);
@@ -239,7 +314,7 @@ fn check_within(limit: Option<u64>, base: Base, model: &mut Vec<u8>, steps: &[St
             prop_assert!(held.fetched + held.written <= limit || held.fetched <= floor, "{:?}: {:?} is too much", step, held);
         }
     }
-    flights.drain(..).for_each(|flight| land(&context, &file, flight));
+    flights.drain(..).for_each(|flight| land(&context, flight));
     prop_assert!(file.read_all(&context).unwrap() == *model, "the whole file differs in the end");
     file.retire(&context);
     prop_assert_eq!(context.budget.held(), Held::default());
@@ -273,6 +348,12 @@ proptest! {
     fn so_is_one_in_memory_of_any_length(steps in prop::collection::vec(step(), 1..40), length in 0usize..30_000) {
         let contents: Vec<u8> = base_contents().into_iter().take(length).collect();
         check(Base::Memory(contents.clone().into()), contents, &steps)?;
+    }
+
+    #[test]
+    fn so_is_a_relation_that_was_created(steps in prop::collection::vec(step(), 1..60), blocks in 1..FILE_BLOCKS) {
+        let base = Base::Relation { fork: FORK, segment: 0, blocks: 0 };
+        check_within(Some(u64::from(blocks) * BLOCK_BYTES), base, &mut Vec::new(), &steps)?;
     }
 
     #[test]
@@ -318,7 +399,7 @@ fn late_fetches_never_overwrite() {
                         read(context, file, 0, u64::from(FILE_BLOCKS) * BLOCK_BYTES);
                         if let Some(flight) = file.claim(&[0..1, 3..4, 6..7, 9..10]) {
                             std::thread::sleep(Duration::from_micros(300));
-                            land(context, file, flight);
+                            land(context, Coming::of(&PatternSource::default(), file, flight));
                         }
                     }
                 });
@@ -407,7 +488,7 @@ fn what_is_dropped_under_a_reader_is_no_hole_to_it() {
                 |context, file| {
                     // The last block is fetched anew by somebody else, and goes again.
                     if let Some(flight) = file.claim(std::slice::from_ref(&(FILE_BLOCKS - 1..FILE_BLOCKS))) {
-                        land(context, file, flight);
+                        land(context, Coming::of(&PatternSource::default(), file, flight));
                     }
                     file.evict(context, 0, 99).expect("holes are made");
                 }
@@ -469,7 +550,7 @@ fn what_was_written_never_goes() {
     file.write(&context, BLOCK_BYTES + 7, &[99]).unwrap();
     file.write(&context, 2 * BLOCK_BYTES, &[98; BLOCK_BYTES as usize]).unwrap();
     file.write(&context, 6 * BLOCK_BYTES, &[97; 4096]).unwrap();
-    land(&context, &file, late);
+    land(&context, Coming::of(&PatternSource::default(), &file, late));
     assert_eq!(file.evict(&context, 0, 99).unwrap(), 3, "blocks 0, 3 and 7 go");
     let mut expected = base_contents();
     expected[BLOCK_BYTES as usize + 7] = 99;
@@ -493,7 +574,7 @@ fn a_fetch_that_is_very_late_lands_over_nothing() {
     file.write(&context, 4 * BLOCK_BYTES, &[50; 4096]).unwrap();
     file.truncate(&context, 6 * BLOCK_BYTES).unwrap();
     late.keep(&context).unwrap();
-    land(&context, &file, before);
+    land(&context, Coming::of(&PatternSource::default(), &file, before));
     file.evict(&context, 0, 99).unwrap();
     let mut expected = base_contents();
     expected.truncate(4 * BLOCK_BYTES as usize);

@@ -11,9 +11,10 @@
 //!   fetched when it is first read, with all that the kernel wants in the same request, and kept in the cache
 //!   directory.
 //! - **Exact**: each part of a file is either still in the base, or here. It comes here by being fetched, written,
-//!   truncated or punched, and only what was fetched and never written may go again; a file that is removed is gone,
-//!   and a new one of its name has nothing to do with it.
-//! - **Bounded**: what was fetched and never written goes when the cache reaches its budget.
+//!   truncated or punched, and only what the base has as well may go again; a file that is removed is gone, and a new
+//!   one of its name has nothing to do with it.
+//! - **Bounded**: what the base has as well goes when the cache reaches its budget. What is written becomes that when
+//!   the base moves on, to a checkpoint of Postgres's.
 //! - **Disposable**: all metadata is in memory and nothing is synced. When this process ends, the data directory is
 //!   gone; durability is the pageserver's.
 //! - **Patient**: while the pageserver is away, what is here is read and written as always, and first touches wait.
@@ -36,10 +37,15 @@ mod file;
 #[cfg(test)]
 mod file_tests;
 mod filesystem;
+#[cfg(test)]
+mod hand_over_tests;
 mod host;
 mod node;
 mod observer;
 mod prefetch;
+mod rebase;
+mod recent;
+mod rule;
 mod source;
 mod startup_set;
 mod tree;
@@ -50,7 +56,7 @@ use std::{
     path::{Path, PathBuf},
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
         mpsc,
     },
     thread::{self, JoinHandle},
@@ -78,9 +84,12 @@ use self::{
 };
 pub use self::{
     beside_wal::{BesideWal, RelationFile, StagedFile},
+    file::Tally,
     filesystem::FailureCallback,
     host::remove_stale_mount,
     observer::FileObserver,
+    rebase::Rebaser,
+    rule::Terms,
     source::BaseSource,
 };
 
@@ -125,7 +134,7 @@ pub struct MountConfig {
     /// Scratch space on plain disk, for this mount alone; created if need be. What an earlier mount left in it is
     /// deleted.
     pub cache_dir: PathBuf,
-    /// How many bytes the cache may take, if that is limited. What is written stays, however much it is.
+    /// How many bytes the cache may take, if that is limited. What is written stays until the base moves on.
     pub cache_bytes: Option<u64>,
     /// Owner of the data directory, the user that Postgres runs as.
     pub uid: u32,
@@ -253,9 +262,13 @@ pub struct MountStatistics {
     pub bytes_written: u64,
     /// Blocks that were dropped to make room.
     pub blocks_evicted: u64,
+    /// How often the base moved on.
+    pub rebases: u64,
+    /// Blocks that were written, and that the base had as well later.
+    pub blocks_handed_over: u64,
     /// Bytes in the cache that the base has as well, and that may be dropped.
     pub cached_bytes: u64,
-    /// Bytes that were written since the start, and stay. Holes in files count as well.
+    /// Bytes that were written, and that the base does not have yet. Holes in files count as well.
     pub dirty_bytes: u64,
     /// What the cache should not exceed; none: whatever there is.
     pub limit_bytes: Option<u64>,
@@ -271,6 +284,8 @@ fn statistics(files: &FileContext) -> MountStatistics {
         bytes_read: counters.bytes_read.load(Ordering::Relaxed),
         bytes_written: counters.bytes_written.load(Ordering::Relaxed),
         blocks_evicted: budget.evicted(),
+        rebases: counters.rebases.load(Ordering::Relaxed),
+        blocks_handed_over: budget.handed_over(),
         cached_bytes: held.fetched,
         dirty_bytes: held.written,
         limit_bytes: budget.limit(),
@@ -303,6 +318,7 @@ impl Mount {
             cache,
             budget: CacheBudget::new(config.cache_bytes),
             startup_set: StartupSet::record_for(config.note_touched_for),
+            mark: AtomicU64::new(0),
             counters: Counters::default(),
             #[cfg(test)]
             meanwhile: |_, _| {},
@@ -395,7 +411,7 @@ impl Mount {
     }
 
     /// Says what the mount did so far, for somebody who does not have it.
-    pub fn statistics_of(&self) -> impl Fn() -> MountStatistics + Send + use<> {
+    pub fn statistics_of(&self) -> impl Fn() -> MountStatistics + Send + Sync + use<> {
         let files = self.tree.files.clone();
         move || statistics(&files)
     }

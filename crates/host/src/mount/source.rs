@@ -8,7 +8,7 @@ use std::{
 
 use bytes::Bytes;
 use parking_lot::{Condvar, Mutex};
-use varve_postgres::{Fork, Oid, RelFork, slru::SlruKind};
+use varve_postgres::{Fork, Lsn, Oid, RelFork, slru::SlruKind};
 
 /// The database at the base LSN, as the page service serves it.
 ///
@@ -31,6 +31,14 @@ pub trait BaseSource: Send + Sync {
 
     /// Scattered blocks in one pipelined batch, each 8192 bytes, in the order asked.
     fn read_scattered(&self, blocks: &[(RelFork, u32)]) -> io::Result<Vec<Bytes>>;
+
+    /// All calls that begin from now on are about the database at `lsn`.
+    ///
+    /// # Errors
+    /// When the source cannot do that.
+    fn move_to(&self, lsn: Lsn) -> io::Result<()> {
+        Err(io::Error::new(io::ErrorKind::Unsupported, format!("this base does not move to {lsn}")))
+    }
 }
 
 /// First wait before a failed call is made again; doubles up to [`RETRY_WAIT_MAX`].
@@ -58,6 +66,11 @@ impl PatientSource {
     pub(super) fn close(&self) {
         *self.closing.lock() = true;
         self.closed.notify_all();
+    }
+
+    /// The source is about the database at `lsn` from now on.
+    pub(super) fn move_to(&self, lsn: Lsn) -> io::Result<()> {
+        self.source.move_to(lsn)
     }
 
     /// Calls the source until it answers. `what` says in the log what was asked.

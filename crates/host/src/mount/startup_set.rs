@@ -11,7 +11,7 @@ use std::{
 use parking_lot::Mutex;
 use varve_postgres::RelFork;
 
-use super::base::Base;
+use super::{base::Base, cells::BLOCK_BYTES};
 
 /// Blocks remembered at most: a start reads about a hundred, and a set that is much larger is no set of a start.
 const BLOCKS_MAX: usize = 8192;
@@ -45,7 +45,8 @@ impl StartupSet {
             self.recording.store(false, Relaxed);
             return;
         }
-        for block in blocks.filter_map(|block| base.relation_block(block)) {
+        let of_the_base = u32::try_from(base.bytes() / BLOCK_BYTES).unwrap_or(u32::MAX);
+        for block in (blocks.start..blocks.end.min(of_the_base)).filter_map(|block| base.relation_block(block)) {
             if seen.set.insert(block) {
                 seen.order.push(block);
             }

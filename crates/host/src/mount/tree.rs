@@ -156,7 +156,10 @@ impl Tree {
         let ino = self.nodes.issue(1);
         let name: Name = Arc::from(name);
         let content = match new {
-            New::File => Content::File(FileData::new(ino, Base::None)),
+            New::File => {
+                let base = self.path(parent, &name).map_or(Base::None, |path| Base::of_new_file(&path));
+                Content::File(FileData::new(ino, base))
+            }
             New::Symlink(target) => Content::Symlink(target.to_owned()),
             New::Special(kind) => Content::Special(kind),
             New::Directory => {
