@@ -257,6 +257,10 @@ pub struct Event {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum EventKind {
+    /// The disk of its host is full: what needs more of it is refused, or waits.
+    DiskFull,
+    /// The disk of its host will be full soon.
+    DiskNearlyFull,
     /// Its memory was not enough, and the kernel killed a process of it.
     OutOfMemory,
     /// Something that the tenant broke was mended.
@@ -265,16 +269,24 @@ pub enum EventKind {
     Resized,
     /// It could not be started.
     StartFailed,
+    /// Its `pg_wal` is at its cap: who writes waits.
+    WalFull,
+    /// Its `pg_wal` will be at its cap soon.
+    WalNearlyFull,
 }
 
 impl EventKind {
     /// As it stands in JSON.
     pub fn name(self) -> &'static str {
         match self {
+            EventKind::DiskFull => "disk_full",
+            EventKind::DiskNearlyFull => "disk_nearly_full",
             EventKind::OutOfMemory => "out_of_memory",
             EventKind::Repaired => "repaired",
             EventKind::Resized => "resized",
             EventKind::StartFailed => "start_failed",
+            EventKind::WalFull => "wal_full",
+            EventKind::WalNearlyFull => "wal_nearly_full",
         }
     }
 }

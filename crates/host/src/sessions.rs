@@ -40,6 +40,12 @@ const NO_DATABASE: [&str; 2] = ["3D000", "55000"];
 const NO_LIBRARIES_FOR_WALSENDERS: u32 = 15;
 /// From this version on there are event triggers at login.
 const LOGIN_TRIGGERS: u32 = 17;
+/// From this version on a walsender says where a slot is.
+const READS_SLOTS: u32 = 15;
+/// Type and start of the pageserver's slot.
+const READ_SLOT: &str = "READ_REPLICATION_SLOT varve";
+/// The same, where that takes a database.
+const SLOT_QUERY: &str = "SELECT slot_type, restart_lsn FROM pg_catalog.pg_replication_slots WHERE slot_name = 'varve'";
 /// Nothing that a tenant sets for sessions, for roles or for databases counts in ours.
 const NO_LIBRARIES: &str = "-c session_preload_libraries= -c local_preload_libraries=";
 /// The same, in a session with a database.
@@ -146,6 +152,24 @@ impl Sessions {
         let rows = self.run(self.walsender(), |connection: &mut Connection| connection.simple_query("IDENTIFY_SYSTEM"), ANSWER_MAX).await?;
         let text = rows.first().and_then(|row| row.get(2)).cloned().flatten().unwrap_or_default();
         text.parse().map_err(|_| SessionError::Position(text))
+    }
+
+    /// What WAL the pageserver's slot keeps: from where to where; none as long as there is no slot. From 15 on that
+    /// needs no database, and so waits for no lock but that of [`Sessions::flushed`].
+    ///
+    /// # Errors
+    /// When Postgres does not answer.
+    pub async fn kept_by_slot(&self) -> Result<Option<(Lsn, Lsn)>, SessionError> {
+        let rows = if self.pg_version < READS_SLOTS {
+            let work = |connection: &mut Connection| connection.simple_query(SLOT_QUERY);
+            self.in_a_database(work, ANSWER_MAX).await?
+        } else {
+            let work = |connection: &mut Connection| connection.simple_query(READ_SLOT);
+            self.run(self.walsender(), work, ANSWER_MAX).await?
+        };
+        let Some(from) = rows.first().and_then(|row| row.get(1)).cloned().flatten() else { return Ok(None) };
+        let from = from.parse().map_err(|_| SessionError::Position(from))?;
+        Ok(Some((from, self.flushed().await?)))
     }
 
     /// Gives the superuser the tenant's password, unless this history had it before. The first password is for a

@@ -9,6 +9,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use rustix::fs::FallocateFlags;
+use rustix::io::Errno;
 use varve_api::host::{Begin, StartupBlocks};
 use varve_postgres::lsn::WAL_SEGMENT_SIZE;
 use varve_postgres::settings::Configuration;
@@ -317,7 +319,7 @@ fn unpack(backup: impl Read, dirs: &Dirs) -> io::Result<Vec<InitialFile>> {
     Ok(files)
 }
 
-/// A file of `pg_wal`. Segments whole, or in pieces without their pages of zeros, which become holes.
+/// A file of `pg_wal`. Segments whole, or in pieces without their pages of zeros.
 fn write_wal(entry: &mut impl Read, name: &str, directory: bool, dirs: &Dirs) -> io::Result<()> {
     if name.contains("..") {
         return Err(io::Error::other(format!("the base backup holds the file pg_wal/{name}")));
@@ -346,6 +348,13 @@ fn write_wal(entry: &mut impl Read, name: &str, directory: bool, dirs: &Dirs) ->
     }
     file.write_all_at(&bytes, offset)?;
     file.set_len(size)?;
+    if piece.is_some() {
+        // Postgres goes on in it: see `wal_gate`. Not every file system can.
+        match rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, size) {
+            Ok(()) | Err(Errno::OPNOTSUPP | Errno::NOSYS) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
     std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600))?;
     chown(&path, Some(user.uid), Some(user.gid))
 }
