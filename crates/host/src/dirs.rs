@@ -181,6 +181,11 @@ impl Dirs {
         self.root != self.home
     }
 
+    /// The folder itself.
+    pub fn home(&self) -> &Path {
+        &self.home
+    }
+
     /// Postgres's user.
     pub fn user(&self) -> User {
         self.isolation.user()

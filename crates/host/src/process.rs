@@ -382,7 +382,7 @@ async fn incarnation(
 ) -> Result<End, ProcessError> {
     let bin_dir = config.bin_dirs.path(begin.pg_version);
     let uploader = Arc::new(Uploader::start(server.clone(), begin.incarnation, begin.epoch.is_some()));
-    let (mount, brought) = start::mount(server, begin, dirs, &uploader, config.cache_bytes).await?;
+    let (mount, brought) = start::mount(server, begin, dirs, &uploader, (config.cache_bytes, events)).await?;
     uploader.watch_access(dirs);
     if let Some(epoch) = begin.epoch {
         let writer = WriterRecord { timeline_id: begin.timeline_id.clone(), epoch, pg_version: begin.pg_version };

@@ -42,6 +42,7 @@ use super::{
         whole_blocks, without,
     },
     fetched::FetchedBlocks,
+    room::Room,
     source::PatientSource,
     startup_set::StartupSet,
 };
@@ -57,6 +58,7 @@ pub(super) struct FileContext {
     pub(super) source: PatientSource,
     pub(super) cache: CacheDir,
     pub(super) budget: CacheBudget,
+    pub(super) room: Room,
     pub(super) startup_set: StartupSet,
     pub(super) counters: Counters,
     /// What a test does at the moment when a thread has let go of a file's lock and has not read or written yet.
@@ -360,6 +362,7 @@ impl FileData {
             let from = (cells.start * CELL_BYTES - piece.start) as usize;
             let to = ((cells.end * CELL_BYTES - piece.start) as usize).min(piece.bytes.len());
             file.write_all_at(&piece.bytes[from..to], cells.start * CELL_BYTES)?;
+            context.room.take((to - from) as u64);
             let whole = whole_blocks(&cells);
             if stay || self.base.is_in_memory() || whole.is_empty() {
                 self.settle(context, &mut blocks, cells);
@@ -493,6 +496,7 @@ impl FileData {
         let end = offset.checked_add(data.len() as u64).ok_or(io::ErrorKind::FileTooLarge)?;
         context.counters.bytes_written.fetch_add(data.len() as u64, Relaxed);
         let file = context.cache.open(&self.cache)?;
+        context.room.take(end.saturating_sub(self.size().max(offset)));
         if self.unsettled.load(SeqCst) == 0 {
             file.write_all_at(data, offset)?;
         } else {
@@ -500,6 +504,7 @@ impl FileData {
             let cells = cells_of(offset, end);
             if blocks.absent.any(cells.clone()) {
                 file.write_all_at(data, offset)?;
+                context.room.take(data.len() as u64);
                 self.settle(context, &mut blocks, cells);
                 drop(blocks);
             } else {
@@ -646,12 +651,12 @@ impl<'a> Flight<'a> {
         self
     }
 
-    /// As [`Flight::keep`], after room was made for it.
+    /// As [`Flight::keep`], after room was made for it, and if there is room on the disk.
     pub(super) fn keep_within_budget(self, context: &FileContext) -> io::Result<()> {
         let bytes: usize = self.contents.iter().map(Bytes::len).sum();
         context.budget.reserve(bytes as i64);
         context.budget.make_room(context, true);
-        let kept = self.keep(context);
+        let kept = if context.room.may_keep(bytes as u64) { self.keep(context) } else { Ok(()) };
         context.budget.reserve(-(bytes as i64));
         context.budget.make_room(context, true);
         kept

@@ -23,6 +23,7 @@ use super::{
     cache::CacheDir,
     cells::BLOCK_BYTES,
     file::{Counters, FileContext, FileData, Flight},
+    room::Room,
     source::{BaseSource, PatientSource},
     startup_set::StartupSet,
 };
@@ -68,6 +69,7 @@ fn context_within(dir: &Path, source: Arc<PatternSource>, limit: Option<u64>) ->
         source: PatientSource::new(source, "test".to_owned(), Duration::ZERO),
         cache: CacheDir::create(dir).expect("a cache"),
         budget: CacheBudget::new(limit),
+        room: Room::with_reserve(0),
         startup_set: StartupSet::record_for(Duration::ZERO),
         counters: Counters::default(),
         meanwhile: |_, _| {},

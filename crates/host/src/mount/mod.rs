@@ -14,6 +14,7 @@
 //!   truncated or punched, and only what was fetched and never written may go again; a file that is removed is gone,
 //!   and a new one of its name has nothing to do with it.
 //! - **Bounded**: what was fetched and never written goes when the cache reaches its budget.
+//!   A full disk is told to whoever writes, as an error, while all that was written can still be stored.
 //! - **Disposable**: all metadata is in memory and nothing is synced. When this process ends, the data directory is
 //!   gone; durability is the pageserver's.
 //! - **Patient**: while the pageserver is away, what is here is read and written as always, and first touches wait.
@@ -40,6 +41,7 @@ mod host;
 mod node;
 mod observer;
 mod prefetch;
+mod room;
 mod source;
 mod startup_set;
 mod tree;
@@ -72,6 +74,7 @@ use self::{
     file::{Counters, FileContext},
     filesystem::{DataDirectory, Failure},
     observer::Observer,
+    room::{Room, Watcher},
     source::PatientSource,
     startup_set::StartupSet,
     tree::Tree,
@@ -79,6 +82,7 @@ use self::{
 pub use self::{
     beside_wal::{BesideWal, RelationFile, StagedFile},
     filesystem::FailureCallback,
+    room::{Fullness, RoomCallback},
     host::remove_stale_mount,
     observer::FileObserver,
     source::BaseSource,
@@ -148,6 +152,8 @@ pub struct MountConfig {
     /// Called when the mount has lost data or stops working: Postgres must be stopped then, and started anew from the
     /// pageserver.
     pub on_failure: Option<FailureCallback>,
+    /// Called when the disk of the cache fills, and when there is room again.
+    pub on_room: Option<RoomCallback>,
     /// How long a first touch waits for a pageserver that is away.
     pub source_patience: Duration,
     /// How long the blocks that are read are noted for [`Mount::touched_blocks`].
@@ -172,6 +178,7 @@ impl MountConfig {
             source,
             observer: None,
             on_failure: None,
+            on_room: None,
             source_patience: Duration::from_secs(300),
             note_touched_for: Duration::from_secs(5),
         }
@@ -284,7 +291,7 @@ pub struct Mount {
     tree: Arc<Tree>,
     failure: Arc<Failure>,
     closing: Arc<AtomicBool>,
-    /// Threads that keep what was fetched ahead.
+    /// Threads that keep what was fetched ahead, and the one that watches the disk.
     keepers: Mutex<Vec<JoinHandle<()>>>,
     session: Mutex<Option<BackgroundSession>>,
 }
@@ -298,10 +305,12 @@ impl Mount {
         remove_stale_mount(&mountpoint)?;
         std::fs::create_dir_all(&mountpoint).map_err(mountpoint_error)?;
         let cache = CacheDir::create(&config.cache_dir).map_err(|source| MountError::Cache { path: config.cache_dir.clone(), source })?;
+        let room = Room::on(&cache).map_err(|source| MountError::Cache { path: config.cache_dir.clone(), source })?;
         let files = Arc::new(FileContext {
             source: PatientSource::new(config.source.clone(), config.name.clone(), config.source_patience),
             cache,
             budget: CacheBudget::new(config.cache_bytes),
+            room,
             startup_set: StartupSet::record_for(config.note_touched_for),
             counters: Counters::default(),
             #[cfg(test)]
@@ -327,10 +336,12 @@ impl Mount {
         // All but one may wait for the base; that one goes on serving what is here.
         let filesystem = DataDirectory::new(tree.clone(), failure.clone(), threads - 1, Box::new(ended));
         let session = serve(filesystem, &mountpoint, threads).map_err(mountpoint_error)?;
-        host::tune(&mountpoint);
+        let dirty = host::tune(&mountpoint);
+        let watcher = Watcher { tree: tree.clone(), notifier: session.notifier(), dirty, callback: config.on_room.take() };
+        let watcher = watcher.spawn().map_err(MountError::Thread)?;
         tracing::info!(mount = config.name, "mounted {}", mountpoint.display());
         let version = (config.major, config.catalog_version);
-        Ok(Mount { mountpoint, version, tree, failure, closing, keepers: Mutex::default(), session: Mutex::new(Some(session)) })
+        Ok(Mount { mountpoint, version, tree, failure, closing, keepers: Mutex::new(vec![watcher]), session: Mutex::new(Some(session)) })
     }
 
     /// Where the data directory is.
@@ -411,9 +422,10 @@ impl Mount {
         self.closing.store(true, Ordering::Release);
         let unmounted = self.leave(session);
         self.tree.files.source.close();
+        self.tree.files.room.close();
         for keeper in self.keepers.lock().drain(..) {
             if keeper.join().is_err() {
-                tracing::error!("a thread that keeps blocks fetched ahead panicked");
+                tracing::error!("a thread of the mount panicked");
             }
         }
         if let Some(observer) = &self.tree.observer {
