@@ -13,9 +13,11 @@
 //! that ask where the slot is.
 //!
 //! **How it heals.** Old segments go with a checkpoint, which writes WAL itself. So once the slot has moved, because
-//! the pageserver has stored what it lacked, Postgres gets segments beyond the cap until a checkpoint comes through.
-//! For the same reason the last segment of a full disk is for that moment alone. Where something of the tenant's own
-//! keeps WAL, a slot of his for one, there is a segment a minute, so that a checkpoint can come once he has mended it.
+//! the pageserver has stored what it lacked, Postgres gets segments beyond the cap until a checkpoint comes through:
+//! each after a pause, the longer the more there are. For the same reason the last segment of a full disk is for that
+//! moment alone. Where something of the tenant's own keeps WAL, a slot of his for one, there is a segment a minute in
+//! the end, so that a checkpoint can come once he has mended it. And a session that waits for WAL may hold a page of a
+//! catalogue that logins read, ours and the pageserver's among them: when ours do not come through, there is a segment.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -27,7 +29,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::fanotify::{EventFFlags, Fanotify, FanotifyEvent, FanotifyResponse, InitFlags, MarkFlags, MaskFlags, Response};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
-use rustix::fs::{FallocateFlags, Mode, OFlags, fallocate, fstat, fstatvfs, ftruncate};
+use rustix::fs::{AtFlags, FallocateFlags, FileType, Mode, OFlags, fallocate, fstat, fstatvfs, ftruncate, statat};
 use varve_api::admin::EventKind;
 use varve_postgres::Lsn;
 use varve_postgres::lsn::WAL_SEGMENT_SIZE;
@@ -37,13 +39,18 @@ use crate::sessions::Sessions;
 /// How Postgres names a segment that it makes.
 const NEW_SEGMENT: &str = "xlogtemp.";
 /// How often it is looked whether those who wait may go on.
-const HELD_POLL: Duration = Duration::from_millis(200);
+const HELD_POLL: Duration = Duration::from_millis(50);
 /// How often it is looked otherwise: whether to warn, or to end.
 const IDLE_POLL: Duration = Duration::from_millis(1000);
 /// How often the slot is asked for while somebody waits.
 const SLOT_POLL: Duration = Duration::from_millis(500);
-/// How often there is a segment for those whom something else than the slot keeps waiting.
-const TRICKLE: Duration = Duration::from_secs(60);
+/// Pause before each segment beyond the cap where the slot is not why, for each that it is beyond: a checkpoint gets
+/// the time that it needs, which depends on the size of Postgres's cache, and what it needs to come through.
+const PAUSE: Duration = Duration::from_millis(100);
+/// Longest pause of that kind: something of the tenant's own keeps WAL.
+const PAUSE_MAX: Duration = Duration::from_secs(60);
+/// Longest pause between such questions, where none is answered.
+const STUCK_PAUSE_MAX: Duration = Duration::from_secs(60);
 /// What stays of a disk beside a segment: names and blocks that describe others.
 const DISK_MARGIN: u64 = 1024 * 1024;
 /// The least that a cap can be: a checkpoint needs two segments of WAL at least, and there is what is sent meanwhile.
@@ -81,6 +88,8 @@ struct Facts {
     gives_way: bool,
     /// When somebody got a segment last.
     since_grant: Duration,
+    /// Our own sessions do not come through.
+    is_stuck: bool,
 }
 
 /// Why somebody waits.
@@ -100,8 +109,8 @@ impl Facts {
             return Some(Why::Disk);
         }
         let Some(cap) = self.cap.filter(|_| !self.gives_way) else { return None };
-        let after = self.held + WAL_SEGMENT_SIZE;
-        let is_open = after <= cap || is_relieved && (after <= cap + cap / 2 || self.since_grant >= TRICKLE);
+        let beyond = (self.held + WAL_SEGMENT_SIZE).saturating_sub(cap).div_ceil(WAL_SEGMENT_SIZE);
+        let is_open = beyond == 0 || self.is_stuck || is_relieved && self.since_grant >= (PAUSE * beyond as u32).min(PAUSE_MAX);
         (!is_open).then_some(Why::Cap)
     }
 }
@@ -117,6 +126,8 @@ struct Shared {
     waits: AtomicBool,
     /// What the slot keeps, and one; 0 while it is not known.
     needed: AtomicU64,
+    /// Sessions of ours do not come through.
+    is_stuck: AtomicBool,
 }
 
 /// See the module. Dropped, it lets everybody go on.
@@ -145,7 +156,7 @@ impl WalGate {
         // Where no slot keeps anything, that is known.
         let needed = AtomicU64::new(u64::from(!is_kept));
         let no = || AtomicBool::new(false);
-        let shared = Arc::new(Shared { wake, closing: no(), gives_way: no(), waits: no(), needed });
+        let shared = Arc::new(Shared { wake, closing: no(), gives_way: no(), waits: no(), needed, is_stuck: no() });
         let keeper = Keeper { group, folder, cap, is_kept, shared: shared.clone(), told, warned: None, granted: Instant::now() };
         let thread = std::thread::Builder::new().name("wal-gate".to_owned()).spawn(move || keeper.run())?;
         Ok(WalGate { shared, thread: Some(thread) })
@@ -160,13 +171,20 @@ impl WalGate {
     pub(crate) fn follow(&self, sessions: &Sessions) -> impl Future<Output = ()> + Send + use<> {
         let (shared, sessions) = (self.shared.clone(), sessions.clone());
         async move {
+            let mut pause = SLOT_POLL;
             loop {
-                tokio::time::sleep(SLOT_POLL).await;
+                tokio::time::sleep(pause).await;
                 if shared.waits.load(Ordering::Relaxed) {
                     match sessions.kept_by_slot().await {
-                        Ok(Some((from, to))) => shared.learn(from, to),
-                        Ok(None) => {}
-                        Err(error) => tracing::info!(%error, "what the slot keeps is not known while pg_wal waits for room"),
+                        Ok(kept) => {
+                            pause = SLOT_POLL;
+                            kept.into_iter().for_each(|(from, to)| shared.learn(from, to));
+                        }
+                        Err(error) => {
+                            tracing::warn!(%error, "what the slot keeps is not known while pg_wal waits for room: it gets a segment");
+                            shared.is_stuck.store(true, Ordering::Relaxed);
+                            pause = (pause * 2).min(STUCK_PAUSE_MAX);
+                        }
                     }
                 }
             }
@@ -273,6 +291,7 @@ impl Keeper {
             }
             self.answer(&waiting.remove(0));
             self.granted = Instant::now();
+            self.shared.is_stuck.store(false, Ordering::Relaxed);
         }
         None
     }
@@ -293,6 +312,7 @@ impl Keeper {
             free: disk.f_bavail.saturating_mul(disk.f_frsize),
             gives_way: self.shared.gives_way.load(Ordering::Relaxed),
             since_grant: self.granted.elapsed(),
+            is_stuck: self.shared.is_stuck.load(Ordering::Relaxed),
         })
     }
 
@@ -301,7 +321,9 @@ impl Keeper {
         let mut bytes = 0;
         for entry in rustix::fs::Dir::read_from(&self.folder)? {
             let entry = entry?;
-            if let Ok(found) = rustix::fs::statat(&self.folder, entry.file_name(), rustix::fs::AtFlags::SYMLINK_NOFOLLOW) {
+            if let Ok(found) = statat(&self.folder, entry.file_name(), AtFlags::SYMLINK_NOFOLLOW)
+                && FileType::from_raw_mode(found.st_mode).is_file()
+            {
                 bytes += u64::try_from(found.st_blocks).unwrap_or(0) * 512;
             }
         }
@@ -355,7 +377,7 @@ fn makes_segment(event: &FanotifyEvent) -> bool {
 fn allocate(event: &FanotifyEvent) -> io::Result<()> {
     let Some(file) = event.fd() else { return Ok(()) };
     let file = file.as_fd();
-    let is_new = fstat(file).is_ok_and(|found| found.st_size == 0 && rustix::fs::FileType::from_raw_mode(found.st_mode).is_file());
+    let is_new = fstat(file).is_ok_and(|found| found.st_size == 0 && FileType::from_raw_mode(found.st_mode).is_file());
     if !is_new {
         return Ok(());
     }
@@ -377,7 +399,7 @@ mod tests {
     const SEGMENT: u64 = WAL_SEGMENT_SIZE;
 
     fn facts() -> Facts {
-        Facts { cap: Some(16 * SEGMENT), held: 0, needed: None, free: 1 << 40, gives_way: false, since_grant: Duration::ZERO }
+        Facts { cap: Some(16 * SEGMENT), held: 0, needed: None, free: 1 << 40, gives_way: false, since_grant: Duration::ZERO, is_stuck: false }
     }
 
     #[test]
@@ -386,17 +408,20 @@ mod tests {
         let full = Facts { held: 15 * SEGMENT + 1, ..facts() };
         assert_eq!(full.closed(), Some(Why::Cap));
         assert_eq!(Facts { needed: Some(8 * SEGMENT), ..full }.closed(), Some(Why::Cap), "too much is needed yet");
-        assert_eq!(Facts { needed: Some(7 * SEGMENT), ..full }.closed(), None, "a checkpoint can free the rest");
+        let relieved = Facts { needed: Some(7 * SEGMENT), since_grant: PAUSE, ..full };
+        assert_eq!(relieved.closed(), None, "a checkpoint can free the rest");
         assert_eq!(Facts { gives_way: true, ..full }.closed(), None, "the end needs WAL, too");
+        assert_eq!(Facts { is_stuck: true, ..full }.closed(), None, "whoever is to make room must get in");
         assert_eq!(Facts { cap: None, held: 1 << 40, ..full }.closed(), None);
     }
 
     #[test]
     fn what_no_checkpoint_frees_gets_a_segment_now_and_then() {
-        let kept = Facts { held: 24 * SEGMENT, needed: Some(0), ..facts() };
+        let kept = Facts { held: 24 * SEGMENT, needed: Some(0), since_grant: PAUSE * 8, ..facts() };
         assert_eq!(kept.closed(), Some(Why::Cap));
-        assert_eq!(Facts { since_grant: TRICKLE, ..kept }.closed(), None);
-        assert_eq!(Facts { since_grant: TRICKLE, needed: None, ..kept }.closed(), Some(Why::Cap), "not where the pageserver is why");
+        assert_eq!(Facts { since_grant: PAUSE * 9, ..kept }.closed(), None);
+        assert_eq!(Facts { since_grant: PAUSE_MAX, needed: None, ..kept }.closed(), Some(Why::Cap), "not where the pageserver is why");
+        assert_eq!(Facts { since_grant: PAUSE_MAX, held: 1 << 50, ..kept }.closed(), None);
     }
 
     #[test]
