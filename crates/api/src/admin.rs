@@ -214,7 +214,7 @@ pub struct Compute {
     pub port: u16,
     /// The moment that a throw-away compute shows.
     pub lsn: Option<String>,
-    /// Why it failed.
+    /// Why it failed, or, where it runs, why its commits wait.
     pub error: Option<String>,
     /// What was done at its start that its owner should know of, such as a repair.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -447,7 +447,7 @@ pub struct LostTenant {
 /// Answer to `GET /readyz`.
 #[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
 pub struct Ready {
-    /// True: the store can be reached. Otherwise the answer is a problem.
+    /// True: the store can be reached, and WAL be kept. Otherwise the answer is a problem.
     pub ready: bool,
     /// Tenants that other servers took over. The server is ready for all others.
     pub lost: Vec<LostTenant>,

@@ -45,6 +45,14 @@ const PLACES_WAIT_MAX: Duration = Duration::from_secs(120);
 const KEPT_WAL_WAIT_MAX: Duration = Duration::from_secs(60);
 /// Largest data directory that a host may send, uncompressed.
 const TEMPLATE_BYTES_MAX: u64 = 1 << 30;
+/// How long a server that stops tries to put something into a store that fails each time.
+const STORE_PATIENCE: Duration = Duration::from_secs(5);
+/// And into one that neither takes nor refuses it.
+const STORE_SILENCE: Duration = Duration::from_secs(30);
+/// How often it is looked then whether it still fails.
+const STORE_LOOK: Duration = Duration::from_millis(500);
+/// How long a server that stops tries to write down figures.
+const FIGURES_MAX: Duration = Duration::from_secs(5);
 /// Ranges that an error names at most.
 const RANGES_NAMED_MAX: usize = 8;
 
@@ -320,15 +328,25 @@ impl Pageserver {
             for live in tenant.all_opened() {
                 // No acknowledgement from here on; then all that was acknowledged can be put into the store.
                 let ended = live.end_stream(StreamEnd::Closing).await.map(drop);
-                let flushed = match ended {
-                    Ok(()) => live.flush_all().await,
-                    failed => failed,
+                let flushed = async {
+                    ended?;
+                    live.flush_all().await
                 };
-                if let Err(error) = flushed {
-                    tracing::warn!(timeline = live.name(), %error, "not all is in the store; the WAL log keeps the rest");
+                tokio::select! {
+                    flushed = flushed => {
+                        if let Err(error) = flushed {
+                            tracing::warn!(timeline = live.name(), %error, "not all is in the store; the WAL log keeps the rest");
+                        }
+                    }
+                    () = store_fails(&live) => {
+                        tracing::warn!(timeline = live.name(), "the store does not take what it lacks; the WAL log keeps it");
+                    }
                 }
             }
-            tenant.note_figures(Duration::ZERO).await;
+            // They are worth a moment only.
+            if tokio::time::timeout(FIGURES_MAX, tenant.note_figures(Duration::ZERO)).await.is_err() {
+                tracing::warn!("figures of a tenant's size are not in the store");
+            }
         }
         self.stopping.cancel();
         self.tenants.close().await;
@@ -357,6 +375,16 @@ impl Pageserver {
     /// Bytes of the WAL log.
     pub fn wal_log_bytes(&self) -> u64 {
         self.context.wal.bytes()
+    }
+
+    /// Why the WAL of a timeline's compute does not come in, if there is something to tell.
+    pub fn wal_trouble(&self, tenant: TenantId, timeline: TimelineId) -> Option<String> {
+        self.writers.trouble(tenant, timeline)
+    }
+
+    /// Why WAL that came cannot be kept here: a full disk, mostly.
+    pub fn not_kept(&self) -> Option<String> {
+        self.writers.not_kept()
     }
 
     /// Computes whose WAL is received.
@@ -618,6 +646,22 @@ impl Pageserver {
     pub async fn learn_startup_blocks(&self, tenant: TenantId, blocks: Vec<StartupBlock>) -> Result<(), ServerError> {
         let Some(tenant) = self.tenants.awake(tenant) else { return Ok(()) };
         Ok(self.templates.learn_startup_blocks(tenant.template(), blocks).await?)
+    }
+}
+
+/// Waits until the store has not taken anything of a timeline for a while: it is full, or away.
+async fn store_fails(live: &LiveTimeline) {
+    let (mut layered, mut since) = (live.positions().layered(), tokio::time::Instant::now());
+    loop {
+        tokio::time::sleep(STORE_LOOK).await;
+        let now = live.positions().layered();
+        if now > layered {
+            (layered, since) = (now, tokio::time::Instant::now());
+        }
+        let patience = if live.flush_fails() { STORE_PATIENCE } else { STORE_SILENCE };
+        if since.elapsed() >= patience {
+            return;
+        }
     }
 }
 

@@ -226,10 +226,16 @@ pub(crate) async fn run(args: DevArgs) -> anyhow::Result<()> {
         host = None;
     }
     tracing::info!("stopping; what the store lacks is put there first");
+    let again = async {
+        tokio::select! {
+            _ = interrupt.recv() => {}
+            _ = terminate.recv() => {}
+        }
+    };
     // Computes notice by themselves; a second signal ends at once what a store that does not answer holds up.
     tokio::select! {
         () = pageserver.stop() => {}
-        _ = interrupt.recv() => tracing::warn!("stopped at once; the WAL log keeps what the store lacks"),
+        () = again => tracing::warn!("stopped at once; the WAL log keeps what the store lacks"),
     }
     shutdown.cancel();
     let ended = async {
