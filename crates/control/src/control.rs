@@ -205,8 +205,8 @@ impl<P: Pageserver> Control<P> {
         lost.map(shown).collect()
     }
 
-    /// Whether the server can work: it can while the store answers and WAL can be kept. A tenant that it lost is served by another server,
-    /// and does not keep it from serving the others: it is only named.
+    /// Whether the server can work: it can while the store answers and WAL can be kept. A tenant that it lost is served
+    /// by another server, and does not keep it from serving the others: it is only named.
     ///
     /// # Errors
     /// [`Error::Store`], or [`Error::Refused`] when the store does not answer, or the disk is full.

@@ -2,9 +2,9 @@
 //! directory.
 //!
 //! Two kinds of processes:
-//! - [`agent`] is the host itself: it does what the control plane orders, keeps records of its computes ([`record`], [`reserve`]),
-//!   chooses ports ([`mod@ports`]) and user ids ([`uids`]), finds Postgres installations ([`bin_dirs`]) and runs
-//!   `initdb` ([`initdb`]).
+//! - [`agent`] is the host itself: it does what the control plane orders, keeps records of its computes ([`record`],
+//!   [`reserve`]), chooses ports ([`mod@ports`]) and user ids ([`uids`]), finds Postgres installations ([`bin_dirs`])
+//!   and runs `initdb` ([`initdb`]).
 //! - [`process`] is the life of one compute process: it begins at the server, mounts the data directory ([`mount`],
 //!   over FUSE), starts Postgres ([`postgres`]) in a sandbox ([`sandbox`], [`cgroup`]) with a bounded `pg_wal`
 //!   ([`wal_gate`]), offers its walsender

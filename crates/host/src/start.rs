@@ -142,7 +142,9 @@ fn room_events(dirs: &Dirs, events: &Events) -> RoomCallback {
             Fullness::Room => tracing::info!(folder, free_mb = free, "the disk has room again"),
             Fullness::Near => events.tell(EventKind::DiskNearlyFull, format!("the disk of {folder} will be full soon: {free} MB are left")),
             Fullness::Full => {
-                let words = format!("the disk of {folder} is full, {free} MB are left: relations and temporary files cannot grow until there is room");
+                let words = format!(
+                    "the disk of {folder} is full, {free} MB are left: relations and temporary files cannot grow until there is room"
+                );
                 events.tell(EventKind::DiskFull, words);
             }
         }

@@ -354,7 +354,10 @@ impl Keeper {
                 ),
             ),
             Some(kind @ EventKind::DiskFull) => {
-                (self.told)(kind, format!("the disk of pg_wal has {free} MB left: who writes waits until there is room for a segment of WAL"));
+                (self.told)(
+                    kind,
+                    format!("the disk of pg_wal has {free} MB left: who writes waits until there is room for a segment of WAL"),
+                );
             }
             Some(kind) => (self.told)(
                 kind,
@@ -399,7 +402,15 @@ mod tests {
     const SEGMENT: u64 = WAL_SEGMENT_SIZE;
 
     fn facts() -> Facts {
-        Facts { cap: Some(16 * SEGMENT), held: 0, needed: None, free: 1 << 40, gives_way: false, since_grant: Duration::ZERO, is_stuck: false }
+        Facts {
+            cap: Some(16 * SEGMENT),
+            held: 0,
+            needed: None,
+            free: 1 << 40,
+            gives_way: false,
+            since_grant: Duration::ZERO,
+            is_stuck: false,
+        }
     }
 
     #[test]

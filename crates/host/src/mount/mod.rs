@@ -82,9 +82,9 @@ use self::{
 pub use self::{
     beside_wal::{BesideWal, RelationFile, StagedFile},
     filesystem::FailureCallback,
-    room::{Fullness, RoomCallback},
     host::remove_stale_mount,
     observer::FileObserver,
+    room::{Fullness, RoomCallback},
     source::BaseSource,
 };
 

@@ -78,7 +78,14 @@ pub(super) enum Content {
 
 impl Node {
     pub(super) fn new(ino: u64, meta: Meta, content: Content) -> Arc<Node> {
-        Arc::new(Node { ino, meta: Mutex::new(meta), lookups: AtomicU64::new(0), observed: Mutex::new(None), is_data: AtomicBool::new(false), content })
+        Arc::new(Node {
+            ino,
+            meta: Mutex::new(meta),
+            lookups: AtomicU64::new(0),
+            observed: Mutex::new(None),
+            is_data: AtomicBool::new(false),
+            content,
+        })
     }
 
     pub(super) fn kind(&self) -> FileType {
