@@ -9,6 +9,8 @@
 use std::io;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use varve_api::host::Password;
@@ -40,7 +42,7 @@ const NO_DATABASE: [&str; 2] = ["3D000", "55000"];
 const NO_LIBRARIES_FOR_WALSENDERS: u32 = 15;
 /// From this version on there are event triggers at login.
 const LOGIN_TRIGGERS: u32 = 17;
-/// From this version on a walsender says where a slot is.
+/// From this version on a walsender without a database says where a slot is.
 const READS_SLOTS: u32 = 15;
 /// Type and start of the pageserver's slot.
 const READ_SLOT: &str = "READ_REPLICATION_SLOT varve";
@@ -95,12 +97,14 @@ pub struct PrivateSocket {
     folder: PathBuf,
     port: u16,
     uid: u32,
+    /// How often it was connected to.
+    connects: Arc<AtomicU64>,
 }
 
 impl PrivateSocket {
     /// In this folder, of a Postgres that has this port and runs as this user.
     pub fn new(folder: impl Into<PathBuf>, port: u16, uid: u32) -> PrivateSocket {
-        PrivateSocket { folder: folder.into(), port, uid }
+        PrivateSocket { folder: folder.into(), port, uid, connects: Arc::default() }
     }
 
     /// Whether there is one, as a sign that connecting is worth while.
@@ -108,11 +112,17 @@ impl PrivateSocket {
         self.folder.join(self.name()).symlink_metadata().is_ok()
     }
 
+    /// How often it was connected to, by us and for the pageserver.
+    pub fn connects(&self) -> u64 {
+        self.connects.load(Ordering::Relaxed)
+    }
+
     /// Connects. Never waits: a connection that Postgres has no room for is refused.
     ///
     /// # Errors
     /// When there is no socket of Postgres's, or it takes no connection.
     pub fn connect(&self) -> io::Result<UnixStream> {
+        self.connects.fetch_add(1, Ordering::Relaxed);
         beneath::connect(&self.folder, &self.name(), self.uid)
     }
 
@@ -154,22 +164,22 @@ impl Sessions {
         text.parse().map_err(|_| SessionError::Position(text))
     }
 
-    /// What WAL the pageserver's slot keeps: from where to where; none as long as there is no slot. From 15 on that
-    /// needs no database, and so waits for no lock but that of [`Sessions::flushed`].
+    /// A session that stays, to be asked what the pageserver's slot keeps. While WAL waits for room logins may not come
+    /// through, and what has come through answers.
     ///
     /// # Errors
-    /// When Postgres does not answer.
-    pub async fn kept_by_slot(&self) -> Result<Option<(Lsn, Lsn)>, SessionError> {
-        let rows = if self.pg_version < READS_SLOTS {
-            let work = |connection: &mut Connection| connection.simple_query(SLOT_QUERY);
-            self.in_a_database(work, ANSWER_MAX).await?
-        } else {
-            let work = |connection: &mut Connection| connection.simple_query(READ_SLOT);
-            self.run(self.walsender(), work, ANSWER_MAX).await?
+    /// When Postgres takes no connection, or not in time.
+    pub async fn slot_session(&self) -> Result<SlotSession, SessionError> {
+        let needs_database = self.pg_version < READS_SLOTS;
+        let config = if needs_database { self.database(DATABASES[1]) } else { self.walsender() };
+        let socket = self.socket.clone();
+        let session = move || {
+            let stream = socket.connect().map_err(SessionError::Connect)?;
+            let mut connection = Connection::over(Socket::Unix(stream), &config, ANSWER_MAX)?;
+            connection.set_read_timeout(Some(ANSWER_MAX))?;
+            Ok(SlotSession { connection, query: if needs_database { SLOT_QUERY } else { READ_SLOT } })
         };
-        let Some(from) = rows.first().and_then(|row| row.get(1)).cloned().flatten() else { return Ok(None) };
-        let from = from.parse().map_err(|_| SessionError::Position(from))?;
-        Ok(Some((from, self.flushed().await?)))
+        tokio::task::spawn_blocking(session).await?
     }
 
     /// Gives the superuser the tenant's password, unless this history had it before. The first password is for a
@@ -255,6 +265,26 @@ impl Sessions {
             Ok(work(&mut connection)?)
         };
         tokio::task::spawn_blocking(session).await?
+    }
+}
+
+/// See [`Sessions::slot_session`].
+pub struct SlotSession {
+    connection: Connection,
+    query: &'static str,
+}
+
+impl SlotSession {
+    /// What WAL the pageserver's slot keeps: from where to where; none as long as there is no slot. Blocks.
+    ///
+    /// # Errors
+    /// When Postgres does not answer.
+    pub fn kept(&mut self) -> Result<Option<(Lsn, Lsn)>, SessionError> {
+        let position = |text: String| text.parse().map_err(|_| SessionError::Position(text));
+        let column = |rows: Vec<Row>, index: usize| rows.first().and_then(|row| row.get(index)).cloned().flatten();
+        let Some(from) = column(self.connection.simple_query(self.query)?, 1) else { return Ok(None) };
+        let to = column(self.connection.simple_query("IDENTIFY_SYSTEM")?, 2).unwrap_or_default();
+        Ok(Some((position(from)?, position(to)?)))
     }
 }
 

@@ -15,9 +15,12 @@
 //! **How it heals.** Old segments go with a checkpoint, which writes WAL itself. So once the slot has moved, because
 //! the pageserver has stored what it lacked, Postgres gets segments beyond the cap until a checkpoint comes through:
 //! each after a pause, the longer the more there are. For the same reason the last segment of a full disk is for that
-//! moment alone. Where something of the tenant's own keeps WAL, a slot of his for one, there is a segment a minute in
-//! the end, so that a checkpoint can come once he has mended it. And a session that waits for WAL may hold a page of a
-//! catalogue that logins read, ours and the pageserver's among them: when ours do not come through, there is a segment.
+//! moment alone. Where something of the tenant's own keeps WAL, a slot of his for one, there is a segment a minute in the
+//! end, so that a checkpoint can come once he has mended it.
+//!
+//! **Who must get in.** Each login takes the lock of transaction numbers for a moment (`XidGenLock`), and who logs the
+//! running transactions holds it while he waits for WAL. So our own session is there before anybody waits. And where the
+//! pageserver asks for a connection, and a login of ours does not come through either, there is a segment.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -31,10 +34,9 @@ use nix::sys::fanotify::{EventFFlags, Fanotify, FanotifyEvent, FanotifyResponse,
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::fs::{AtFlags, FallocateFlags, FileType, Mode, OFlags, fallocate, fstat, fstatvfs, ftruncate, statat};
 use varve_api::admin::EventKind;
-use varve_postgres::Lsn;
 use varve_postgres::lsn::WAL_SEGMENT_SIZE;
 
-use crate::sessions::Sessions;
+use crate::sessions::{SessionError, Sessions, SlotSession};
 
 /// How Postgres names a segment that it makes.
 const NEW_SEGMENT: &str = "xlogtemp.";
@@ -49,10 +51,14 @@ const SLOT_POLL: Duration = Duration::from_millis(500);
 const PAUSE: Duration = Duration::from_millis(100);
 /// Longest pause of that kind: something of the tenant's own keeps WAL.
 const PAUSE_MAX: Duration = Duration::from_secs(60);
-/// Longest pause between such questions, where none is answered.
-const STUCK_PAUSE_MAX: Duration = Duration::from_secs(60);
+/// First pause between two looks whether logins come through, where the pageserver asks for one.
+const LOGIN_PAUSE: Duration = Duration::from_secs(2);
+/// Longest pause of that kind: where they do not, each look costs a segment.
+const LOGIN_PAUSE_MAX: Duration = Duration::from_secs(60);
 /// What stays of a disk beside a segment: names and blocks that describe others.
 const DISK_MARGIN: u64 = 1024 * 1024;
+/// With so many free segments on the disk somebody may wait soon.
+const NEAR_SEGMENTS: u64 = 8;
 /// The least that a cap can be: a checkpoint needs two segments of WAL at least, and there is what is sent meanwhile.
 const CAP_MIN: u64 = 8 * WAL_SEGMENT_SIZE;
 /// Of a small disk `pg_wal` gets this share at most.
@@ -104,7 +110,7 @@ impl Facts {
     fn closed(&self) -> Option<Why> {
         // A checkpoint would free most of it.
         let is_relieved = self.needed.is_some_and(|needed| self.cap.is_none_or(|cap| needed + WAL_SEGMENT_SIZE <= cap / 2));
-        let segments = if self.gives_way || is_relieved { 1 } else { 2 };
+        let segments = if self.gives_way || is_relieved || self.is_stuck { 1 } else { 2 };
         if self.free < segments * WAL_SEGMENT_SIZE + DISK_MARGIN {
             return Some(Why::Disk);
         }
@@ -124,6 +130,8 @@ struct Shared {
     gives_way: AtomicBool,
     /// Somebody waits.
     waits: AtomicBool,
+    /// Somebody may wait soon.
+    is_near: AtomicBool,
     /// What the slot keeps, and one; 0 while it is not known.
     needed: AtomicU64,
     /// Sessions of ours do not come through.
@@ -156,7 +164,7 @@ impl WalGate {
         // Where no slot keeps anything, that is known.
         let needed = AtomicU64::new(u64::from(!is_kept));
         let no = || AtomicBool::new(false);
-        let shared = Arc::new(Shared { wake, closing: no(), gives_way: no(), waits: no(), needed, is_stuck: no() });
+        let shared = Arc::new(Shared { wake, closing: no(), gives_way: no(), waits: no(), is_near: no(), needed, is_stuck: no() });
         let keeper = Keeper { group, folder, cap, is_kept, shared: shared.clone(), told, warned: None, granted: Instant::now() };
         let thread = std::thread::Builder::new().name("wal-gate".to_owned()).spawn(move || keeper.run())?;
         Ok(WalGate { shared, thread: Some(thread) })
@@ -167,25 +175,35 @@ impl WalGate {
         self.shared.tell(&self.shared.gives_way);
     }
 
-    /// Learns what the slot keeps as long as somebody waits. For ever.
+    /// Learns what the slot keeps as long as somebody waits. For ever. It keeps a session from before on, since logins
+    /// may not come through then.
     pub(crate) fn follow(&self, sessions: &Sessions) -> impl Future<Output = ()> + Send + use<> {
         let (shared, sessions) = (self.shared.clone(), sessions.clone());
         async move {
-            let mut pause = SLOT_POLL;
+            let (mut session, mut pause, mut connects) = (None, LOGIN_PAUSE, sessions.socket().connects());
+            let mut tried = Instant::now();
             loop {
-                tokio::time::sleep(pause).await;
-                if shared.waits.load(Ordering::Relaxed) {
-                    match sessions.kept_by_slot().await {
-                        Ok(kept) => {
-                            pause = SLOT_POLL;
-                            kept.into_iter().for_each(|(from, to)| shared.learn(from, to));
-                        }
-                        Err(error) => {
-                            tracing::warn!(%error, "what the slot keeps is not known while pg_wal waits for room: it gets a segment");
-                            shared.is_stuck.store(true, Ordering::Relaxed);
-                            pause = (pause * 2).min(STUCK_PAUSE_MAX);
-                        }
-                    }
+                tokio::time::sleep(SLOT_POLL).await;
+                if !shared.is_near.load(Ordering::Relaxed) {
+                    (session, pause, connects) = (None, LOGIN_PAUSE, sessions.socket().connects());
+                    continue;
+                }
+                if session.is_none() && (!shared.waits.load(Ordering::Relaxed) || tried.elapsed() >= pause) {
+                    session = shared.log_in(&sessions).await;
+                    (tried, connects) = (Instant::now(), sessions.socket().connects());
+                    pause = if session.is_some() { LOGIN_PAUSE } else { (pause * 2).min(LOGIN_PAUSE_MAX) };
+                }
+                if !shared.waits.load(Ordering::Relaxed) {
+                    continue;
+                }
+                if let Some(open) = session.take() {
+                    session = shared.ask(open).await;
+                }
+                // Where the pageserver asks to come in, it must get in. Ours says whether that is so.
+                if sessions.socket().connects() != connects && tried.elapsed() >= pause {
+                    let is_in = shared.log_in(&sessions).await.is_some();
+                    (tried, connects) = (Instant::now(), sessions.socket().connects());
+                    pause = if is_in { LOGIN_PAUSE } else { (pause * 2).min(LOGIN_PAUSE_MAX) };
                 }
             }
         }
@@ -209,8 +227,35 @@ impl Shared {
         let _ = rustix::io::write(&self.wake, &1_u64.to_ne_bytes());
     }
 
-    fn learn(&self, from: Lsn, to: Lsn) {
-        self.needed.store(to.distance_from(from).saturating_add(1), Ordering::Relaxed);
+    /// A new session; none where it does not come through, which is worth a segment while somebody waits.
+    async fn log_in(&self, sessions: &Sessions) -> Option<SlotSession> {
+        match sessions.slot_session().await {
+            Ok(session) => Some(session),
+            Err(error) => {
+                if self.waits.load(Ordering::Relaxed) {
+                    tracing::warn!(%error, "no session comes through while pg_wal waits for room: it gets a segment");
+                    self.tell(&self.is_stuck);
+                }
+                None
+            }
+        }
+    }
+
+    /// Asks a session what the slot keeps. Gives it back if it answers.
+    async fn ask(&self, mut session: SlotSession) -> Option<SlotSession> {
+        let asked = tokio::task::spawn_blocking(move || session.kept().map(|kept| (session, kept))).await;
+        match asked.map_err(SessionError::from).flatten() {
+            Ok((session, kept)) => {
+                if let Some((from, to)) = kept {
+                    self.needed.store(to.distance_from(from).saturating_add(1), Ordering::Relaxed);
+                }
+                Some(session)
+            }
+            Err(error) => {
+                tracing::info!(%error, "what the slot keeps is not known while pg_wal waits for room");
+                None
+            }
+        }
     }
 }
 
@@ -333,6 +378,8 @@ impl Keeper {
     /// Tells once of each state that is worth it.
     fn tell(&mut self, closed: Option<Why>, waiting: usize) {
         let Ok(facts) = self.facts() else { return };
+        let is_half_full = self.cap.is_some_and(|cap| facts.held >= cap / 2);
+        self.shared.is_near.store(closed.is_some() || is_half_full || facts.free < NEAR_SEGMENTS * WAL_SEGMENT_SIZE, Ordering::Relaxed);
         let (held, free) = (facts.held >> 20, facts.free >> 20);
         let cap = self.cap.map_or_else(|| "no cap".to_owned(), |cap| format!("a cap of {} MB", cap >> 20));
         let is_near = self.cap.is_some_and(|cap| facts.held >= cap - cap / 4);

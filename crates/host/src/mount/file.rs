@@ -498,12 +498,12 @@ impl FileData {
         let file = context.cache.open(&self.cache)?;
         context.room.take(end.saturating_sub(self.size().max(offset)));
         if self.unsettled.load(SeqCst) == 0 {
-            file.write_all_at(data, offset)?;
+            context.cache.store(&file, data, offset)?;
         } else {
             let mut blocks = self.lock_for_change(context, offset, end)?;
             let cells = cells_of(offset, end);
             if blocks.absent.any(cells.clone()) {
-                file.write_all_at(data, offset)?;
+                context.cache.store(&file, data, offset)?;
                 context.room.take(data.len() as u64);
                 self.settle(context, &mut blocks, cells);
                 drop(blocks);
@@ -512,7 +512,7 @@ impl FileData {
                 self.settle(context, &mut blocks, cells);
                 drop(blocks);
                 context.meanwhile(self);
-                file.write_all_at(data, offset)?;
+                context.cache.store(&file, data, offset)?;
             }
         }
         self.grow(context, end);

@@ -11,7 +11,7 @@
 //!   all files are said to be set-user-id: such files the kernel writes through, and gives our error to the writer
 //!   (`FUSE_HANDLE_KILLPRIV_V2`). It is told to look at their attributes anew, both times.
 //! - **What is gathered already fits.** As the disk fills, what the kernel may gather shrinks to half of what is left
-//!   above the reserve.
+//!   above the reserve. Should somebody else take the reserve just then, there is some ballast.
 //!
 //! A thread looks at the disk, the more often the fuller it is. In between, what the mount takes is counted.
 
@@ -200,6 +200,11 @@ impl Watcher {
                     u64::MAX
                 }
             };
+            if free >= room.reserve * ROOM_AGAIN
+                && let Err(error) = files.cache.take_ballast()
+            {
+                tracing::debug!("the cache has no ballast: {error}");
+            }
             // A disk that others fill must make fetched blocks go, too.
             files.budget.make_room(files, false);
             if let Some(dirty) = &mut self.dirty {
