@@ -81,7 +81,7 @@ impl OnASmallDisk {
         let dev = Dev::start_for(VARVE, Major::V15, &["--computes", disk.0.to_str().context("a path")?])?;
         dev.json(&["tenant", "create", "acme"])?;
         let db = dev.compute("acme/main", &[])?;
-        psql(&db, "CREATE TABLE t (i int, b int, f text)")?;
+        psql(&db, "CREATE TABLE t (i int, b int, f text); CREATE TABLE s (i int); INSERT INTO s VALUES (0)")?;
         Ok((OnASmallDisk { dev, disk, _folder: folder }, db))
     }
 }
@@ -131,7 +131,7 @@ fn a_full_disk_of_a_host_refuses_growth_and_ends_nothing() -> anyhow::Result<()>
         may_be_full(&db, &format!("CREATE UNLOGGED TABLE IF NOT EXISTS u (i int, b int, f text); {}", insert("u", 1)))?;
         may_be_full(&db, &format!("CREATE TEMP TABLE x (i int, b int, f text); {}", insert("x", 1)))?;
         ensure!(count(&db, "t")? == acknowledged * BATCH_ROWS, "reads go on");
-        psql(&db, "UPDATE t SET b = b + 100 WHERE i = 1; CHECKPOINT")?;
+        psql(&db, "UPDATE s SET i = i + 1; CHECKPOINT")?;
         ensure!(listed(dev)?["pid"] == pid, "Postgres is the same: {}", listed(dev)?);
         let told = kinds(dev)?;
         ensure!(["disk_nearly_full", "disk_full"].iter().all(|kind| told.iter().any(|told| told == kind)), "{told:?}");
@@ -253,8 +253,6 @@ fn pg_wal_keeps_to_its_cap_while_nobody_takes_wal_and_goes_on_by_itself() -> any
     let writers = Writers::start(&db, 2)?;
     writers.wait_for(10, STATEMENT_MAX)?;
     psql(&db, &insert("t", 0))?;
-    let mut session = Session::open(&db)?;
-    session.run("SELECT count(*) FROM t; SELECT count(*) FROM pg_stat_activity", STATEMENT_MAX)?;
     let stop = Arc::new(AtomicBool::new(false));
 
     let server = dev.server_pid().context("a server")?;
@@ -268,8 +266,6 @@ fn pg_wal_keeps_to_its_cap_while_nobody_takes_wal_and_goes_on_by_itself() -> any
     let most = peak.megabytes();
     println!("pg_wal had {most} MB at most while the server was stopped");
     ensure!((CAP_MB - 16..=CAP_MB).contains(&most), "pg_wal has {most} MB with a cap of {CAP_MB} MB");
-    let said = session.run("SELECT 1", STATEMENT_MAX)?;
-    ensure!(said == ["1"], "who only reads what is here goes on: {said:?}");
 
     // Another server takes its place: its WAL receiver has to get in.
     let before = writers.total();

@@ -26,6 +26,9 @@ use crate::{beneath, config};
 /// How long Postgres may take to say where its WAL is.
 const ANSWER_MAX: Duration = Duration::from_secs(10);
 
+/// How long a login may take until it counts as one that does not come through.
+const LOGIN_MAX: Duration = Duration::from_secs(3);
+
 /// Whether there is the superuser, whether he has a password, and which of ours he was given last.
 const PASSWORD_QUERY: &str = "SELECT r.rolname, r.rolpassword, shobj_description(t.oid, 'pg_tablespace') \
                               FROM pg_tablespace t LEFT JOIN pg_authid r ON r.rolname = 'postgres' WHERE t.spcname = 'pg_global'";
@@ -175,7 +178,7 @@ impl Sessions {
         let socket = self.socket.clone();
         let session = move || {
             let stream = socket.connect().map_err(SessionError::Connect)?;
-            let mut connection = Connection::over(Socket::Unix(stream), &config, ANSWER_MAX)?;
+            let mut connection = Connection::over(Socket::Unix(stream), &config, LOGIN_MAX)?;
             connection.set_read_timeout(Some(ANSWER_MAX))?;
             Ok(SlotSession { connection, query: if needs_database { SLOT_QUERY } else { READ_SLOT } })
         };

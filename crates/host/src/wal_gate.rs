@@ -9,18 +9,20 @@
 //! the disk, so that no write within a segment can fail either. If this process ends, the kernel lets everybody go on.
 //!
 //! **Who waits.** The session that needs the segment holds the lock of WAL's writing; all others that write come to
-//! wait for it. Reads go on. What is written can still be sent: walsenders need no lock for that, nor do our sessions
-//! that ask where the slot is.
+//! wait for it. Reads go on until somebody logs in while the running transactions are being logged (see below): then
+//! whoever needs a snapshot waits, too. What is written can still be sent: a walsender that streams needs no lock for
+//! that, nor does our session that asks where the slot is.
 //!
 //! **How it heals.** Old segments go with a checkpoint, which writes WAL itself. So once the slot has moved, because
 //! the pageserver has stored what it lacked, Postgres gets segments beyond the cap until a checkpoint comes through:
 //! each after a pause, the longer the more there are. For the same reason the last segment of a full disk is for that
-//! moment alone. Where something of the tenant's own keeps WAL, a slot of his for one, there is a segment a minute in the
-//! end, so that a checkpoint can come once he has mended it.
+//! moment alone. Where something of the tenant's own keeps WAL, a slot of his for one, there is a segment a minute in
+//! the end, so that a checkpoint can come once he has mended it.
 //!
-//! **Who must get in.** Each login takes the lock of transaction numbers for a moment (`XidGenLock`), and who logs the
-//! running transactions holds it while he waits for WAL. So our own session is there before anybody waits. And where the
-//! pageserver asks for a connection, and a login of ours does not come through either, there is a segment.
+//! **Who must get in.** Each login takes the lock of transaction numbers for a moment (`XidGenLock`, in
+//! `ProcArrayAdd`), and who logs the running transactions holds it while he waits for WAL. So our own session is there
+//! before anybody waits. And where the pageserver asks for a connection, and a login of ours does not come through
+//! either, there is a segment.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -114,7 +116,7 @@ impl Facts {
         if self.free < segments * WAL_SEGMENT_SIZE + DISK_MARGIN {
             return Some(Why::Disk);
         }
-        let Some(cap) = self.cap.filter(|_| !self.gives_way) else { return None };
+        let cap = self.cap.filter(|_| !self.gives_way)?;
         let beyond = (self.held + WAL_SEGMENT_SIZE).saturating_sub(cap).div_ceil(WAL_SEGMENT_SIZE);
         let is_open = beyond == 0 || self.is_stuck || is_relieved && self.since_grant >= (PAUSE * beyond as u32).min(PAUSE_MAX);
         (!is_open).then_some(Why::Cap)
