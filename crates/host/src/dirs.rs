@@ -136,7 +136,7 @@ impl Dirs {
     pub fn end_leftovers(&self) {
         self.end_predecessor();
         self.unmount();
-        if let Err(error) = remove_tree(&self.home.join("cache")) {
+        if let Err(error) = remove_tree(&self.home.join("cache")).and_then(|()| self.remove_wal_spare()) {
             tracing::warn!(folder = %self.home.display(), %error, "the cache of a compute that is gone stays");
         }
         let _ = std::fs::remove_file(self.walsender());
@@ -232,6 +232,18 @@ impl Dirs {
     /// Postgres's WAL, on plain disk.
     pub fn pg_wal(&self) -> PathBuf {
         self.root.join("pg_wal")
+    }
+
+    /// Space that is set apart for Postgres's WAL ([`crate::wal_gate`]).
+    pub fn wal_spare(&self) -> PathBuf {
+        self.home.join("wal-spare")
+    }
+
+    fn remove_wal_spare(&self) -> io::Result<()> {
+        match std::fs::remove_file(self.wal_spare()) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            other => other,
+        }
     }
 
     /// The private unix socket's directory.

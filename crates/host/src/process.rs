@@ -490,7 +490,7 @@ async fn incarnation(
 fn wal_gate(begin: &Begin, dirs: &Dirs, events: &Events) -> Option<WalGate> {
     let events = events.clone();
     let told = Box::new(move |kind, words| events.tell(kind, words));
-    let gate = WalGate::keep(&dirs.pg_wal(), dirs.wal_cap(), begin.epoch.is_some(), told);
+    let gate = WalGate::keep((&dirs.pg_wal(), dirs.wal_spare()), dirs.wal_cap(), begin.epoch.is_some(), told);
     if let Err(error) = &gate {
         tracing::warn!(%error, "pg_wal has no cap: only root can keep one");
     }

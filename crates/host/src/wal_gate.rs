@@ -15,18 +15,19 @@
 //!
 //! **How it heals.** Old segments go with a checkpoint, which writes WAL itself. So once the slot has moved, because
 //! the pageserver has stored what it lacked, Postgres gets segments beyond the cap until a checkpoint comes through:
-//! each after a pause, the longer the more there are. For the same reason the last segment of a full disk is for that
-//! moment alone. Where something of the tenant's own keeps WAL, a slot of his for one, there is a segment a minute in
-//! the end, so that a checkpoint can come once he has mended it.
+//! each after a pause, the longer the more there are. For the same reason two segments are set apart on the disk, for
+//! that moment alone. Where something of the tenant's own keeps WAL, a slot of his for one, there is a segment a minute
+//! in the end, so that a checkpoint can come once he has mended it.
 //!
 //! **Who must get in.** Each login takes the lock of transaction numbers for a moment (`XidGenLock`, in
 //! `ProcArrayAdd`), and who logs the running transactions holds it while he waits for WAL. So our own session is there
 //! before anybody waits. And where the pageserver asks for a connection, and a login of ours does not come through
 //! either, there is a segment.
 
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
@@ -59,6 +60,10 @@ const LOGIN_PAUSE: Duration = Duration::from_secs(2);
 const LOGIN_PAUSE_MAX: Duration = Duration::from_secs(60);
 /// What stays of a disk beside a segment: names and blocks that describe others.
 const DISK_MARGIN: u64 = 1024 * 1024;
+/// Segments that are set apart for the moment when a full disk can be relieved.
+const SPARE_SEGMENTS: u64 = 2;
+/// They are set apart while so many are free.
+const SPARE_TAKEN_ABOVE: u64 = 4;
 /// With so many free segments on the disk somebody may wait soon.
 const NEAR_SEGMENTS: u64 = 8;
 /// The least that a cap can be: a checkpoint needs two segments of WAL at least, and there is what is sent meanwhile.
@@ -92,6 +97,8 @@ struct Facts {
     needed: Option<u64>,
     /// Free bytes of the disk.
     free: u64,
+    /// Bytes that are set apart.
+    spare: u64,
     /// Postgres is to end, whatever that takes.
     gives_way: bool,
     /// When somebody got a segment last.
@@ -108,17 +115,25 @@ enum Why {
 }
 
 impl Facts {
+    /// Whether a checkpoint would free most of it.
+    fn is_relieved(&self) -> bool {
+        self.needed.is_some_and(|needed| self.cap.is_none_or(|cap| needed + WAL_SEGMENT_SIZE <= cap / 2))
+    }
+
+    /// Whether this is the moment for which segments are set apart.
+    fn may_take_spare(&self) -> bool {
+        self.gives_way || self.is_relieved() || self.is_stuck
+    }
+
     /// Why nobody may make a segment now; none if somebody may.
     fn closed(&self) -> Option<Why> {
-        // A checkpoint would free most of it.
-        let is_relieved = self.needed.is_some_and(|needed| self.cap.is_none_or(|cap| needed + WAL_SEGMENT_SIZE <= cap / 2));
-        let segments = if self.gives_way || is_relieved || self.is_stuck { 1 } else { 2 };
-        if self.free < segments * WAL_SEGMENT_SIZE + DISK_MARGIN {
+        let spare = if self.may_take_spare() { self.spare } else { 0 };
+        if self.free + spare < WAL_SEGMENT_SIZE + DISK_MARGIN {
             return Some(Why::Disk);
         }
         let cap = self.cap.filter(|_| !self.gives_way)?;
         let beyond = (self.held + WAL_SEGMENT_SIZE).saturating_sub(cap).div_ceil(WAL_SEGMENT_SIZE);
-        let is_open = beyond == 0 || self.is_stuck || is_relieved && self.since_grant >= (PAUSE * beyond as u32).min(PAUSE_MAX);
+        let is_open = beyond == 0 || self.is_stuck || self.is_relieved() && self.since_grant >= (PAUSE * beyond as u32).min(PAUSE_MAX);
         (!is_open).then_some(Why::Cap)
     }
 }
@@ -151,11 +166,12 @@ pub(crate) struct WalGate {
 type Told = Box<dyn Fn(EventKind, String) + Send>;
 
 impl WalGate {
-    /// Keeps the gate of the `pg_wal` in `folder`. `is_kept` says whether a slot keeps WAL for the pageserver.
+    /// Keeps the gate of the `pg_wal` in `folder`, with a file that sets space apart on the same disk. `is_kept` says
+    /// whether a slot keeps WAL for the pageserver.
     ///
     /// # Errors
     /// When the kernel does not let us: it takes root.
-    pub(crate) fn keep(folder: &Path, cap: Option<u64>, is_kept: bool, told: Told) -> io::Result<WalGate> {
+    pub(crate) fn keep((folder, spare): (&Path, PathBuf), cap: Option<u64>, is_kept: bool, told: Told) -> io::Result<WalGate> {
         let folder = rustix::fs::open(folder, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())?;
         let init = InitFlags::FAN_CLASS_CONTENT | InitFlags::FAN_CLOEXEC | InitFlags::FAN_NONBLOCK;
         // A name there may be anything that the tenant made: opening it must not wait.
@@ -167,7 +183,7 @@ impl WalGate {
         let needed = AtomicU64::new(u64::from(!is_kept));
         let no = || AtomicBool::new(false);
         let shared = Arc::new(Shared { wake, closing: no(), gives_way: no(), waits: no(), is_near: no(), needed, is_stuck: no() });
-        let keeper = Keeper { group, folder, cap, is_kept, shared: shared.clone(), told, warned: None, granted: Instant::now() };
+        let keeper = Keeper { spare, group, folder, cap, is_kept, shared: shared.clone(), told, warned: None, granted: Instant::now() };
         let thread = std::thread::Builder::new().name("wal-gate".to_owned()).spawn(move || keeper.run())?;
         Ok(WalGate { shared, thread: Some(thread) })
     }
@@ -264,6 +280,7 @@ impl Shared {
 struct Keeper {
     group: Fanotify,
     folder: OwnedFd,
+    spare: PathBuf,
     cap: Option<u64>,
     is_kept: bool,
     shared: Arc<Shared>,
@@ -280,6 +297,11 @@ impl Keeper {
             let limit = if waiting.is_empty() { IDLE_POLL } else { HELD_POLL };
             self.take_events(&mut waiting, limit);
             let closed = self.let_through(&mut waiting);
+            if closed.is_none()
+                && let Err(error) = self.take_spare()
+            {
+                tracing::debug!(%error, "no segments are set apart for pg_wal");
+            }
             self.tell(closed, waiting.len());
         }
         // With the group all who wait go on.
@@ -323,15 +345,19 @@ impl Keeper {
             return None;
         }
         while let Some(first) = waiting.first() {
-            let closed = match self.facts() {
-                Ok(facts) => facts.closed(),
+            let (closed, may_take_spare) = match self.facts() {
+                Ok(facts) => (facts.closed(), facts.may_take_spare()),
                 Err(error) => {
                     tracing::error!(%error, "pg_wal cannot be looked at: nobody waits for room there");
-                    None
+                    (None, false)
                 }
             };
+            let make = || match allocate(first) {
+                Err(_) if may_take_spare && self.give_spare().is_ok() => allocate(first),
+                made => made,
+            };
             // The disk may have less than it says, or somebody else was faster.
-            let closed = closed.or_else(|| allocate(first).err().map(|_| Why::Disk));
+            let closed = closed.or_else(|| make().err().map(|_| Why::Disk));
             if let Some(why) = closed {
                 self.note_waits(true);
                 return Some(why);
@@ -357,10 +383,28 @@ impl Keeper {
             held: self.held()?,
             needed: self.shared.needed.load(Ordering::Relaxed).checked_sub(1),
             free: disk.f_bavail.saturating_mul(disk.f_frsize),
+            spare: self.spare.symlink_metadata().map_or(0, |spare| spare.len()),
             gives_way: self.shared.gives_way.load(Ordering::Relaxed),
             since_grant: self.granted.elapsed(),
             is_stuck: self.shared.is_stuck.load(Ordering::Relaxed),
         })
+    }
+
+    /// Sets segments apart, while there are enough.
+    fn take_spare(&self) -> io::Result<()> {
+        let facts = self.facts()?;
+        let missing = (SPARE_SEGMENTS * WAL_SEGMENT_SIZE).saturating_sub(facts.spare);
+        if missing > 0 && facts.free >= SPARE_TAKEN_ABOVE * WAL_SEGMENT_SIZE {
+            let file = File::options().create(true).truncate(false).write(true).open(&self.spare)?;
+            fallocate(&file, FallocateFlags::empty(), facts.spare, missing)?;
+        }
+        Ok(())
+    }
+
+    /// Gives up one of them.
+    fn give_spare(&self) -> io::Result<()> {
+        let file = File::options().write(true).open(&self.spare)?;
+        file.set_len(file.metadata()?.len().saturating_sub(WAL_SEGMENT_SIZE))
     }
 
     /// Bytes that the files of `pg_wal` take. A segment that is being made counts once it was let through.
@@ -456,6 +500,7 @@ mod tests {
             held: 0,
             needed: None,
             free: 1 << 40,
+            spare: 0,
             gives_way: false,
             since_grant: Duration::ZERO,
             is_stuck: false,
@@ -485,13 +530,14 @@ mod tests {
     }
 
     #[test]
-    fn the_last_segment_of_a_disk_is_for_a_checkpoint_that_frees_others() {
-        let one = Facts { free: SEGMENT + DISK_MARGIN, ..facts() };
-        assert_eq!(one.closed(), Some(Why::Disk));
-        assert_eq!(Facts { needed: Some(0), ..one }.closed(), None);
-        assert_eq!(Facts { gives_way: true, ..one }.closed(), None);
-        assert_eq!(Facts { gives_way: true, free: SEGMENT, ..one }.closed(), Some(Why::Disk));
-        assert_eq!(Facts { free: 2 * SEGMENT + DISK_MARGIN, ..one }.closed(), None);
+    fn what_is_set_apart_is_for_a_checkpoint_that_frees_others() {
+        let full = Facts { free: SEGMENT, spare: SEGMENT, ..facts() };
+        assert_eq!(full.closed(), Some(Why::Disk));
+        assert_eq!(Facts { needed: Some(0), ..full }.closed(), None);
+        assert_eq!(Facts { gives_way: true, ..full }.closed(), None);
+        assert_eq!(Facts { is_stuck: true, ..full }.closed(), None);
+        assert_eq!(Facts { gives_way: true, spare: 0, ..full }.closed(), Some(Why::Disk));
+        assert_eq!(Facts { free: SEGMENT + DISK_MARGIN, ..full }.closed(), None);
     }
 
     #[test]
