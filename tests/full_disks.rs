@@ -181,9 +181,12 @@ fn a_disk_that_somebody_else_fills_keeps_no_compute_from_being_ended_or_healed()
     }
     // Stopped while nothing is free.
     disk.fill()?;
-    dev.json(&["compute", "stop", "acme/main"])?;
-    let known = dev.json(&["compute", "list"])?;
-    ensure!(known.as_array().is_some_and(Vec::is_empty), "it is stopped: {known}");
+    let stopped = dev.cli(&["compute", "stop", "acme/main"])?;
+    let said = String::from_utf8_lossy(&stopped.stderr).into_owned();
+    // Without a single byte Postgres may not come to its end well. It has ended, nevertheless, and somebody knows how.
+    println!("stopped without a byte left: {} {said}", stopped.status);
+    ensure!(stopped.status.success() || said.contains("is stopped, but it did not end cleanly"), "{said}");
+    ensure!(dev.json(&["compute", "list"])?.as_array().is_some_and(|list| list.iter().all(|compute| compute["state"] != "running")));
     disk.fill()?;
     let said = dev.refused(&["compute", "start", "acme/main"])?;
     ensure!(said.contains("is full") && said.contains(disk.0.to_str().context("a path")?), "the error names the disk: {said}");

@@ -293,6 +293,7 @@ struct Keeper {
 impl Keeper {
     fn run(mut self) {
         let mut waiting: Vec<FanotifyEvent> = Vec::new();
+        let _ = self.take_spare();
         while !self.shared.closing.load(Ordering::Relaxed) {
             let limit = if waiting.is_empty() { IDLE_POLL } else { HELD_POLL };
             self.take_events(&mut waiting, limit);

@@ -29,6 +29,7 @@ use varve_storage::tenant_log;
 use varve_storage::threads::{RuntimeThreads, Threads};
 use varve_storage::wal_log::{Unattached, WalLog};
 
+use crate::ending;
 use crate::error::ServerError;
 use crate::tenants::{Identity, LostTo, Tenants};
 use crate::writers::{Writer, Writers};
@@ -45,12 +46,6 @@ const PLACES_WAIT_MAX: Duration = Duration::from_secs(120);
 const KEPT_WAL_WAIT_MAX: Duration = Duration::from_secs(60);
 /// Largest data directory that a host may send, uncompressed.
 const TEMPLATE_BYTES_MAX: u64 = 1 << 30;
-/// How long a server that stops tries to put something into a store that fails each time.
-const STORE_PATIENCE: Duration = Duration::from_secs(5);
-/// And into one that neither takes nor refuses it.
-const STORE_SILENCE: Duration = Duration::from_secs(30);
-/// How often it is looked then whether it still fails.
-const STORE_LOOK: Duration = Duration::from_millis(500);
 /// How long a server that stops tries to write down figures.
 const FIGURES_MAX: Duration = Duration::from_secs(5);
 /// Ranges that an error names at most.
@@ -326,22 +321,7 @@ impl Pageserver {
     pub async fn stop(&self) {
         for tenant in self.tenants.all_awake() {
             for live in tenant.all_opened() {
-                // No acknowledgement from here on; then all that was acknowledged can be put into the store.
-                let ended = live.end_stream(StreamEnd::Closing).await.map(drop);
-                let flushed = async {
-                    ended?;
-                    live.flush_all().await
-                };
-                tokio::select! {
-                    flushed = flushed => {
-                        if let Err(error) = flushed {
-                            tracing::warn!(timeline = live.name(), %error, "not all is in the store; the WAL log keeps the rest");
-                        }
-                    }
-                    () = store_fails(&live) => {
-                        tracing::warn!(timeline = live.name(), "the store does not take what it lacks; the WAL log keeps it");
-                    }
-                }
+                ending::put_away(&live).await;
             }
             // They are worth a moment only.
             if tokio::time::timeout(FIGURES_MAX, tenant.note_figures(Duration::ZERO)).await.is_err() {
@@ -646,22 +626,6 @@ impl Pageserver {
     pub async fn learn_startup_blocks(&self, tenant: TenantId, blocks: Vec<StartupBlock>) -> Result<(), ServerError> {
         let Some(tenant) = self.tenants.awake(tenant) else { return Ok(()) };
         Ok(self.templates.learn_startup_blocks(tenant.template(), blocks).await?)
-    }
-}
-
-/// Waits until the store has not taken anything of a timeline for a while: it is full, or away.
-async fn store_fails(live: &LiveTimeline) {
-    let (mut layered, mut since) = (live.positions().layered(), tokio::time::Instant::now());
-    loop {
-        tokio::time::sleep(STORE_LOOK).await;
-        let now = live.positions().layered();
-        if now > layered {
-            (layered, since) = (now, tokio::time::Instant::now());
-        }
-        let patience = if live.flush_fails() { STORE_PATIENCE } else { STORE_SILENCE };
-        if since.elapsed() >= patience {
-            return;
-        }
     }
 }
 

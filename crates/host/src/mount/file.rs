@@ -361,7 +361,13 @@ impl FileData {
         for cells in blocks.absent.runs(cells_of(piece.start, piece.end())) {
             let from = (cells.start * CELL_BYTES - piece.start) as usize;
             let to = ((cells.end * CELL_BYTES - piece.start) as usize).min(piece.bytes.len());
-            file.write_all_at(&piece.bytes[from..to], cells.start * CELL_BYTES)?;
+            let (bytes, at) = (&piece.bytes[from..to], cells.start * CELL_BYTES);
+            // What is to stay is needed for a write.
+            if stay {
+                context.cache.store(&file, bytes, at)?;
+            } else {
+                file.write_all_at(bytes, at)?;
+            }
             context.room.take((to - from) as u64);
             let whole = whole_blocks(&cells);
             if stay || self.base.is_in_memory() || whole.is_empty() {

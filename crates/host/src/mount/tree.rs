@@ -486,6 +486,11 @@ fn relation_files(spc: u32, db: u32, forks: &[(u32, Fork, u32)]) -> Vec<(String,
     files
 }
 
+/// Whether a file of this path holds what a tenant has.
+fn is_of_data(path: &str) -> bool {
+    DATA.iter().any(|folder| path.starts_with(folder))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -524,9 +529,4 @@ mod tests {
             ]
         );
     }
-}
-
-/// Whether a file of this path holds what a tenant has.
-fn is_of_data(path: &str) -> bool {
-    DATA.iter().any(|folder| path.starts_with(folder))
 }
