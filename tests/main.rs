@@ -5,6 +5,7 @@
 mod bad_input;
 mod comparison;
 mod damaged_files;
+mod full_disks;
 mod harder_loads;
 mod kept_pages;
 mod left_in_pg_wal;

@@ -227,7 +227,7 @@ pub struct Compute {
     pub port: u16,
     /// The moment that a throw-away compute shows.
     pub lsn: Option<String>,
-    /// Why it failed.
+    /// Why it failed, or, where it runs, why its commits wait.
     pub error: Option<String>,
     /// What was done at its start that its owner should know of, such as a repair.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -273,6 +273,10 @@ pub struct Event {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum EventKind {
+    /// The disk of its host is full: what needs more of it is refused, or waits.
+    DiskFull,
+    /// The disk of its host will be full soon.
+    DiskNearlyFull,
     /// Its memory was not enough, and the kernel killed a process of it.
     OutOfMemory,
     /// Something that the tenant broke was mended.
@@ -281,16 +285,24 @@ pub enum EventKind {
     Resized,
     /// It could not be started.
     StartFailed,
+    /// Its `pg_wal` is at its cap: who writes waits.
+    WalFull,
+    /// Its `pg_wal` will be at its cap soon.
+    WalNearlyFull,
 }
 
 impl EventKind {
     /// As it stands in JSON.
     pub fn name(self) -> &'static str {
         match self {
+            EventKind::DiskFull => "disk_full",
+            EventKind::DiskNearlyFull => "disk_nearly_full",
             EventKind::OutOfMemory => "out_of_memory",
             EventKind::Repaired => "repaired",
             EventKind::Resized => "resized",
             EventKind::StartFailed => "start_failed",
+            EventKind::WalFull => "wal_full",
+            EventKind::WalNearlyFull => "wal_nearly_full",
         }
     }
 }
@@ -457,7 +469,7 @@ pub struct LostTenant {
 /// Answer to `GET /readyz`.
 #[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
 pub struct Ready {
-    /// True: the store can be reached. Otherwise the answer is a problem.
+    /// True: the store can be reached, and WAL be kept. Otherwise the answer is a problem.
     pub ready: bool,
     /// Tenants that other servers took over. The server is ready for all others.
     pub lost: Vec<LostTenant>,

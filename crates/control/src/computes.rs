@@ -71,7 +71,8 @@ impl<P: Pageserver> Control<P> {
         let (state, error) = match &status.phase {
             Phase::Unknown => ("unknown", None),
             Phase::Starting => ("starting", None),
-            Phase::Running => ("running", None),
+            // It may wait for a pageserver whose disk is full, for one.
+            Phase::Running => ("running", status.timeline.and_then(|timeline| self.pageserver.wal_trouble(entry.tenant, timeline))),
             Phase::Stopping | Phase::Ended { .. } => ("stopping", None),
             Phase::Failed(reason) => ("failed", Some(reason.clone())),
         };

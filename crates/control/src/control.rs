@@ -205,14 +205,15 @@ impl<P: Pageserver> Control<P> {
         lost.map(shown).collect()
     }
 
-    /// Whether the server can work: it can while the store answers. A tenant that it lost is served by another server,
-    /// and does not keep it from serving the others: it is only named.
+    /// Whether the server can work: it can while the store answers and WAL can be kept. A tenant that it lost is served
+    /// by another server, and does not keep it from serving the others: it is only named.
     ///
     /// # Errors
-    /// [`Error::Store`], or [`Error::Refused`] when the store does not answer.
+    /// [`Error::Store`], or [`Error::Refused`] when the store does not answer, or the disk is full.
     pub async fn ready(&self) -> Result<Ready, Error> {
         let name: TenantName = PROBED_NAME.parse().map_err(|error| Error::argument("name", error))?;
         match self.environment.within(STORE_MAX, names::lookup(&self.store, &name)).await {
+            Some(Ok(_)) if let Some(why) = self.pageserver.not_kept() => Err(varve_api::Refusal::unavailable(why).into()),
             Some(Ok(_)) => Ok(Ready { ready: true, lost: self.all_lost() }),
             Some(Err(error)) => Err(error.into()),
             None => Err(varve_api::Refusal::unavailable("the store does not answer").into()),

@@ -226,6 +226,16 @@ pub trait Pageserver: Send + Sync + 'static {
     /// A tenant that was lost may be taken again, at an operator's word.
     fn forgive(&self, tenant: TenantId) -> impl Future<Output = ()> + Send;
 
+    /// Why the WAL of a timeline's compute does not come in right now, in words.
+    fn wal_trouble(&self, _tenant: TenantId, _timeline: TimelineId) -> Option<String> {
+        None
+    }
+
+    /// Why it cannot keep the WAL that comes, of any compute: a full disk, mostly.
+    fn not_kept(&self) -> Option<String> {
+        None
+    }
+
     /// The tenants that it lost to others since it was started.
     fn lost(&self) -> Vec<Lost>;
 }

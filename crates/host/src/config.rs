@@ -9,6 +9,7 @@ use varve_api::size::Size;
 
 use crate::asked::Asked;
 use crate::dirs::{Dirs, Isolation};
+use crate::wal_gate;
 
 /// The internal superuser, for the supervisor and the WAL receiver, over the private socket only.
 pub const INTERNAL_ROLE: &str = "varve";
@@ -96,6 +97,9 @@ pub fn arguments(begin: &Begin, addresses: &str, dirs: &Dirs, asked: &Asked) -> 
     if begin.pg_version >= 18 && matches!(dirs.isolation(), Isolation::Sandbox { .. }) {
         // io_uring is closed in a sandbox: it goes around the filter of system calls.
         settings.push(("io_method", "worker".to_owned()));
+    }
+    if let Some(cap) = dirs.wal_cap() {
+        settings.push(("max_wal_size", format!("{}MB", wal_gate::max_wal_size_mb(cap))));
     }
     settings.extend(asked.settings());
     // What the user gives to this start beats his files, and nothing of ours.

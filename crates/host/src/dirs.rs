@@ -18,6 +18,7 @@ use crate::identity::ProcessId;
 use crate::leftover::Leftover;
 use crate::record::{PostmasterRecord, Record as _, RecordError, remove_file};
 use crate::sandbox::NetworkAccess;
+use crate::wal_gate;
 
 /// Characters of a compute's id that names in the run folder have: paths of sockets must be short.
 const SHORT_ID: usize = 12;
@@ -93,6 +94,8 @@ pub struct Dirs {
     run: PathBuf,
     short_id: String,
     isolation: Isolation,
+    /// What `pg_wal` may take, as it is configured.
+    wal_bytes: Option<u64>,
 }
 
 impl Dirs {
@@ -100,7 +103,18 @@ impl Dirs {
     pub fn existing(home: &Path, run: &Path, id: &str, isolation: Isolation) -> Dirs {
         let short_id: String = id.chars().filter(char::is_ascii_alphanumeric).take(SHORT_ID).collect();
         let root = if rustix::process::geteuid().is_root() { run.join(&short_id) } else { home.to_owned() };
-        Dirs { root, home: home.to_owned(), run: run.to_owned(), short_id, isolation }
+        Dirs { root, home: home.to_owned(), run: run.to_owned(), short_id, isolation, wal_bytes: None }
+    }
+
+    /// The same, with a limit of what `pg_wal` may take.
+    #[must_use]
+    pub fn with_wal_limit(self, wal_bytes: Option<u64>) -> Dirs {
+        Dirs { wal_bytes, ..self }
+    }
+
+    /// The cap of `pg_wal`, if it has one.
+    pub fn wal_cap(&self) -> Option<u64> {
+        wal_gate::cap_of(&self.home, self.wal_bytes)
     }
 
     /// Makes a run folder: others may pass through it and may not list or change it.
@@ -117,11 +131,14 @@ impl Dirs {
         std::fs::set_permissions(run, std::fs::Permissions::from_mode(0o711))
     }
 
-    /// Ends what a process of the compute that is gone left running, and its mounts; keeps its files, `pg_wal` among
-    /// them. Blocks.
+    /// Ends what a process of the compute that is gone left running, and its mounts. Its cache is worthless and may be
+    /// what fills the disk, so it goes first of all; other files are kept, `pg_wal` among them. Blocks.
     pub fn end_leftovers(&self) {
         self.end_predecessor();
         self.unmount();
+        if let Err(error) = remove_tree(&self.home.join("cache")).and_then(|()| self.remove_wal_spare()) {
+            tracing::warn!(folder = %self.home.display(), %error, "the cache of a compute that is gone stays");
+        }
         let _ = std::fs::remove_file(self.walsender());
         if let (Isolation::Sandbox { .. }, Ok(group)) = (self.isolation, self.group()) {
             group.remove();
@@ -162,6 +179,11 @@ impl Dirs {
 
     fn is_bound(&self) -> bool {
         self.root != self.home
+    }
+
+    /// The folder itself.
+    pub fn home(&self) -> &Path {
+        &self.home
     }
 
     /// Postgres's user.
@@ -210,6 +232,18 @@ impl Dirs {
     /// Postgres's WAL, on plain disk.
     pub fn pg_wal(&self) -> PathBuf {
         self.root.join("pg_wal")
+    }
+
+    /// Space that is set apart for Postgres's WAL ([`crate::wal_gate`]).
+    pub fn wal_spare(&self) -> PathBuf {
+        self.home.join("wal-spare")
+    }
+
+    fn remove_wal_spare(&self) -> io::Result<()> {
+        match std::fs::remove_file(self.wal_spare()) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            other => other,
+        }
     }
 
     /// The private unix socket's directory.

@@ -2,11 +2,12 @@
 //! directory.
 //!
 //! Two kinds of processes:
-//! - [`agent`] is the host itself: it does what the control plane orders, keeps records of its computes ([`record`]),
-//!   chooses ports ([`mod@ports`]) and user ids ([`uids`]), finds Postgres installations ([`bin_dirs`]) and runs
-//!   `initdb` ([`initdb`]).
+//! - [`agent`] is the host itself: it does what the control plane orders, keeps records of its computes ([`record`],
+//!   [`reserve`]), chooses ports ([`mod@ports`]) and user ids ([`uids`]), finds Postgres installations ([`bin_dirs`])
+//!   and runs `initdb` ([`initdb`]).
 //! - [`process`] is the life of one compute process: it begins at the server, mounts the data directory ([`mount`],
-//!   over FUSE), starts Postgres ([`postgres`]) in a sandbox ([`sandbox`], [`cgroup`]), offers its walsender
+//!   over FUSE), starts Postgres ([`postgres`]) in a sandbox ([`sandbox`], [`cgroup`]) with a bounded `pg_wal`
+//!   ([`wal_gate`]), offers its walsender
 //!   ([`handover`]), attaches, follows orders, and begins anew when Postgres ends in any way but a clean shutdown: the
 //!   cache is disposable, and durability is the pageserver's. What Postgres has written can be dropped from the cache
 //!   once the page service has it ([`rebase`]).
@@ -38,6 +39,7 @@ pub mod postgres;
 pub mod process;
 mod rebase;
 pub mod record;
+pub mod reserve;
 pub mod sandbox;
 pub mod server;
 pub mod sessions;
@@ -47,3 +49,4 @@ pub mod start_failure;
 pub mod tablespaces;
 pub mod uids;
 pub mod waiters;
+pub mod wal_gate;

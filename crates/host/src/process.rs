@@ -23,6 +23,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use varve_api::Code;
+use varve_api::admin::EventKind;
 use varve_api::client::ClientError;
 use varve_api::host::{Attach, Begin, Desired, Ended, Orders, Password};
 use varve_api::size::Size;
@@ -41,11 +42,13 @@ use crate::leftover::LeftoverError;
 use crate::postgres::{self, EmptySandbox, Postgres, PostgresError};
 use crate::rebase;
 use crate::record::{Record as _, RecordError, WriterRecord};
+use crate::reserve;
 use crate::server::{Server, is_fenced, is_transient};
 use crate::sessions::{SessionError, Sessions};
 use crate::sizing;
 use crate::start::{self, MountError};
 use crate::waiters;
+use crate::wal_gate::WalGate;
 use crate::{beneath, config};
 
 /// Wait between tries to reach a server that is away.
@@ -92,6 +95,8 @@ pub struct ProcessConfig {
     pub isolation: Isolation,
     /// How many bytes the mount's cache may take; none: whatever there is.
     pub cache_bytes: Option<u64>,
+    /// How many bytes `pg_wal` may take; none: whatever there is.
+    pub wal_bytes: Option<u64>,
 }
 
 /// Why a compute process cannot go on.
@@ -168,12 +173,14 @@ enum Begun {
 /// When it cannot be started, after some tries, or the server refuses it.
 pub async fn run(config: ProcessConfig) -> Result<(), ProcessError> {
     let server = Server::new(&config.server_url, &config.id, &config.host, config.token.clone(), config.token_file.clone())?;
-    let dirs = Dirs::existing(&config.home, &config.run_dir, &config.id, config.isolation);
+    let dirs = Dirs::existing(&config.home, &config.run_dir, &config.id, config.isolation).with_wal_limit(config.wal_bytes);
     let events = Events::start(server.clone());
     let mut terminate = signal(SignalKind::terminate())?;
     let mut failed_starts = 0;
     // Whether our role is to be brought back before Postgres starts.
     let mut repair = false;
+    // Whether its Postgres ever ran in this process.
+    let mut has_run = false;
     loop {
         let leftovers = dirs.clone();
         // Nobody may write there any more.
@@ -216,6 +223,7 @@ pub async fn run(config: ProcessConfig) -> Result<(), ProcessError> {
             Err(error) => Err(error.into()),
         };
         let repaired = std::mem::take(&mut repair);
+        has_run |= ran;
         match end {
             Ok(End::Stopped { clean, reason }) => {
                 tracing::info!(clean, reason = &*reason, "stopped");
@@ -242,8 +250,18 @@ pub async fn run(config: ProcessConfig) -> Result<(), ProcessError> {
             Err(error) => {
                 tracing::warn!(%error, "could not start");
                 failed_starts += 1;
-                if failed_starts >= FAILED_STARTS_MAX || !is_worth_another_try(&error) {
-                    tell_end(&server, &begin, &dirs, None, &error.to_string()).await?;
+                let (mut reason, is_full) = (error.to_string(), reserve::comes_of_a_full_disk(&error));
+                if is_full {
+                    reason = format!("the disk of {} is full, make room there: {reason}", config.home.display());
+                }
+                let gives_up = failed_starts >= FAILED_STARTS_MAX || !(is_full || is_worth_another_try(&error));
+                if is_full && has_run {
+                    // Space comes back without anybody who starts it again.
+                    if failed_starts == 1 {
+                        events.tell(EventKind::DiskFull, reason);
+                    }
+                } else if gives_up {
+                    tell_end(&server, &begin, &dirs, None, &reason).await?;
                     return Err(error);
                 }
             }
@@ -365,12 +383,13 @@ async fn incarnation(
 ) -> Result<End, ProcessError> {
     let bin_dir = config.bin_dirs.path(begin.pg_version);
     let uploader = Arc::new(Uploader::start(server.clone(), begin.incarnation, begin.epoch.is_some()));
-    let (mount, brought, base) = start::mount(server, begin, dirs, &uploader, config.cache_bytes).await?;
+    let (mount, brought, base) = start::mount(server, begin, dirs, &uploader, (config.cache_bytes, events)).await?;
     uploader.watch_access(dirs);
     if let Some(epoch) = begin.epoch {
         let writer = WriterRecord { timeline_id: begin.timeline_id.clone(), epoch, pg_version: begin.pg_version };
         writer.write(&dirs.leftover().record)?;
     }
+    let gate = wal_gate(begin, dirs, events);
     let started = async {
         dirs.write("postgresql.conf", &config::postgresql_conf(dirs, begin.standby_name.as_deref(), &begin.size))?;
         if repair {
@@ -392,6 +411,7 @@ async fn incarnation(
         }
     };
     *ran = true;
+    let slot = gate.as_ref().filter(|_| begin.epoch.is_some()).map(|gate| AbortOnDrop(tokio::spawn(gate.follow(postgres.sessions()))));
     let waiters = AbortOnDrop(tokio::spawn(waiters::watch(postgres.pid(), brought.asked.tenants_wal_senders())));
     // The first orders take a way to the server and back, meanwhile.
     let orders = poll(server, begin, "", begin.size);
@@ -428,6 +448,9 @@ async fn incarnation(
     let end = match served {
         Ok(End::Stopped { clean: true, reason }) => {
             let mut mount = mount;
+            if let Some(gate) = &gate {
+                gate.give_way();
+            }
             if postgres.stop().await
                 && let Some(checkpoint) = shutdown_checkpoint(begin, dirs).await
             {
@@ -454,7 +477,7 @@ async fn incarnation(
             other
         }
     };
-    drop((waiters, reports, sizing));
+    drop((waiters, reports, sizing, slot, gate));
     // Where that ended Postgres, it is told here.
     if let Some(kills) = &kills {
         kills.tell(events);
@@ -467,6 +490,17 @@ async fn incarnation(
         tracing::error!(%error, "not everything of this compute is kept");
     }
     end
+}
+
+/// Keeps the gate of `pg_wal`, where the kernel lets us.
+fn wal_gate(begin: &Begin, dirs: &Dirs, events: &Events) -> Option<WalGate> {
+    let events = events.clone();
+    let told = Box::new(move |kind, words| events.tell(kind, words));
+    let gate = WalGate::keep((&dirs.pg_wal(), dirs.wal_spare()), dirs.wal_cap(), begin.epoch.is_some(), told);
+    if let Err(error) = &gate {
+        tracing::warn!(%error, "pg_wal has no cap: only root can keep one");
+    }
+    gate.ok()
 }
 
 /// Where the shutdown checkpoint is with which Postgres ended, as its control file says; none if there is none.

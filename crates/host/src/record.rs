@@ -3,6 +3,8 @@
 //! A file is written beside its name, fsynced, renamed, and its folder is fsynced: a crash leaves the old one or the
 //! new one. A file that is damaged or of a newer version is an error that names it; nobody writes over it.
 //!
+//! On a full disk records are written all the same: the folder has a reserve for them ([`reserve`]).
+//!
 //! Nothing stands here that the tenant log has: a record says which process runs here for which endpoint, not what
 //! should run.
 
@@ -15,6 +17,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::identity::ProcessId;
+use crate::reserve;
 
 /// Version of all of them.
 const VERSION: u16 = 1;
@@ -188,12 +191,16 @@ fn content(magic: [u8; 4], bytes: &[u8]) -> Result<&[u8], Wrong> {
     Ok(content)
 }
 
-/// Writes a file so that a crash leaves the old one or the new one.
+/// Writes a file so that a crash leaves the old one or the new one. On a full disk it takes the folder's reserve.
 ///
 /// # Errors
 /// Those of the file system.
 pub fn write_file(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let folder = path.parent().ok_or(io::ErrorKind::InvalidInput)?;
+    reserve::with_reserve(folder, || replace_file(folder, path, bytes))
+}
+
+fn replace_file(folder: &Path, path: &Path, bytes: &[u8]) -> io::Result<()> {
     let mut temporary = path.as_os_str().to_owned();
     temporary.push(".new");
     let temporary = PathBuf::from(temporary);

@@ -9,6 +9,8 @@
 use std::io;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use varve_api::host::Password;
@@ -23,6 +25,9 @@ use crate::{beneath, config};
 
 /// How long Postgres may take to say where its WAL is.
 const ANSWER_MAX: Duration = Duration::from_secs(10);
+
+/// How long a login may take until it counts as one that does not come through.
+const LOGIN_MAX: Duration = Duration::from_secs(3);
 
 /// Whether there is the superuser, whether he has a password, and which of ours he was given last.
 const PASSWORD_QUERY: &str = "SELECT r.rolname, r.rolpassword, shobj_description(t.oid, 'pg_tablespace') \
@@ -40,6 +45,12 @@ const NO_DATABASE: [&str; 2] = ["3D000", "55000"];
 const NO_LIBRARIES_FOR_WALSENDERS: u32 = 15;
 /// From this version on there are event triggers at login.
 const LOGIN_TRIGGERS: u32 = 17;
+/// From this version on a walsender without a database says where a slot is.
+const READS_SLOTS: u32 = 15;
+/// Type and start of the pageserver's slot.
+const READ_SLOT: &str = "READ_REPLICATION_SLOT varve";
+/// The same, where that takes a database.
+const SLOT_QUERY: &str = "SELECT slot_type, restart_lsn FROM pg_catalog.pg_replication_slots WHERE slot_name = 'varve'";
 /// Nothing that a tenant sets for sessions, for roles or for databases counts in ours.
 const NO_LIBRARIES: &str = "-c session_preload_libraries= -c local_preload_libraries=";
 /// The same, in a session with a database.
@@ -106,12 +117,14 @@ pub struct PrivateSocket {
     folder: PathBuf,
     port: u16,
     uid: u32,
+    /// How often it was connected to.
+    connects: Arc<AtomicU64>,
 }
 
 impl PrivateSocket {
     /// In this folder, of a Postgres that has this port and runs as this user.
     pub fn new(folder: impl Into<PathBuf>, port: u16, uid: u32) -> PrivateSocket {
-        PrivateSocket { folder: folder.into(), port, uid }
+        PrivateSocket { folder: folder.into(), port, uid, connects: Arc::default() }
     }
 
     /// Whether there is one, as a sign that connecting is worth while.
@@ -119,11 +132,17 @@ impl PrivateSocket {
         self.folder.join(self.name()).symlink_metadata().is_ok()
     }
 
+    /// How often it was connected to, by us and for the pageserver.
+    pub fn connects(&self) -> u64 {
+        self.connects.load(Ordering::Relaxed)
+    }
+
     /// Connects. Never waits: a connection that Postgres has no room for is refused.
     ///
     /// # Errors
     /// When there is no socket of Postgres's, or it takes no connection.
     pub fn connect(&self) -> io::Result<UnixStream> {
+        self.connects.fetch_add(1, Ordering::Relaxed);
         beneath::connect(&self.folder, &self.name(), self.uid)
     }
 
@@ -163,6 +182,24 @@ impl Sessions {
         let rows = self.run(self.walsender(), |connection: &mut Connection| connection.simple_query("IDENTIFY_SYSTEM"), ANSWER_MAX).await?;
         let text = rows.first().and_then(|row| row.get(2)).cloned().flatten().unwrap_or_default();
         text.parse().map_err(|_| SessionError::Position(text))
+    }
+
+    /// A session that stays, to be asked what the pageserver's slot keeps. While WAL waits for room logins may not come
+    /// through, and what has come through answers.
+    ///
+    /// # Errors
+    /// When Postgres takes no connection, or not in time.
+    pub async fn slot_session(&self) -> Result<SlotSession, SessionError> {
+        let needs_database = self.pg_version < READS_SLOTS;
+        let config = if needs_database { self.database(DATABASES[1]) } else { self.walsender() };
+        let socket = self.socket.clone();
+        let session = move || {
+            let stream = socket.connect().map_err(SessionError::Connect)?;
+            let mut connection = Connection::over(Socket::Unix(stream), &config, LOGIN_MAX)?;
+            connection.set_read_timeout(Some(ANSWER_MAX))?;
+            Ok(SlotSession { connection, query: if needs_database { SLOT_QUERY } else { READ_SLOT } })
+        };
+        tokio::task::spawn_blocking(session).await?
     }
 
     /// Gives the superuser the tenant's password, unless this history had it before. The first password is for a
@@ -294,6 +331,26 @@ impl Sessions {
             Ok(work(&mut connection)?)
         };
         tokio::task::spawn_blocking(session).await?
+    }
+}
+
+/// See [`Sessions::slot_session`].
+pub struct SlotSession {
+    connection: Connection,
+    query: &'static str,
+}
+
+impl SlotSession {
+    /// What WAL the pageserver's slot keeps: from where to where; none as long as there is no slot. Blocks.
+    ///
+    /// # Errors
+    /// When Postgres does not answer.
+    pub fn kept(&mut self) -> Result<Option<(Lsn, Lsn)>, SessionError> {
+        let position = |text: String| text.parse().map_err(|_| SessionError::Position(text));
+        let column = |rows: Vec<Row>, index: usize| rows.first().and_then(|row| row.get(index)).cloned().flatten();
+        let Some(from) = column(self.connection.simple_query(self.query)?, 1) else { return Ok(None) };
+        let to = column(self.connection.simple_query("IDENTIFY_SYSTEM")?, 2).unwrap_or_default();
+        Ok(Some((position(from)?, position(to)?)))
     }
 }
 

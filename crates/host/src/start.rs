@@ -9,6 +9,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use rustix::fs::FallocateFlags;
+use rustix::io::Errno;
+use varve_api::admin::EventKind;
 use varve_api::host::{Begin, StartupBlocks};
 use varve_postgres::lsn::WAL_SEGMENT_SIZE;
 use varve_postgres::settings::Configuration;
@@ -19,9 +22,10 @@ use varve_protocol::connect::{ClientError, ConnectConfig, Endpoint};
 use crate::asked::Asked;
 use crate::config;
 use crate::dirs::Dirs;
+use crate::events::Events;
 use crate::files::{self, Uploader};
 use crate::kept_pages::{self, PutBackError, Taken};
-use crate::mount::{InitialContent, InitialFile, Mount, MountConfig};
+use crate::mount::{Fullness, InitialContent, InitialFile, Mount, MountConfig, RoomCallback};
 use crate::page_fetcher::PageFetcher;
 use crate::server::Server;
 use crate::start_failure::{self, Given};
@@ -123,10 +127,29 @@ pub(crate) async fn mount(
     begin: &Arc<Begin>,
     dirs: &Dirs,
     uploader: &Arc<Uploader>,
-    cache_bytes: Option<u64>,
+    (cache_bytes, events): (Option<u64>, &Events),
 ) -> Result<(Mount, Brought, Arc<PageFetcher>), MountError> {
-    let (server, begin, dirs, uploader) = (server.clone(), begin.clone(), dirs.clone(), uploader.clone());
-    tokio::task::spawn_blocking(move || mount_blocking(&server, &begin, &dirs, &uploader, cache_bytes)).await.map_err(io::Error::other)?
+    let (server, begin, dirs, uploader, events) = (server.clone(), begin.clone(), dirs.clone(), uploader.clone(), events.clone());
+    let mount = move || mount_blocking(&server, &begin, &dirs, &uploader, (cache_bytes, &events));
+    tokio::task::spawn_blocking(mount).await.map_err(io::Error::other)?
+}
+
+/// Tells how full the disk is.
+fn room_events(dirs: &Dirs, events: &Events) -> RoomCallback {
+    let (folder, events) = (dirs.home().display().to_string(), events.clone());
+    Box::new(move |fullness, free| {
+        let free = free >> 20;
+        match fullness {
+            Fullness::Room => tracing::info!(folder, free_mb = free, "the disk has room again"),
+            Fullness::Near => events.tell(EventKind::DiskNearlyFull, format!("the disk of {folder} will be full soon: {free} MB are left")),
+            Fullness::Full => {
+                let words = format!(
+                    "the disk of {folder} is full, {free} MB are left: relations and temporary files cannot grow until there is room"
+                );
+                events.tell(EventKind::DiskFull, words);
+            }
+        }
+    })
 }
 
 fn mount_blocking(
@@ -134,7 +157,7 @@ fn mount_blocking(
     begin: &Begin,
     dirs: &Dirs,
     uploader: &Uploader,
-    cache_bytes: Option<u64>,
+    (cache_bytes, events): (Option<u64>, &Events),
 ) -> Result<(Mount, Brought, Arc<PageFetcher>), MountError> {
     let started = Instant::now();
     let lsn: Lsn = begin.base_lsn.parse().map_err(|_| MountError::begin("an LSN", &begin.base_lsn))?;
@@ -187,6 +210,7 @@ fn mount_blocking(
     config.databases = begin.databases.clone();
     config.tablespaces = tablespaces::of(begin, dirs.isolation());
     config.observer = Some(uploader.observer());
+    config.on_room = Some(room_events(dirs, events));
     let mount = Mount::start(config).map_err(|error| MountError::Mount(io::Error::other(error)))?;
     let mounted = started.elapsed();
     // Before anything is read there.
@@ -318,7 +342,7 @@ fn unpack(backup: impl Read, dirs: &Dirs) -> io::Result<Vec<InitialFile>> {
     Ok(files)
 }
 
-/// A file of `pg_wal`. Segments whole, or in pieces without their pages of zeros, which become holes.
+/// A file of `pg_wal`. Segments whole, or in pieces without their pages of zeros.
 fn write_wal(entry: &mut impl Read, name: &str, directory: bool, dirs: &Dirs) -> io::Result<()> {
     if name.contains("..") {
         return Err(io::Error::other(format!("the base backup holds the file pg_wal/{name}")));
@@ -347,6 +371,13 @@ fn write_wal(entry: &mut impl Read, name: &str, directory: bool, dirs: &Dirs) ->
     }
     file.write_all_at(&bytes, offset)?;
     file.set_len(size)?;
+    if piece.is_some() {
+        // Postgres goes on in it: see `wal_gate`. Not every file system can.
+        match rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, size) {
+            Ok(()) | Err(Errno::OPNOTSUPP | Errno::NOSYS) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
     std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600))?;
     chown(&path, Some(user.uid), Some(user.gid))
 }

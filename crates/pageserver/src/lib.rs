@@ -12,6 +12,7 @@
 //! **It must not know** processes, mounts or `initdb`: what runs on a host is the host's, and reached through a socket
 //! that the host hands out.
 
+mod ending;
 pub mod error;
 pub mod page_service;
 pub mod server;

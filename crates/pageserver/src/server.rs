@@ -29,6 +29,7 @@ use varve_storage::tenant_log;
 use varve_storage::threads::{RuntimeThreads, Threads};
 use varve_storage::wal_log::{Unattached, WalLog};
 
+use crate::ending;
 use crate::error::ServerError;
 use crate::tenants::{Identity, LostTo, Tenants};
 use crate::wall_clock;
@@ -46,6 +47,8 @@ const PLACES_WAIT_MAX: Duration = Duration::from_secs(120);
 const KEPT_WAL_WAIT_MAX: Duration = Duration::from_secs(60);
 /// Largest data directory that a host may send, uncompressed.
 const TEMPLATE_BYTES_MAX: u64 = 1 << 30;
+/// How long a server that stops tries to write down figures.
+const FIGURES_MAX: Duration = Duration::from_secs(5);
 /// Ranges that an error names at most.
 const RANGES_NAMED_MAX: usize = 8;
 
@@ -320,17 +323,12 @@ impl Pageserver {
     pub async fn stop(&self) {
         for tenant in self.tenants.all_awake() {
             for live in tenant.all_opened() {
-                // No acknowledgement from here on; then all that was acknowledged can be put into the store.
-                let ended = live.end_stream(StreamEnd::Closing).await.map(drop);
-                let flushed = match ended {
-                    Ok(()) => live.flush_all().await,
-                    failed => failed,
-                };
-                if let Err(error) = flushed {
-                    tracing::warn!(timeline = live.name(), %error, "not all is in the store; the WAL log keeps the rest");
-                }
+                ending::put_away(&live).await;
             }
-            tenant.note_figures(Duration::ZERO).await;
+            // They are worth a moment only.
+            if tokio::time::timeout(FIGURES_MAX, tenant.note_figures(Duration::ZERO)).await.is_err() {
+                tracing::warn!("figures of a tenant's size are not in the store");
+            }
         }
         self.stopping.cancel();
         self.tenants.close().await;
@@ -359,6 +357,16 @@ impl Pageserver {
     /// Bytes of the WAL log.
     pub fn wal_log_bytes(&self) -> u64 {
         self.context.wal.bytes()
+    }
+
+    /// Why the WAL of a timeline's compute does not come in, if there is something to tell.
+    pub fn wal_trouble(&self, tenant: TenantId, timeline: TimelineId) -> Option<String> {
+        self.writers.trouble(tenant, timeline)
+    }
+
+    /// Why WAL that came cannot be kept here: a full disk, mostly.
+    pub fn not_kept(&self) -> Option<String> {
+        self.writers.not_kept()
     }
 
     /// Computes whose WAL is received.

@@ -19,7 +19,7 @@ use varve_storage::ids::{BranchName, TenantId, TimelineId, WriterEpoch};
 use varve_storage::wal_log::WalLogError;
 
 use crate::error::ServerError;
-use crate::wal_receiver::{Receiver, ReceiverConfig, SinkError, SlotConfig, Stopper, WalSink};
+use crate::wal_receiver::{Receiver, ReceiverConfig, ReceiverPhase, SinkError, SlotConfig, Stopper, WalSink};
 
 /// The role under which the receiver connects; the bootstrap superuser's over the private socket.
 const INTERNAL_ROLE: &str = "varve";
@@ -134,15 +134,25 @@ impl Writers {
         {
             let mut receivers = self.receivers.lock();
             // Those whose streams were ended have nothing more to do.
-            receivers.retain(|_, receiver| receiver.phase() != crate::wal_receiver::ReceiverPhase::Ended);
+            receivers.retain(|_, receiver| receiver.phase() != ReceiverPhase::Ended);
             drop(receivers.insert((live.tenant(), live.id()), receiver));
         }
         Ok(live.waits_for(standby).await?)
     }
 
+    /// Why the WAL of a timeline's compute does not come in, if there is something to tell.
+    pub fn trouble(&self, tenant: TenantId, timeline: TimelineId) -> Option<String> {
+        self.receivers.lock().get(&(tenant, timeline)).and_then(Receiver::trouble)
+    }
+
+    /// Why WAL that came cannot be kept; none while all can.
+    pub fn not_kept(&self) -> Option<String> {
+        self.receivers.lock().values().filter(|receiver| receiver.phase() != ReceiverPhase::Ended).find_map(Receiver::not_kept)
+    }
+
     /// How many computes' WAL is received.
     pub fn count(&self) -> usize {
-        self.receivers.lock().values().filter(|receiver| receiver.phase() == crate::wal_receiver::ReceiverPhase::Streaming).count()
+        self.receivers.lock().values().filter(|receiver| receiver.phase() == ReceiverPhase::Streaming).count()
     }
 }
 

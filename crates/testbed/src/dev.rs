@@ -142,6 +142,11 @@ impl Dev {
         format!("http://127.0.0.1:{}", self.http)
     }
 
+    /// The server's process, while it runs.
+    pub fn server_pid(&self) -> Option<u32> {
+        self.process.as_ref().map(Child::id)
+    }
+
     /// Port of the page service.
     pub fn pages_port(&self) -> u16 {
         self.pages

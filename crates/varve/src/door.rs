@@ -21,6 +21,7 @@ use varve_storage::edit_log::EditLogError;
 use varve_storage::ids::{BranchName, TenantId, TimelineId, WriterEpoch};
 use varve_storage::tenant_log::{FileContents, TenantError, TenantLog, names::NameError};
 use varve_storage::timeline::WaitError;
+use varve_storage::wal_log::WalLogError;
 
 /// See the module's doc.
 #[derive(Debug)]
@@ -44,6 +45,7 @@ fn code(error: &ServerError) -> Code {
         ServerError::NotOwner { .. } => Code::NotOwner,
         ServerError::Name(NameError::Taken { .. }) => Code::NameTaken,
         ServerError::Name(NameError::Store(_)) => Code::Unavailable,
+        ServerError::File { error, .. } if error.kind() == std::io::ErrorKind::StorageFull => Code::Unavailable,
         ServerError::Archive(_) | ServerError::UnsupportedMajor(_) | ServerError::LeftoverGap { .. } => Code::InvalidArgument,
         ServerError::Name(_) | ServerError::Thread(_) | ServerError::File { .. } | ServerError::WalLogId(_) => Code::Internal,
     }
@@ -56,6 +58,8 @@ fn engine_code(error: &EngineError) -> Code {
         EngineError::Log(EditLogError::Fenced { .. }) | EngineError::NotOwner { .. } => Code::NotOwner,
         EngineError::Log(EditLogError::Unconfirmed { .. } | EditLogError::Stopped { .. } | EditLogError::Store(_))
         | EngineError::Store(_) => Code::Unavailable,
+        // A full disk, for one: space may come back.
+        EngineError::WalLog(WalLogError::Io { .. }) => Code::Unavailable,
         EngineError::Wait(WaitError::Deadline { .. } | WaitError::Closing { .. })
         | EngineError::TailUnknown { .. }
         | EngineError::CheckpointMissing { .. } => Code::Unavailable,
@@ -244,6 +248,14 @@ impl ports::Pageserver for Door {
 
     async fn forgive(&self, tenant: TenantId) {
         self.pageserver.tenants().forgive(tenant).await;
+    }
+
+    fn wal_trouble(&self, tenant: TenantId, timeline: TimelineId) -> Option<String> {
+        self.pageserver.wal_trouble(tenant, timeline)
+    }
+
+    fn not_kept(&self) -> Option<String> {
+        self.pageserver.not_kept()
     }
 
     fn lost(&self) -> Vec<Lost> {

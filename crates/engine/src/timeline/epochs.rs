@@ -471,8 +471,11 @@ impl WalStream {
         if let Some(position) = self.position.take() {
             self.live.context.wal.sync(position)?;
         }
-        // Head moves before the acknowledgement does.
-        self.live.raise_head(self.framed);
+        // Head moves before the acknowledgement does. A record ends behind its padding, which may come with the next
+        // bytes only: until then head stays where it was, for ingest takes what is missing below head for lost.
+        if self.framed <= self.appended {
+            self.live.raise_head(self.framed);
+        }
         Ok(self.appended)
     }
 

@@ -59,6 +59,11 @@ impl LiveTimeline {
         self.flush_awaited(self.positions().applied());
     }
 
+    /// Whether the newest flush failed.
+    pub fn flush_fails(&self) -> bool {
+        self.flush_fails.load(Ordering::SeqCst)
+    }
+
     /// One step: freezes what is due, and flushes the oldest frozen memtable.
     pub(super) fn flush_step(self: &Arc<Self>) -> Next {
         let mut state = self.flush.lock();
@@ -73,6 +78,7 @@ impl LiveTimeline {
         match self.history.flush(&mut publish) {
             Ok(flushed) => {
                 state.pause = None;
+                self.flush_fails.store(false, Ordering::SeqCst);
                 if flushed.is_some() {
                     self.schedule(Kind::Merge, Duration::ZERO);
                 }
@@ -90,6 +96,7 @@ impl LiveTimeline {
             Err(error) => {
                 let pause = state.pause.map_or(PAUSE_FIRST, |pause| (pause * 2).min(PAUSE_MAX));
                 state.pause = Some(pause);
+                self.flush_fails.store(true, Ordering::SeqCst);
                 if self.is_lost(&error) {
                     tracing::warn!(timeline = self.name, %error, "the tenant is another server's by now: nothing more is put into the store");
                     return Next::Done;

@@ -74,6 +74,8 @@ pub struct LiveTimeline {
     check_images: AtomicU64,
     /// The store is to have everything up to here soon (an [`Lsn`]): a commit waits for it.
     awaited: AtomicU64,
+    /// Whether the newest flush failed.
+    flush_fails: AtomicBool,
     flush: Mutex<flush::FlushState>,
     used_at: Mutex<Instant>,
     /// What its tenant's log was told of it last.

@@ -111,6 +111,7 @@ impl LiveTimeline {
             ingest_hurried: AtomicBool::new(false),
             check_images: AtomicU64::new(check_images.0),
             awaited: AtomicU64::new(0),
+            flush_fails: AtomicBool::new(false),
             flush: Mutex::new(FlushState::default()),
             used_at: Mutex::new(used_at),
             noted: Mutex::new(noted),

@@ -338,6 +338,9 @@ impl Keeper {
         if let Some(bytes) = self.shared.config.cache_bytes {
             command.args(["--cache-bytes", &bytes.to_string()]);
         }
+        if let Some(bytes) = self.shared.config.wal_bytes {
+            command.args(["--wal-bytes", &bytes.to_string()]);
+        }
         // In a group of its own: the Ctrl-C that ends us in a terminal is not for it.
         command.current_dir("/").process_group(0).stdin(Stdio::piped()).stdout(log).stderr(errors);
         command.spawn().map_err(StartError::io("its process cannot be started"))

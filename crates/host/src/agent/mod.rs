@@ -40,6 +40,7 @@ use crate::cgroup::{self, Limits};
 use crate::dirs::{Dirs, Isolation, User};
 use crate::initdb;
 use crate::record::{ComputeRecord, HostRecord, Record as _, RecordError, write_file};
+use crate::reserve;
 use crate::sandbox::{self, NetworkAccess};
 use crate::uids::{UidError, Uids};
 use control::{Control, worth_another_try};
@@ -77,6 +78,8 @@ pub struct HostConfig {
     pub pg_bin_dirs: Vec<(u32, PathBuf)>,
     /// How many bytes the cache of each compute's mount may take; none: whatever there is.
     pub cache_bytes: Option<u64>,
+    /// How many bytes the `pg_wal` of each may take; none: whatever there is.
+    pub wal_bytes: Option<u64>,
     /// Folder of sockets, with a short name; by default `/run/varve` for root, else `run` in `data`.
     pub run_dir: Option<PathBuf>,
     /// The `varve` program, which is run as `compute-process`.
@@ -329,6 +332,9 @@ impl Agent {
                 Err(rustix::io::Errno::WOULDBLOCK) => return Err(HostError::InUse(config.data)),
                 Err(error) => return Err(at(&lock_path)(error.into())),
             }
+        }
+        if let Err(error) = reserve::fill(&config.data) {
+            tracing::warn!(folder = %config.data.display(), %error, "no space is set apart for this host's records");
         }
         let identity = config.data.join("host");
         let id = match HostRecord::read(&identity)? {

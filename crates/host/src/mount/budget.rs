@@ -1,4 +1,5 @@
-//! How much of the disk a mount's cache may take, and what goes when it is too much.
+//! How much of the disk a mount's cache may take, and what goes when it is too much, or when the disk has too little
+//! room ([`super::room`]).
 //!
 //! Only blocks that the base has as well can go (see [`super::fetched`]). What was written counts, but stays until the
 //! base moves on ([`super::rebase`]), which is asked for when it takes half of a budget that is used up. When what is
@@ -29,6 +30,7 @@ use super::{
     cells::{BLOCK_BYTES, CELL_BYTES},
     fetched::Change,
     file::{FileContext, FileData},
+    room::Room,
 };
 
 /// What is dropped at a time beyond what has to go, so that not every fetch has to drop: this share of the budget,
@@ -194,10 +196,17 @@ impl CacheBudget {
         self.reserved.fetch_add(bytes, Relaxed);
     }
 
-    /// The bytes that should go; 0 while all is well.
-    fn excess(&self) -> u64 {
-        let (Some(limit), false) = (self.limit, self.cannot.load(Relaxed)) else { return 0 };
+    /// The bytes that should go, for the budget or for the disk; 0 while all is well.
+    fn excess(&self, room: &Room) -> u64 {
+        if self.cannot.load(Relaxed) {
+            return 0;
+        }
         let held = self.held();
+        self.limit.map_or(0, |limit| self.above(limit, held)).max(room.shortage().min(held.fetched))
+    }
+
+    /// The bytes that should go to keep to a limit.
+    fn above(&self, limit: u64, held: Held) -> u64 {
         if held.written > limit {
             if !self.told.swap(true, AcqRel) {
                 tracing::warn!(
@@ -227,12 +236,12 @@ impl CacheBudget {
     /// it to that one.
     pub(super) fn make_room(&self, context: &FileContext, waits: bool) {
         self.look_for_a_crowd();
-        if self.excess() == 0 {
+        if self.excess(&context.room) == 0 {
             return;
         }
         let Some(mut hand) = (if waits { Some(self.hand.lock()) } else { self.hand.try_lock() }) else { return };
         // The thread before may have made enough.
-        let mut wanted = self.excess().div_ceil(BLOCK_BYTES);
+        let mut wanted = self.excess(&context.room).div_ceil(BLOCK_BYTES);
         if wanted == 0 {
             return;
         }
@@ -248,6 +257,7 @@ impl CacheBudget {
                 match file.evict(context, hand.word, limit) {
                     Ok(dropped) => {
                         self.evicted.fetch_add(dropped.into(), Relaxed);
+                        context.room.give_back(u64::from(dropped) * BLOCK_BYTES);
                         wanted -= u64::from(dropped);
                     }
                     Err(error) => {

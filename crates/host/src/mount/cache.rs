@@ -3,6 +3,7 @@
 //! ```text
 //! <cache_dir>/files/<inode % 16, hex>/<inode, hex>     a file's written and fetched cells; holes are zeros
 //! <cache_dir>/old-<n>/                                  what an earlier mount left, being deleted
+//! <cache_dir>/files/ballast                             blocks for what the kernel has gathered, should the disk be full
 //! ```
 //! Scratch space: nothing in it is trusted after the process that wrote it ended, so nothing is ever synced and no
 //! metadata is stored. The number of open files is bounded; the one opened longest ago and not used since is closed,
@@ -12,6 +13,7 @@ use std::{
     collections::VecDeque,
     fs::{self, File, OpenOptions},
     io,
+    os::unix::fs::FileExt as _,
     path::{Path, PathBuf},
     sync::{
         Arc, Weak,
@@ -23,12 +25,20 @@ use std::{
 };
 
 use parking_lot::{Mutex, RwLock};
+use rustix::fs::{FallocateFlags, fallocate};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+
+use crate::reserve::is_disk_full;
 
 /// Folders of cache files, so that creating and unlinking from several threads does not queue on one.
 const SHARDS: u64 = 16;
 /// Open cache files at most, however many descriptors the process may have.
 const OPEN_FILES_MAX: usize = 16_384;
+/// A file that stands for space.
+const BALLAST: &str = "ballast";
+/// Its size, and what is given up at a time: others who fill the disk may be faster.
+const BALLAST_BYTES: u64 = 8 << 20;
+const BALLAST_PIECE: u64 = 1 << 20;
 /// Descriptors left to the rest of the process.
 const DESCRIPTORS_RESERVED: u64 = 256;
 
@@ -143,6 +153,36 @@ impl CacheDir {
         }
     }
 
+    /// Writes to a cache file what must not be lost. On a full disk the ballast gives way for it, piece by piece.
+    pub(super) fn store(&self, file: &File, bytes: &[u8], offset: u64) -> io::Result<()> {
+        loop {
+            match file.write_all_at(bytes, offset) {
+                Err(error) if is_disk_full(&error) && self.ballast_gives_way()? => {}
+                done => return done,
+            }
+        }
+    }
+
+    fn ballast_gives_way(&self) -> io::Result<bool> {
+        let file = match OpenOptions::new().write(true).open(self.dir.join(BALLAST)) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+            file => file?,
+        };
+        let length = file.metadata()?.len();
+        file.set_len(length.saturating_sub(BALLAST_PIECE))?;
+        Ok(length > 0)
+    }
+
+    /// Makes the ballast whole, while there is room.
+    pub(super) fn take_ballast(&self) -> io::Result<()> {
+        let file = OpenOptions::new().create(true).truncate(false).write(true).open(self.dir.join(BALLAST))?;
+        let length = file.metadata()?.len();
+        if length < BALLAST_BYTES {
+            fallocate(&file, FallocateFlags::empty(), length, BALLAST_BYTES - length)?;
+        }
+        Ok(())
+    }
+
     /// Deletes the cache file of an inode that is gone.
     pub(super) fn delete(&self, slot: &CacheFile) {
         let mut file = slot.file.write();
@@ -202,8 +242,6 @@ fn raise_descriptor_limit() -> usize {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::FileExt;
-
     use super::*;
 
     #[test]

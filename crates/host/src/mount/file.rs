@@ -49,6 +49,7 @@ use super::{
     },
     fetched::FetchedBlocks,
     recent::RecentWrites,
+    room::Room,
     source::PatientSource,
     startup_set::StartupSet,
 };
@@ -68,6 +69,7 @@ pub(super) struct FileContext {
     pub(super) source: PatientSource,
     pub(super) cache: CacheDir,
     pub(super) budget: CacheBudget,
+    pub(super) room: Room,
     pub(super) startup_set: StartupSet,
     pub(super) counters: Counters,
     /// Grows at each mark (see [`super::recent`]).
@@ -368,7 +370,14 @@ impl FileData {
         for cells in blocks.absent.runs(cells_of(piece.start, piece.end())) {
             let from = (cells.start * CELL_BYTES - piece.start) as usize;
             let to = ((cells.end * CELL_BYTES - piece.start) as usize).min(piece.bytes.len());
-            file.write_all_at(&piece.bytes[from..to], cells.start * CELL_BYTES)?;
+            let (bytes, at) = (&piece.bytes[from..to], cells.start * CELL_BYTES);
+            // What is to stay is needed for a write.
+            if stay {
+                context.cache.store(&file, bytes, at)?;
+            } else {
+                file.write_all_at(bytes, at)?;
+            }
+            context.room.take((to - from) as u64);
             let whole = whole_blocks(&cells);
             if stay || self.base.is_in_memory() || whole.is_empty() {
                 self.settle(context, &mut blocks, cells);
@@ -503,14 +512,16 @@ impl FileData {
         context.counters.bytes_written.fetch_add(data.len() as u64, Relaxed);
         let writing = self.writers.read();
         let file = context.cache.open(&self.cache)?;
+        context.room.take(end.saturating_sub(self.size().max(offset)));
         if self.unsettled.load(SeqCst) == 0 && self.base.main_fork().is_none() {
-            file.write_all_at(data, offset)?;
+            context.cache.store(&file, data, offset)?;
         } else {
             let mut blocks = self.lock_for_change(context, offset, end)?;
             self.note(context, &mut blocks, offset, end);
             let cells = cells_of(offset, end);
             if blocks.absent.any(cells.clone()) {
-                file.write_all_at(data, offset)?;
+                context.cache.store(&file, data, offset)?;
+                context.room.take(data.len() as u64);
                 self.settle(context, &mut blocks, cells);
                 drop(blocks);
             } else {
@@ -518,7 +529,7 @@ impl FileData {
                 self.settle(context, &mut blocks, cells);
                 drop(blocks);
                 context.meanwhile(self);
-                file.write_all_at(data, offset)?;
+                context.cache.store(&file, data, offset)?;
             }
         }
         self.grow(context, end);

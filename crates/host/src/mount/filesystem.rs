@@ -18,9 +18,9 @@ use std::{
 };
 
 use fuser::{
-    BsdFileFlags, Errno, FileHandle, FileType, Filesystem, FopenFlags, Generation, INodeNo, InitFlags, KernelConfig, LockOwner, OpenFlags,
-    RenameFlags, ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyOpen, ReplyStatfs,
-    ReplyWrite, Request, TimeOrNow, WriteFlags,
+    BsdFileFlags, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation, INodeNo, InitFlags, KernelConfig, LockOwner,
+    OpenFlags, RenameFlags, ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyOpen,
+    ReplyStatfs, ReplyWrite, Request, TimeOrNow, WriteFlags,
 };
 use rustix::fs::FallocateFlags;
 
@@ -52,7 +52,7 @@ const S_IFIFO: u32 = 0o010_000;
 const S_IFREG: u32 = 0o100_000;
 
 /// What the kernel is asked to do for speed, where it can.
-const WANTED: [InitFlags; 8] = [
+const WANTED: [InitFlags; 9] = [
     InitFlags::FUSE_WRITEBACK_CACHE,
     InitFlags::FUSE_EXPLICIT_INVAL_DATA,
     InitFlags::FUSE_PARALLEL_DIROPS,
@@ -61,6 +61,8 @@ const WANTED: [InitFlags; 8] = [
     InitFlags::FUSE_DO_READDIRPLUS,
     InitFlags::FUSE_READDIRPLUS_AUTO,
     InitFlags::FUSE_NO_OPEN_SUPPORT,
+    // Needed on a full disk: see `room`.
+    InitFlags::FUSE_HANDLE_KILLPRIV_V2,
 ];
 
 /// Called once when the mount has lost data or stops working.
@@ -156,6 +158,18 @@ fn needs_listing(node: &Node) -> bool {
     matches!(&node.content, Content::Directory(dir) if !dir.is_listed())
 }
 
+/// What the kernel is told of a node.
+fn attributes(tree: &Tree, node: &Node) -> FileAttr {
+    node.attributes(tree.files.room.is_low())
+}
+
+/// Whether a file must not have `end` bytes, for want of room on the disk.
+fn must_not_grow(tree: &Tree, node: &Node, end: u64) -> bool {
+    let room = &tree.files.room;
+    let size = contents(node).map_or(0, FileData::size);
+    end > size && node.may_be_refused() && room.is_too_little_for(end - size)
+}
+
 /// The contents of a node that is known to be a regular file.
 fn contents(node: &Node) -> Result<&FileData, Errno> {
     match &node.content {
@@ -171,9 +185,9 @@ fn answer_empty(reply: ReplyEmpty, result: Result<(), Errno>) {
     }
 }
 
-fn answer_entry(reply: ReplyEntry, result: Result<Arc<Node>, Errno>) {
+fn answer_entry(tree: &Tree, reply: ReplyEntry, result: Result<Arc<Node>, Errno>) {
     match result {
-        Ok(node) => reply.entry(&LIFETIME, &node.attributes(), GENERATION),
+        Ok(node) => reply.entry(&LIFETIME, &attributes(tree, &node), GENERATION),
         Err(error) => reply.error(error),
     }
 }
@@ -202,16 +216,16 @@ impl Filesystem for DataDirectory {
             Ok(parent) => parent,
             Err(error) => return reply.error(error),
         };
-        let answer = |reply: ReplyEntry, result| match result {
+        let answer = |tree: &Tree, reply: ReplyEntry, result| match result {
             // That a name does not exist may be remembered as well.
             Err(Errno::ENOENT) => reply.entry(&LIFETIME, &no_such_entry(), GENERATION),
-            other => answer_entry(reply, other),
+            other => answer_entry(tree, reply, other),
         };
         if matches!(&parent.content, Content::Directory(dir) if dir.needs_listing_for(name)) {
             let (tree, name) = (self.tree.clone(), name.to_owned());
-            self.workers.run(move || answer(reply, tree.lookup(&parent, &name)));
+            self.workers.run(move || answer(&tree, reply, tree.lookup(&parent, &name)));
         } else {
-            answer(reply, self.tree.lookup(&parent, name));
+            answer(&self.tree, reply, self.tree.lookup(&parent, name));
         }
     }
 
@@ -223,7 +237,7 @@ impl Filesystem for DataDirectory {
 
     fn getattr(&self, _req: &Request, ino: INodeNo, _fh: Option<FileHandle>, reply: ReplyAttr) {
         match self.node(ino) {
-            Ok(node) => reply.attr(&LIFETIME, &node.attributes()),
+            Ok(node) => reply.attr(&LIFETIME, &attributes(&self.tree, &node)),
             Err(error) => reply.error(error),
         }
     }
@@ -277,7 +291,7 @@ impl Filesystem for DataDirectory {
                 meta.modified = modified.map(time).or(size.map(|_| now)).unwrap_or(meta.modified);
                 meta.changed = changed.unwrap_or(now);
             }
-            reply.attr(&LIFETIME, &node.attributes());
+            reply.attr(&LIFETIME, &attributes(&tree, &node));
         });
     }
 
@@ -371,7 +385,7 @@ impl Filesystem for DataDirectory {
                 created => created,
             };
             match created {
-                Ok(node) => reply.created(&LIFETIME, &node.attributes(), GENERATION, NO_HANDLE, FopenFlags::FOPEN_KEEP_CACHE),
+                Ok(node) => reply.created(&LIFETIME, &attributes(&tree, &node), GENERATION, NO_HANDLE, FopenFlags::FOPEN_KEEP_CACHE),
                 Err(error) => reply.error(error),
             }
         });
@@ -420,6 +434,10 @@ impl Filesystem for DataDirectory {
             Err(error) => return reply.error(error),
         };
         let gathered = write_flags.contains(WriteFlags::FUSE_WRITE_CACHE);
+        // What is gathered has been promised: that is what the reserve is for.
+        if !gathered && must_not_grow(&self.tree, &node, offset.saturating_add(data.len() as u64)) {
+            return reply.error(Errno::ENOSPC);
+        }
         if contents(&node).is_ok_and(|file| file.write_waits(offset, data.len() as u64)) {
             let (tree, failure, data) = (self.tree.clone(), self.failure.clone(), data.to_vec());
             self.workers.run(move || write(&tree, &failure, &node, offset, &data, gathered, reply));
@@ -459,7 +477,7 @@ impl Filesystem for DataDirectory {
         self.read_directory(ino, move |tree, node| {
             let read = node.and_then(|node| {
                 read_nodes(tree, &node, offset, |position, node, name| {
-                    reply.add(INodeNo(node.ino), position, name, &LIFETIME, &node.attributes(), GENERATION)
+                    reply.add(INodeNo(node.ino), position, name, &LIFETIME, &attributes(tree, node), GENERATION)
                 })
             });
             match read {
@@ -474,7 +492,8 @@ impl Filesystem for DataDirectory {
             Ok(space) => reply.statfs(
                 space.f_blocks,
                 space.f_bfree,
-                space.f_bavail,
+                // What is kept is nobody's to plan with.
+                space.f_bavail.saturating_sub(self.tree.files.room.reserve() / space.f_frsize.max(1)),
                 space.f_files,
                 space.f_ffree,
                 space.f_bsize as u32,
@@ -490,6 +509,9 @@ impl Filesystem for DataDirectory {
             Ok(node) => node,
             Err(error) => return reply.error(error),
         };
+        if must_not_grow(&self.tree, &node, offset.saturating_add(length)) {
+            return reply.error(Errno::ENOSPC);
+        }
         let waits = contents(&node).is_ok_and(|file| file.write_waits(offset, length));
         let tree = self.tree.clone();
         self.run(waits, move || {
@@ -561,7 +583,7 @@ impl DataDirectory {
             Err(error) => return reply.error(error),
         };
         let tree = self.tree.clone();
-        self.run(needs_listing(&parent), move || answer_entry(reply, make(&tree, &parent)));
+        self.run(needs_listing(&parent), move || answer_entry(&tree, reply, make(&tree, &parent)));
     }
 
     /// Reads a directory; `read` answers.

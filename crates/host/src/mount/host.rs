@@ -28,6 +28,8 @@ const READ_AHEAD_KB: u32 = 1024;
 /// Share of the memory for unwritten data (`vm.dirty_ratio`) that the mount's may take, in percent. The kernel's
 /// default for FUSE is 1: it would make Postgres wait for the mount at every checkpoint.
 const DIRTY_SHARE_PERCENT: u32 = 50;
+/// A limit in bytes above this is none: the kernel gathers less than that on most machines, and slower with a limit.
+const DIRTY_LIMIT_MAX: u64 = 4 << 30;
 
 /// Checks that FUSE can be used here.
 pub(super) fn check_device() -> Result<(), MountError> {
@@ -127,13 +129,47 @@ pub(super) fn detach(mountpoint: &Path) -> io::Result<()> {
     Ok(unmount(mountpoint, UnmountFlags::FORCE | UnmountFlags::DETACH)?)
 }
 
-/// Sets what the kernel lets be set only after mounting. Where that is not allowed the mount works all the same.
-pub(super) fn tune(mountpoint: &Path) {
-    let Ok(device) = fs::symlink_metadata(mountpoint).map(|meta| meta.dev()) else { return };
+/// Sets what the kernel lets be set only after mounting. Where that is not allowed the mount works all the same. Gives
+/// the limit of what it gathers, to be changed as the disk fills.
+pub(super) fn tune(mountpoint: &Path) -> Option<DirtyLimit> {
+    let device = fs::symlink_metadata(mountpoint).map(|meta| meta.dev()).ok()?;
     let dir = PathBuf::from(format!("/sys/class/bdi/{}:{}", rustix::fs::major(device), rustix::fs::minor(device)));
     for (setting, value) in [("read_ahead_kb", READ_AHEAD_KB), ("max_ratio", DIRTY_SHARE_PERCENT), ("strict_limit", 0)] {
         if let Err(error) = fs::write(dir.join(setting), value.to_string()) {
             tracing::info!("cannot set {}: {error}; the mount will be slower", dir.join(setting).display());
+        }
+    }
+    Some(DirtyLimit { dir, bytes: None })
+}
+
+/// How much of what is written the kernel may gather before it gives it to the mount.
+pub(super) struct DirtyLimit {
+    dir: PathBuf,
+    /// What was set; none: the share of the memory that [`tune`] sets.
+    bytes: Option<u64>,
+}
+
+impl DirtyLimit {
+    /// At most so many bytes. A limit that the kernel's share of the memory hardly reaches is not set.
+    pub(super) fn set(&mut self, bytes: u64) {
+        let bytes = (bytes < DIRTY_LIMIT_MAX).then_some(bytes);
+        // Small changes are not worth it, least of all upwards.
+        let is_as_before = match (self.bytes, bytes) {
+            (None, None) => true,
+            (Some(old), Some(new)) => new <= old + old / 4 && new >= old - old / 8,
+            _ => false,
+        };
+        if is_as_before {
+            return;
+        }
+        let set = |setting: &str, value: u64| fs::write(self.dir.join(setting), value.to_string());
+        let done = match bytes {
+            Some(bytes) => set("strict_limit", 1).and_then(|()| set("max_bytes", bytes)),
+            None => set("max_ratio", DIRTY_SHARE_PERCENT.into()).and_then(|()| set("strict_limit", 0)),
+        };
+        match done {
+            Ok(()) => self.bytes = bytes,
+            Err(error) => tracing::debug!("what the kernel gathers cannot be limited in {}: {error}", self.dir.display()),
         }
     }
 }

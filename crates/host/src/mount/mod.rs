@@ -15,6 +15,7 @@
 //!   one of its name has nothing to do with it.
 //! - **Bounded**: what the base has as well goes when the cache reaches its budget. What is written becomes that when
 //!   the base moves on, to a checkpoint of Postgres's.
+//!   A full disk is told to whoever writes, as an error, while all that was written can still be stored.
 //! - **Disposable**: all metadata is in memory and nothing is synced. When this process ends, the data directory is
 //!   gone; durability is the pageserver's.
 //! - **Patient**: while the pageserver is away, what is here is read and written as always, and first touches wait.
@@ -45,6 +46,7 @@ mod observer;
 mod prefetch;
 mod rebase;
 mod recent;
+mod room;
 mod rule;
 mod source;
 mod startup_set;
@@ -78,6 +80,7 @@ use self::{
     file::{Counters, FileContext},
     filesystem::{DataDirectory, Failure},
     observer::Observer,
+    room::{Room, Watcher},
     source::PatientSource,
     startup_set::StartupSet,
     tree::Tree,
@@ -89,6 +92,7 @@ pub use self::{
     host::remove_stale_mount,
     observer::FileObserver,
     rebase::Rebaser,
+    room::{Fullness, RoomCallback},
     rule::Terms,
     source::BaseSource,
 };
@@ -157,6 +161,8 @@ pub struct MountConfig {
     /// Called when the mount has lost data or stops working: Postgres must be stopped then, and started anew from the
     /// pageserver.
     pub on_failure: Option<FailureCallback>,
+    /// Called when the disk of the cache fills, and when there is room again.
+    pub on_room: Option<RoomCallback>,
     /// How long a first touch waits for a pageserver that is away.
     pub source_patience: Duration,
     /// How long the blocks that are read are noted for [`Mount::touched_blocks`].
@@ -181,6 +187,7 @@ impl MountConfig {
             source,
             observer: None,
             on_failure: None,
+            on_room: None,
             source_patience: Duration::from_secs(300),
             note_touched_for: Duration::from_secs(5),
         }
@@ -299,7 +306,7 @@ pub struct Mount {
     tree: Arc<Tree>,
     failure: Arc<Failure>,
     closing: Arc<AtomicBool>,
-    /// Threads that keep what was fetched ahead.
+    /// Threads that keep what was fetched ahead, and the one that watches the disk.
     keepers: Mutex<Vec<JoinHandle<()>>>,
     session: Mutex<Option<BackgroundSession>>,
 }
@@ -313,10 +320,12 @@ impl Mount {
         remove_stale_mount(&mountpoint)?;
         std::fs::create_dir_all(&mountpoint).map_err(mountpoint_error)?;
         let cache = CacheDir::create(&config.cache_dir).map_err(|source| MountError::Cache { path: config.cache_dir.clone(), source })?;
+        let room = Room::on(&cache).map_err(|source| MountError::Cache { path: config.cache_dir.clone(), source })?;
         let files = Arc::new(FileContext {
             source: PatientSource::new(config.source.clone(), config.name.clone(), config.source_patience),
             cache,
             budget: CacheBudget::new(config.cache_bytes),
+            room,
             startup_set: StartupSet::record_for(config.note_touched_for),
             mark: AtomicU64::new(0),
             counters: Counters::default(),
@@ -343,10 +352,12 @@ impl Mount {
         // All but one may wait for the base; that one goes on serving what is here.
         let filesystem = DataDirectory::new(tree.clone(), failure.clone(), threads - 1, Box::new(ended));
         let session = serve(filesystem, &mountpoint, threads).map_err(mountpoint_error)?;
-        host::tune(&mountpoint);
+        let dirty = host::tune(&mountpoint);
+        let watcher = Watcher { tree: tree.clone(), notifier: session.notifier(), dirty, callback: config.on_room.take() };
+        let watcher = watcher.spawn().map_err(MountError::Thread)?;
         tracing::info!(mount = config.name, "mounted {}", mountpoint.display());
         let version = (config.major, config.catalog_version);
-        Ok(Mount { mountpoint, version, tree, failure, closing, keepers: Mutex::default(), session: Mutex::new(Some(session)) })
+        Ok(Mount { mountpoint, version, tree, failure, closing, keepers: Mutex::new(vec![watcher]), session: Mutex::new(Some(session)) })
     }
 
     /// Where the data directory is.
@@ -427,9 +438,10 @@ impl Mount {
         self.closing.store(true, Ordering::Release);
         let unmounted = self.leave(session);
         self.tree.files.source.close();
+        self.tree.files.room.close();
         for keeper in self.keepers.lock().drain(..) {
             if keeper.join().is_err() {
-                tracing::error!("a thread that keeps blocks fetched ahead panicked");
+                tracing::error!("a thread of the mount panicked");
             }
         }
         if let Some(observer) = &self.tree.observer {

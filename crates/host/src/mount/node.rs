@@ -10,7 +10,7 @@ use std::{
     sync::{
         Arc,
         atomic::{
-            AtomicU64,
+            AtomicBool, AtomicU64,
             Ordering::{AcqRel, Acquire, Relaxed},
         },
     },
@@ -20,7 +20,9 @@ use std::{
 use fuser::{FileAttr, FileType, INodeNo};
 use parking_lot::{Mutex, RwLock};
 
-use super::{directory::Directory, file::FileData};
+use varve_postgres::ids::GLOBAL_TABLESPACE;
+
+use super::{base::Base, directory::Directory, file::FileData};
 
 /// Number of the root directory (`FUSE_ROOT_ID`).
 pub(super) const ROOT: u64 = 1;
@@ -28,6 +30,8 @@ pub(super) const ROOT: u64 = 1;
 const SHARDS: usize = 32;
 /// Unit of `st_blocks`.
 const STAT_BLOCK_BYTES: u64 = 512;
+/// The bit of a mode that says set-user-id.
+const S_ISUID: u16 = 0o4000;
 
 /// An object of the mount.
 pub(super) struct Node {
@@ -37,6 +41,8 @@ pub(super) struct Node {
     lookups: AtomicU64,
     /// Where the file observer wants to hear of this file: its path, while it has one that is observed.
     pub(super) observed: Mutex<Option<Arc<str>>>,
+    /// It holds what a tenant has.
+    is_data: AtomicBool,
     pub(super) content: Content,
 }
 
@@ -72,7 +78,14 @@ pub(super) enum Content {
 
 impl Node {
     pub(super) fn new(ino: u64, meta: Meta, content: Content) -> Arc<Node> {
-        Arc::new(Node { ino, meta: Mutex::new(meta), lookups: AtomicU64::new(0), observed: Mutex::new(None), content })
+        Arc::new(Node {
+            ino,
+            meta: Mutex::new(meta),
+            lookups: AtomicU64::new(0),
+            observed: Mutex::new(None),
+            is_data: AtomicBool::new(false),
+            content,
+        })
     }
 
     pub(super) fn kind(&self) -> FileType {
@@ -84,7 +97,9 @@ impl Node {
         }
     }
 
-    pub(super) fn attributes(&self) -> FileAttr {
+    /// What the kernel is told of it. Where files are to be `written_through`, it learns so by a bit of the mode
+    /// ([`super::room`]).
+    pub(super) fn attributes(&self, written_through: bool) -> FileAttr {
         let meta = *self.meta.lock();
         let size = match &self.content {
             Content::File(file) => file.size(),
@@ -100,7 +115,7 @@ impl Node {
             ctime: meta.changed,
             crtime: meta.changed,
             kind: self.kind(),
-            perm: meta.mode,
+            perm: if written_through && self.kind() == FileType::RegularFile { meta.mode | S_ISUID } else { meta.mode },
             nlink: meta.links,
             uid: meta.uid,
             gid: meta.gid,
@@ -123,6 +138,17 @@ impl Node {
         let mut meta = self.meta.lock();
         meta.links = if added { meta.links.saturating_add(1) } else { meta.links.saturating_sub(1) };
         meta.changed = SystemTime::now();
+    }
+
+    /// Growing it may be refused: it holds what a tenant has, and nothing that Postgres needs to go on.
+    pub(super) fn may_be_refused(&self) -> bool {
+        let is_of_a_database = |base: &Base| matches!(base, Base::Relation { fork, .. } if fork.node.spc != GLOBAL_TABLESPACE);
+        self.is_data.load(Relaxed) || matches!(&self.content, Content::File(file) if is_of_a_database(file.base()))
+    }
+
+    /// The file is in a database's folder, or in a tablespace.
+    pub(super) fn is_data(&self) {
+        self.is_data.store(true, Relaxed);
     }
 
     /// The kernel is told of the node once more.
@@ -153,6 +179,12 @@ impl NodeTable {
 
     pub(super) fn get(&self, ino: u64) -> Option<Arc<Node>> {
         self.shard(ino).read().get(&ino).cloned()
+    }
+
+    /// Numbers of the regular files that the kernel knows.
+    pub(super) fn known_files(&self) -> Vec<u64> {
+        let is_known = |node: &&Arc<Node>| node.kind() == FileType::RegularFile && node.lookups.load(Acquire) > 0;
+        self.shards.iter().flat_map(|shard| shard.read().values().filter(is_known).map(|node| node.ino).collect::<Vec<_>>()).collect()
     }
 
     pub(super) fn insert(&self, node: &Arc<Node>) {

@@ -26,6 +26,8 @@ use super::{
 const BASE_FILE_MODE: u32 = 0o600;
 /// Depth of directories at most, wherever a path is built: Postgres has four levels.
 const DEPTH_MAX: usize = 64;
+/// Folders of what tenants have: databases, their temporary files, tablespaces.
+const DATA: [&str; 4] = ["base/", "pg_tblspc/", "varve_tablespaces/", "varve_named/"];
 /// Longest name (`NAME_MAX`).
 const NAME_BYTES_MAX: usize = 255;
 
@@ -176,6 +178,9 @@ impl Tree {
             node.count_lookup();
             self.nodes.insert(&node);
             entries.put(name.clone(), ino, Target::Node(node.clone()));
+        }
+        if matches!(node.content, Content::File(_)) && self.path(parent, &name).is_some_and(|path| is_of_data(&path)) {
+            node.is_data();
         }
         parent.touch();
         if matches!(node.content, Content::Directory(_)) {
@@ -482,6 +487,11 @@ fn relation_files(spc: u32, db: u32, forks: &[(u32, Fork, u32)]) -> Vec<(String,
         }
     }
     files
+}
+
+/// Whether a file of this path holds what a tenant has.
+fn is_of_data(path: &str) -> bool {
+    DATA.iter().any(|folder| path.starts_with(folder))
 }
 
 #[cfg(test)]

@@ -171,6 +171,7 @@ impl Machine {
             name: "machine".to_owned(),
             pg_bin_dirs: Vec::new(),
             cache_bytes: None,
+            wal_bytes: None,
             run_dir: Some(self.folder.path().join("run")),
             program: self.folder.path().join("varve"),
             sandboxing: Sandboxing::None,

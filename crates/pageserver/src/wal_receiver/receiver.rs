@@ -132,6 +132,11 @@ impl<S: WalSink> Receiver<S> {
         self.shared.trouble()
     }
 
+    /// Why what came last could not be kept, until something is kept again.
+    pub fn not_kept(&self) -> Option<String> {
+        self.shared.not_kept()
+    }
+
     /// A way to stop it from elsewhere, which keeps nothing alive but itself.
     pub fn stopper(&self) -> Stopper {
         Stopper(self.shared.clone())
@@ -187,15 +192,19 @@ impl<S: WalSink> Worker<S> {
             let framed_before = self.framer.framed();
             let end = self.one_connection();
             self.shared.clear_closer();
-            let error = match end {
+            let (error, is_news) = match end {
                 SessionEnd::Stopped => return None,
                 SessionEnd::Failed(error) => return Some(error),
                 SessionEnd::Lost(_) | SessionEnd::NotKept(_) if self.shared.is_stopped() => return None,
-                SessionEnd::Lost(error) => error.to_string(),
-                SessionEnd::NotKept(error) => format!("the WAL could not be kept: {error}"),
+                SessionEnd::Lost(error) => (error.to_string(), true),
+                SessionEnd::NotKept(error) => {
+                    let error = format!("the WAL could not be kept, commits wait: {error}");
+                    let news = self.shared.set_not_kept(Some(&error));
+                    (error, news)
+                }
             };
             self.shared.set_phase(ReceiverPhase::Connecting);
-            if self.shared.set_trouble(&error) {
+            if self.shared.set_trouble(&error) && is_news {
                 tracing::warn!(timeline = %self.config.label, error, framed = %self.framer.framed(), "no WAL from the primary, trying again");
             }
             if self.framer.framed() > framed_before {

@@ -41,6 +41,8 @@ struct State {
     positions: ReceiverPositions,
     phase: ReceiverPhase,
     trouble: Option<String>,
+    /// Why what came last could not be kept, until something is kept again.
+    not_kept: Option<String>,
     closer: Option<SocketCloser>,
 }
 
@@ -112,7 +114,23 @@ impl Shared {
     }
 
     pub(super) fn trouble(&self) -> Option<String> {
-        self.state.lock().trouble.clone()
+        let state = self.state.lock();
+        state.not_kept.clone().or_else(|| state.trouble.clone())
+    }
+
+    /// Why what came last could not be kept.
+    pub(super) fn not_kept(&self) -> Option<String> {
+        self.state.lock().not_kept.clone()
+    }
+
+    /// Remembers why what came could not be kept, or that it can be again; whether that is news.
+    pub(super) fn set_not_kept(&self, why: Option<&str>) -> bool {
+        let mut state = self.state.lock();
+        let news = state.not_kept.as_deref() != why;
+        if news {
+            state.not_kept = why.map(str::to_owned);
+        }
+        news
     }
 
     pub(super) fn set_positions(&self, positions: ReceiverPositions) {

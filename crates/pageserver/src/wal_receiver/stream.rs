@@ -132,6 +132,9 @@ impl<'a, S: WalSink> Stream<'a, S> {
         // Even where the stream has ended: what came whole before is worth keeping, though nobody hears of it.
         if self.framer.framed() > framed_before && !matches!(ended, Some(SessionEnd::Failed(ReceiverError::Sink(_)))) {
             self.positions.durable = self.sink.sync()?;
+            if self.shared.set_not_kept(None) {
+                tracing::info!(from = self.connection.endpoint(), "WAL is kept again");
+            }
         }
         ended.map_or(Ok(()), Err)
     }

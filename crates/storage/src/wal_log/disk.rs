@@ -103,19 +103,27 @@ impl LogFile for OsFile {
     }
 }
 
+/// Makes a file of zeros, durably. Written, not merely allocated: an fsync must not have to convert extents.
+fn zeros(path: &Path, size: u64) -> io::Result<File> {
+    static ZEROS: [u8; 64 * 1024] = [0; 64 * 1024];
+    let file = File::options().create(true).truncate(true).read(true).write(true).open(path)?;
+    let mut at = 0;
+    while at < size {
+        let n = (size - at).min(ZEROS.len() as u64);
+        file.write_all_at(&ZEROS[..n as usize], at)?;
+        at += n;
+    }
+    file.sync_all()?;
+    Ok(file)
+}
+
 impl LogDisk for Folder {
     fn create(&self, name: &str, size: u64) -> io::Result<Arc<dyn LogFile>> {
-        static ZEROS: [u8; 64 * 1024] = [0; 64 * 1024];
         let temporary = self.path.join(format!("{name}.new"));
-        let file = File::options().create(true).truncate(true).read(true).write(true).open(&temporary)?;
-        // Written, not merely allocated: an fsync must not have to convert extents.
-        let mut at = 0;
-        while at < size {
-            let n = (size - at).min(ZEROS.len() as u64);
-            file.write_all_at(&ZEROS[..n as usize], at)?;
-            at += n;
-        }
-        file.sync_all()?;
+        let file = zeros(&temporary, size).inspect_err(|_| {
+            // On a full disk it has taken what was left.
+            let _ = std::fs::remove_file(&temporary);
+        })?;
         std::fs::rename(temporary, self.path.join(name))?;
         self.sync_folder()?;
         Ok(Arc::new(OsFile(file)))

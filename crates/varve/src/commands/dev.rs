@@ -70,6 +70,10 @@ pub(crate) struct DevArgs {
     /// written stays in it, even beyond that.
     #[arg(long, default_value_t = super::host::COMPUTE_CACHE_MB)]
     compute_cache_mb: u64,
+    /// Megabytes of disk that the pg_wal of each compute may take, at least 128, of a small disk a quarter at most; 0:
+    /// whatever there is. At the cap who writes waits until this server has stored more.
+    #[arg(long, default_value_t = super::host::COMPUTE_WAL_MB)]
+    compute_wal_mb: u64,
     /// Megabytes for what is not in layers yet.
     #[arg(long, default_value_t = 512, value_parser = clap::value_parser!(u64).range(1..=1 << 24))]
     memtable_mb: u64,
@@ -193,7 +197,8 @@ pub(crate) async fn run(args: DevArgs) -> anyhow::Result<()> {
             token: TokenSource::Given(token),
             name: super::host::machine_name(),
             pg_bin_dirs: args.pg_bin_dir,
-            cache_bytes: super::host::cache_bytes(args.compute_cache_mb),
+            cache_bytes: super::host::limit_bytes(args.compute_cache_mb),
+            wal_bytes: super::host::limit_bytes(args.compute_wal_mb),
             run_dir: None,
             program: std::env::current_exe().context("the path of this program is not known")?,
             sandboxing: args.sandbox.sandboxing(),
@@ -221,10 +226,16 @@ pub(crate) async fn run(args: DevArgs) -> anyhow::Result<()> {
         host = None;
     }
     tracing::info!("stopping; what the store lacks is put there first");
+    let again = async {
+        tokio::select! {
+            _ = interrupt.recv() => {}
+            _ = terminate.recv() => {}
+        }
+    };
     // Computes notice by themselves; a second signal ends at once what a store that does not answer holds up.
     tokio::select! {
         () = pageserver.stop() => {}
-        _ = interrupt.recv() => tracing::warn!("stopped at once; the WAL log keeps what the store lacks"),
+        () = again => tracing::warn!("stopped at once; the WAL log keeps what the store lacks"),
     }
     shutdown.cancel();
     let ended = async {

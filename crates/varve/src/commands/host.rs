@@ -114,6 +114,10 @@ pub(crate) struct HostArgs {
     /// written stays in it, even beyond that.
     #[arg(long, default_value_t = COMPUTE_CACHE_MB)]
     compute_cache_mb: u64,
+    /// Megabytes of disk that the pg_wal of each compute may take, at least 128, of a small disk a quarter at most; 0:
+    /// whatever there is. At the cap who writes waits until the pageserver has stored more.
+    #[arg(long, default_value_t = COMPUTE_WAL_MB)]
+    compute_wal_mb: u64,
     /// Folder of sockets, with a short path; by default /run/varve for root, else run in --data.
     #[arg(long)]
     run_dir: Option<PathBuf>,
@@ -133,7 +137,8 @@ pub(crate) async fn run(args: HostArgs) -> anyhow::Result<()> {
         token: TokenSource::File(args.token_file.canonicalize()?),
         name: args.name.unwrap_or_else(machine_name),
         pg_bin_dirs: args.pg_bin_dir,
-        cache_bytes: cache_bytes(args.compute_cache_mb),
+        cache_bytes: limit_bytes(args.compute_cache_mb),
+        wal_bytes: limit_bytes(args.compute_wal_mb),
         run_dir: args.run_dir,
         program: std::env::current_exe().context("the path of this program is not known")?,
         sandboxing: args.sandbox.sandboxing(),
@@ -156,8 +161,11 @@ pub(crate) async fn run(args: HostArgs) -> anyhow::Result<()> {
 /// disk.
 pub(crate) const COMPUTE_CACHE_MB: u64 = 10_240;
 
+/// How large a `pg_wal` may be by default: some minutes of a server that is away, under heavy load.
+pub(crate) const COMPUTE_WAL_MB: u64 = 4096;
+
 /// An argument in megabytes, of which 0 means no limit.
-pub(crate) fn cache_bytes(megabytes: u64) -> Option<u64> {
+pub(crate) fn limit_bytes(megabytes: u64) -> Option<u64> {
     (megabytes > 0).then(|| megabytes.saturating_mul(1 << 20))
 }
 
@@ -195,6 +203,8 @@ pub(crate) struct ComputeProcessArgs {
     memory_bytes: Option<u64>,
     #[arg(long)]
     cache_bytes: Option<u64>,
+    #[arg(long)]
+    wal_bytes: Option<u64>,
 }
 
 /// One compute's mount and supervisor. The line on standard input, a token, is the host's word that it knows of us;
@@ -222,6 +232,7 @@ pub(crate) async fn compute_process(args: ComputeProcessArgs) -> anyhow::Result<
         token_file: args.token_file,
         bin_dirs: BinDirs::new(args.pg_bin_dir),
         cache_bytes: args.cache_bytes,
+        wal_bytes: args.wal_bytes,
     };
     Ok(process::run(config).await?)
 }

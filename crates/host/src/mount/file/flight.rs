@@ -79,12 +79,12 @@ impl<'a> Flight<'a> {
         self
     }
 
-    /// As [`Flight::keep`], after room was made for it.
+    /// As [`Flight::keep`], after room was made for it, and if there is room on the disk.
     pub(in super::super) fn keep_within_budget(self, context: &FileContext) -> io::Result<()> {
         let bytes: usize = self.contents.iter().map(Bytes::len).sum();
         context.budget.reserve(bytes as i64);
         context.budget.make_room(context, true);
-        let kept = self.keep(context);
+        let kept = if context.room.may_keep(bytes as u64) { self.keep(context) } else { Ok(()) };
         context.budget.reserve(-(bytes as i64));
         context.budget.make_room(context, true);
         kept
