@@ -15,7 +15,7 @@ use varve_api::host::{
     size_text,
 };
 use varve_api::{Code, kept_files};
-use varve_postgres::Lsn;
+use varve_postgres::{Lsn, Timestamp};
 use varve_storage::ids::{TenantId, TimelineId, WriterEpoch};
 use varve_storage::tenant_log::{EndpointRow, FileContents, TenantEdit, TenantLog, TenantState};
 
@@ -36,6 +36,8 @@ const BEGIN_PAUSE: Duration = Duration::from_millis(100);
 const BEGIN_ANEW_MAX: Duration = Duration::from_secs(3);
 /// How long its host may take to end it.
 const START_AGAIN_MAX: Duration = Duration::from_secs(30);
+/// The log follows a compute's base so often, in microseconds.
+const BASES_KEPT_FOR: i64 = 300 * 1_000_000;
 /// Most blocks that a start tells.
 const STARTUP_BLOCKS_MAX: usize = 100_000;
 
@@ -238,6 +240,7 @@ impl<P: Pageserver> Control<P> {
         entry.update(|status| {
             if status.incarnation != attach.incarnation {
                 (status.cache, status.bases, status.limits) = (None, Vec::new(), None);
+                status.bases_kept = None;
             }
             status.incarnation = attach.incarnation;
             status.epoch = attach.epoch.map(WriterEpoch);
@@ -340,17 +343,54 @@ impl<P: Pageserver> Control<P> {
         Ok(Lsn(head.0 + 1))
     }
 
-    /// A compute tells how its block cache is, and what it may take right now.
+    /// A compute tells how its block cache is, and what it may take right now. Where it is about to read its timeline
+    /// elsewhere, history there stays once this has answered.
     ///
     /// # Errors
-    /// [`Error::UnknownCompute`].
-    pub fn note_cache(&self, id: &str, report: &CacheReport) -> Result<(), Error> {
-        self.process(id)?.update(|status| {
+    /// [`Error::UnknownCompute`]; when it cannot be kept that history stays.
+    pub async fn note_cache(&self, id: &str, report: &CacheReport) -> Result<(), Error> {
+        let entry = self.process(id)?;
+        self.keep_bases(&entry, report).await?;
+        entry.update(|status| {
             if status.incarnation == report.incarnation {
                 (status.cache, status.limits) = (Some(report.cache), report.limits);
                 status.bases.clone_from(&report.bases);
             }
         });
+        Ok(())
+    }
+
+    /// Writes where a compute reads its timeline, if that moves. The log has a position that it does not read before;
+    /// that follows only now and then, and until it does, more is kept than is needed.
+    async fn keep_bases(&self, entry: &Entry, report: &CacheReport) -> Result<(), Error> {
+        let bases = report.bases.iter().map(|base| moment::lsn("bases", base)).collect::<Result<Vec<Lsn>, _>>()?;
+        let Some(lowest) = bases.iter().copied().min() else { return Ok(()) };
+        let status = entry.status();
+        if status.incarnation != report.incarnation {
+            // Nobody knows yet whose it is: it must not read elsewhere before that.
+            return if bases.len() > 1 { Err(Error::NotYetKnown(entry.id.to_string())) } else { Ok(()) };
+        }
+        let (Some(timeline), Some(epoch)) = (status.timeline, status.epoch) else { return Ok(()) };
+        let (now, is_news) = (self.environment.now(), status.bases != report.bases);
+        let is_recent = |kept: Timestamp| now.0.saturating_sub(kept.0) < BASES_KEPT_FOR;
+        match status.bases_kept {
+            Some((kept, lsn)) if !is_news && (lsn >= lowest || is_recent(kept)) => return Ok(()),
+            None if !is_news && bases.len() <= 1 => return Ok(()),
+            _ => {}
+        }
+        let log = self.own_for_compute(entry.tenant, "a compute reads its timeline elsewhere").await?;
+        let state = log.state();
+        let newest = state.timeline(timeline)?.epochs.last().copied().filter(|newest| newest.epoch == epoch);
+        let newest = newest.ok_or(Error::Fenced("a report of an epoch that is over"))?;
+        match newest.base {
+            // It reads where it began.
+            None if bases == [newest.lsn] => return Ok(()),
+            // No cutoff moves behind what the log has.
+            Some(_) if status.bases_kept.is_some_and(|(kept, _)| is_recent(kept)) => return Ok(()),
+            _ => {}
+        }
+        self.commit_edits(&log, |state| Ok(state.move_base(timeline, epoch, &bases)?)).await?;
+        entry.update(|status| status.bases_kept = Some((now, lowest)));
         Ok(())
     }
 

@@ -12,6 +12,7 @@ use varve_api::Refusal;
 use varve_api::admin::CacheUse;
 use varve_api::host::{ComputeOrder, Desired, HostAction};
 use varve_api::size::{CurrentLimits, Size};
+use varve_postgres::{Lsn, Timestamp};
 use varve_storage::ids::{BranchName, EndpointId, HostId, TenantId, TenantName, TimelineId, WriterEpoch};
 use varve_storage::tenant_log::{EndpointRow, TenantState};
 
@@ -84,6 +85,8 @@ pub(crate) struct Status {
     pub(crate) cache: Option<CacheUse>,
     /// The LSNs at which its mount reads, or is about to, as it told last.
     pub(crate) bases: Vec<String>,
+    /// When the tenant's log was told of the lowest of them last, and which that was.
+    pub(crate) bases_kept: Option<(Timestamp, Lsn)>,
     /// What it may take, as the tenant's log has it.
     pub(crate) size: Size,
     /// What it may take right now, as the incarnation told last.
@@ -125,6 +128,7 @@ impl Entry {
             warnings: Vec::new(),
             cache: None,
             bases: Vec::new(),
+            bases_kept: None,
             size,
             limits: None,
             process: Process::Unsaid,

@@ -90,7 +90,8 @@ impl Tenant {
             let looked = live.clone();
             let cutoff = self.context().threads.call(move || looked.cutoff_at(history, now)).await??;
             let Some(cutoff) = cutoff else { continue };
-            let retained = self.log().state().retained(live.id())?;
+            let state = self.log().state();
+            let (cutoff, retained) = (cutoff.min(state.cutoff_max(live.id())?), state.retained(live.id())?);
             // Else the log is written for nothing.
             let is_moved = cutoff > retained.cutoff;
             let is_due = || at_once || live.looks().is_move_due(between_moves(history));

@@ -92,7 +92,7 @@ pub(super) async fn cache<P: Pageserver>(
     Names(id): Names<String>,
     Sent(report): Sent<CacheReport, SMALL>,
 ) -> Answer<()> {
-    server.control.note_cache(&id, &report).map(Json)
+    to_its_end!(server, |control| control.note_cache(&id, &report)).map(Json)
 }
 
 pub(super) async fn event<P: Pageserver>(

@@ -329,7 +329,8 @@ pub enum TenantEdit {
         #[serde(with = "crate::row_fields::lsn")]
         lsn: Lsn,
     },
-    /// The compute of the newest writer epoch reads its timeline at another position than that where it began.
+    /// The compute of the newest writer epoch reads its timeline at positions that move on, none of which is before
+    /// this.
     EpochBase {
         /// The timeline.
         timeline: TimelineId,

@@ -9,8 +9,8 @@ use varve_postgres::Lsn;
 
 use super::TenantError;
 use super::edit::{LeaseRow, SnapshotRow, TenantEdit};
-use super::state::{TenantState, TimelineState};
-use crate::ids::{SnapshotName, TimelineId};
+use super::state::{EpochState, TenantState, TimelineState};
+use crate::ids::{SnapshotName, TimelineId, WriterEpoch};
 use crate::retained::Retained;
 
 impl TenantState {
@@ -31,9 +31,37 @@ impl TenantState {
         let moments = state.moments.iter().filter_map(|id| Some(self.endpoint(*id).ok()?.moment?.lsn));
         let snapshots = state.snapshots.iter().filter_map(|name| Some(self.snapshots.get(name)?.lsn));
         let leases = state.leases.keys().copied();
-        // The compute of an epoch that did not end cleanly may still run.
-        let compute = state.epochs.last().filter(|epoch| epoch.closed.is_none() && state.branch.is_some()).map(|epoch| epoch.base);
+        // What it has fetched it asks for once more, until it reads further up.
+        let compute = self.running(state).filter(|epoch| epoch.base.is_none_or(|base| base <= epoch.lsn)).map(|epoch| epoch.lsn);
         children.chain(moments).chain(snapshots).chain(leases).chain(compute).collect()
+    }
+
+    /// The newest epoch of a timeline, if its compute may still run: it did not end cleanly.
+    fn running<'s>(&self, state: &'s TimelineState) -> Option<&'s EpochState> {
+        state.epochs.last().filter(|epoch| epoch.closed.is_none() && state.branch.is_some())
+    }
+
+    /// Behind what no cutoff of a timeline may move: where a compute whose base moves on reads it.
+    ///
+    /// # Errors
+    /// [`TenantError::UnknownTimeline`].
+    pub fn cutoff_max(&self, timeline: TimelineId) -> Result<Lsn, TenantError> {
+        Ok(self.running(self.timeline(timeline)?).and_then(|epoch| epoch.base).unwrap_or(Lsn::MAX))
+    }
+
+    /// The edits that say that the compute of the newest epoch reads its timeline at `bases` from now on; none where
+    /// the log says enough.
+    ///
+    /// # Errors
+    /// [`TenantError::Collected`] when one of these is not retained, [`TenantError::UnknownTimeline`].
+    pub fn move_base(&self, timeline: TimelineId, epoch: WriterEpoch, bases: &[Lsn]) -> Result<Vec<TenantEdit>, TenantError> {
+        let state = self.timeline(timeline)?;
+        bases.iter().try_for_each(|base| self.check_retained(timeline, *base))?;
+        let newest = state.epochs.last().filter(|newest| newest.epoch == epoch);
+        match (newest, bases.iter().min()) {
+            (Some(newest), Some(lsn)) if newest.base < Some(*lsn) => Ok(vec![TenantEdit::EpochBase { timeline, epoch, lsn: *lsn }]),
+            _ => Ok(Vec::new()),
+        }
     }
 
     /// That a timeline can be read at `lsn`, which may lie in the part of an ancestor that it shows.
@@ -132,6 +160,7 @@ impl TenantState {
     /// [`TenantError::UnknownTimeline`].
     pub fn cut_off(&self, timeline: TimelineId, cutoff: Lsn) -> Result<Vec<TenantEdit>, TenantError> {
         let state = self.timeline(timeline)?;
+        let cutoff = cutoff.min(self.cutoff_max(timeline)?);
         if cutoff <= state.cutoff {
             return Ok(Vec::new());
         }

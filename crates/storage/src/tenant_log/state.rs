@@ -30,8 +30,8 @@ pub struct EpochState {
     pub epoch: WriterEpoch,
     /// Where it began.
     pub lsn: Lsn,
-    /// Where its compute reads the timeline.
-    pub base: Lsn,
+    /// Its compute reads the timeline here and above; none: where the epoch began, and nowhere else.
+    pub base: Option<Lsn>,
     /// Where it ended, if it ended cleanly.
     pub closed: Option<Lsn>,
     /// The WAL log that holds what of it the store does not have yet.
@@ -403,7 +403,7 @@ impl TenantState {
                         epoch.0, last.epoch.0, last.lsn
                     ));
                 }
-                state.epochs.push(EpochState { epoch: *epoch, lsn: *lsn, base: *lsn, closed: None, wal_log: *wal_log });
+                state.epochs.push(EpochState { epoch: *epoch, lsn: *lsn, base: None, closed: None, wal_log: *wal_log });
             }
             TenantEdit::EpochClosed { timeline, epoch, lsn } => {
                 let state = self.change(*timeline)?;
@@ -490,8 +490,8 @@ impl TenantState {
             }
             TenantEdit::EpochBase { timeline, epoch, lsn } => {
                 let state = self.change(*timeline)?;
-                match state.epochs.last_mut().filter(|last| last.epoch == *epoch && last.base <= *lsn) {
-                    Some(last) => last.base = *lsn,
+                match state.epochs.last_mut().filter(|last| last.epoch == *epoch && last.base <= Some(*lsn)) {
+                    Some(last) => last.base = Some(*lsn),
                     None => return contradiction(format!("timeline {timeline}: epoch {} reads at {lsn}, and is not the newest", epoch.0)),
                 }
             }
@@ -564,9 +564,7 @@ impl TenantState {
             edits.push(TenantEdit::Timeline(state.facts.clone()));
             for epoch in &state.epochs {
                 edits.push(TenantEdit::Epoch { timeline, epoch: epoch.epoch, lsn: epoch.lsn, wal_log: epoch.wal_log });
-                if epoch.base > epoch.lsn {
-                    edits.push(TenantEdit::EpochBase { timeline, epoch: epoch.epoch, lsn: epoch.base });
-                }
+                edits.extend(epoch.base.map(|lsn| TenantEdit::EpochBase { timeline, epoch: epoch.epoch, lsn }));
                 edits.extend(epoch.closed.map(|lsn| TenantEdit::EpochClosed { timeline, epoch: epoch.epoch, lsn }));
             }
             if state.cutoff > Lsn::INVALID {

@@ -266,6 +266,34 @@ fn what_is_behind_the_cutoff_can_be_read_only_where_something_holds_it() {
 }
 
 #[test]
+fn a_cutoff_stays_behind_a_compute_whose_base_moves_on() {
+    let mut state = state(&[timeline(1, 1, None), branch("main", 1)]);
+    let (main, epoch) = (TimelineId([1; 16]), WriterEpoch(1));
+    state.apply(&TenantEdit::Epoch { timeline: main, epoch, lsn: Lsn(20), wal_log: WalLogId([1; 16]) }).unwrap();
+    let cut = |state: &mut TenantState, lsn: u64| {
+        state.cut_off(main, Lsn(lsn)).unwrap().iter().for_each(|edit| state.apply(edit).unwrap());
+        state.timeline(main).unwrap().cutoff.0
+    };
+    let moves = |state: &mut TenantState, bases: &[u64]| {
+        let bases: Vec<Lsn> = bases.iter().copied().map(Lsn).collect();
+        let edits = state.move_base(main, epoch, &bases)?;
+        edits.iter().for_each(|edit| state.apply(edit).unwrap());
+        Ok::<_, TenantError>(edits.len())
+    };
+    assert_eq!(cut(&mut state, 50), 50, "where it began is held alone");
+    assert!(moves(&mut state, &[20, 40]).is_err(), "that is collected already");
+    assert_eq!(moves(&mut state, &[20, 60]), Ok(1));
+    assert_eq!(cut(&mut state, 80), 50, "it reads somewhere above its beginning");
+    assert!(state.check_retained(main, Lsn(20)).is_ok() && state.check_retained(main, Lsn(60)).is_ok());
+    assert_eq!(moves(&mut state, &[60]), Ok(1));
+    assert_eq!(cut(&mut state, 80), 60);
+    assert!(state.check_retained(main, Lsn(20)).is_err(), "nobody reads there any more");
+    assert_eq!(self::state(&state.edits()).edits(), state.edits());
+    state.apply(&TenantEdit::EpochClosed { timeline: main, epoch, lsn: Lsn(90) }).unwrap();
+    assert_eq!(cut(&mut state, 80), 80);
+}
+
+#[test]
 fn versions_of_files_go_that_no_retained_moment_shows() {
     let file = |lsn: u64, text: &str| TenantEdit::File {
         timeline: TimelineId([1; 16]),
