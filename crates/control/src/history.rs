@@ -205,7 +205,8 @@ impl<P: Pageserver> Control<P> {
             Ok(earliest) => earliest,
             Err(error) => return error.into(),
         };
-        let time = self.pageserver.time_at(tenant, Resolved { timeline, lsn: earliest }).await.ok().flatten();
+        let owner = state.owner_of(timeline, earliest).unwrap_or(timeline);
+        let time = self.pageserver.time_at(tenant, Resolved { timeline: owner, lsn: earliest }).await.ok().flatten();
         let time = time.map_or_else(String::new, |time| format!(", which is {}", moment::rfc3339(time)));
         let of = state.branch_of(timeline).map_or_else(|| "this history".to_owned(), |name| format!("branch {}", quoted(name.as_str())));
         Error::NotKept { what: what.to_owned(), of, from: format!("{earliest}{time}") }

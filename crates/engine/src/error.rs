@@ -169,6 +169,14 @@ pub enum EngineError {
         /// Its major.
         pg_version: u32,
     },
+    /// What is not retained any more could not be collected.
+    #[error("the history of timeline {timeline} is not collected yet, and is tried again by itself: {problem}")]
+    NotCollected {
+        /// The timeline.
+        timeline: TimelineId,
+        /// Why.
+        problem: String,
+    },
     /// A list of kept pages that cannot be read.
     #[error("the list of kept pages {path} cannot be read: {problem}")]
     KeptPages {

@@ -38,8 +38,10 @@ impl LiveTimeline {
         let state = self.manifest().state();
         let layers = state.layers().map(|row| row.object.clone());
         let named: BTreeSet<ObjectName> = layers.chain(state.kept_wal().map(|piece| piece.object.clone())).collect();
+        // Whoever reads them still is asked elsewhere.
+        let retired: BTreeSet<String> = self.history().retired_objects().into_iter().collect();
         let is_of_former = |object: &ObjectName| generation_of(object).is_some_and(|generation| generation < self.manifest().generation());
-        objects.into_iter().filter(|object| !named.contains(object) && is_of_former(object)).collect()
+        objects.into_iter().filter(|object| !named.contains(object) && !retired.contains(object.as_str()) && is_of_former(object)).collect()
     }
 }
 

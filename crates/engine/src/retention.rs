@@ -3,6 +3,7 @@
 //! A cutoff is a record boundary, so a position at or above it is never rounded down to one below. It is moved from
 //! time to time only: each move is a write into the tenant's log, and until it is made, more than the window stays.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use varve_postgres::{Lsn, Timestamp};
@@ -12,6 +13,7 @@ use varve_storage::tenant_log::{HistoryRow, TenantState, TimelineState, removed_
 
 use crate::error::EngineError;
 use crate::moments::{self, Found};
+use crate::resolve::{Moment, resolve};
 use crate::tenant::Tenant;
 use crate::timeline::LiveTimeline;
 
@@ -26,6 +28,8 @@ const IDLE_MOVE: Duration = Duration::from_secs(3600);
 const FIRST_LOOK: Duration = Duration::from_secs(20);
 /// Pause while somebody waits until everything is collected.
 const COLLECTED_POLL: Duration = Duration::from_millis(20);
+/// How long he waits for one timeline.
+const COLLECTED_MAX: Duration = Duration::from_secs(1800);
 
 /// Pause between two looks at what could be collected.
 fn between_looks(history: HistoryRow) -> Duration {
@@ -42,8 +46,9 @@ fn between_moves(history: HistoryRow) -> Duration {
 impl LiveTimeline {
     /// Where its own history could be cut off at `now`; `None` where all of it is within the window. Blocks.
     fn cutoff_at(&self, history: HistoryRow, now: Timestamp) -> Result<Option<Lsn>, EngineError> {
-        let (from, to) = (self.first_whole(), self.positions().applied());
         let read = &**self.history();
+        // Of a timeline that nobody goes on with the end may be gone.
+        let (from, to) = (self.first_whole(), self.positions().applied().min(read.collected().top));
         if from >= to || !read.collected().holds(to) {
             return Ok(None);
         }
@@ -86,24 +91,15 @@ impl Tenant {
             if !at_once && !live.looks().is_due(pause) {
                 continue;
             }
-            looked_at.push(live.clone());
-            let looked = live.clone();
-            let cutoff = self.context().threads.call(move || looked.cutoff_at(history, now)).await??;
-            let Some(cutoff) = cutoff else { continue };
-            let state = self.log().state();
-            let (cutoff, retained) = (cutoff.min(state.cutoff_max(live.id())?), state.retained(live.id())?);
-            // Else the log is written for nothing.
-            let is_moved = cutoff > retained.cutoff;
-            let is_due = || at_once || live.looks().is_move_due(between_moves(history));
-            if is_moved && (is_due() || live.history().wants_collection(&retained.from(cutoff))) {
-                moves.push((live.id(), cutoff));
-                live.looks().note_move();
+            match self.cutoff_of(&live, history, now, at_once).await {
+                Ok(cutoff) => moves.extend(cutoff.map(|cutoff| (live.id(), cutoff))),
+                // It may have been deleted meanwhile.
+                Err(EngineError::Tenant(_)) => {}
+                Err(error) => tracing::warn!(timeline = live.name(), %error, "where its history could be cut off is not known"),
             }
+            looked_at.push(live);
         }
-        let removed = self.commit_retention(moves, now).await?;
-        for timeline in removed {
-            self.remove_timeline(timeline).await;
-        }
+        self.commit_retention(moves, now).await?;
         let state = self.log().state();
         for live in looked_at.iter().filter(|live| live.wants_collection(&state)) {
             live.merge_soon();
@@ -111,9 +107,29 @@ impl Tenant {
         Ok(())
     }
 
-    /// Writes the cutoffs and what has expired, in one entry; nothing where there is nothing. Gives the timelines that
-    /// are gone.
-    async fn commit_retention(&self, moves: Vec<(TimelineId, Lsn)>, now: Timestamp) -> Result<Vec<TimelineId>, EngineError> {
+    /// Where a timeline is to be cut off now; `None` where that is not worth a write.
+    async fn cutoff_of(
+        &self,
+        live: &Arc<LiveTimeline>,
+        history: HistoryRow,
+        now: Timestamp,
+        at_once: bool,
+    ) -> Result<Option<Lsn>, EngineError> {
+        let looked = live.clone();
+        let Some(cutoff) = self.context().threads.call(move || looked.cutoff_at(history, now)).await?? else { return Ok(None) };
+        let state = self.log().state();
+        let (cutoff, retained) = (cutoff.min(state.cutoff_max(live.id())?), state.retained(live.id())?);
+        let is_due = || at_once || live.looks().is_move_due(between_moves(history));
+        let moves = cutoff > retained.cutoff && (is_due() || live.history().wants_collection(&retained.from(cutoff)));
+        if moves {
+            live.looks().note_move();
+        }
+        Ok(moves.then_some(cutoff))
+    }
+
+    /// Writes the cutoffs and what has expired, in one entry; nothing where there is nothing. Timelines that only lived
+    /// for what has expired are removed.
+    async fn commit_retention(&self, moves: Vec<(TimelineId, Lsn)>, now: Timestamp) -> Result<(), EngineError> {
         let edits = |state: &TenantState| {
             let mut edits = state.expire(now.0)?;
             let gone: Vec<TimelineId> = removed_timelines(&edits).collect();
@@ -124,7 +140,7 @@ impl Tenant {
             Ok::<_, EngineError>((edits, gone))
         };
         if edits(&self.log().state())?.0.is_empty() {
-            return Ok(Vec::new());
+            return Ok(());
         }
         let mut removed = Vec::new();
         self.log()
@@ -134,7 +150,10 @@ impl Tenant {
                 Ok::<_, EngineError>((edits, ()))
             })
             .await?;
-        Ok(removed)
+        for timeline in removed {
+            self.remove_timeline(timeline).await;
+        }
+        Ok(())
     }
 
     /// Keeps a position of a timeline readable for `duration` from `now` on, or longer. Gives until when. Asked for
@@ -142,13 +161,23 @@ impl Tenant {
     ///
     /// # Errors
     /// [`varve_storage::tenant_log::TenantError::Collected`]; when the log cannot be written.
-    pub async fn lease(&self, timeline: TimelineId, lsn: Lsn, now: Timestamp, duration: Duration) -> Result<Timestamp, EngineError> {
+    pub async fn lease(&self, live: &Arc<LiveTimeline>, lsn: Lsn, now: Timestamp, duration: Duration) -> Result<Timestamp, EngineError> {
+        let timeline = live.id();
         let micros = i64::try_from(duration.as_micros()).unwrap_or(i64::MAX);
         if let Some(until) = self.log().state().leased_until(timeline, lsn).filter(|until| *until >= now.0.saturating_add(micros / 2)) {
             return Ok(Timestamp(until));
         }
         let until = now.0.saturating_add(micros);
-        self.log().commit(|state| Ok::<_, EngineError>((state.lease(timeline, lsn, until)?, ()))).await?;
+        // A base backup there is one at the end of the last record.
+        let boundary = resolve(live, Moment::Lsn(lsn)).await?;
+        let edits = |state: &TenantState| {
+            let mut edits = state.lease(timeline, lsn, until)?;
+            if boundary.lsn != lsn {
+                edits.extend(state.lease(boundary.timeline, boundary.lsn, until)?);
+            }
+            Ok::<_, EngineError>((edits, ()))
+        };
+        self.log().commit(edits).await?;
         Ok(Timestamp(until))
     }
 
@@ -157,33 +186,52 @@ impl Tenant {
     pub fn collects_after(&self) -> Option<Duration> {
         let state = self.log().state();
         // More than it was cut off at: what is above is behind the cutoff then.
-        let has_history = |state: &TimelineState| state.figures.is_some_and(|figures| figures.head > state.cutoff.max(state.facts.start));
+        let has_history = |known: &TimelineState| {
+            let top = state
+                .retained(known.facts.id)
+                .map_or(Lsn::MAX, |retained| retained.top.min(state.cutoff_max(known.facts.id).unwrap_or(Lsn::MAX)));
+            known.figures.is_some_and(|figures| figures.head.min(top) > known.cutoff.max(known.facts.start))
+        };
         let seconds = state.history().seconds?;
         state.timelines().any(has_history).then(|| Duration::from_secs(seconds))
     }
 
-    /// Opens all timelines, collects whatever is not retained at `now`, and waits until that is done.
+    /// Collects whatever is not retained at `now`, timeline by timeline, waits until that is done, and deletes orphans.
     ///
     /// # Errors
-    /// When a timeline cannot be opened or read, or the log cannot be written.
+    /// When a timeline cannot be opened or read, or the log cannot be written; [`EngineError::NotCollected`].
     pub async fn collect_everything(&self, now: Timestamp) -> Result<(), EngineError> {
-        let timelines: Vec<TimelineId> = self.log().state().timelines().map(|state| state.facts.id).collect();
-        // Children are looked at with their ancestors, which are open as long as they are.
-        let mut opened = Vec::with_capacity(timelines.len());
+        let state = self.log().state();
+        // A branch that nobody has written to has nothing of its own.
+        let has_own = |state: &&TimelineState| !state.epochs.is_empty();
+        let timelines: Vec<TimelineId> = state.timelines().filter(has_own).map(|state| state.facts.id).collect();
+        let history = state.history();
+        drop(state);
+        self.commit_retention(Vec::new(), now).await?;
         for id in timelines {
-            match self.timeline(id).await {
-                Ok(live) => opened.push(live),
+            let live = match self.timeline(id).await {
+                Ok(live) => live,
                 // Deleted meanwhile.
-                Err(EngineError::Tenant(_)) => {}
+                Err(EngineError::Tenant(_)) => continue,
                 Err(error) => return Err(error),
+            };
+            // What a lost server has of it is still to come.
+            if live.is_complete() {
+                live.flush_all().await?;
             }
-        }
-        for live in &opened {
-            live.flush_all().await?;
-        }
-        self.look_after_history(now, true).await?;
-        for live in &opened {
+            if let Some(cutoff) = self.cutoff_of(&live, history, now, true).await? {
+                self.commit_retention(vec![(id, cutoff)], now).await?;
+            }
+            let begun = live.now();
             while live.wants_collection(&self.log().state()) {
+                let problem = match live.history().collect_problem() {
+                    _ if live.is_closing() => Some("it is being closed".to_owned()),
+                    None if live.now().duration_since(begun) > COLLECTED_MAX => Some("it takes long".to_owned()),
+                    problem => problem,
+                };
+                if let Some(problem) = problem {
+                    return Err(EngineError::NotCollected { timeline: id, problem });
+                }
                 live.touch();
                 live.merge_soon();
                 tokio::time::sleep(COLLECTED_POLL).await;

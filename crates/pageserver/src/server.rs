@@ -181,7 +181,7 @@ impl Pageserver {
         let timer = WorkQueue::run_timer(Arc::downgrade(&self.context.queue));
         tokio::pin!(timer);
         // None waits for another one, least of all the timer.
-        let others = async { tokio::join!(self.keep_lost_out(), self.keep_swept(), self.keep_settled()) };
+        let others = async { tokio::join!(self.keep_lost_out(), self.keep_swept(), self.keep_settled(), self.tenants.keep_collected()) };
         tokio::select! {
             biased;
             () = self.stopping.cancelled() => {}
@@ -207,7 +207,6 @@ impl Pageserver {
             tokio::time::sleep(SWEEP_INTERVAL).await;
             self.tenants.find_lost().await;
             self.tenants.sweep(self.config.idle).await;
-            self.tenants.wake_due().await;
         }
     }
 

@@ -29,7 +29,9 @@ use crate::wall_clock;
 /// How often a tenant's log is told of the sizes of branches that are being written.
 const FIGURES_INTERVAL: Duration = Duration::from_secs(60);
 
-/// Tenants that are woken for collection between two sweeps.
+/// How often it is looked for tenants that are to be woken for collection.
+const DUE_INTERVAL: Duration = Duration::from_secs(2);
+/// Tenants that are woken then at most.
 const WOKEN_AT_ONCE: usize = 4;
 
 /// Tenants that are looked at at once.
@@ -94,8 +96,9 @@ enum Slot {
 struct Slots {
     awake: BTreeMap<TenantId, Arc<Awake>>,
     asleep: HashMap<TenantId, Ownership>,
-    /// When history of those that sleep will have left their window.
+    /// When history of those that sleep will have left their window, by time and by tenant.
     due: BTreeSet<(Instant, TenantId)>,
+    due_of: HashMap<TenantId, Instant>,
     lost: BTreeMap<TenantId, (LostTo, Losing)>,
 }
 
@@ -123,6 +126,9 @@ impl Slots {
     }
 
     fn remove(&mut self, id: TenantId) -> Option<Slot> {
+        if let Some(at) = self.due_of.remove(&id) {
+            self.due.remove(&(at, id));
+        }
         let awake = self.awake.remove(&id).map(Slot::Awake);
         let asleep = self.asleep.remove(&id).map(Slot::Asleep);
         let lost = self.lost.remove(&id).map(|(owner, losing)| Slot::Lost(owner, losing));
@@ -426,12 +432,22 @@ impl Tenants {
             _ => return,
         };
         slots.insert(id, Slot::Asleep(asleep));
-        slots.due.extend(due.and_then(|after| Some((Instant::now().checked_add(after)?, id))));
+        if let Some(at) = due.and_then(|after| Instant::now().checked_add(after)) {
+            slots.due.insert((at, id));
+            slots.due_of.insert(id, at);
+        }
     }
 
-    /// Wakes tenants that sleep and whose history has left their window by now; it is collected before they sleep
-    /// again. After a restart that waits until they are used.
-    pub async fn wake_due(&self) {
+    /// Wakes tenants that sleep when their history has left its window; it is collected before they sleep again. After
+    /// a restart that waits until they are used. Never ends; it may be long about one tenant.
+    pub async fn keep_collected(&self) {
+        loop {
+            tokio::time::sleep(DUE_INTERVAL).await;
+            self.wake_due().await;
+        }
+    }
+
+    async fn wake_due(&self) {
         let due: Vec<TenantId> = {
             let mut slots = self.slots.lock();
             let now = Instant::now();
@@ -440,6 +456,7 @@ impl Tenants {
                 && let Some((_, id)) = slots.due.first().copied().filter(|(at, _)| *at <= now)
             {
                 slots.due.pop_first();
+                slots.due_of.remove(&id);
                 if slots.asleep.contains_key(&id) {
                     found.push(id);
                 }

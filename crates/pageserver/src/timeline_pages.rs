@@ -253,11 +253,11 @@ impl TimelinePages for Pages {
     }
 
     fn lease(&self, lsn: Lsn) -> BoxFuture<'static, Result<String, SourceError>> {
-        let (tenant, timeline) = (self.tenant.clone(), self.live.id());
+        let (tenant, live) = (self.tenant.clone(), self.live.clone());
         async move {
             let now = wall_clock::now();
-            let kept = tenant.lease(timeline, lsn, now, LEASE).await.map_err(|error| match error {
-                EngineError::Tenant(error) => SourceError::NotFound(error.to_string()),
+            let kept = tenant.lease(&live, lsn, now, LEASE).await.map_err(|error| match error {
+                EngineError::Tenant(_) | EngineError::Moment(_) => SourceError::NotFound(error.to_string()),
                 error => SourceError::NotReady(error.to_string()),
             });
             kept.map(wall_clock::rfc3339)

@@ -48,6 +48,7 @@ struct Candidate {
     start: Lsn,
     end: Lsn,
     bytes: u64,
+    layers: usize,
     last_key: Key,
     is_own: bool,
 }
@@ -57,6 +58,7 @@ fn candidates(runs: &[Run]) -> Vec<Candidate> {
         start: run.lsn_start,
         end: run.lsn_end,
         bytes: run.bytes(),
+        layers: run.layers().len(),
         last_key: run.layers().last().map_or(Key::MIN, |layer| layer.info().last_key),
         is_own: run.layers().iter().all(|layer| layer.is_own()),
     };
@@ -114,6 +116,8 @@ pub struct CollectInputs {
     pub inputs: Range<usize>,
     /// LSN range of all of them.
     pub range: (Lsn, Lsn),
+    /// Number of their layers.
+    pub layers: usize,
     /// Their bytes.
     bytes: u64,
     /// Those that are expected to go.
@@ -142,6 +146,7 @@ fn collect_candidates(runs: &[Candidate], cut: Lsn, retained: &Retained, collect
     Some(CollectInputs {
         inputs: first..runs.len(),
         range: (taken.iter().map(|run| run.start).min()?, taken.iter().map(|run| run.end).max()?),
+        layers: taken.iter().map(|run| run.layers).sum(),
         bytes: taken.iter().map(|run| run.bytes).sum(),
         garbage: taken.iter().map(garbage).sum(),
     })
@@ -174,7 +179,7 @@ mod tests {
         let count = bytes.len() as u64;
         let run = |(i, bytes): (usize, &u64)| {
             let end = (count - i as u64) * 10;
-            Candidate { start: Lsn(end - 10), end: Lsn(end), bytes: *bytes, last_key: Key::MAX, is_own: true }
+            Candidate { start: Lsn(end - 10), end: Lsn(end), bytes: *bytes, layers: 1, last_key: Key::MAX, is_own: true }
         };
         bytes.iter().enumerate().map(run).collect()
     }
@@ -215,7 +220,7 @@ mod tests {
     #[test]
     fn an_interrupted_merge_is_gone_on_with() {
         let mut runs = runs(&[5, 10, 10, 10, 10]);
-        let merged = Candidate { start: Lsn(0), end: Lsn(40), bytes: 7, last_key: Key::FIRST_METADATA, is_own: true };
+        let merged = Candidate { start: Lsn(0), end: Lsn(40), bytes: 7, layers: 1, last_key: Key::FIRST_METADATA, is_own: true };
         runs.insert(1, merged);
         let plan = plan_candidates(&runs, Lsn::INVALID).unwrap();
         assert_eq!(plan, MergePlan { inputs: vec![2, 3, 4, 5], range: (Lsn(0), Lsn(40)), done_to: Some(Key::FIRST_METADATA) });

@@ -62,6 +62,7 @@ fn engine_code(error: &EngineError) -> Code {
         EngineError::WalLog(WalLogError::Io { .. }) => Code::Unavailable,
         EngineError::Wait(WaitError::Deadline { .. } | WaitError::Closing { .. })
         | EngineError::TailUnknown { .. }
+        | EngineError::NotCollected { .. }
         | EngineError::CheckpointMissing { .. } => Code::Unavailable,
         EngineError::EpochOver { .. } | EngineError::BranchMoved { .. } | EngineError::StreamOver { .. } => Code::Fenced,
         EngineError::LeftoverWal { .. } => Code::InvalidArgument,

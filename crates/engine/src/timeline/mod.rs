@@ -245,6 +245,11 @@ impl LiveTimeline {
         !self.history.collected().holds(self.positions().applied())
     }
 
+    /// The time, as its clock tells it.
+    pub(crate) fn now(&self) -> Instant {
+        (self.context.resources.clock)()
+    }
+
     /// Its manifest, which is ours.
     pub(crate) fn manifest(&self) -> &Manifest {
         &self.manifest
@@ -305,7 +310,7 @@ impl LiveTimeline {
         self.context.queue.cancel(self.tenant, self.facts.id).await;
     }
 
-    fn is_closing(&self) -> bool {
+    pub(crate) fn is_closing(&self) -> bool {
         self.positions().is_closing()
     }
 

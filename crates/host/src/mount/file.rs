@@ -80,6 +80,17 @@ pub(super) struct FileContext {
 }
 
 impl FileContext {
+    /// Whether the disk has no room for so much more, also when what was only fetched has gone.
+    pub(super) fn has_no_room_for(&self, bytes: u64) -> bool {
+        if self.room.is_too_little_for(bytes) {
+            self.budget.make_room(self, true);
+            self.room.look_again(&self.cache);
+        }
+        self.room.is_too_little_for(bytes)
+    }
+}
+
+impl FileContext {
     fn meanwhile(&self, file: &FileData) {
         #[cfg(test)]
         (self.meanwhile)(self, file);

@@ -165,9 +165,8 @@ fn attributes(tree: &Tree, node: &Node) -> FileAttr {
 
 /// Whether a file must not have `end` bytes, for want of room on the disk.
 fn must_not_grow(tree: &Tree, node: &Node, end: u64) -> bool {
-    let room = &tree.files.room;
     let size = contents(node).map_or(0, FileData::size);
-    end > size && node.may_be_refused() && room.is_too_little_for(end - size)
+    end > size && node.may_be_refused() && tree.files.has_no_room_for(end - size)
 }
 
 /// The contents of a node that is known to be a regular file.

@@ -131,6 +131,13 @@ impl Room {
         self.is_low() || self.free.load(Relaxed) < self.reserve.saturating_add(bytes)
     }
 
+    /// Looks at the disk anew; what it says then is what is known of it.
+    pub(super) fn look_again(&self, cache: &CacheDir) {
+        if let Err(error) = self.look(cache) {
+            tracing::debug!(%error, "how much room the disk has is not known");
+        }
+    }
+
     /// Bytes of fetched blocks that should go.
     pub(super) fn shortage(&self) -> u64 {
         (self.reserve * ROOM_AGAIN).saturating_sub(self.free.load(Relaxed))

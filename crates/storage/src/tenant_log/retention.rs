@@ -36,9 +36,12 @@ impl TenantState {
         children.chain(moments).chain(snapshots).chain(leases).chain(compute).collect()
     }
 
-    /// The newest epoch of a timeline, if its compute may still run: it did not end cleanly.
+    /// The newest epoch of a timeline, if its compute may still run: it did not end cleanly, and its branch has an
+    /// endpoint that follows it. What a branch was before a restore has none.
     fn running<'s>(&self, state: &'s TimelineState) -> Option<&'s EpochState> {
-        state.epochs.last().filter(|epoch| epoch.closed.is_none() && state.branch.is_some())
+        let newest = state.epochs.last().filter(|epoch| epoch.closed.is_none())?;
+        let has_endpoint = self.endpoints_of(state.branch.as_ref()?).any(|endpoint| endpoint.moment.is_none());
+        has_endpoint.then_some(newest)
     }
 
     /// Behind what no cutoff of a timeline may move: where a compute whose base moves on reads it.
@@ -70,14 +73,19 @@ impl TenantState {
     /// [`TenantError::Collected`], [`TenantError::UnknownTimeline`].
     pub fn check_retained(&self, timeline: TimelineId, lsn: Lsn) -> Result<(), TenantError> {
         let owner = self.owner_of(timeline, lsn)?;
-        if self.retained(owner)?.holds(lsn) {
+        let state = self.timeline(owner)?;
+        // Of most it is clear without a look at what else holds it.
+        if state.branch.is_some() && lsn >= state.cutoff || self.retained(owner)?.holds(lsn) {
             return Ok(());
         }
         Err(TenantError::Collected { timeline, lsn, earliest: self.earliest(timeline)? })
     }
 
     /// The timeline in whose own history a position of `timeline` lies: itself or an ancestor.
-    fn owner_of(&self, timeline: TimelineId, lsn: Lsn) -> Result<TimelineId, TenantError> {
+    ///
+    /// # Errors
+    /// [`TenantError::UnknownTimeline`].
+    pub fn owner_of(&self, timeline: TimelineId, lsn: Lsn) -> Result<TimelineId, TenantError> {
         let mut state = self.timeline(timeline)?;
         while let Some(ancestor) = state.facts.ancestor.filter(|ancestor| lsn <= ancestor.lsn) {
             state = self.timeline(ancestor.timeline)?;

@@ -166,16 +166,20 @@ impl Timeline {
                 return Ok(true);
             }
         }
-        if self.collect(retained, &mut unpublished, publish, give_up)? {
-            return Ok(true);
-        }
+        // One that fails keeps nobody from merging.
+        let failed = match self.collect_or_pause(retained, &mut unpublished, publish, give_up) {
+            Ok(true) => return Ok(true),
+            Ok(false) => None,
+            Err(error) if unpublished.is_some() => return Err(error),
+            Err(error) => Some(error),
+        };
         for runs in [layers.runs(false), layers.runs(true)] {
             if let Some(plan) = plan(runs, self.collected().cutoff) {
                 self.run_merge(runs, &plan, publish, give_up)?;
                 return Ok(true);
             }
         }
-        Ok(false)
+        failed.map_or(Ok(false), Err)
     }
 
     fn run_merge(&self, runs: &[Run], plan: &MergePlan, publish: &mut Publish<'_>, give_up: &dyn Fn() -> bool) -> Result<(), FlushError> {

@@ -52,7 +52,7 @@ pub use layer_file::WriteError;
 pub use positions::{Position, Positions, Stopped, WaitError};
 pub use read::{PageRef, ReadError};
 
-use collect::Unpublished;
+use collect::{Failure, Unpublished};
 use flush::WrittenLayers;
 use write::Writer;
 
@@ -155,6 +155,8 @@ pub struct Timeline {
     /// Where the layers can be read. It is changed before layers of which it is true are put in, so who asks after
     /// having read learns in time that what he read does not count.
     collected: ArcSwap<Retained>,
+    /// The last collection, if it failed.
+    collect_failure: Mutex<Option<Failure>>,
     /// Merged layers, no longer in the view, whose objects are to be deleted once nobody reads them.
     retired: Mutex<Vec<Arc<Layer>>>,
 }
@@ -177,6 +179,7 @@ impl Timeline {
             sizes: SizeCache::new(applied),
             flush: Mutex::new(None),
             merge: Mutex::new(None),
+            collect_failure: Mutex::new(None),
             retired: Mutex::default(),
         })
     }

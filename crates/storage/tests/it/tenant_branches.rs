@@ -27,7 +27,7 @@ fn facts(number: u32, parent: Option<TimelineId>, lsn: u64) -> TimelineFacts {
 }
 
 fn endpoint(id: u8, branch: &BranchName, moment: Option<TimelineId>) -> EndpointRow {
-    let moment = moment.map(|timeline| EndpointMoment { timeline, lsn: Lsn(9) });
+    let moment = moment.map(|timeline| EndpointMoment { timeline, lsn: Lsn(8) });
     let id = EndpointId([id; 16]);
     EndpointRow { id, branch: branch.clone(), moment, listen: String::new(), port: 0, wanted: true, host: None }
 }

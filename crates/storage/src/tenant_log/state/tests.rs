@@ -229,7 +229,8 @@ fn cutoff(id: u8, lsn: u64) -> TenantEdit {
 
 #[test]
 fn what_is_behind_the_cutoff_can_be_read_only_where_something_holds_it() {
-    let mut state = state(&[timeline(1, 1, None), branch("main", 1), timeline(2, 2, Some((1, 50))), branch("child", 2)]);
+    let mut state =
+        state(&[timeline(1, 1, None), branch("main", 1), endpoint(1, "main", None), timeline(2, 2, Some((1, 50))), branch("child", 2)]);
     let main = TimelineId([1; 16]);
     let holds = |state: &TenantState, lsn: u64| state.check_retained(main, Lsn(lsn)).is_ok();
     state.apply(&TenantEdit::Snapshot(snapshot("before", 1, 70, Some(9)))).unwrap();
@@ -267,7 +268,7 @@ fn what_is_behind_the_cutoff_can_be_read_only_where_something_holds_it() {
 
 #[test]
 fn a_cutoff_stays_behind_a_compute_whose_base_moves_on() {
-    let mut state = state(&[timeline(1, 1, None), branch("main", 1)]);
+    let mut state = state(&[timeline(1, 1, None), branch("main", 1), endpoint(1, "main", None)]);
     let (main, epoch) = (TimelineId([1; 16]), WriterEpoch(1));
     state.apply(&TenantEdit::Epoch { timeline: main, epoch, lsn: Lsn(20), wal_log: WalLogId([1; 16]) }).unwrap();
     let cut = |state: &mut TenantState, lsn: u64| {
