@@ -23,7 +23,9 @@ use crate::{
 const LIMIT: u64 = 16 << 20;
 /// What the cache's folder may take beyond what is counted: what threads have fetched and are about to make room for,
 /// 1 MiB each, and what the file system notes about files with holes.
-const SLACK: u64 = 5 << 20;
+const SLACK: u64 = (5 << 20) + BALLAST;
+/// What the mount keeps free for a full disk, in a file of the cache.
+const BALLAST: u64 = 8 << 20;
 
 /// Bytes of disk that a folder takes.
 fn allocated(dir: &Path) -> u64 {

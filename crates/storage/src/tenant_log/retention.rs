@@ -32,7 +32,9 @@ impl TenantState {
         let snapshots = state.snapshots.iter().filter_map(|name| Some(self.snapshots.get(name)?.lsn));
         let leases = state.leases.keys().copied();
         // What it has fetched it asks for once more, until it reads further up.
-        let compute = self.running(state).filter(|epoch| epoch.base.is_none_or(|base| base <= epoch.lsn)).map(|epoch| epoch.lsn);
+        // Whether its branch has an endpoint does not matter here: that may come later, and a pin must not come back.
+        let open = state.epochs.last().filter(|epoch| epoch.closed.is_none() && state.branch.is_some());
+        let compute = open.filter(|epoch| epoch.base.is_none_or(|base| base <= epoch.lsn)).map(|epoch| epoch.lsn);
         children.chain(moments).chain(snapshots).chain(leases).chain(compute).collect()
     }
 
