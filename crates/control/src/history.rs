@@ -14,7 +14,7 @@ use crate::{Control, moment};
 
 /// A century: more is "for ever".
 const SECONDS_MAX: u64 = 100 * 366 * 24 * 3600;
-/// Least bytes of WAL that a branch can be given to go back: a few segments.
+/// Least bytes of WAL that a branch can be given to go back: with less there would be hardly a moment to go back to.
 const WAL_BYTES_MIN: u64 = 1 << 20;
 
 /// How far back a tenant can go, as the API says it.

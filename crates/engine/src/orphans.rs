@@ -10,7 +10,7 @@
 //! What is listed is listed first, and looked up in what the logs say *afterwards*; that the tenant is still ours is
 //! checked last.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use varve_postgres::Timestamp;
 use varve_storage::ids::Generation;
@@ -38,7 +38,7 @@ impl LiveTimeline {
         let state = self.manifest().state();
         let layers = state.layers().map(|row| row.object.clone());
         let named: BTreeSet<ObjectName> = layers.chain(state.kept_wal().map(|piece| piece.object.clone())).collect();
-        // Whoever reads them still is asked elsewhere.
+        // Somebody may still read these: they are deleted once nobody does (`Timeline::delete_retired`).
         let retired: BTreeSet<String> = self.history().retired_objects().into_iter().collect();
         let is_of_former = |object: &ObjectName| generation_of(object).is_some_and(|generation| generation < self.manifest().generation());
         objects.into_iter().filter(|object| !named.contains(object) && !retired.contains(object.as_str()) && is_of_former(object)).collect()
@@ -57,7 +57,7 @@ impl Tenant {
         let state = self.log().state();
         let named_files = files_of(store, &state, false).await?;
         let is_log = |object: &ObjectName| object.as_str().contains("/log/");
-        let (mut orphans, mut of_timelines) = (Vec::new(), std::collections::BTreeMap::<_, Vec<ObjectName>>::new());
+        let (mut orphans, mut of_timelines) = (Vec::new(), BTreeMap::<_, Vec<ObjectName>>::new());
         for Listed { name, written, .. } in listed {
             match timeline_of(&folder, &name) {
                 Some(timeline) if state.timeline(timeline).is_err() => orphans.push(name),

@@ -81,7 +81,8 @@ impl Tenant {
     /// not wait for the next time that something is due.
     ///
     /// # Errors
-    /// When a history cannot be read, or the log cannot be written; to be called again later.
+    /// When the log cannot be written; to be called again later. A history that cannot be read is logged, and keeps no
+    /// other from being looked at.
     pub async fn look_after_history(&self, now: Timestamp, at_once: bool) -> Result<(), EngineError> {
         let history = self.log().state().history();
         let mut moves = Vec::new();
