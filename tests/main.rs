@@ -11,6 +11,7 @@ mod kept_pages;
 mod left_in_pg_wal;
 mod like_stock;
 mod limits;
+mod lost_machines;
 mod main_job;
 mod majors;
 mod minio;

@@ -501,19 +501,17 @@ fn wal_that_cannot_be_uploaded_is_not_let_go_of() -> anyhow::Result<()> {
     std::fs::create_dir_all(&folder)?;
     std::fs::write(folder.join("wal"), "")?;
     statements(WORK, |sql| psql(&db, sql))?;
-    let commit = std::thread::spawn({
-        let db = db.clone();
-        // Returns when the store has it.
-        move || psql(&db, "SET synchronous_commit = remote_apply; UPDATE work SET word = 'in the store'")
-    });
-    dev.until("a flush whose WAL cannot be kept to fail", SOON * 2, || {
-        Ok(std::fs::read_to_string(dev.log())?.contains("a flush failed, it is tried again").then_some(()))
-    })?;
-    ensure!(!commit.is_finished(), "what is not in the store is not said to be there");
     let from_log = matched(&dev, &["wal", "acme/main", "--until", &psql(&db, "SELECT pg_current_wal_lsn()")?])?;
-    std::fs::remove_file(folder.join("wal"))?;
-    commit.join().map_err(|_| anyhow::anyhow!("psql panicked"))??;
-    dev.json(&["compute", "stop", "acme/main"])?;
+    std::thread::scope(|scope| {
+        // Returns when layers have everything.
+        let stop = scope.spawn(|| dev.json(&["compute", "stop", "acme/main"]));
+        dev.until("a flush whose WAL cannot be kept to fail", SOON * 2, || {
+            Ok(std::fs::read_to_string(dev.log())?.contains("a flush failed, it is tried again").then_some(()))
+        })?;
+        ensure!(!stop.is_finished(), "what is not in the store is not said to be there");
+        std::fs::remove_file(folder.join("wal"))?;
+        stop.join().map_err(|_| anyhow::anyhow!("the stop panicked"))?
+    })?;
     dev.stop()?;
     dev.wipe()?;
     dev.run()?;

@@ -416,6 +416,39 @@ pub struct Server {
     /// WAL that it keeps though no log in the store knows of it.
     #[serde(default)]
     pub orphaned_wal: Vec<OrphanedWal>,
+    /// What `remote_apply` waits for.
+    #[serde(default)]
+    pub store_acknowledgement: StoreAcknowledgement,
+}
+
+/// What a commit with `synchronous_commit = remote_apply` waits for on a server.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(tag = "by", rename_all = "snake_case")]
+pub enum StoreAcknowledgement {
+    /// The WAL log of the server: the store is a folder on the same disk, and would be lost with it.
+    #[default]
+    WalLog,
+    /// An object of WAL in the store: the loss of every machine loses nothing that was acknowledged so.
+    Objects(ShippedWal),
+}
+
+/// WAL that a server has put into the store before layers, since it was started.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct ShippedWal {
+    /// Objects that were put.
+    pub objects: u64,
+    /// Bytes of WAL in them.
+    pub wal_bytes: u64,
+    /// Bytes that the store got.
+    pub stored_bytes: u64,
+    /// Objects that layers do not cover yet.
+    pub held_objects: u64,
+    /// Objects that were deleted.
+    pub deleted_objects: u64,
+    /// Bytes of WAL of other servers that were found in the store, and go on here.
+    pub found_bytes: u64,
+    /// Whether the store did not take the newest: commits that wait for it go on waiting.
+    pub is_failing: bool,
 }
 
 /// WAL that a server keeps though no log in the store knows of it: evidence that the store lost something.

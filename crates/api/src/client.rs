@@ -56,7 +56,7 @@ impl ClientError {
     pub fn is_transient(&self) -> bool {
         match self {
             ClientError::Unreachable { .. } => true,
-            ClientError::Refused(refusal) => matches!(refusal.code, Code::Unavailable | Code::RequestTimeout),
+            ClientError::Refused(refusal) => matches!(refusal.code, Code::Unavailable | Code::TailUnknown | Code::RequestTimeout),
             ClientError::Setup(_) | ClientError::Answer { .. } => false,
         }
     }

@@ -92,6 +92,8 @@ codes! {
     HostUnfit "host_unfit" 422 "Unprocessable Content";
     /// Something stored is damaged, or a bug; nothing wrong was served.
     Internal "internal" 500 "Internal Server Error";
+    /// What was acknowledged last is on another server's disk, and in the compute that wrote it, which does not come.
+    TailUnknown "tail_unknown" 503 "Service Unavailable";
     /// Not possible right now; try again.
     Unavailable "unavailable" 503 "Service Unavailable";
 }

@@ -159,6 +159,7 @@ impl<P: Pageserver> Control<P> {
             hosts: hosts.collect(),
             lost: self.all_lost(),
             orphaned_wal: self.pageserver.orphans().into_iter().map(orphaned).collect(),
+            store_acknowledgement: self.pageserver.store_acknowledgement(),
         }
     }
 

@@ -276,7 +276,7 @@ impl Error {
 
     /// Whether the same request may succeed later without anybody doing something about it.
     pub(crate) fn is_transient(&self) -> bool {
-        self.code() == Code::Unavailable
+        matches!(self.code(), Code::Unavailable | Code::TailUnknown)
     }
 }
 

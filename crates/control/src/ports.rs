@@ -9,6 +9,7 @@ use std::future::Future;
 use bytes::Bytes;
 use futures::stream::BoxStream;
 use varve_api::Refusal;
+use varve_api::admin::StoreAcknowledgement;
 use varve_api::host::{BlockName, Walsender};
 use varve_postgres::{Lsn, Timestamp};
 use varve_storage::ids::{BranchName, TenantId, TimelineId, WriterEpoch};
@@ -216,6 +217,9 @@ pub trait Pageserver: Send + Sync + 'static {
 
     /// Address of the page service, `host:port`, for computes of a tenant that this pageserver owns.
     fn page_service(&self) -> String;
+
+    /// What `remote_apply` waits for.
+    fn store_acknowledgement(&self) -> StoreAcknowledgement;
 
     /// WAL in its WAL log of which no log in the store knows.
     fn orphans(&self) -> Vec<OrphanedWal>;

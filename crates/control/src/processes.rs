@@ -14,7 +14,7 @@ use varve_api::host::{
     Attach, Attached, Begin, BeginRequest, BlockName, CacheReport, Desired, Ended, FileVersion, HostAction, Orders, OrdersQuery, Password,
     size_text,
 };
-use varve_api::{Code, kept_files};
+use varve_api::{Code, Refusal, kept_files};
 use varve_postgres::{Lsn, Timestamp};
 use varve_storage::ids::{TenantId, TimelineId, WriterEpoch};
 use varve_storage::tenant_log::{EndpointRow, FileContents, TenantEdit, TenantLog, TenantState};
@@ -108,6 +108,8 @@ impl<P: Pageserver> Control<P> {
     pub async fn begin(&self, id: &str, request: &BeginRequest) -> Result<Begin, Error> {
         let entry = self.process(id)?;
         let begun = self.begin_entry(&entry, request).await;
+        let waits_for = begun.as_ref().err().filter(|error| error.is_transient());
+        entry.update(|status| status.waits_for = waits_for.map(|error| Refusal::new(error.code(), error.to_string())));
         if let Err(error) = &begun
             && !error.is_transient()
             && entry.status().desired == Desired::Run

@@ -79,6 +79,8 @@ pub(crate) struct Status {
     pub(crate) pid: Option<u32>,
     /// Mount and supervisor.
     pub(crate) mount_pid: Option<u32>,
+    /// Why the incarnation that is to begin has to wait, as it was told last.
+    pub(crate) waits_for: Option<Refusal>,
     /// What its process says that its owner should know.
     pub(crate) warnings: Vec<String>,
     /// What the incarnation told of its block cache last.
@@ -125,6 +127,7 @@ impl Entry {
             attach_again: 0,
             pid: None,
             mount_pid: None,
+            waits_for: None,
             warnings: Vec::new(),
             cache: None,
             bases: Vec::new(),
@@ -329,6 +332,7 @@ pub(crate) fn not_there(entry: &Entry, limit: Duration) -> Error {
         (_, Process::Refused(refusal)) => return refusal.clone().into(),
         (_, Process::Gone) => "its process ended without a word; see its log on its host".to_owned(),
         _ if status.desired != Desired::Run => return Error::Fenced("it was stopped or replaced at the same time"),
+        _ if let Some(refusal) = &status.waits_for => return refusal.clone().into(),
         _ => format!("it does not take connections after {} s; see its log on its host", limit.as_secs()),
     };
     Error::NotStarted { branch: entry.branch(), reason }

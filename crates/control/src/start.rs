@@ -8,6 +8,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use varve_api::Code;
 use varve_api::admin::{Compute, NewCompute};
 use varve_api::host::{Desired, HostAction};
 use varve_api::size::Size;
@@ -323,7 +324,11 @@ impl<P: Pageserver> Control<P> {
     /// Waits until a compute runs. One that this call started and that does not is not wanted any more.
     async fn wait_running(&self, place: &Place, entry: &Arc<Entry>, fresh: bool) -> Result<(), Error> {
         let begun = self.environment.now();
-        let is_over = |status: &Status| matches!(status.phase, Phase::Running | Phase::Failed(_)) || status.desired != Desired::Run;
+        // Begin has waited for it already.
+        let lacks_its_tail = |status: &Status| status.waits_for.as_ref().is_some_and(|refusal| refusal.code == Code::TailUnknown);
+        let is_over = |status: &Status| {
+            matches!(status.phase, Phase::Running | Phase::Failed(_)) || status.desired != Desired::Run || fresh && lacks_its_tail(status)
+        };
         let status = entry.wait(&self.environment, START_MAX, is_over).await;
         if status.is_some_and(|status| status.phase == Phase::Running && status.desired == Desired::Run) {
             let elapsed_ms = (self.environment.now().unix_micros() - begun.unix_micros()) / 1000;

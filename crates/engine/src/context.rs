@@ -6,12 +6,15 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 use tokio::sync::Notify;
+use varve_postgres::Lsn;
 use varve_storage::ids::{Generation, TenantId, TimelineId, WalLogId};
+use varve_storage::shared_wal::Archive;
 use varve_storage::store::Store;
 use varve_storage::threads::Threads;
 use varve_storage::timeline::Resources;
 use varve_storage::wal_log::WalLog;
 
+use crate::shipping::Shipping;
 use crate::work_queue::WorkQueue;
 
 /// See the module's doc. Time, threads, disk and store are what it was given.
@@ -28,6 +31,10 @@ pub struct Context {
     pub threads: Arc<dyn Threads>,
     /// Background work of all timelines.
     pub queue: Arc<WorkQueue>,
+    /// WAL on its way to the store.
+    pub shipping: Shipping,
+    /// WAL of all servers that is there.
+    pub archive: Archive,
     /// Tenants that turned out to be another server's; whoever owns the tenants looks there.
     pub lost: LostTenants,
 }
@@ -35,6 +42,9 @@ pub struct Context {
 impl Context {
     /// Lets go of all WAL of timelines that are deleted.
     pub async fn forget_wal(&self, tenant: TenantId, timelines: Vec<TimelineId>) {
+        for timeline in &timelines {
+            self.shipping.cover(tenant, *timeline, Lsn::MAX);
+        }
         let wal = self.wal.clone();
         let forget = move || {
             for timeline in timelines {

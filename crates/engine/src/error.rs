@@ -8,6 +8,7 @@ use varve_storage::history::HistoryError;
 use varve_storage::ids::{BranchName, RandomError, TenantId, TimelineId};
 use varve_storage::kept_wal::KeptWalError;
 use varve_storage::relation::RelationError;
+use varve_storage::shared_wal::SharedWalError;
 use varve_storage::store::{ParseObjectNameError, StoreError};
 use varve_storage::tenant_log::TenantError;
 use varve_storage::tenant_log::names::NameError;
@@ -38,6 +39,9 @@ pub enum EngineError {
     /// The WAL log failed, or lacks what it should hold.
     #[error(transparent)]
     WalLog(#[from] WalLogError),
+    /// WAL in the store could not be written or read.
+    #[error(transparent)]
+    SharedWal(#[from] SharedWalError),
     /// A position was not reached.
     #[error(transparent)]
     Wait(#[from] WaitError),
@@ -136,8 +140,8 @@ pub enum EngineError {
     #[error(
         "timeline {timeline}: what the compute of epoch {epoch} wrote after {head} is not here: it is in the WAL log of server {wal_log}, and in the \
          pg_wal of that compute. If that server is there, run 'varve tenant take TENANT' on it, stop the compute there cleanly, and try again here. If its \
-         disk is lost, let the compute run and reach this server. Only if both are lost for good, give it up with \
-         'varve branch restore TENANT/BRANCH --lsn {head}'"
+         disk is lost, let the compute run and reach this server. Only if both are lost for good, go on with what \
+         the store has: 'varve branch restore TENANT/BRANCH --lsn {head}'"
     )]
     TailUnknown {
         /// The timeline.

@@ -29,6 +29,7 @@ mod orphans;
 pub mod resolve;
 pub mod retention;
 pub mod scrub;
+pub mod shipping;
 pub mod template;
 pub mod tenant;
 pub mod timeline;

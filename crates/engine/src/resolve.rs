@@ -24,8 +24,8 @@ const ARRIVAL_WAIT_MAX: Duration = Duration::from_secs(3);
 /// # Errors
 /// [`MomentError`] for what is in the future or before the history; when it cannot be read.
 pub async fn resolve(live: &Arc<LiveTimeline>, moment: Moment) -> Result<Resolved, EngineError> {
-    // What is known already stays as it is, whatever the newest writer may have besides.
-    if !matches!(moment, Moment::Lsn(lsn) if lsn <= live.positions().head()) {
+    // What is sure already stays as it is, whatever the newest writer may have besides.
+    if !matches!(moment, Moment::Lsn(lsn) if lsn <= live.sure_end()) {
         live.wait_tail().await?;
     }
     // What a compute has just written, and somebody else has heard of, is on its way.

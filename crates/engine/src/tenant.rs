@@ -14,8 +14,9 @@ use parking_lot::Mutex;
 use tokio::sync::OnceCell;
 use varve_postgres::{Lsn, Major};
 use varve_storage::envelope::{self, Format};
-use varve_storage::ids::{TenantId, TenantName, TimelineId, random_bytes};
+use varve_storage::ids::{TenantId, TenantName, TimelineId, WalLogId, random_bytes};
 use varve_storage::manifest::timeline_folder;
+use varve_storage::shared_wal::Stored;
 use varve_storage::store::ObjectName;
 use varve_storage::tenant_log::{Ancestor, FileContents, TenantEdit, TenantError, TenantFacts, TenantLog, TenantState, TimelineState};
 
@@ -24,7 +25,7 @@ use crate::context::Context;
 use crate::error::EngineError;
 use crate::histories::open_history;
 use crate::template::Template;
-use crate::timeline::{LiveTimeline, OpenTimeline, StreamEnd};
+use crate::timeline::{LiveTimeline, OpenTimeline, StreamEnd, tail_elsewhere};
 
 /// Files of data directories that are objects of their own.
 pub(crate) const FILE_FORMAT: Format =
@@ -164,9 +165,29 @@ impl Tenant {
         let (tenant, major, system_identifier) = (self.id(), self.major, self.facts.system_identifier);
         let below = ancestor.as_ref().map(|(ancestor, lsn)| (ancestor.history().clone(), *lsn));
         let history = open_history(&self.context, tenant, major, &state, below, &self.template, self.log.ownership()).await?;
+        let found = match tail_elsewhere(&state, self.context.wal_log, history.layered) {
+            Some(wal_log) => self.stored_wal(wal_log, id, history.layered).await?,
+            None => Vec::new(),
+        };
         let context = self.context.clone();
-        let open = OpenTimeline { tenant, major, system_identifier, state, log: self.log.clone(), history, ancestor, context };
+        let open = OpenTimeline { tenant, major, system_identifier, state, log: self.log.clone(), history, found, ancestor, context };
         self.context.threads.call(move || LiveTimeline::open(open)).await?
+    }
+
+    /// What another server's WAL log had of a timeline beyond its layers, and put into the store. That server is kept
+    /// from adding to it.
+    async fn stored_wal(&self, wal_log: WalLogId, timeline: TimelineId, layered: Lsn) -> Result<Vec<Stored>, EngineError> {
+        let archive = &self.context.archive;
+        archive.seal(wal_log, self.context.wal_log).await?;
+        let found = archive.find(wal_log, self.id(), timeline, layered).await?;
+        for error in &found.damaged {
+            tracing::error!(tenant = %self.name(), %timeline, %error, "WAL in the store is damaged; what lies behind it is not known here");
+        }
+        if let Some(end) = found.end() {
+            self.context.shipping.note_found(end.distance_from(layered));
+            tracing::info!(tenant = %self.name(), %timeline, %wal_log, %layered, %end, "the store has WAL of another server, which goes on here");
+        }
+        Ok(found.parts)
     }
 
     /// A timeline if it is open.

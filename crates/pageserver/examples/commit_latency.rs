@@ -49,6 +49,12 @@ impl WalSink for LogSink {
     fn store_durable(&self) -> Lsn {
         self.end
     }
+    fn awaited(&self) -> Lsn {
+        self.end
+    }
+    fn not_needed_before(&self) -> Lsn {
+        self.end
+    }
 }
 
 fn cluster(settings: &[(&str, &str)]) -> Postgres {

@@ -14,8 +14,10 @@
 
 mod ending;
 pub mod error;
+pub mod held_wal;
 pub mod page_service;
 pub mod server;
+mod ship_wal;
 pub mod source;
 pub mod tenants;
 pub mod timeline_pages;
@@ -25,3 +27,4 @@ pub mod writers;
 
 pub use error::ServerError;
 pub use server::{Pageserver, PageserverConfig};
+pub use ship_wal::ShipWal;

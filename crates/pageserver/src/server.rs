@@ -15,8 +15,8 @@ use bytes::{Buf as _, Bytes};
 use futures::{Stream, StreamExt as _, stream};
 use parking_lot::Mutex;
 use tokio_util::sync::CancellationToken;
-use varve_engine::held::{Claim, claim};
 use varve_engine::resolve::{Moment, Resolved, resolve, time_at};
+use varve_engine::shipping::{self, Figures, Shipping};
 use varve_engine::template::{StartupBlock, Template, Templates};
 use varve_engine::timeline::KeptRange;
 use varve_engine::work_queue::Places;
@@ -24,23 +24,21 @@ use varve_engine::{Context, EngineError, EpochStart, LiveTimeline, StreamEnd, Te
 use varve_postgres::{Lsn, Major, Timestamp};
 use varve_storage::ids::{BranchName, TenantId, TimelineId, WalLogId, WriterEpoch};
 use varve_storage::kept_wal::KeptWalError;
+use varve_storage::shared_wal::Archive;
 use varve_storage::store::Store;
-use varve_storage::tenant_log;
 use varve_storage::threads::{RuntimeThreads, Threads};
-use varve_storage::wal_log::{Unattached, WalLog};
+use varve_storage::wal_log::WalLog;
 
 use crate::ending;
 use crate::error::ServerError;
-use crate::tenants::{Identity, LostTo, Tenants};
+use crate::held_wal::OrphanedWal;
+use crate::ship_wal::ShipWal;
+use crate::tenants::{Identity, Tenants};
 use crate::wall_clock;
 use crate::writers::{Writer, Writers};
 
 /// How often it is looked for tenants that others took over, and for timelines and tenants that nobody has use for.
-const SWEEP_INTERVAL: Duration = Duration::from_secs(2);
-/// How often it is looked for WAL in the WAL log that no open timeline has.
-const SETTLE_INTERVAL: Duration = Duration::from_secs(30);
-/// Tenants that are opened at once when the server starts.
-const OPENED_AT_ONCE: usize = 8;
+pub(crate) const SWEEP_INTERVAL: Duration = Duration::from_secs(2);
 /// How long a compute's first read waits for ingest.
 const PLACES_WAIT_MAX: Duration = Duration::from_secs(120);
 /// How long the list of kept WAL waits for ingest, which knows which records carry their pages.
@@ -63,6 +61,8 @@ pub struct PageserverConfig {
     pub url: String,
     /// Bytes that the WAL log may hold.
     pub wal_log_limit_bytes: u64,
+    /// When WAL goes to the store before layers do.
+    pub ship_wal: ShipWal,
     /// Bytes for caches of pages and blocks.
     pub cache_bytes: u64,
     /// Bytes for what is not in layers yet, of all timelines.
@@ -86,37 +86,6 @@ pub struct LeftoverWal {
     pub end: Lsn,
 }
 
-/// WAL in the WAL log that cannot be put into the store.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct OrphanedWal {
-    /// The tenant that it is of.
-    pub tenant: TenantId,
-    /// The timeline.
-    pub timeline: TimelineId,
-    /// What is wrong and what to do.
-    pub problem: String,
-    /// Whether no log in the store knows of it: an operator may give it up.
-    pub is_unknown: bool,
-}
-
-/// Why WAL in the WAL log stays there.
-struct Unsettled {
-    problem: String,
-    is_unknown: bool,
-}
-
-impl Unsettled {
-    /// No log in the store knows of it.
-    fn unknown(problem: String) -> Unsettled {
-        Unsettled { problem, is_unknown: true }
-    }
-
-    /// It may be settled later.
-    fn for_now(problem: impl std::fmt::Display) -> Unsettled {
-        Unsettled { problem: format!("{problem}"), is_unknown: false }
-    }
-}
-
 /// What a mount must know of a data directory before it has read any of it.
 #[derive(Clone, Debug)]
 pub struct DirectoryFacts {
@@ -134,11 +103,11 @@ pub struct DirectoryFacts {
 #[derive(Debug)]
 pub struct Pageserver {
     config: PageserverConfig,
-    context: Arc<Context>,
+    pub(crate) context: Arc<Context>,
     templates: Arc<Templates>,
-    tenants: Tenants,
+    pub(crate) tenants: Tenants,
     writers: Writers,
-    orphans: Mutex<Vec<OrphanedWal>>,
+    pub(crate) orphans: Mutex<Vec<OrphanedWal>>,
     stopping: CancellationToken,
 }
 
@@ -149,13 +118,14 @@ impl Pageserver {
     /// [`ServerError`] with what is wrong and what to do.
     pub async fn open(config: PageserverConfig) -> Result<Arc<Pageserver>, ServerError> {
         let threads: Arc<dyn Threads> = Arc::new(RuntimeThreads::new(tokio::runtime::Handle::current()));
-        let (wal, wal_log, cache_dir) = {
+        let (wal, wal_log, cache_dir, ships) = {
             let (folder, limit) = (config.data.join("wal"), config.wal_log_limit_bytes);
-            let cache_dir = config.data.join("layers");
-            let open = move || -> Result<(WalLog, WalLogId, PathBuf), ServerError> {
+            let (cache_dir, store, ship_wal) = (config.data.join("layers"), config.store.clone(), config.ship_wal);
+            let open = move || -> Result<(WalLog, WalLogId, PathBuf, bool), ServerError> {
                 let wal = WalLog::open(&folder, limit)?;
                 std::fs::create_dir_all(&cache_dir).map_err(ServerError::file(&cache_dir))?;
-                Ok((wal, wal_log_id(&folder)?, cache_dir))
+                let ships = ship_wal.applies(&folder, &store).map_err(ServerError::file(&folder))?;
+                Ok((wal, wal_log_id(&folder)?, cache_dir, ships))
             };
             threads.call(open).await??
         };
@@ -163,9 +133,17 @@ impl Pageserver {
         let resources = histories::resources(&config.store, &threads, cache_dir, config.cache_bytes, config.memtable_bytes);
         let queue = WorkQueue::new(Places::default(), threads.clone());
         let store = config.store.clone();
-        let context =
-            Context { wal: Arc::new(wal), wal_log, store, resources: Arc::new(resources), threads, queue, lost: Default::default() };
-        let context = Arc::new(context);
+        let context = Arc::new(Context {
+            wal: Arc::new(wal),
+            wal_log,
+            archive: Archive::new(store.clone()),
+            store,
+            resources: Arc::new(resources),
+            threads,
+            queue,
+            shipping: Shipping::new(ships),
+            lost: Default::default(),
+        });
         let templates = Arc::new(Templates::new(config.store.clone()));
         let identity = Identity { server: wal_log.to_string(), url: config.url.clone() };
         let tenants = Tenants::new(context.clone(), templates.clone(), identity);
@@ -179,17 +157,19 @@ impl Pageserver {
     /// Runs what goes on beside requests, until [`Pageserver::stop`].
     pub async fn run(&self) {
         let timer = WorkQueue::run_timer(Arc::downgrade(&self.context.queue));
-        tokio::pin!(timer);
+        let ship = shipping::run(self.context.clone());
+        tokio::pin!(timer, ship);
         // None waits for another one, least of all the timer.
         let others = async { tokio::join!(self.keep_lost_out(), self.keep_swept(), self.keep_settled(), self.tenants.keep_collected()) };
         tokio::select! {
             biased;
             () = self.stopping.cancelled() => {}
             () = &mut timer => {}
+            () = &mut ship => {}
             _ = others => {}
         }
-        // Flushes still need the timer until all is in the store.
-        timer.await;
+        // Flushes still need the timer until all is in the store, and commits what ships.
+        tokio::join!(timer, ship);
     }
 
     /// Lets go of tenants whose logs or manifests said that they are another server's.
@@ -210,112 +190,9 @@ impl Pageserver {
         }
     }
 
-    /// Looks after what the WAL log holds of timelines that are not open: what the store may lack is opened, so that it
-    /// gets there; what is not needed any more is let go of; what nobody knows is kept and told.
-    async fn settle_held(&self) {
-        let held = self.context.wal.unattached();
-        let orphans: Vec<OrphanedWal> = stream::iter(held)
-            .map(|held| async move {
-                let Unsettled { problem, is_unknown } = self.settle(held).await.err()?;
-                Some(OrphanedWal { tenant: held.tenant, timeline: held.timeline, problem, is_unknown })
-            })
-            .buffer_unordered(OPENED_AT_ONCE)
-            .filter_map(std::future::ready)
-            .collect()
-            .await;
-        let mut known = self.orphans.lock();
-        for orphan in orphans.iter().filter(|orphan| !known.contains(orphan)) {
-            let OrphanedWal { tenant, timeline, problem, .. } = orphan;
-            tracing::error!(%tenant, %timeline, problem, "the WAL log holds WAL that cannot be put into the store; it is kept");
-        }
-        *known = orphans;
-    }
-
-    /// Looks after the WAL log from time to time, and at once while everybody waits for space in it.
-    async fn keep_settled(&self) {
-        let mut settled = tokio::time::Instant::now();
-        loop {
-            tokio::time::sleep(SWEEP_INTERVAL).await;
-            let is_full = self.context.wal.is_over_limit();
-            if is_full || settled.elapsed() >= SETTLE_INTERVAL {
-                self.settle_held().await;
-                settled = tokio::time::Instant::now();
-            }
-            if is_full {
-                self.free_wal_log().await;
-            }
-        }
-    }
-
-    /// What who hardly needs it holds of the oldest segments is moved out of the way.
-    async fn free_wal_log(&self) {
-        let context = self.context.clone();
-        if let Err(error) = self.context.threads.call(move || context.free_wal_log()).await {
-            tracing::error!(%error, "the WAL log was not freed");
-        }
-    }
-
-    async fn settle(&self, held: Unattached) -> Result<(), Unsettled> {
-        let Unattached { tenant, timeline, .. } = held;
-        let state = match self.tenants.awake(tenant) {
-            Some(tenant) => tenant.log().state(),
-            None => match tenant_log::read(&self.context.store, tenant).await.map_err(Unsettled::for_now)? {
-                Some(state) => Arc::new(state),
-                None => {
-                    return Err(Unsettled::unknown(format!(
-                        "the store has no log of tenant {tenant}: if the tenant was deleted, 'varve wal forget {tenant}' lets go of its WAL; if \
-                         not, the store has lost it: restore the objects below tenants/{tenant} from the bucket's versions, then start this \
-                         server again"
-                    )));
-                }
-            },
-        };
-        match claim(&state, &held, self.context.wal_log) {
-            Claim::Void => {
-                self.context.forget_void(held).await;
-                return Ok(());
-            }
-            Claim::Unknown => {
-                return Err(Unsettled::unknown(format!(
-                    "the log of tenant {tenant} knows no timeline {timeline}: if its branch was deleted, 'varve wal forget {tenant} {timeline}' \
-                     lets go of its WAL; if not, the newest objects below tenants/{tenant}/log are lost: restore them from the bucket's versions"
-                )));
-            }
-            Claim::Needed => {}
-        }
-        let me = self.context.wal_log.to_string();
-        if let Some(owner) = state.owner().filter(|owner| owner.server != me) {
-            if !self.tenants.is_known(tenant) {
-                self.tenants.note_lost(tenant, LostTo::from(owner));
-            }
-            return Err(Unsettled::for_now("another server has taken the tenant over; its computes send there what that one lacks"));
-        }
-        let owned = self.tenants.own(tenant, "the WAL log holds WAL of it").await.map_err(Unsettled::for_now)?;
-        owned.timeline(timeline).await.map(drop).map_err(Unsettled::for_now)
-    }
-
-    /// Lets go of WAL of which no log in the store knows, at an operator's word. How many timelines' that was.
-    pub async fn forget_orphans(&self, tenant: TenantId, timeline: Option<TimelineId>) -> usize {
-        // What was unknown a while ago may be known by now.
-        self.settle_held().await;
-        let is_meant = |orphan: &&OrphanedWal| {
-            orphan.is_unknown && orphan.tenant == tenant && timeline.is_none_or(|timeline| timeline == orphan.timeline)
-        };
-        let meant: Vec<TimelineId> = self.orphans.lock().iter().filter(is_meant).map(|orphan| orphan.timeline).collect();
-        let held = self.context.wal.unattached();
-        let held = held.into_iter().filter(|held| held.tenant == tenant && meant.contains(&held.timeline));
-        let count = meant.len();
-        for held in held {
-            self.context.forget_void(held).await;
-        }
-        self.settle_held().await;
-        tracing::warn!(%tenant, timelines = count, "WAL of which no log in the store knows was given up, as an operator said");
-        count
-    }
-
-    /// WAL in the WAL log that cannot be put into the store.
-    pub fn orphans(&self) -> Vec<OrphanedWal> {
-        self.orphans.lock().clone()
+    /// What was shipped to the store, if WAL is.
+    pub fn shipped(&self) -> Option<Figures> {
+        Some(self.context.shipping.figures()).filter(|_| self.context.shipping.is_on())
     }
 
     /// Puts everything into the store and ends all work. Computes go on without us.

@@ -13,6 +13,7 @@ use parking_lot::Mutex;
 use varve_engine::timeline::Flushed;
 use varve_engine::{LiveTimeline, StreamError, Tenant, WalStream};
 use varve_postgres::wal::FramedRecord;
+use varve_postgres::wal::records::xact;
 use varve_postgres::{Lsn, Major};
 use varve_protocol::{ConnectConfig, Endpoint};
 use varve_storage::ids::{BranchName, TenantId, TimelineId, WriterEpoch};
@@ -172,6 +173,10 @@ impl WalSink for Sink {
         if let Some(last) = records.last() {
             self.0.framed(last.end);
         }
+        let major = self.0.timeline().major();
+        if let Some(commit) = records.iter().rev().find(|record| xact::awaits_apply(&record.bytes, major)) {
+            self.0.awaits_store(commit.end);
+        }
         Ok(())
     }
 
@@ -181,5 +186,13 @@ impl WalSink for Sink {
 
     fn store_durable(&self) -> Lsn {
         self.0.store_durable()
+    }
+
+    fn awaited(&self) -> Lsn {
+        self.0.awaited()
+    }
+
+    fn not_needed_before(&self) -> Lsn {
+        self.0.not_needed_before()
     }
 }

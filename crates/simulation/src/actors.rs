@@ -132,7 +132,7 @@ pub async fn read(world: &Arc<World>, timeline: TimelineId) -> Result<(), Refuse
     on_active(world, |node| async move {
         let tenant = node.own(world).await?;
         let live = tenant.timeline(timeline).await?;
-        let head = live.positions().head();
+        let head = live.sure_end();
         let boundary = world.ledger.lock().boundary(timeline, head, world.below(1 << 20));
         let Some(lsn) = boundary.filter(|_| world.chance(700)).or(Some(head)).filter(|lsn| *lsn >= live.facts().start) else {
             return Ok(());

@@ -9,6 +9,7 @@ use bytes::{Buf as _, Bytes};
 use futures::future::BoxFuture;
 use futures::stream::BoxStream;
 use futures::{FutureExt as _, StreamExt as _};
+use varve_api::admin::StoreAcknowledgement;
 use varve_api::host::BlockName;
 use varve_api::{Code, Refusal};
 use varve_control::ports::{
@@ -275,6 +276,10 @@ impl Pageserver for Door {
 
     fn page_service(&self) -> String {
         "simulated:1".to_owned()
+    }
+
+    fn store_acknowledgement(&self) -> StoreAcknowledgement {
+        StoreAcknowledgement::WalLog
     }
 
     fn orphans(&self) -> Vec<OrphanedWal> {

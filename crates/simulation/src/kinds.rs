@@ -102,6 +102,10 @@ kinds! {
     Collected,
     /// A position was asked for that is not retained any more.
     NotRetained,
+    /// WAL went to the store before layers had it.
+    ShippedWal,
+    /// WAL of a server whose disk was lost, or that has lost the tenant, was found in the store.
+    FoundShippedWal,
     /// The WAL log was over its limit while a compute wrote.
     WalLogFull,
 }

@@ -45,6 +45,8 @@ struct Line {
 pub struct Ledger {
     lines: BTreeMap<TimelineId, Line>,
     voided: u64,
+    /// Up to where a server told a compute that the store has its timeline.
+    stored: BTreeMap<TimelineId, Lsn>,
 }
 
 impl Ledger {
@@ -86,6 +88,9 @@ impl Ledger {
     fn begin_epoch(&mut self, id: TimelineId, epoch: u32, lsn: Lsn) -> Result<(), Violation> {
         let Some(line) = self.lines.get_mut(&id).filter(|line| line.epoch < epoch) else { return Ok(()) };
         line.epoch = epoch;
+        if let Some(stored) = self.stored.get(&id).filter(|stored| **stored > lsn) {
+            return Err(format!("epoch {epoch} of {id} begins at {lsn}, and the store was said to have it up to {stored}"));
+        }
         let older = |told: &&Told| told.epoch < epoch;
         if let Some(lost) = line.records.iter().filter(older).find(|told| told.record.end > lsn && told.acknowledged) {
             let (end, of) = (lost.record.end, lost.epoch);
@@ -102,6 +107,17 @@ impl Ledger {
             return Err(format!("{id} was read at {}, and epoch {epoch} begins at {lsn}", line.naive.applied()));
         }
         Ok(())
+    }
+
+    /// A server told a compute that the store has its timeline up to `lsn`.
+    pub fn note_stored(&mut self, timeline: TimelineId, lsn: Lsn) {
+        let stored = self.stored.entry(timeline).or_default();
+        *stored = lsn.max(*stored);
+    }
+
+    /// Up to where the store was said to have a timeline.
+    pub fn stored(&self, timeline: TimelineId) -> Lsn {
+        self.stored.get(&timeline).copied().unwrap_or_default()
     }
 
     /// Records that epochs have voided.

@@ -9,6 +9,7 @@ use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 use varve_engine::context::LostTenants;
 use varve_engine::held::{Claim, claim};
+use varve_engine::shipping::{self, Shipping};
 use varve_engine::template::Templates;
 use varve_engine::timeline::{Flushed, StreamEnd, StreamError, WalStream};
 use varve_engine::work_queue::Places;
@@ -16,6 +17,7 @@ use varve_engine::{Context, EngineError, LiveTimeline, Tenant, WorkQueue, histor
 use varve_postgres::Lsn;
 use varve_postgres::wal::Framer;
 use varve_storage::ids::{BranchName, TimelineId, WalLogId};
+use varve_storage::shared_wal::Archive;
 use varve_storage::tenant_log::{TenantLog, tenant_folder};
 use varve_storage::threads::Threads;
 use varve_storage::wal_log::{WalLog, WalLogError, WalLogOptions};
@@ -139,10 +141,12 @@ impl Machine {
         let context = Arc::new(Context {
             wal: Arc::new(wal),
             wal_log: self.wal_log(),
+            archive: Archive::new(store.clone()),
             store,
             resources: Arc::new(resources),
             threads,
             queue,
+            shipping: Shipping::new(true),
             lost: LostTenants::default(),
         });
         let node = Arc::new(Node {
@@ -168,6 +172,7 @@ impl Machine {
         }
         *self.node.lock() = Some(node.clone());
         node.spawn(WorkQueue::run_timer(Arc::downgrade(&node.context.queue)));
+        node.spawn(shipping::run(node.context.clone()));
         node.spawn(node.clone().keep_lost_out(world.clone()));
         node.spawn(node.clone().watch(world.clone()));
         Ok(node)
@@ -338,6 +343,12 @@ impl Node {
             if tenant.all_opened().iter().any(is_collected) {
                 world.counts.add(Kind::Collected);
             }
+            let shipped = self.context.shipping.figures();
+            world.counts.add_all(Kind::ShippedWal, u64::from(shipped.objects > 0));
+            world.counts.add_all(Kind::FoundShippedWal, u64::from(shipped.found_bytes > 0));
+            for live in tenant.all_opened() {
+                world.ledger.lock().note_stored(live.id(), live.positions().stored());
+            }
             if tenant.close_idle(UNUSED_MAX).await {
                 world.counts.add(Kind::IdleClosed);
             }
@@ -385,6 +396,7 @@ impl Node {
         branch: &BranchName,
         flushed: Flushed,
     ) -> Result<String, EngineError> {
+        let stored = world.ledger.lock().stored(compute.timeline);
         let tenant = self.own(world).await?;
         let live = tenant.timeline(compute.timeline).await?;
         let ended = Arc::new(Ended::default());
@@ -397,6 +409,10 @@ impl Node {
         };
         let epoch = varve_storage::ids::WriterEpoch(compute.epoch);
         let (stream, names) = live.open_stream(tenant.log(), branch, epoch, flushed, on_close).await?;
+        if stream.start() < stored {
+            let (machine, start) = (self.machine, stream.start());
+            world.violate(format!("server {machine} has {} up to {start}, and the store was said to have it up to {stored}", live.id()));
+        }
         let open = Open { branch: branch.clone(), timeline: compute.timeline, ended: ended.clone() };
         self.streams.lock().push(open);
         let (node, world, compute, standby) = (self.clone(), world.clone(), compute.clone(), names.name.clone());
@@ -469,6 +485,7 @@ impl Node {
                 world.pause(Duration::from_millis(4)).await;
             }
             compute.acknowledge(world, self.machine, name, framed);
+            world.ledger.lock().note_stored(compute.timeline, stream.store_durable());
         }
     }
 

@@ -135,7 +135,13 @@ async fn given_up_from(world: &Arc<World>, state: &TenantState, timeline: Timeli
         Ok(resolve(&live, Moment::Head).await?)
     });
     match head.await {
-        Err(Refused::Engine(EngineError::TailUnknown { head, .. })) => Some(head),
+        Err(Refused::Engine(EngineError::TailUnknown { head, timeline, .. })) => {
+            let stored = world.ledger.lock().stored(timeline);
+            if head < stored {
+                world.violate(format!("{timeline} ends at {head} without its compute, and the store was said to have it up to {stored}"));
+            }
+            Some(head)
+        }
         _ => None,
     }
 }
@@ -152,7 +158,10 @@ async fn is_whole(world: &Arc<World>, state: &TenantState, id: TimelineId) -> Re
             live.wait_tail().await?;
             live.positions().wait(Position::Head, acknowledged, READ_WAIT_MAX).await.map_err(EngineError::from)?;
         }
-        let head = live.positions().head();
+        let (head, stored) = (live.sure_end(), world.ledger.lock().stored(id));
+        if head < stored {
+            world.violate(format!("{id} ends at {head}, and the store was said to have it up to {stored}"));
+        }
         match actors::read_at(world, &node, id, head).await {
             // What it shows of an ancestor was given up.
             Err(_) if is_lost => return Ok(()),

@@ -161,6 +161,12 @@ pub fn encode(format: &Format, codec: Codec, object: &str, content: &[u8]) -> Re
     Ok(out.freeze())
 }
 
+/// Bytes of the whole envelope that begins with `head`; `None` if that is too short to tell.
+pub fn length_of(head: &[u8]) -> Option<u64> {
+    let stored = u64_at(head.get(20..HEADER_SIZE)?);
+    stored.checked_add((HEADER_SIZE + TRAILER_SIZE) as u64)
+}
+
 /// Takes the content out of the envelope `bytes`, which was found at `object` and must be whole.
 pub fn decode(format: &Format, object: &str, bytes: &Bytes) -> Result<Opened, EnvelopeError> {
     let Some((head, _)) = bytes.split_first_chunk::<HEADER_SIZE>().filter(|_| bytes.len() >= HEADER_SIZE + TRAILER_SIZE) else {

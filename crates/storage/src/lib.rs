@@ -41,6 +41,7 @@ pub mod relation_size;
 pub mod replication_origin;
 pub mod retained;
 mod row_fields;
+pub mod shared_wal;
 pub mod size_cache;
 pub mod slru_extent;
 pub mod store;

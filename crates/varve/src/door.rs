@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use futures::stream::BoxStream;
+use varve_api::admin::{ShippedWal, StoreAcknowledgement};
 use varve_api::host::BlockName;
 use varve_api::{Code, Refusal};
 use varve_control::ports::{
@@ -12,6 +13,7 @@ use varve_control::ports::{
 };
 use varve_engine::EngineError;
 use varve_engine::moments::MomentError;
+use varve_engine::shipping::Figures;
 use varve_engine::timeline::Flushed;
 use varve_pageserver::server::LeftoverWal;
 use varve_pageserver::writers::{Walsender, Writer};
@@ -61,9 +63,9 @@ fn engine_code(error: &EngineError) -> Code {
         // A full disk, for one: space may come back.
         EngineError::WalLog(WalLogError::Io { .. }) => Code::Unavailable,
         EngineError::Wait(WaitError::Deadline { .. } | WaitError::Closing { .. })
-        | EngineError::TailUnknown { .. }
         | EngineError::NotCollected { .. }
         | EngineError::CheckpointMissing { .. } => Code::Unavailable,
+        EngineError::TailUnknown { .. } => Code::TailUnknown,
         EngineError::EpochOver { .. } | EngineError::BranchMoved { .. } | EngineError::StreamOver { .. } => Code::Fenced,
         EngineError::LeftoverWal { .. } => Code::InvalidArgument,
         EngineError::Moment(MomentError::Future { .. }) => Code::InTheFuture,
@@ -235,9 +237,18 @@ impl ports::Pageserver for Door {
         self.page_service.clone()
     }
 
+    fn store_acknowledgement(&self) -> StoreAcknowledgement {
+        let objects = |figures: Figures| {
+            let Figures { objects, wal_bytes, stored_bytes, held_objects, deleted_objects, found_bytes, is_failing } = figures;
+            let shipped = ShippedWal { objects, wal_bytes, stored_bytes, held_objects, deleted_objects, found_bytes, is_failing };
+            StoreAcknowledgement::Objects(shipped)
+        };
+        self.pageserver.shipped().map_or(StoreAcknowledgement::WalLog, objects)
+    }
+
     fn orphans(&self) -> Vec<OrphanedWal> {
-        let orphan = |orphan: varve_pageserver::server::OrphanedWal| {
-            let varve_pageserver::server::OrphanedWal { tenant, timeline, problem, .. } = orphan;
+        let orphan = |orphan: varve_pageserver::held_wal::OrphanedWal| {
+            let varve_pageserver::held_wal::OrphanedWal { tenant, timeline, problem, .. } = orphan;
             OrphanedWal { tenant, timeline, problem }
         };
         self.pageserver.orphans().into_iter().map(orphan).collect()

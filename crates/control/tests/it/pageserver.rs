@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use bytes::Bytes;
 use futures::stream::BoxStream;
 use parking_lot::Mutex;
+use varve_api::admin::StoreAcknowledgement;
 use varve_api::host::BlockName;
 use varve_api::{Code, Refusal};
 use varve_control::ports::{
@@ -257,6 +258,10 @@ impl Pageserver for FakePageserver {
 
     fn page_service(&self) -> String {
         "127.0.0.1:6400".to_owned()
+    }
+
+    fn store_acknowledgement(&self) -> StoreAcknowledgement {
+        StoreAcknowledgement::WalLog
     }
 
     fn orphans(&self) -> Vec<OrphanedWal> {

@@ -76,8 +76,6 @@ pub struct Ingest {
     origins: OriginProgress,
     index: IndexWriter,
     free_space: FreeSpaceUpkeep,
-    /// End of the newest commit that waits until the store has it.
-    awaited: Option<Lsn>,
     stopped: Option<IngestError>,
 }
 
@@ -104,7 +102,6 @@ impl Ingest {
             origins: OriginProgress::open(&*history, at)?,
             index,
             free_space: FreeSpaceUpkeep::default(),
-            awaited: None,
             stopped: None,
             history,
         })
@@ -136,11 +133,6 @@ impl Ingest {
     /// End of the last record.
     pub fn end(&self) -> Lsn {
         self.end
-    }
-
-    /// End of the newest commit since the last call whose session waits until the store has it (`remote_apply`).
-    pub fn take_awaited(&mut self) -> Option<Lsn> {
-        self.awaited.take()
     }
 
     /// Why it stopped, if it did.

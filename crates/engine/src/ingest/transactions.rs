@@ -83,9 +83,6 @@ impl Ingest {
             return Err(IngestError::malformed(record, "the end of a transaction without an id"));
         }
         let lsn = record.end;
-        if done.awaits_apply {
-            self.awaited = Some(lsn);
-        }
         self.advance_next_xid(xid);
         for xid in &done.subxids {
             self.advance_next_xid(*xid);

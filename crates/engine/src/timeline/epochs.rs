@@ -37,6 +37,8 @@ use crate::error::EngineError;
 const TAIL_WAIT_MAX: Duration = Duration::from_secs(20);
 /// How long the compute that has the tail may take to send it again.
 const TAIL_ARRIVAL_MAX: Duration = Duration::from_secs(24 * 60 * 60);
+/// How long the store may take to have WAL as ours that it has as another server's.
+const FOUND_WAIT_MAX: Duration = Duration::from_secs(60);
 /// What is put behind our standby name to make one that nobody has.
 const NOBODY: &str = "_later";
 /// How often a stream that the WAL log's limit stopped looks again.
@@ -223,6 +225,7 @@ impl LiveTimeline {
         check_branch(&log.state(), branch, self)?;
         writer.end_stream(StreamEnd::Replaced, &self.context.threads).await?;
         let lsn = self.settle_head().await?;
+        self.keep_found().await?;
         let (timeline, wal_log) = (self.id(), self.context.wal_log);
         let epoch = log
             .commit(|state| {
@@ -234,6 +237,7 @@ impl LiveTimeline {
             })
             .await?;
         self.context.wal.start_epoch(self.tenant, timeline, epoch, lsn)?;
+        self.is_named_now();
         writer.epoch = epoch;
         let standby_name = standby_name()?;
         writer.standby_name = Some(standby_name.clone());
@@ -256,6 +260,16 @@ impl LiveTimeline {
         let wal = self.context.wal.clone();
         self.context.threads.call(move || wal.sync_all()).await??;
         Ok(self.positions().head())
+    }
+
+    /// Sees to it that WAL which was found in the store is there as ours. Before the tenant's log names our WAL log:
+    /// from then on nobody looks for another server's.
+    async fn keep_found(self: &Arc<Self>) -> Result<(), EngineError> {
+        if self.positions().stored() < self.found_up_to {
+            self.context.shipping.hurry();
+            self.positions().wait(Position::Stored, self.found_up_to, FOUND_WAIT_MAX).await?;
+        }
+        Ok(())
     }
 
     /// Takes WAL from the compute of epoch `epoch`, which belongs to `branch`. `on_close` is told when the stream must
@@ -311,7 +325,7 @@ impl LiveTimeline {
         let first = if is_known || flushed.waits_for.is_none() { name.clone() } else { nobody };
         let standby = Standby { name, first, is_learnt: !is_known && waits_for_nobody };
         self.touch();
-        Ok((WalStream { live: self.clone(), gate, epoch, position: None, appended: start, framed: start }, standby))
+        Ok((WalStream { live: self.clone(), gate, epoch, position: None, appended: start, framed: start, awaited: start }, standby))
     }
 
     /// Whom a compute, whose WAL comes in, must wait for from now on. Where it waits for another one yet, it attaches
@@ -366,6 +380,10 @@ impl LiveTimeline {
         if self.positions().wait(Position::Head, flushed, TAIL_ARRIVAL_MAX).await.is_err() {
             return; // closed, or never sent
         }
+        if let Err(error) = self.keep_found().await {
+            tracing::error!(timeline = self.name, %error, "WAL that the store has is not there as ours; the compute attaches again");
+            return;
+        }
         let writer = self.writer.lock().await;
         if writer.tail.get() == Tail::Known || writer.epoch != epoch {
             return;
@@ -375,6 +393,7 @@ impl LiveTimeline {
             Ok(()) => {
                 let head = self.positions().head();
                 tracing::info!(timeline = self.name, epoch = epoch.0, %head, "the compute has sent again what was lost");
+                self.is_named_now();
                 writer.tail.is_known_now();
             }
             Err(error) => tracing::error!(timeline = self.name, %error, "the tenant log cannot be written"),
@@ -418,6 +437,8 @@ pub struct WalStream {
     appended: Lsn,
     /// End of the last whole record that was appended.
     framed: Lsn,
+    /// End of the last commit among them that waits for the store.
+    awaited: Lsn,
 }
 
 impl WalStream {
@@ -458,6 +479,11 @@ impl WalStream {
         self.framed = end;
     }
 
+    /// Says that a commit which was appended, and ends at `end`, waits for the store.
+    pub fn awaits_store(&mut self, end: Lsn) {
+        self.awaited = end;
+    }
+
     /// Makes durable what was appended, and moves head to the end of the last whole record. What this returns may be
     /// acknowledged.
     ///
@@ -475,12 +501,26 @@ impl WalStream {
         // bytes only: until then head stays where it was, for ingest takes what is missing below head for lost.
         if self.framed <= self.appended {
             self.live.raise_head(self.framed);
+            if self.awaited > self.store_durable() {
+                self.live.context.shipping.hurry();
+            }
         }
         Ok(self.appended)
     }
 
-    /// Everything up to here is in the store.
+    /// Everything up to here is in the store: what waits for that may go on.
     pub fn store_durable(&self) -> Lsn {
-        self.live.positions().layered()
+        self.live.positions().stored()
+    }
+
+    /// A commit that ends here waits for the store, unless that has it.
+    pub fn awaited(&self) -> Lsn {
+        self.awaited
+    }
+
+    /// Nobody need keep WAL before this: the store has it, and not merely a WAL log on its disk.
+    pub fn not_needed_before(&self) -> Lsn {
+        let positions = self.live.positions();
+        if self.live.context.shipping.is_on() { positions.stored() } else { positions.layered() }
     }
 }

@@ -47,7 +47,7 @@ impl LiveTimeline {
         }
     }
 
-    /// Sees to it that the store soon has everything up to `lsn`, which is applied: a commit waits for it. Those that
+    /// Sees to it that layers soon have everything up to `lsn`, which is applied: somebody waits for it. Those that
     /// come while a flush runs share the next.
     pub(super) fn flush_awaited(self: &Arc<Self>, lsn: Lsn) {
         self.awaited.fetch_max(lsn.0, Ordering::SeqCst);
@@ -123,6 +123,7 @@ impl LiveTimeline {
         let edits = kept.into_iter().chain(change.edits()).collect();
         self.context.threads.wait(self.manifest.publish(edits)).map_err(PublishError::from)?;
         self.context.wal.release(self.tenant, self.facts.id, change.layered);
+        self.context.shipping.cover(self.tenant, self.facts.id, change.layered);
         // Who fills the WAL log also frees it.
         self.context.free_wal_log();
         Ok(())

@@ -92,7 +92,14 @@ impl IngestState {
 impl LiveTimeline {
     /// Says that WAL up to `head` is durable, and sees to it that it is ingested soon.
     pub(super) fn raise_head(self: &Arc<Self>, head: Lsn) {
+        let before = self.positions().head();
         self.positions().raise(Position::Head, head);
+        if self.context.shipping.is_on() {
+            self.context.shipping.add(self, head.distance_from(before));
+        } else {
+            // The WAL log is on the store's own disk.
+            self.positions().raise(Position::Stored, head);
+        }
         if !self.ingest_scheduled.swap(true, Ordering::SeqCst) {
             self.schedule(Kind::Ingest, if self.positions().is_awaited() { Duration::ZERO } else { GATHER_MAX });
         } else if head.distance_from(self.positions().applied()) >= GATHER_SIZE || self.positions().is_awaited() {
@@ -206,9 +213,6 @@ impl LiveTimeline {
     fn advance(self: &Arc<Self>, ingest: &mut Ingest) -> Result<(), IngestError> {
         ingest.advance()?;
         self.positions().raise(Position::Applied, ingest.end());
-        if let Some(awaited) = ingest.take_awaited() {
-            self.flush_awaited(awaited);
-        }
         Ok(())
     }
 }

@@ -3,11 +3,13 @@
 //! ```text
 //! compute ── WAL ──> WalStream ──> WAL log (fsync, acknowledge) ──> head
 //!                                     │
-//!                                     └── ingest ──> history ──> applied ── flush ──> layers ──> layered ── merge
+//!                                     ├── ingest ──> history ──> applied ── flush ──> layers ──> layered ── merge
+//!                                     └── shipping ──> shared WAL in the store ──> stored
 //! ```
 //! **Positions** ([`varve_storage::timeline::Positions`]) are one set of atomics, kept by the history: *head* is raised
 //! before a commit is acknowledged, so "head" of a branch holds every acknowledged commit; *applied* and *layered*
-//! follow. All three are derived anew from tenant log, manifest and WAL log when the timeline is opened.
+//! follow, and *stored*, up to where WAL or layers in the store reach. All are derived anew from tenant log, manifest
+//! and WAL log when the timeline is opened.
 //!
 //! **Writer.** At most one compute writes, through one [`WalStream`]; see [`epochs`].
 //!
@@ -25,7 +27,7 @@ mod merge;
 mod open;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
@@ -40,9 +42,10 @@ pub use epochs::{EpochStart, Flushed, Standby, StreamEnd, StreamError, Tail, Wal
 pub use kept_wal::KeptRange;
 pub use leftover::Leftover;
 pub(crate) use looks::Looks;
-pub(crate) use open::OpenTimeline;
+pub(crate) use open::{OpenTimeline, tail_elsewhere};
 
 use crate::context::Context;
+use crate::error::EngineError;
 use crate::work_queue::{Kind, Next, Work, WorkId};
 
 /// See the module's doc.
@@ -74,6 +77,13 @@ pub struct LiveTimeline {
     check_images: AtomicU64,
     /// The store is to have everything up to here soon (an [`Lsn`]): a commit waits for it.
     awaited: AtomicU64,
+    /// Whether its WAL is noted as waiting to go to the store.
+    ship_scheduled: AtomicBool,
+    /// Whether the tenant's log names our WAL log as the one that has its newest WAL.
+    is_named: AtomicBool,
+    /// Up to where its WAL was found in the store when it was opened (an [`Lsn`]), if that is beyond its layers: nobody
+    /// else may be told to have it before it is there as ours.
+    found_up_to: Lsn,
     /// Whether the newest flush failed.
     flush_fails: AtomicBool,
     flush: Mutex<flush::FlushState>,
@@ -248,6 +258,31 @@ impl LiveTimeline {
     /// The time, as its clock tells it.
     pub(crate) fn now(&self) -> Instant {
         (self.context.resources.clock)()
+    }
+
+    /// Whether its WAL is noted as waiting to go to the store.
+    pub(crate) fn ship_scheduled(&self) -> &AtomicBool {
+        &self.ship_scheduled
+    }
+
+    /// Up to where its history cannot become void any more. As long as the tenant's log names another WAL log than
+    /// ours, that is what layers have, and what was found in the store when it was opened: should yet another server go
+    /// on with it, nobody would look here for more.
+    pub fn sure_end(&self) -> Lsn {
+        if self.is_named.load(Ordering::SeqCst) { self.positions().head() } else { self.found_up_to.max(self.positions().layered()) }
+    }
+
+    /// The tenant's log names our WAL log from now on.
+    fn is_named_now(self: &Arc<Self>) {
+        self.is_named.store(true, Ordering::SeqCst);
+        if self.context.shipping.is_on() {
+            self.context.shipping.add(self, self.positions().head().distance_from(self.positions().stored()));
+        }
+    }
+
+    /// Asks the store whether the tenant is still ours.
+    pub(crate) async fn check_ownership(&self) -> Result<(), EngineError> {
+        Ok(self.log.check_ownership().await?)
     }
 
     /// Its manifest, which is ours.

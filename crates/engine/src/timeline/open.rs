@@ -7,10 +7,10 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use varve_postgres::wal::Framer;
 use varve_postgres::{Lsn, Major};
-use varve_storage::ids::{TenantId, TimelineId, WriterEpoch};
+use varve_storage::ids::{TenantId, TimelineId, WalLogId, WriterEpoch};
+use varve_storage::shared_wal::Stored;
 use varve_storage::tenant_log::{TenantLog, TimelineState};
-use varve_storage::timeline::Position;
-use varve_storage::wal_log::WalLog;
+use varve_storage::wal_log::{WalLog, WalLogError};
 
 use super::epochs::{Tail, Writer};
 use super::flush::FlushState;
@@ -38,10 +38,19 @@ pub(crate) struct OpenTimeline {
     pub(crate) log: TenantLog,
     /// The history, with the manifest's layers.
     pub(crate) history: OpenedHistory,
+    /// WAL beyond its layers that another server had put into the store, without a gap.
+    pub(crate) found: Vec<Stored>,
     /// The ancestor, opened.
     pub(crate) ancestor: Option<(Arc<LiveTimeline>, Lsn)>,
     /// What is shared.
     pub(crate) context: Arc<Context>,
+}
+
+/// The WAL log, not ours, that has what may be missing here: of the newest epoch, unless layers have all of it.
+pub(crate) fn tail_elsewhere(state: &TimelineState, mine: WalLogId, layered: Lsn) -> Option<WalLogId> {
+    let last = state.epochs.last().filter(|last| last.wal_log != mine)?;
+    let is_layered = last.closed.is_some_and(|end| layered >= end);
+    (!is_layered).then_some(last.wal_log)
 }
 
 /// The timeline's place in the WAL log, as long as it is open.
@@ -58,6 +67,28 @@ impl Drop for Attached {
     }
 }
 
+/// Puts WAL that was found in the store into the WAL log, each byte as of the epoch that wrote it.
+fn import(
+    wal: &WalLog,
+    (tenant, timeline): (TenantId, TimelineId),
+    epochs: &[(WriterEpoch, Lsn)],
+    found: &[Stored],
+) -> Result<(), WalLogError> {
+    let mut position = None;
+    for Stored { start, bytes } in found {
+        let end = *start + bytes.len() as u64;
+        let mut at = *start;
+        while at < end {
+            let epoch = epochs.iter().rev().find(|(_, lsn)| *lsn <= at).map_or(WriterEpoch(0), |(epoch, _)| *epoch);
+            let next = epochs.iter().map(|(_, lsn)| *lsn).find(|lsn| *lsn > at).map_or(end, |lsn| lsn.min(end));
+            let part = bytes.slice(at.distance_from(*start) as usize..next.distance_from(*start) as usize);
+            position = Some(wal.import(tenant, timeline, epoch, at, &part)?);
+            at = next;
+        }
+    }
+    position.map_or(Ok(()), |position| wal.sync(position))
+}
+
 impl LiveTimeline {
     /// Opens a timeline; ingest goes on where layers end. Blocks: it frames what the WAL log holds of it.
     ///
@@ -71,6 +102,8 @@ impl LiveTimeline {
         let wal = &open.context.wal;
         wal.attach(tenant, timeline, &epochs, layered)?;
         let attached = Attached { wal: wal.clone(), tenant, timeline };
+        let found_up_to = open.found.last().map_or(layered, |last| last.start + last.bytes.len() as u64);
+        import(wal, (tenant, timeline), &epochs, &open.found)?;
         let mut framer = Framer::new(open.major, Some(open.system_identifier), layered, None);
         loop {
             let mut bytes = wal.read(tenant, timeline, framer.position(), READ_SIZE)?;
@@ -80,12 +113,7 @@ impl LiveTimeline {
             while framer.next_record(&mut bytes).map_err(|error| EngineError::DamagedWal { timeline, error })?.is_some() {}
         }
         let head = framer.framed();
-        let tail = match open.state.epochs.last() {
-            None => Tail::Known,
-            Some(last) if last.wal_log == open.context.wal_log => Tail::Known,
-            Some(last) if last.closed.is_some_and(|end| layered >= end) => Tail::Known,
-            Some(_) => Tail::Unknown,
-        };
+        let tail = if tail_elsewhere(&open.state, open.context.wal_log, layered).is_some() { Tail::Unknown } else { Tail::Known };
         let check_images = manifest.state().kept_wal_end();
         let name = format!("{tenant}/{timeline}");
         tracing::info!(timeline = name, %head, layered = %layered, ?tail, "opened");
@@ -111,6 +139,9 @@ impl LiveTimeline {
             ingest_hurried: AtomicBool::new(false),
             check_images: AtomicU64::new(check_images.0),
             awaited: AtomicU64::new(0),
+            ship_scheduled: AtomicBool::new(false),
+            is_named: AtomicBool::new(tail == Tail::Known),
+            found_up_to: found_up_to.min(head),
             flush_fails: AtomicBool::new(false),
             flush: Mutex::new(FlushState::default()),
             used_at: Mutex::new(used_at),
@@ -118,8 +149,8 @@ impl LiveTimeline {
             looks,
             _attached: attached,
         });
-        live.positions().raise(Position::Head, head);
         if head > layered {
+            live.raise_head(head);
             live.hurry_ingest();
         }
         // Layers that an earlier run did not merge.

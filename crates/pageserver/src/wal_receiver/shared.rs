@@ -20,6 +20,8 @@ pub struct ReceiverPositions {
     pub flushed: Lsn,
     /// Acknowledged as applied: in the store.
     pub applied: Lsn,
+    /// WAL before this the primary need not keep.
+    pub not_needed_before: Lsn,
 }
 
 /// What a receiver is doing.

@@ -45,4 +45,10 @@ pub trait WalSink: Send + 'static {
     /// How far the object store has the WAL, or layers made of it. Cheap; asked after each sync and several times a
     /// second besides.
     fn store_durable(&self) -> Lsn;
+
+    /// The end of the last commit that waits for the store, or waited for it. Cheap.
+    fn awaited(&self) -> Lsn;
+
+    /// WAL before this is safe without the primary's: it need not keep it. Cheap.
+    fn not_needed_before(&self) -> Lsn;
 }

@@ -85,7 +85,7 @@ impl Worker {
         let mut unanswered = UNANSWERED_PAUSE_MIN;
         loop {
             let mut pause = if self.moved_to.is_none() { CREATE_RETRY } else { self.slot.interval };
-            let target = self.shared.positions().applied;
+            let target = self.shared.positions().not_needed_before;
             let streams = self.shared.phase() == ReceiverPhase::Streaming;
             if streams && self.moved_to.is_none_or(|at| target > at) {
                 match self.advance(target) {

@@ -17,6 +17,8 @@ use super::{ReceiverError, WalSink};
 /// Bytes that are taken from the socket before they are synced, however many more there are: the first ones wait for an
 /// acknowledgement.
 const GROUP_SIZE_MAX: u64 = 4 * 1024 * 1024;
+/// How often the store's position is looked at while a commit waits for it.
+const AWAITED_POLL: Duration = Duration::from_millis(2);
 /// How often the store's position is looked at while it lags.
 const STORE_POLL: Duration = Duration::from_millis(25);
 /// How often anything is looked at otherwise.
@@ -225,6 +227,7 @@ impl<'a, S: WalSink> Stream<'a, S> {
         let positions = &mut self.positions;
         positions.flushed = positions.framed.min(positions.durable);
         positions.applied = self.sink.store_durable().min(positions.flushed);
+        positions.not_needed_before = self.sink.not_needed_before().min(positions.flushed);
     }
 
     /// Tells the server what it should know by now.
@@ -271,6 +274,7 @@ impl<'a, S: WalSink> Stream<'a, S> {
     fn pause(&self) -> Duration {
         match self.repeat {
             Some(pause) => pause,
+            None if self.positions.applied < self.sink.awaited().min(self.positions.flushed) => AWAITED_POLL,
             None if self.positions.applied < self.positions.flushed => STORE_POLL,
             None => IDLE_POLL,
         }

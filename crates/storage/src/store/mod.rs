@@ -128,6 +128,11 @@ impl Store {
         BlockingStore::new(self.clone(), threads)
     }
 
+    /// The folder that it is; `None` for a bucket.
+    pub fn folder(&self) -> Option<&Path> {
+        self.root.as_deref()
+    }
+
     /// Path of an object in a local folder, so that it can be read in place; `None` for a bucket.
     pub fn local_path(&self, name: &ObjectName) -> Option<PathBuf> {
         self.root.as_ref().map(|root| root.join(name.as_str()))

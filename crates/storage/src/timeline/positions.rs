@@ -5,8 +5,9 @@
 //!   every acknowledged commit.
 //! - *applied*: everything up to here can be read; it follows head.
 //! - *layered*: everything up to here is in published layers; it follows applied.
+//! - *stored*: everything up to here is in the store, as WAL or in layers; it is at least layered.
 //!
-//! All three only grow. To move one costs next to nothing while nobody waits. A wait takes no thread: it is a future,
+//! All only grow. To move one costs next to nothing while nobody waits. A wait takes no thread: it is a future,
 //! and over when that is dropped.
 
 use std::error::Error;
@@ -29,6 +30,8 @@ pub enum Position {
     Applied,
     /// See the module's doc.
     Layered,
+    /// See the module's doc.
+    Stored,
 }
 
 impl fmt::Display for Position {
@@ -36,7 +39,8 @@ impl fmt::Display for Position {
         f.write_str(match self {
             Position::Head => "durable",
             Position::Applied => "applied",
-            Position::Layered => "in the store",
+            Position::Layered => "in layers",
+            Position::Stored => "in the store",
         })
     }
 }
@@ -91,6 +95,7 @@ pub struct Positions {
     head: AtomicU64,
     applied: AtomicU64,
     layered: AtomicU64,
+    stored: AtomicU64,
     stopped: OnceLock<Stopped>,
     closing: OnceLock<()>,
     waiters: AtomicUsize,
@@ -105,6 +110,7 @@ impl Positions {
             head: at(),
             applied: at(),
             layered: at(),
+            stored: at(),
             stopped: OnceLock::new(),
             closing: OnceLock::new(),
             waiters: AtomicUsize::new(0),
@@ -117,6 +123,7 @@ impl Positions {
             Position::Head => &self.head,
             Position::Applied => &self.applied,
             Position::Layered => &self.layered,
+            Position::Stored => &self.stored,
         }
     }
 
@@ -140,6 +147,11 @@ impl Positions {
         self.get(Position::Layered)
     }
 
+    /// Everything up to here is in the store.
+    pub fn stored(&self) -> Lsn {
+        self.get(Position::Stored)
+    }
+
     /// Why nothing more is applied, if so.
     pub fn stopped(&self) -> Option<&Stopped> {
         self.stopped.get()
@@ -148,6 +160,9 @@ impl Positions {
     /// Moves a position on, never back.
     pub fn raise(&self, position: Position, lsn: Lsn) {
         if self.of(position).fetch_max(lsn.0, Ordering::SeqCst) < lsn.0 {
+            if position == Position::Layered {
+                self.stored.fetch_max(lsn.0, Ordering::SeqCst);
+            }
             self.wake();
         }
     }

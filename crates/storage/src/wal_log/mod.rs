@@ -317,6 +317,40 @@ impl WalLog {
         Ok(LogPosition(state.written))
     }
 
+    /// Takes over WAL that another log had, and that no writer of this one brings: bytes of `epoch`, which need not be
+    /// the newest, from `start` on. What the log has already of it stays. Not durable before [`WalLog::sync`] up to the
+    /// returned position.
+    ///
+    /// # Errors
+    /// [`WalLogError::Gap`], [`WalLogError::NotAttached`]; the file system's.
+    pub fn import(
+        &self,
+        tenant: TenantId,
+        timeline: TimelineId,
+        epoch: WriterEpoch,
+        start: Lsn,
+        bytes: &[u8],
+    ) -> Result<LogPosition, WalLogError> {
+        let mut guard = self.state.lock();
+        let state = &mut *guard;
+        if let Some(error) = &state.failed {
+            return Err(error.clone());
+        }
+        let end = Self::index(&mut state.timelines, tenant, timeline)?.end;
+        if start > end {
+            return Err(WalLogError::Gap { timeline, epoch: epoch.0, end, start });
+        }
+        let mut rest = bytes.get(end.distance_from(start) as usize..).unwrap_or_default();
+        let mut next = end;
+        while !rest.is_empty() {
+            let run = self.write_chunk(state, (tenant, timeline), epoch, next, None, rest)?;
+            Self::index(&mut state.timelines, tenant, timeline)?.push(run, &mut state.live);
+            rest = &rest[(run.end.0 - run.start.0) as usize..];
+            next = run.end;
+        }
+        Ok(LogPosition(state.written))
+    }
+
     /// Writes as much of `bytes` as one chunk takes; `origin` is that of the run which it copies.
     fn write_chunk(
         &self,

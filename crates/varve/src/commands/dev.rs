@@ -19,7 +19,7 @@ use varve_control::{Config, Control, Environment};
 use varve_host::agent::{self, HostConfig, TokenSource};
 use varve_pageserver::page_service::{PageService, PageServiceConfig};
 use varve_pageserver::source::Source;
-use varve_pageserver::{Pageserver, PageserverConfig};
+use varve_pageserver::{Pageserver, PageserverConfig, ShipWal};
 use varve_storage::store::{Store, StoreConfig};
 
 use crate::door::Door;
@@ -61,6 +61,10 @@ pub(crate) struct DevArgs {
     /// Megabytes that the WAL log may hold before commits have to wait for layers.
     #[arg(long, default_value_t = 4096, value_parser = clap::value_parser!(u64).range(64..=1 << 24))]
     wal_log_limit_mb: u64,
+    /// Put WAL into the store before layers have it, so that commits with remote_apply outlive this machine: unless the
+    /// store is a folder on this server's own disk, or always.
+    #[arg(long, value_enum, default_value_t = WalToStore::UnlessSameDisk)]
+    wal_to_store: WalToStore,
     #[command(flatten)]
     sandbox: super::host::SandboxArgs,
     /// Megabytes for caches of pages and blocks.
@@ -80,6 +84,15 @@ pub(crate) struct DevArgs {
     /// Seconds after which a timeline that nobody had use for is closed, and its tenant put to sleep.
     #[arg(long, default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..=1 << 24))]
     idle_seconds: u64,
+}
+
+/// When WAL goes to the store before layers do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum WalToStore {
+    /// Unless the store is a folder on this server's own disk.
+    UnlessSameDisk,
+    /// Always.
+    Always,
 }
 
 pub(crate) fn version_and_folder(text: &str) -> Result<(u32, PathBuf), String> {
@@ -129,15 +142,27 @@ fn private_folder(path: &Path) -> anyhow::Result<PathBuf> {
 
 /// What the pageserver adds to the figures of the control plane.
 fn figures(pageserver: &Pageserver) -> String {
+    let shipped = pageserver.shipped().unwrap_or_default();
     format!(
         "# TYPE varve_wal_log_bytes gauge\n# UNIT varve_wal_log_bytes bytes\nvarve_wal_log_bytes {}\n\
          # TYPE varve_writers gauge\nvarve_writers {}\n\
          # TYPE varve_tenants_lost gauge\nvarve_tenants_lost {}\n\
-         # TYPE varve_wal_orphaned gauge\nvarve_wal_orphaned {}\n",
+         # TYPE varve_wal_orphaned gauge\nvarve_wal_orphaned {}\n\
+         # TYPE varve_shared_wal_objects counter\nvarve_shared_wal_objects_total {}\n\
+         # TYPE varve_shared_wal_bytes counter\n# UNIT varve_shared_wal_bytes bytes\nvarve_shared_wal_bytes_total {}\n\
+         # TYPE varve_shared_wal_stored_bytes counter\n# UNIT varve_shared_wal_stored_bytes bytes\n\
+         varve_shared_wal_stored_bytes_total {}\n\
+         # TYPE varve_shared_wal_held_objects gauge\nvarve_shared_wal_held_objects {}\n\
+         # TYPE varve_shared_wal_failing gauge\nvarve_shared_wal_failing {}\n",
         pageserver.wal_log_bytes(),
         pageserver.writer_count(),
         pageserver.tenants().lost().len(),
         pageserver.orphans().len(),
+        shipped.objects,
+        shipped.wal_bytes,
+        shipped.stored_bytes,
+        shipped.held_objects,
+        u8::from(shipped.is_failing),
     )
 }
 
@@ -157,6 +182,10 @@ pub(crate) async fn run(args: DevArgs) -> anyhow::Result<()> {
         store: store.clone(),
         url: url.clone(),
         wal_log_limit_bytes: args.wal_log_limit_mb << 20,
+        ship_wal: match args.wal_to_store {
+            WalToStore::UnlessSameDisk => ShipWal::UnlessSameDisk,
+            WalToStore::Always => ShipWal::Always,
+        },
         cache_bytes: args.cache_mb << 20,
         memtable_bytes: args.memtable_mb << 20,
         idle: Duration::from_secs(args.idle_seconds),

@@ -6,11 +6,13 @@ use std::sync::atomic::AtomicU64;
 
 use parking_lot::Mutex;
 use varve_engine::context::LostTenants;
+use varve_engine::shipping::{self, Shipping};
 use varve_engine::template::Templates;
 use varve_engine::work_queue::Places;
 use varve_engine::{Context, EngineError, Tenant, WorkQueue, histories};
 use varve_simulation::threads::{Life, Pool, SimThreads};
 use varve_storage::ids::{TenantId, WalLogId};
+use varve_storage::shared_wal::Archive;
 use varve_storage::tenant_log;
 use varve_storage::threads::Threads;
 use varve_storage::wal_log::{WalLog, WalLogOptions};
@@ -95,16 +97,19 @@ impl Machine {
         let context = Arc::new(Context {
             wal: Arc::new(wal),
             wal_log: self.wal_log,
+            archive: Archive::new(store.clone()),
             store,
             resources: Arc::new(resources),
             threads,
             queue,
+            shipping: Shipping::new(true),
             lost: LostTenants::default(),
         });
         let templates = Templates::new(context.store.clone());
         let (number, owned) = (self.number, Mutex::default());
         let process = Arc::new(Process { number, life, client, context, templates, owned });
         process.spawn(WorkQueue::run_timer(Arc::downgrade(&process.context.queue)));
+        process.spawn(shipping::run(process.context.clone()));
         process.spawn(process.clone().let_go_of_what_is_lost());
         self.process = Some(process);
         Ok(())

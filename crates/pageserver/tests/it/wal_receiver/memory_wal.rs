@@ -134,6 +134,14 @@ impl WalSink for MemorySink {
     fn store_durable(&self) -> Lsn {
         Lsn(self.0.store.load(Ordering::SeqCst))
     }
+
+    fn awaited(&self) -> Lsn {
+        Lsn::MAX
+    }
+
+    fn not_needed_before(&self) -> Lsn {
+        self.store_durable()
+    }
 }
 
 /// A primary that waits for the standby `standby_name`, if there is a name.

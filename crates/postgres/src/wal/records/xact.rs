@@ -2,6 +2,7 @@
 
 use super::RecordError;
 use crate::fields::{Fields, u32s};
+use crate::wal::{Record, RecordHeader, rmgr};
 use crate::{Lsn, Major, RelNode, Timestamp};
 
 /// `XLOG_XACT_HAS_INFO`.
@@ -67,6 +68,20 @@ pub enum XactRecord {
 #[inline]
 pub fn is_plain_commit(info: u8) -> bool {
     info & (OPMASK | HAS_INFO) == 0
+}
+
+/// Whether the whole record `bytes` is a commit whose session waits until a standby has applied it
+/// (`synchronous_commit = remote_apply`). Cheap for all others.
+pub fn awaits_apply(bytes: &[u8], major: Major) -> bool {
+    let may = |header: &RecordHeader| header.rmid == rmgr::XACT && header.info & HAS_INFO != 0;
+    if !RecordHeader::decode(bytes).is_some_and(|header| may(&header)) {
+        return false;
+    }
+    let Ok(record) = Record::decode(bytes, Lsn::INVALID, Lsn::INVALID, major) else { return false };
+    match parse(record.header.info, record.main_data, major) {
+        Ok(XactRecord::Commit(done) | XactRecord::CommitPrepared(done)) => done.awaits_apply,
+        _ => false,
+    }
 }
 
 /// Parses a record's main data.

@@ -1,0 +1,94 @@
+//! Objects of shared WAL that their writers do not look after any more: those of this server's former processes and
+//! runs, and of servers that are gone.
+//!
+//! An object may go when every timeline in it is deleted, or its layers cover what the object has: then nobody will
+//! ever ask for it. So any server may delete any object, and twice. It is listed first, and the logs are read
+//! *afterwards*: what is covered stays so. Where a tenant's log is missing it may be lost, and the object stays. So
+//! does the newest object of another server's run, behind which a seal belongs.
+
+use std::collections::BTreeMap;
+
+use varve_postgres::Lsn;
+use varve_storage::edit_log;
+use varve_storage::ids::{TenantId, TimelineId};
+use varve_storage::manifest::{ManifestState, timeline_folder};
+use varve_storage::shared_wal::{Archive, Kind, Row};
+use varve_storage::store::ObjectName;
+use varve_storage::tenant_log::{self, TenantState};
+
+use crate::context::Context;
+use crate::error::EngineError;
+
+/// What logs say, each read once.
+struct Logs<'a> {
+    context: &'a Context,
+    tenants: BTreeMap<TenantId, Option<TenantState>>,
+    layered: BTreeMap<(TenantId, TimelineId), Lsn>,
+}
+
+impl Logs<'_> {
+    async fn needs(&mut self, row: &Row) -> Result<bool, EngineError> {
+        let store = &self.context.store;
+        if let std::collections::btree_map::Entry::Vacant(entry) = self.tenants.entry(row.tenant) {
+            entry.insert(tenant_log::read(store, row.tenant).await?);
+        }
+        match self.tenants.get(&row.tenant) {
+            Some(Some(state)) if state.is_removed() || state.was_removed(row.timeline) => return Ok(false),
+            Some(Some(state)) if state.timeline(row.timeline).is_ok() => {}
+            _ => return Ok(true),
+        }
+        let owner = (row.tenant, row.timeline);
+        let layered = match self.layered.get(&owner) {
+            Some(layered) => *layered,
+            None => {
+                let manifest = edit_log::read_state::<ManifestState>(store, &timeline_folder(row.tenant, row.timeline)?).await?;
+                *self.layered.entry(owner).or_insert(manifest.map_or(Lsn::INVALID, |(state, _)| state.layered()))
+            }
+        };
+        Ok(row.end > layered)
+    }
+}
+
+/// Deletes what nobody needs, but for what the run `current` of this server has. How many objects that was.
+pub(super) async fn delete(context: &Context, current: Option<u32>) -> Result<usize, EngineError> {
+    let mut logs = Logs { context, tenants: BTreeMap::new(), layered: BTreeMap::new() };
+    let mut gone: Vec<ObjectName> = Vec::new();
+    let listed = context.archive.list().await?;
+    let mut newest = BTreeMap::new();
+    for (wal_log, place) in listed.iter().filter_map(|listed| Archive::place(&listed.name)) {
+        let number = newest.entry((wal_log, place.run)).or_insert(place.number);
+        *number = place.number.max(*number);
+    }
+    for listed in listed {
+        let Some((wal_log, place)) = Archive::place(&listed.name) else { continue };
+        let is_ours = wal_log == context.wal_log;
+        let is_newest = newest.get(&(wal_log, place.run)) == Some(&place.number);
+        if is_ours && current == Some(place.run) || !is_ours && is_newest {
+            continue;
+        }
+        let directory = match context.archive.directory(&listed.name, listed.bytes).await {
+            Ok(directory) => directory,
+            Err(error) if error.is_not_found() => continue,
+            Err(error) => {
+                tracing::error!(object = %listed.name, %error, "an object of shared WAL cannot be read");
+                continue;
+            }
+        };
+        let is_needed = match &directory.kind {
+            // Whoever sleeps must find the seal one day, and a run's number is not used twice.
+            Kind::Begin | Kind::Seal { .. } => true,
+            Kind::Wal(rows) => {
+                let mut needed = false;
+                for row in rows {
+                    needed = needed || logs.needs(row).await?;
+                }
+                needed
+            }
+        };
+        if !is_needed {
+            gone.push(listed.name);
+        }
+    }
+    context.store.delete_all(&gone).await?;
+    Ok(gone.len())
+}
