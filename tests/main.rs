@@ -5,6 +5,7 @@
 mod bad_input;
 mod comparison;
 mod damaged_files;
+mod free_space;
 mod full_disks;
 mod harder_loads;
 mod kept_pages;

@@ -40,6 +40,39 @@ pub fn location(heap_block: BlockNumber) -> (BlockNumber, u32) {
     (block - 1, heap_block % SLOTS_PER_PAGE)
 }
 
+/// What a block of the map is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum MapPage {
+    /// The root: its slots stand for middle pages.
+    Root,
+    /// The middle page with this number: its slots stand for bottom pages.
+    Middle(u32),
+    /// The bottom page with this number: its slots stand for heap blocks.
+    Bottom(u32),
+}
+
+impl MapPage {
+    /// What block `block` of the map is.
+    pub fn at(block: BlockNumber) -> MapPage {
+        // A middle page stands right before the bottom pages that it stands for.
+        let Some(behind_root) = block.checked_sub(1) else { return MapPage::Root };
+        let (middle, behind_middle) = (behind_root / (SLOTS_PER_PAGE + 1), behind_root % (SLOTS_PER_PAGE + 1));
+        match behind_middle.checked_sub(1) {
+            None => MapPage::Middle(middle),
+            Some(bottom) => MapPage::Bottom(middle * SLOTS_PER_PAGE + bottom),
+        }
+    }
+
+    /// The map's block that this is.
+    pub fn block(self) -> BlockNumber {
+        match self {
+            MapPage::Root => block_of(2, 0),
+            MapPage::Middle(number) => block_of(1, number),
+            MapPage::Bottom(number) => block_of(0, number),
+        }
+    }
+}
+
 /// The map's length in blocks after its heap was cut to `heap_blocks`, and the slot of the last map page from which on
 /// there is no free space any more; no such slot if the page before is the last one and stays as it is
 /// (`FreeSpaceMapPrepareTruncateRel`).
@@ -172,6 +205,18 @@ mod tests {
         assert_eq!(location(4069), (3, 0));
         assert_eq!(location(4069 * 4069), (4069 + 3, 0), "another middle page comes before it");
         assert_eq!((category(0), category(31), category(32), category(8159), category(8160)), (0, 0, 1, 254, 255));
+    }
+
+    #[test]
+    fn blocks_of_the_map_are_what_they_are() {
+        let s = SLOTS_PER_PAGE;
+        let places =
+            [MapPage::Root, MapPage::Middle(0), MapPage::Bottom(0), MapPage::Bottom(1), MapPage::Bottom(s - 1), MapPage::Middle(1)];
+        for place in places.into_iter().chain([MapPage::Bottom(s), MapPage::Bottom(5 * s + 3), MapPage::Middle(7)]) {
+            assert_eq!(MapPage::at(place.block()), place);
+        }
+        assert_eq!(MapPage::Bottom(0).block(), location(0).0);
+        assert_eq!(MapPage::Bottom(s).block(), location(s * s).0);
     }
 
     #[test]

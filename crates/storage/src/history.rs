@@ -46,6 +46,18 @@ pub trait History: Send + Sync {
     /// When a layer cannot be read, or redo fails.
     fn page(&self, key: Key, floor: Lsn, lsn: Lsn) -> Result<Option<Box<Page>>, HistoryError>;
 
+    /// Calls `visit` with the index of each of `wanted`, keys of pages with the floors at or below which versions do
+    /// not count, and the page, redone up to `lsn`; `None` for one that has no version.
+    ///
+    /// # Errors
+    /// When a layer cannot be read, or redo fails.
+    fn each_page(&self, wanted: &[(Key, Lsn)], lsn: Lsn, visit: &mut dyn FnMut(usize, Option<&Page>)) -> Result<(), HistoryError> {
+        for (index, (key, floor)) in wanted.iter().enumerate() {
+            visit(index, self.page(*key, *floor, lsn)?.as_deref());
+        }
+        Ok(())
+    }
+
     /// Calls `visit` for each key in `from..to` that has a value (not a page), in order, with that value; versions at
     /// or below `floor` do not count.
     ///

@@ -16,6 +16,7 @@
 //! | 9 | WAL index: record starts and commit times of one WAL page | page number u64 |
 //! | 10 | tablespace | tablespace u32 |
 //! | 11 | replication origin | origin u16 |
+//! | 12 | free-space notes ([`crate::free_space`]) | tablespace u32, database u32, relation u32, 0 u8, map page u32 |
 //!
 //! Only kind 1 goes into block layers; all else goes into metadata layers, so that a base backup reads no block layer.
 
@@ -46,6 +47,7 @@ pub enum KeyKind {
     WalIndex { page: u64 },
     Tablespace { spc: Oid },
     ReplicationOrigin { origin: u16 },
+    FreeSpaceNotes { node: RelNode, map_page: u32 },
 }
 
 impl Key {
@@ -144,6 +146,11 @@ impl Key {
         Self::build(11, &[&origin.to_be_bytes()])
     }
 
+    /// Notes for the bottom page with number `map_page` of the relation's free-space map.
+    pub fn free_space_notes(node: RelNode, map_page: u32) -> Key {
+        Self::relation(12, node.fork(Fork::Main), map_page)
+    }
+
     /// Range (from, to) of all keys of the kind of `of`.
     pub fn all_of_kind(of: Key) -> (Key, Key) {
         (Self::first_of_kind(of.0[0]), Self::first_of_kind(of.0[0] + 1))
@@ -171,10 +178,8 @@ impl Key {
         let k = &self.0;
         let u32_at = |at: usize| u32::from_be_bytes([k[at], k[at + 1], k[at + 2], k[at + 3]]);
         let u64_at = |at: usize| u64::from(u32_at(at)) << 32 | u64::from(u32_at(at + 4));
-        let rel = || {
-            let node = RelNode { spc: u32_at(1), db: u32_at(5), rel: u32_at(9) };
-            Fork::from_number(k[13]).map(|fork| node.fork(fork))
-        };
+        let node = || RelNode { spc: u32_at(1), db: u32_at(5), rel: u32_at(9) };
+        let rel = || Fork::from_number(k[13]).map(|fork| node().fork(fork));
         let kind = match k[0] {
             1 => KeyKind::Block { rel: rel()?, block: u32_at(14) },
             2 => KeyKind::RelationSize { rel: rel()? },
@@ -187,6 +192,7 @@ impl Key {
             9 => KeyKind::WalIndex { page: u64_at(1) },
             10 => KeyKind::Tablespace { spc: u32_at(1) },
             11 => KeyKind::ReplicationOrigin { origin: u16::from_be_bytes([k[1], k[2]]) },
+            12 => KeyKind::FreeSpaceNotes { node: node(), map_page: u32_at(14) },
             _ => return None,
         };
         Some(kind)
@@ -207,6 +213,9 @@ impl fmt::Display for Key {
             Some(KeyKind::WalIndex { page }) => write!(f, "index of WAL page {page}"),
             Some(KeyKind::Tablespace { spc }) => write!(f, "tablespace {spc}"),
             Some(KeyKind::ReplicationOrigin { origin }) => write!(f, "replication origin {origin}"),
+            Some(KeyKind::FreeSpaceNotes { node, map_page }) => {
+                write!(f, "free-space notes for bottom page {map_page} of {}", node.fork(Fork::FreeSpaceMap))
+            }
             None => {
                 f.write_str("key ")?;
                 self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
@@ -235,6 +244,7 @@ mod tests {
         assert_eq!(Key::relation_size(rel).kind(), Some(KeyKind::RelationSize { rel }));
         let (from, to) = Key::relation_sizes_of(1663, 5);
         assert!(from <= Key::relation_size(rel) && Key::relation_size(rel) < to);
+        assert_eq!(Key::free_space_notes(rel.node, 9).kind(), Some(KeyKind::FreeSpaceNotes { node: rel.node, map_page: 9 }));
         assert_eq!(Key::two_phase(1 << 40).kind(), Some(KeyKind::TwoPhase { xid: 1 << 40 }));
     }
 }

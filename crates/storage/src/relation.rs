@@ -7,9 +7,10 @@
 use varve_postgres::ids::GLOBAL_TABLESPACE;
 use varve_postgres::page::ZERO_PAGE;
 use varve_postgres::slru::SlruKind;
-use varve_postgres::{BlockNumber, Lsn, Oid, Page, RelFork};
+use varve_postgres::{BlockNumber, Fork, Lsn, Oid, Page, RelFork};
 
 use crate::database::DatabaseEntry;
+use crate::free_space;
 use crate::history::{History, HistoryError};
 use crate::key::{Key, KeyKind};
 use crate::relation_size::RelationSize;
@@ -136,8 +137,25 @@ pub fn floor_of_block(live: Option<&LiveSize>, rel: RelFork, block: BlockNumber,
 pub fn block(history: &(impl History + ?Sized), rel: RelFork, block: BlockNumber, lsn: Lsn) -> Result<Box<Page>, RelationError> {
     let live = live_size(history, rel, lsn)?;
     let floor = floor_of_block(live.as_ref(), rel, block, lsn)?;
-    let page = history.page(Key::block(rel, block), floor, lsn)?;
-    Ok(page.unwrap_or_else(|| Box::new(ZERO_PAGE)))
+    Ok(block_above(history, rel, block, floor, lsn)?)
+}
+
+/// Likewise where the fork's size is known, and the block is within it; `floor` is the block's.
+///
+/// # Errors
+/// When the history cannot be read.
+pub fn block_above(
+    history: &(impl History + ?Sized),
+    rel: RelFork,
+    block: BlockNumber,
+    floor: Lsn,
+    lsn: Lsn,
+) -> Result<Box<Page>, HistoryError> {
+    let mut page = history.page(Key::block(rel, block), floor, lsn)?.unwrap_or_else(|| Box::new(ZERO_PAGE));
+    if rel.fork == Fork::FreeSpaceMap {
+        free_space::fold(history, rel, block, lsn, &mut page)?;
+    }
+    Ok(page)
 }
 
 /// Calls `visit` for each fork that exists in a database and tablespace at `lsn`, in order of keys, with its number of

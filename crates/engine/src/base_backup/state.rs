@@ -200,8 +200,7 @@ impl StateAt {
             let in_file = (blocks - first).min(BLOCKS_PER_FILE);
             let contents = Pages::new(in_file, |i| {
                 let block = first + i;
-                let page = history.page(Key::block(rel, block), live.floor(block), self.lsn)?;
-                let mut page = page.unwrap_or_else(|| Box::new(ZERO_PAGE));
+                let mut page = relation::block_above(history, rel, block, live.floor(block), self.lsn)?;
                 if cluster.data_checksum_version != 0 && !page::is_new(&page) {
                     let checksum = page::compute_checksum(&page, block);
                     page::set_checksum(&mut page, checksum);

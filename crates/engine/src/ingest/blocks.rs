@@ -52,7 +52,7 @@ impl Ingest {
 
     fn clear_visibility(&mut self, record: &Record<'_>, map: RelFork, page: BlockNumber, change: &Change<'_>) -> Result<(), IngestError> {
         debug_assert_eq!(map.fork, Fork::VisibilityMap);
-        let size = &self.size(map)?.size;
+        let size = self.size(map)?;
         // Bits on a page that the map does not have are clear already.
         if size.exists && page < size.blocks {
             self.put(Key::block(map, page), record.end, Value::Change { will_init: false, bytes: change.encode() })?;

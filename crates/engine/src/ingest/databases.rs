@@ -4,6 +4,7 @@
 //! there.
 
 use varve_postgres::ids::{DEFAULT_TABLESPACE, GLOBAL_TABLESPACE};
+use varve_postgres::page::ZERO_PAGE;
 use varve_postgres::wal::Record;
 use varve_postgres::wal::records::database::DatabaseRecord;
 use varve_postgres::wal::records::tablespace::TablespaceRecord;
@@ -43,6 +44,7 @@ impl Ingest {
 
     fn put_database(&mut self, lsn: Lsn, spc: Oid, db: Oid, entry: DatabaseEntry) -> Result<(), IngestError> {
         self.sizes.forget(spc, db);
+        self.forget_free_space_of(spc, db, lsn)?;
         if entry.exists {
             self.known_directories.insert((spc, db));
         } else {
@@ -84,8 +86,9 @@ impl Ingest {
             let Some(live) = relation::live_size(&*self.history, from, at)? else { continue };
             self.extend(to, live.size.blocks, lsn)?;
             for block in 0..live.size.blocks {
+                let page = relation::block_above(&*self.history, from, block, live.floor(block), at)?;
                 // What was never written is zeros there too.
-                if let Some(page) = self.history.page(Key::block(from, block), live.floor(block), at)? {
+                if *page != ZERO_PAGE {
                     self.put_page(Key::block(to, block), lsn, &page)?;
                 }
             }

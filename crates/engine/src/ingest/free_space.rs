@@ -1,29 +1,30 @@
 //! Upkeep of free-space maps, which have no WAL.
 //!
 //! Without it a server that starts anew finds no free space in its tables and extends them. Postgres's redo notes the
-//! free space of heap pages that it fills, prunes or marks all-visible; ingest has no pages, so it collects the blocks
-//! whose records may say something, and looks at the pages now and then: at each checkpoint (so also at a clean
-//! shutdown), each report of running transactions, and when there are many. Then it sets the blocks' categories and,
-//! unlike redo, what follows from them on the pages above, without which a search from the root finds nothing.
+//! free space of heap pages that it fills, prunes or marks all-visible; ingest has no pages, so it writes down which
+//! blocks such a record was about ([`varve_storage::free_space`]: whoever reads the map looks at those). Now and then
+//! it looks at them itself and writes the map's pages, with what follows on the pages above: at each checkpoint (so
+//! also at a clean shutdown), each report of running transactions, and when there are many.
 //!
-//! The map is a hint: a block that is forgotten (the collection is bounded, and lost with the ingest) costs space,
-//! never correctness.
+//! What is noted at a record depends on the records up to it and on nothing else: not on batches, and not on where an
+//! ingest began, since it reads what its predecessor, or the ancestor, had noted.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, HashMap};
 
-use varve_postgres::page::ZERO_PAGE;
 use varve_postgres::wal::{Record, rmgr};
-use varve_postgres::{BlockNumber, Fork, Lsn, Page, RelFork, RelNode, page};
+use varve_postgres::{BlockNumber, Fork, Lsn, Oid, Page, RelFork, RelNode};
 use varve_redo::free_space_map::{self, SLOTS_PER_PAGE};
-use varve_storage::history::HistoryError;
-use varve_storage::key::Key;
+use varve_storage::free_space::{self, Notes, Slots};
+use varve_storage::history::{History, HistoryError};
+use varve_storage::key::{Key, KeyKind};
+use varve_storage::key_hash::BuildKeyHasher;
+use varve_storage::relation;
+use varve_storage::value::Value;
 
 use super::{Ingest, IngestError};
 
-/// Blocks that are collected before they are looked at.
+/// Blocks that are noted before they are looked at. It bounds what a reader of a map has to look at, too.
 const BLOCKS_MAX: usize = 4096;
-/// Pages with more free space than a fifth are not noted when they are filled.
-const LOW_FREE_SPACE: usize = varve_postgres::BLCKSZ / 5;
 /// Levels of map pages above the bottom.
 const UPPER_LEVELS: u32 = 2;
 
@@ -36,13 +37,79 @@ const HEAP2_PRUNES: [u8; 3] = [0x10, 0x20, 0x30];
 const HEAP2_VISIBLE: u8 = 0x40;
 const OPMASK: u8 = 0x70;
 
-/// Blocks whose free space may have changed.
+/// Blocks whose free space may have changed since the maps were brought up to date.
 #[derive(Debug, Default)]
 pub(super) struct FreeSpaceUpkeep {
-    /// Pages that tuples were removed from: noted whatever is free on them.
-    freed: BTreeSet<(RelNode, BlockNumber)>,
-    /// Pages that were filled: noted only when little is free.
-    filled: BTreeSet<(RelNode, BlockNumber)>,
+    /// By their keys.
+    notes: HashMap<Key, NotesInHand, BuildKeyHasher>,
+    /// Keys of those that are to be written when the batch ends.
+    unwritten: Vec<Key>,
+    /// Blocks in all of them.
+    blocks: usize,
+    /// The block that was noted last: most records are about the same one as the record before.
+    last: Option<(RelNode, BlockNumber)>,
+}
+
+#[derive(Debug, Default)]
+struct NotesInHand {
+    notes: Notes,
+    /// End of the first record since the last batch that changed them, if one did.
+    write_at: Option<Lsn>,
+}
+
+impl FreeSpaceUpkeep {
+    /// What is noted at `at`.
+    pub(super) fn open(history: &(impl History + ?Sized), at: Lsn) -> Result<FreeSpaceUpkeep, HistoryError> {
+        let noted = free_space::all_notes(history, at)?;
+        let blocks = noted.iter().map(|(_, slots)| slots.len()).sum();
+        let notes = noted.into_iter().map(|(key, slots)| (key, NotesInHand { notes: slots.into(), write_at: None })).collect();
+        Ok(FreeSpaceUpkeep { notes, unwritten: Vec::new(), blocks, last: None })
+    }
+
+    /// Notes a block, by the record that ends at `lsn`. Whether it was not noted yet.
+    fn note(&mut self, node: RelNode, block: BlockNumber, lsn: Lsn) -> bool {
+        self.last = Some((node, block));
+        let key = Key::free_space_notes(node, block / SLOTS_PER_PAGE);
+        let in_hand = self.notes.entry(key).or_default();
+        if !in_hand.notes.note(block % SLOTS_PER_PAGE, lsn) {
+            return false;
+        }
+        self.blocks += 1;
+        if in_hand.write_at.is_none() {
+            in_hand.write_at = Some(lsn);
+            self.unwritten.push(key);
+        }
+        true
+    }
+
+    /// Forgets, by the record that ends at `lsn`, the slots of each page of notes from the one on that `from` says. All
+    /// that was noted is written.
+    fn forget(&mut self, lsn: Lsn, from: impl Fn(RelNode, u32) -> Option<u32>) {
+        self.last = None;
+        for (key, in_hand) in &mut self.notes {
+            let Some(KeyKind::FreeSpaceNotes { node, map_page }) = key.kind() else { continue };
+            let Some(gone) = from(node, map_page).map(|slot| in_hand.notes.cut(slot)).filter(|gone| *gone > 0) else { continue };
+            self.blocks -= gone;
+            in_hand.write_at = Some(lsn);
+            self.unwritten.push(*key);
+        }
+    }
+
+    /// Ends the batch: calls `put` for all that is to be written.
+    pub(super) fn end_batch(&mut self, mut put: impl FnMut(Key, Lsn, Value) -> Result<(), HistoryError>) -> Result<(), HistoryError> {
+        for key in self.unwritten.drain(..) {
+            let Some(in_hand) = self.notes.get_mut(&key) else { continue };
+            let Some(lsn) = in_hand.write_at.take() else { continue };
+            if in_hand.notes.noted().is_empty() {
+                self.notes.remove(&key);
+                put(key, lsn, Value::Absent)?;
+            } else {
+                put(key, lsn, Value::Image(in_hand.notes.encode()))?;
+                in_hand.notes.end_batch();
+            }
+        }
+        Ok(())
+    }
 }
 
 /// Where page `index` of those `level` levels above the bottom stands: right before the first page below it.
@@ -71,17 +138,27 @@ impl MapPages {
     fn change(&mut self, ingest: &mut Ingest, block: BlockNumber, change: impl FnOnce(&mut Page) -> bool) -> Result<u8, HistoryError> {
         let (page, changed) = match self.pages.entry(block) {
             std::collections::btree_map::Entry::Occupied(entry) => entry.into_mut(),
-            std::collections::btree_map::Entry::Vacant(entry) => entry.insert((ingest.applied_page(self.rel, block)?, false)),
+            std::collections::btree_map::Entry::Vacant(entry) => {
+                let page = free_space::written(&*ingest.history, self.rel.node, block, ingest.applied)?;
+                entry.insert((page, false))
+            }
         };
         *changed |= change(page);
         Ok(free_space_map::greatest(page))
     }
 
-    /// Sets the category of a heap block and what follows from it above.
-    fn set(&mut self, ingest: &mut Ingest, heap_block: BlockNumber, category: u8) -> Result<(), HistoryError> {
-        let (block, slot) = free_space_map::location(heap_block);
-        let greatest = self.change(ingest, block, |page| free_space_map::set(page, slot, category))?;
-        self.set_upper(ingest, heap_block, greatest)
+    /// Looks at heap blocks that stand on the bottom page `number`, as of what is applied; sets their categories and
+    /// what follows from them above.
+    fn look_at_heap(&mut self, ingest: &mut Ingest, number: u32, slots: &Slots) -> Result<(), HistoryError> {
+        let (history, at, node) = (ingest.history.clone(), ingest.applied, self.rel.node);
+        let Some(heap) = relation::live_size(&*history, node.fork(Fork::Main), at)?.filter(|live| live.size.exists) else { return Ok(()) };
+        let mut looked = Ok(false);
+        let first = number * SLOTS_PER_PAGE;
+        let greatest = self.change(ingest, free_space_map::location(first).0, |page| {
+            looked = free_space::look_at_heap(&*history, node, &heap, number, slots, at, page);
+            looked.as_ref().is_ok_and(|changed| *changed)
+        })?;
+        if looked? { self.set_upper(ingest, first, greatest) } else { Ok(()) }
     }
 
     fn set_upper(&mut self, ingest: &mut Ingest, heap_block: BlockNumber, mut greatest: u8) -> Result<(), HistoryError> {
@@ -102,72 +179,80 @@ impl MapPages {
 }
 
 impl Ingest {
-    /// Notes blocks of a heap record whose free space is to be looked at.
+    /// Notes the block of a heap record whose free space it may have changed.
     pub(super) fn note_free_space(&mut self, record: &Record<'_>) -> Result<(), IngestError> {
         let kind = record.kind() & OPMASK;
-        match record.header.rmid {
-            rmgr::HEAP if kind == HEAP_INSERT || kind == HEAP_UPDATE => self.note_insert(record)?,
-            rmgr::HEAP2 if kind == HEAP2_MULTI_INSERT => self.note_insert(record)?,
-            rmgr::HEAP2 if HEAP2_PRUNES.contains(&kind) => self.note_freed(record, 0),
-            rmgr::HEAP2 if kind == HEAP2_VISIBLE => self.note_freed(record, 1),
-            _ => {}
+        let (block_id, is_freed) = match record.header.rmid {
+            rmgr::HEAP if kind == HEAP_INSERT || kind == HEAP_UPDATE => (0, false),
+            rmgr::HEAP2 if kind == HEAP2_MULTI_INSERT => (0, false),
+            rmgr::HEAP2 if HEAP2_PRUNES.contains(&kind) => (0, true),
+            rmgr::HEAP2 if kind == HEAP2_VISIBLE => (1, true),
+            _ => return Ok(()),
+        };
+        let Some(block) = record.block(block_id).filter(|block| block.rel.fork == Fork::Main) else { return Ok(()) };
+        let (node, number) = (block.rel.node, block.blkno);
+        // A table of one page that was only filled needs no map.
+        let needs_map = is_freed || number > 0;
+        if self.free_space.last == Some((node, number)) && (number > 0 || !is_freed) {
+            return Ok(());
         }
-        if self.free_space.freed.len() + self.free_space.filled.len() >= BLOCKS_MAX {
+        if self.free_space.blocks >= BLOCKS_MAX {
             self.upkeep_free_space(record.end)?;
         }
-        Ok(())
-    }
-
-    fn note_freed(&mut self, record: &Record<'_>, block_id: u8) {
-        if let Some(block) = record.block(block_id).filter(|block| block.rel.fork == Fork::Main) {
-            self.free_space.freed.insert((block.rel.node, block.blkno));
-        }
-    }
-
-    /// Inserts fill one page after the other, so it is enough to look at a page when the next one is begun.
-    fn note_insert(&mut self, record: &Record<'_>) -> Result<(), HistoryError> {
-        let Some(block) = record.block(0).filter(|block| block.rel.fork == Fork::Main) else { return Ok(()) };
-        let target = &mut self.size(block.rel)?.insert_target;
-        let before = target.replace(block.blkno);
-        if let Some(before) = before.filter(|before| *before != block.blkno) {
-            self.free_space.filled.insert((block.rel.node, before));
+        let is_new = self.free_space.note(node, number, record.end);
+        if needs_map && (is_new || number == 0) {
+            self.extend(node.fork(Fork::FreeSpaceMap), free_space_map::location(number).0.saturating_add(1), record.end)?;
         }
         Ok(())
     }
 
-    /// Looks at the blocks that were collected and brings their maps up to date, with versions at `lsn`, the end of the
-    /// record in hand.
+    /// Looks at the blocks that were noted and brings their maps up to date, with versions at `lsn`, the end of the
+    /// record in hand, which has noted nothing yet.
     pub(super) fn upkeep_free_space(&mut self, lsn: Lsn) -> Result<(), IngestError> {
-        let FreeSpaceUpkeep { freed, mut filled } = std::mem::take(&mut self.free_space);
-        if freed.is_empty() && filled.is_empty() {
+        if self.free_space.blocks == 0 {
             return Ok(());
         }
         self.publish()?;
-        filled.retain(|block| !freed.contains(block));
-        let mut blocks: BTreeMap<RelNode, Vec<(BlockNumber, bool)>> = BTreeMap::new();
-        for (node, block) in freed {
-            blocks.entry(node).or_default().push((block, true));
+        let mut noted: BTreeMap<RelNode, Vec<(u32, Slots)>> = BTreeMap::new();
+        for (key, in_hand) in &self.free_space.notes {
+            if let Some(KeyKind::FreeSpaceNotes { node, map_page }) = key.kind() {
+                noted.entry(node).or_default().push((map_page, in_hand.notes.noted().clone()));
+            }
         }
-        for (node, block) in filled {
-            blocks.entry(node).or_default().push((block, false));
-        }
-        for (node, blocks) in blocks {
+        for (node, pages) in noted {
+            if !self.size(node.fork(Fork::FreeSpaceMap))?.exists {
+                continue;
+            }
             let mut map = MapPages::new(node);
-            for (block, was_freed) in blocks {
-                let size = &self.size(node.fork(Fork::Main))?.size;
-                if !size.exists || block >= size.blocks {
-                    continue; // dropped or cut meanwhile
-                }
-                let heap_page = self.applied_page(node.fork(Fork::Main), block)?;
-                if page::is_new(&heap_page) {
-                    continue;
-                }
-                let free = varve_redo::heap_free_space(&heap_page);
-                if was_freed || free < LOW_FREE_SPACE {
-                    map.set(self, block, free_space_map::category(free))?;
-                }
+            for (number, slots) in pages {
+                map.look_at_heap(self, number, &slots)?;
             }
             map.write(self, lsn)?;
+        }
+        Ok(self.forget_notes(lsn, |_, _| Some(0))?)
+    }
+
+    /// Writes what was noted since it was written last. Readers see it with the records that noted it.
+    pub(super) fn write_free_space_notes(&mut self) -> Result<(), HistoryError> {
+        let history = &self.history;
+        self.free_space.end_batch(|key, lsn, value| history.put(key, lsn, value))
+    }
+
+    /// Forgets what was noted of a relation that is dropped by the record that ends at `lsn`.
+    pub(super) fn forget_free_space(&mut self, node: RelNode, lsn: Lsn) -> Result<(), HistoryError> {
+        self.forget_notes(lsn, |have, _| (have == node).then_some(0))
+    }
+
+    /// Forgets what was noted of a database's relations in a tablespace, which go by the record that ends at `lsn`.
+    pub(super) fn forget_free_space_of(&mut self, spc: Oid, db: Oid, lsn: Lsn) -> Result<(), HistoryError> {
+        self.forget_notes(lsn, |have, _| ((have.spc, have.db) == (spc, db)).then_some(0))
+    }
+
+    fn forget_notes(&mut self, lsn: Lsn, from: impl Fn(RelNode, u32) -> Option<u32>) -> Result<(), HistoryError> {
+        if self.free_space.blocks > 0 {
+            // What was noted before is so for whoever reads before.
+            self.write_free_space_notes()?;
+            self.free_space.forget(lsn, from);
         }
         Ok(())
     }
@@ -175,10 +260,12 @@ impl Ingest {
     /// `FreeSpaceMapPrepareTruncateRel` and the vacuuming of the map after it: forgets heap blocks from `heap_blocks`
     /// on. Gives the blocks that the map is to be cut to, if it has more.
     pub(super) fn cut_free_space_map(&mut self, node: RelNode, heap_blocks: BlockNumber, lsn: Lsn) -> Result<Option<u32>, IngestError> {
-        self.free_space.freed.retain(|(have, block)| *have != node || *block < heap_blocks);
-        self.free_space.filled.retain(|(have, block)| *have != node || *block < heap_blocks);
+        self.forget_notes(lsn, |have, map_page| {
+            let kept = heap_blocks.saturating_sub(map_page.saturating_mul(SLOTS_PER_PAGE));
+            (have == node).then_some(kept.min(SLOTS_PER_PAGE))
+        })?;
         let rel = node.fork(Fork::FreeSpaceMap);
-        let size = &self.size(rel)?.size;
+        let size = self.size(rel)?;
         let (page, slot) = free_space_map::location(heap_blocks);
         let keep = if slot == 0 { page } else { page + 1 };
         if !size.exists || size.blocks <= page {
@@ -207,17 +294,6 @@ impl Ingest {
         }
         map.write(self, lsn)?;
         Ok(Some(keep))
-    }
-
-    /// A block as of what is applied, zeros if it has never been written.
-    fn applied_page(&mut self, rel: RelFork, block: BlockNumber) -> Result<Box<Page>, HistoryError> {
-        let at = self.applied;
-        let live = varve_storage::relation::live_size(&*self.history, rel, at)?.filter(|live| live.size.exists && block < live.size.blocks);
-        let page = match live {
-            Some(live) => self.history.page(Key::block(rel, block), live.floor(block), at)?,
-            None => None,
-        };
-        Ok(page.unwrap_or_else(|| Box::new(ZERO_PAGE)))
     }
 }
 

@@ -12,7 +12,8 @@
 //! | moves a counter or setting that a server finds at start | the checkpoint fields | [`counters`] |
 //! | anything | its boundary, transaction counter and time in the WAL index | [`index`] |
 //!
-//! Free-space maps have no WAL; [`free_space`] keeps them from the heap records, as Postgres's own redo does.
+//! Free-space maps have no WAL; [`free_space`] notes which heap records say something of them, and writes them now and
+//! then.
 //!
 //! Invariants:
 //! - A record is handled whole or not at all as far as readers can tell: they see it only after [`Ingest::advance`].
@@ -101,7 +102,7 @@ impl Ingest {
             fields_changed: false,
             origins: OriginProgress::open(&*history, at)?,
             index,
-            free_space: FreeSpaceUpkeep::default(),
+            free_space: FreeSpaceUpkeep::open(&*history, at)?,
             stopped: None,
             history,
         })
@@ -208,6 +209,7 @@ impl Ingest {
         for (key, lsn, value) in self.index.take_pending() {
             self.history.put(key, lsn, Value::Image(value))?;
         }
+        self.write_free_space_notes()?;
         self.history.advance(self.end);
         self.applied = self.end;
         Ok(())

@@ -19,30 +19,22 @@ use super::{Ingest, IngestError};
 /// Forks whose sizes are kept; beyond it the cache starts anew.
 const FORKS_MAX: usize = 200_000;
 
-/// A fork's size at the newest LSN, written or not.
-#[derive(Debug, Default)]
-pub(super) struct CachedSize {
-    pub(super) size: RelationSize,
-    /// The heap block into which the last tuple went, for the upkeep of the free-space map.
-    pub(super) insert_target: Option<BlockNumber>,
-}
-
 /// See the module's doc.
 #[derive(Debug, Default)]
 pub(super) struct IngestSizes {
-    /// By the fork's size key.
-    forks: HashMap<Key, CachedSize, BuildKeyHasher>,
+    /// By the fork's size key; written or not.
+    forks: HashMap<Key, RelationSize, BuildKeyHasher>,
 }
 
 impl IngestSizes {
     /// The fork's size. Nothing that is written and not yet applied is ever missing here, so what is missing can be
     /// read at `applied`.
-    pub(super) fn get(&mut self, history: &(impl History + ?Sized), rel: RelFork, applied: Lsn) -> Result<&mut CachedSize, HistoryError> {
+    pub(super) fn get(&mut self, history: &(impl History + ?Sized), rel: RelFork, applied: Lsn) -> Result<&mut RelationSize, HistoryError> {
         match self.forks.entry(Key::relation_size(rel)) {
             std::collections::hash_map::Entry::Occupied(entry) => Ok(entry.into_mut()),
             std::collections::hash_map::Entry::Vacant(entry) => {
                 let size = live_size(history, rel, applied)?.map(|live| live.size).unwrap_or_default();
-                Ok(entry.insert(CachedSize { size, insert_target: None }))
+                Ok(entry.insert(size))
             }
         }
     }
@@ -63,16 +55,16 @@ impl IngestSizes {
 
 impl Ingest {
     /// The fork's size at the newest LSN.
-    pub(super) fn size(&mut self, rel: RelFork) -> Result<&mut CachedSize, HistoryError> {
+    pub(super) fn size(&mut self, rel: RelFork) -> Result<&mut RelationSize, HistoryError> {
         self.sizes.get(&*self.history, rel, self.applied)
     }
 
     /// Makes sure that the fork has `blocks` blocks.
     pub(super) fn extend(&mut self, rel: RelFork, blocks: u32, lsn: Lsn) -> Result<(), HistoryError> {
-        let cached = self.sizes.get(&*self.history, rel, self.applied)?;
-        let existed = cached.size.exists;
-        if cached.size.extend(blocks) {
-            self.history.put(Key::relation_size(rel), lsn, Value::Image(cached.size.encode()))?;
+        let size = self.sizes.get(&*self.history, rel, self.applied)?;
+        let existed = size.exists;
+        if size.extend(blocks) {
+            self.history.put(Key::relation_size(rel), lsn, Value::Image(size.encode()))?;
             if !existed {
                 self.note_directory(rel.node, lsn)?;
             }
@@ -82,24 +74,23 @@ impl Ingest {
 
     /// Cuts the fork to `blocks` blocks, if it has more.
     fn cut(&mut self, rel: RelFork, blocks: u32, lsn: Lsn) -> Result<(), HistoryError> {
-        let cached = self.sizes.get(&*self.history, rel, self.applied)?;
-        if cached.size.exists && cached.size.blocks > blocks {
-            cached.size.truncate(lsn, blocks);
-            cached.insert_target = None;
-            self.history.put(Key::relation_size(rel), lsn, Value::Image(cached.size.encode()))?;
+        let size = self.sizes.get(&*self.history, rel, self.applied)?;
+        if size.exists && size.blocks > blocks {
+            size.truncate(lsn, blocks);
+            self.history.put(Key::relation_size(rel), lsn, Value::Image(size.encode()))?;
         }
         Ok(())
     }
 
     /// Drops all forks of a relation.
     pub(super) fn drop_relation(&mut self, node: RelNode, lsn: Lsn) -> Result<(), HistoryError> {
+        self.forget_free_space(node, lsn)?;
         for fork in Fork::ALL {
             let rel = node.fork(fork);
-            let cached = self.sizes.get(&*self.history, rel, self.applied)?;
-            if cached.size.exists {
-                cached.size.remove(lsn);
-                cached.insert_target = None;
-                self.history.put(Key::relation_size(rel), lsn, Value::Image(cached.size.encode()))?;
+            let size = self.sizes.get(&*self.history, rel, self.applied)?;
+            if size.exists {
+                size.remove(lsn);
+                self.history.put(Key::relation_size(rel), lsn, Value::Image(size.encode()))?;
             }
         }
         Ok(())
@@ -132,7 +123,7 @@ impl Ingest {
     /// `visibilitymap_prepare_truncate`.
     fn cut_visibility_map(&mut self, node: RelNode, heap_blocks: BlockNumber, lsn: Lsn) -> Result<(), HistoryError> {
         let map = node.fork(Fork::VisibilityMap);
-        let size = &self.size(map)?.size;
+        let size = self.size(map)?;
         let (page, is_whole) = (heap_blocks / HEAP_BLOCKS_PER_PAGE, heap_blocks.is_multiple_of(HEAP_BLOCKS_PER_PAGE));
         if !size.exists || size.blocks <= page {
             return Ok(());

@@ -9,7 +9,7 @@
 //!   LSN by so much;
 //! - unless absent, the value's length as a varint and its bytes.
 //!
-//! A varint has seven bits in a byte, the lowest first, the highest bit set in all bytes but the last.
+//! Varints are those of [`crate::varint`].
 
 use bytes::{BufMut, Bytes};
 use varve_postgres::Lsn;
@@ -17,6 +17,7 @@ use varve_postgres::Lsn;
 use crate::chain::Version;
 use crate::key::{KEY_SIZE, Key};
 use crate::value::Value;
+use crate::varint::{put_varint, take_varint};
 
 /// Bytes of content after which a block is closed. Two pages fit in.
 pub const BLOCK_BYTES_TARGET: usize = 16 << 10;
@@ -31,29 +32,6 @@ fn kind_number(value: &Value) -> u8 {
         Value::Change { will_init: true, .. } => 2,
         Value::Absent => 3,
     }
-}
-
-/// Appends `value` as a varint.
-pub(super) fn put_varint(out: &mut Vec<u8>, mut value: u64) {
-    while value >= 0x80 {
-        out.push(value as u8 | 0x80);
-        value >>= 7;
-    }
-    out.push(value as u8);
-}
-
-/// Takes a varint off `bytes` at `at`.
-pub(super) fn take_varint(bytes: &[u8], at: &mut usize) -> Option<u64> {
-    let mut value = 0;
-    for shift in (0..64).step_by(7) {
-        let byte = *bytes.get(*at)?;
-        *at += 1;
-        value |= u64::from(byte & 0x7F) << shift;
-        if byte & 0x80 == 0 {
-            return Some(value);
-        }
-    }
-    None
 }
 
 /// Bytes that two keys have in common at their beginning.
@@ -212,14 +190,6 @@ mod tests {
                     let _ = item.version(&bytes);
                 }
             }
-        }
-
-        #[test]
-        fn varints_round_trip(value in any::<u64>(), shift in 0u32..64) {
-            let (mut out, mut at) = (Vec::new(), 0);
-            put_varint(&mut out, value >> shift);
-            prop_assert_eq!(take_varint(&out, &mut at), Some(value >> shift));
-            prop_assert_eq!(at, out.len());
         }
     }
 }

@@ -9,10 +9,11 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use varve_postgres::page::ZERO_PAGE;
-use varve_postgres::{BlockNumber, Lsn, Major, Page, RelFork};
+use varve_postgres::{BlockNumber, Fork, Lsn, Major, Page, RelFork};
 
 use super::Timeline;
 use crate::chain::{ChainError, Lookup, page_number};
+use crate::free_space;
 use crate::history::{History, HistoryError, Visit};
 use crate::ids::TimelineId;
 use crate::key::Key;
@@ -83,6 +84,8 @@ pub enum PageRef {
     Zero,
     /// Its newest version.
     Cached(Arc<CachedPage>),
+    /// A page of a free-space map, made for this read.
+    Made(Box<Page>),
 }
 
 impl Deref for PageRef {
@@ -91,6 +94,7 @@ impl Deref for PageRef {
         match self {
             PageRef::Zero => &ZERO_PAGE,
             PageRef::Cached(page) => page.page(),
+            PageRef::Made(page) => page,
         }
     }
 }
@@ -401,12 +405,20 @@ impl Timeline {
                 *answer = Ok(PageRef::Cached(page));
             }
         }
+        for ((rel, block), answer) in wanted.iter().zip(&mut answers).filter(|((rel, _), _)| rel.fork == Fork::FreeSpaceMap) {
+            if let Ok(written) = answer {
+                let mut page = Box::new(**written);
+                free_space::fold(self, *rel, *block, lsn, &mut page)?;
+                *answer = Ok(PageRef::Made(page));
+            }
+        }
         Ok(answers)
     }
 
-    /// Block `block` of `rel` at `lsn`, if it can be had from memory, without waiting for anything.
+    /// Block `block` of `rel` at `lsn`, if it can be had from memory, without waiting for anything. What a free-space
+    /// map says may rest on many pages, so it never can.
     pub fn block_if_warm(&self, rel: RelFork, block: BlockNumber, lsn: Lsn) -> Option<Result<PageRef, RelationError>> {
-        if lsn > self.applied() {
+        if lsn > self.applied() || rel.fork == Fork::FreeSpaceMap {
             return None;
         }
         let size = self.sizes.get(rel, lsn)?;
@@ -434,6 +446,13 @@ impl History for Timeline {
     fn page(&self, key: Key, floor: Lsn, lsn: Lsn) -> Result<Option<Box<Page>>, HistoryError> {
         let page = self.pages(&[(key, floor)], lsn)?.pop().flatten();
         Ok(page.map(|page| Box::new(*page.page())))
+    }
+
+    fn each_page(&self, wanted: &[(Key, Lsn)], lsn: Lsn, visit: &mut dyn FnMut(usize, Option<&Page>)) -> Result<(), HistoryError> {
+        for (index, page) in self.pages(wanted, lsn)?.iter().enumerate() {
+            visit(index, page.as_ref().map(|page| page.page()));
+        }
+        Ok(())
     }
 
     fn scan_above(&self, from: Key, to: Key, floor: Lsn, lsn: Lsn, visit: &mut Visit<'_>) -> Result<(), HistoryError> {

@@ -67,12 +67,8 @@ pub fn ingest(postgres: &Postgres, loaded: &mut Loaded) -> Result<()> {
     ingest_opened_every(RECORDS_BETWEEN_OPENS, postgres, loaded)
 }
 
-/// Likewise by one ingest, which forgets nothing: what it only collects as a hint is lost when another begins.
-pub fn ingest_in_one_go(postgres: &Postgres, loaded: &mut Loaded) -> Result<()> {
-    ingest_opened_every(usize::MAX, postgres, loaded)
-}
-
-fn ingest_opened_every(records: usize, postgres: &Postgres, loaded: &mut Loaded) -> Result<()> {
+/// Likewise with a new ingest after each `records`.
+pub fn ingest_opened_every(records: usize, postgres: &Postgres, loaded: &mut Loaded) -> Result<()> {
     let start = loaded.end();
     let mut ingest = Ingest::open(loaded.history.clone(), start)?;
     let ended = each_record(postgres.major(), &postgres.data_dir().join("pg_wal"), start, &mut |record| {
