@@ -15,6 +15,7 @@
 mod ending;
 pub mod error;
 pub mod page_service;
+pub mod scrubbing;
 pub mod server;
 pub mod source;
 pub mod tenants;
