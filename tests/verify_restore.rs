@@ -9,6 +9,7 @@ use anyhow::{Context as _, ensure};
 use serde_json::Value;
 use varve_postgres::Major;
 use varve_testbed::dev::{Dev, program, psql};
+use varve_testbed::postgres::is_skipped;
 
 const VARVE: &str = env!("CARGO_BIN_EXE_varve");
 /// How long something may take that happens by itself.
@@ -173,6 +174,39 @@ fn a_damaged_layer_is_damage() -> anyhow::Result<()> {
 #[test]
 fn damage_that_keeps_postgres_from_starting_is_damage() -> anyhow::Result<()> {
     damaged(|layers| layers)
+}
+
+/// An index that does not have what its table has: each page is as Postgres wrote it, and passes every checksum.
+const LYING_INDEX: &str = "CREATE FUNCTION f(int) RETURNS int LANGUAGE sql IMMUTABLE AS 'SELECT $1'; \
+                           CREATE TABLE g AS SELECT i FROM generate_series(1, 100) i; CREATE INDEX g_f ON g (f(i)); \
+                           CREATE OR REPLACE FUNCTION f(int) RETURNS int LANGUAGE sql IMMUTABLE AS 'SELECT $1 + 1'";
+
+fn on(major: Major) -> anyhow::Result<()> {
+    if is_skipped(major) {
+        return Ok(());
+    }
+    let dev = Dev::start_for(VARVE, major, &[])?;
+    let version = major.number().to_string();
+    dev.json(&["tenant", "create", "acme", "--pg-version", &version])?;
+    let db = dev.compute("acme/main", &[])?;
+    psql(&db, "CREATE TABLE t AS SELECT i, ARRAY[i] AS several FROM generate_series(1, 1000) i")?;
+    psql(&db, "CREATE INDEX ON t (i); CREATE INDEX ON t USING gin (several)")?;
+    let (found, status) = verify(&dev, &["acme", "--lsn", "head"])?;
+    ensure!(found["outcome"] == "sound" && status == Some(0), "{found}");
+    psql(&db, LYING_INDEX)?;
+    let (found, status) = verify(&dev, &["acme", "--lsn", "head"])?;
+    ensure!(found["outcome"] == "damaged" && status == Some(3) && found["problems"].to_string().contains("public.g_f"), "{found}");
+    nothing_is_left(&dev, "acme")
+}
+
+#[test]
+fn what_every_checksum_passes_is_found_on_the_oldest_major() -> anyhow::Result<()> {
+    on(Major::V14)
+}
+
+#[test]
+fn what_every_checksum_passes_is_found_on_the_newest_major() -> anyhow::Result<()> {
+    on(Major::V18)
 }
 
 #[test]
