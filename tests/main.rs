@@ -28,6 +28,7 @@ mod tablespaces;
 mod tidy;
 mod two_machines;
 mod verify;
+mod verify_restore;
 mod waiting_commits;
 mod way_back;
 mod written_blocks;

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 use serde_json::Value;
@@ -9,6 +10,8 @@ use varve_testbed::dev::{Dev, program, psql};
 use varve_testbed::minio::Minio;
 
 const VARVE: &str = env!("CARGO_BIN_EXE_varve");
+/// How long a pass of a small store may take in the background.
+const PASS_MAX: Duration = Duration::from_secs(120);
 
 /// What a scrub says, and whether its exit status says that all is sound.
 fn scrub(dev: &Dev, arguments: &[&str]) -> anyhow::Result<(Value, bool)> {
@@ -136,5 +139,56 @@ fn a_server_goes_on_meanwhile() -> anyhow::Result<()> {
     ensure!(load.wait()?.success(), "the load went on");
     ensure!(scrubs > 0, "there was a scrub while the load went on");
     ensure!(psql(&db, "SELECT count(*) FROM pgbench_accounts")? == "500000", "the server serves");
+    Ok(())
+}
+
+/// Waits until a server's own scrub says what is `wanted`.
+fn until_status(dev: &Dev, what: &str, wanted: impl Fn(&Value) -> bool) -> anyhow::Result<Value> {
+    dev.until(what, PASS_MAX, || {
+        let status = dev.json(&["scrub", "--status"])?;
+        Ok(wanted(&status).then_some(status))
+    })
+}
+
+#[test]
+fn a_server_reads_its_tenants_in_the_background() -> anyhow::Result<()> {
+    let mut dev = Dev::start(VARVE)?;
+    dev.json(&["tenant", "create", "aaa"])?;
+    load(&dev)?;
+    ensure!(dev.json(&["scrub", "--status"])?.is_null(), "it is off unless somebody says a rate");
+    let acme = dev.json(&["tenant", "show", "acme"])?["id"].as_str().context("an id")?.to_owned();
+    dev.stop()?;
+    let size = |path: &Path| path.metadata().map(|data| data.len()).unwrap_or(0);
+    let bytes: u64 = find(&dev.store(), &format!("*tenants/{acme}/*"))?.iter().map(|path| size(path)).sum();
+    let layers = find(&dev.store(), &format!("*tenants/{acme}/timelines/*/layers/*"))?;
+    let spoilt = layers.iter().max_by_key(|layer| size(layer)).context("a layer")?;
+    let mut damaged = std::fs::read(spoilt)?;
+    let middle = damaged.len() / 2;
+    damaged[middle] ^= 1;
+    std::fs::write(spoilt, damaged)?;
+    let name = spoilt.strip_prefix(dev.store())?.display().to_string();
+
+    // Slowly; and a kill in the middle of the second tenant costs no more than that tenant's reads.
+    let rate_mb = (bytes >> 20).div_ceil(8).max(1);
+    dev.set_arguments(&["--scrub-rate-mb", &rate_mb.to_string()]);
+    dev.run()?;
+    until_status(&dev, "the first tenant to be read", |status| status["after"] == "aaa")?;
+    dev.kill()?;
+    dev.run()?;
+    let begun = std::time::Instant::now();
+    let status = dev.json(&["scrub", "--status"])?;
+    ensure!(status["after"] == "aaa" && status["current"]["tenants"] == 1, "its position is kept: {status}");
+    let status = until_status(&dev, "the pass to be complete", |status| !status["last"].is_null())?;
+    ensure!(begun.elapsed() >= Duration::from_secs(4), "it keeps to its rate: {:?} for {bytes} at {rate_mb} MB", begun.elapsed());
+    let last = &status["last"];
+    ensure!(last["tenants"] == 3 && last["findings"] == 1 && last["found"][0]["object"] == *name, "{status}");
+    ensure!(status["current"].is_null() && status["after"].is_null(), "{status}");
+    let log = std::fs::read_to_string(dev.log())?;
+    let is_told = |line: &&str| line.contains("ERROR") && line.contains(&name) && line.contains("from the bucket's versions");
+    ensure!(log.lines().filter(is_told).count() == 1, "the log names it, once a pass: {log}");
+    let metrics = program("curl", &["-sS", &format!("{}/metrics", dev.url())])?;
+    ensure!(metrics.contains("varve_scrub_findings 1\n") && metrics.contains("varve_scrub_pass_age_seconds "), "{metrics}");
+    let words = String::from_utf8_lossy(&dev.cli(&["scrub", "--status"])?.stdout).into_owned();
+    ensure!(words.contains(&name) && words.contains("last pass"), "{words}");
     Ok(())
 }

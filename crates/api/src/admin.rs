@@ -9,6 +9,7 @@ use utoipa::ToSchema;
 
 use crate::history::History;
 use crate::size::{CurrentLimits, Size};
+use crate::verification::RestoreVerification;
 
 /// Body of `POST /v1/tenants`.
 #[derive(Clone, Debug, Default, Serialize, Deserialize, ToSchema)]
@@ -39,6 +40,9 @@ pub struct Tenant {
     /// How far back its branches can go.
     #[serde(default)]
     pub history: History,
+    /// Whether restores of it work, as far as that was verified.
+    #[serde(default)]
+    pub restore_verification: RestoreVerification,
     /// Who took the tenant over last, as far as its log says.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub owner: Option<TenantOwner>,
@@ -283,6 +287,8 @@ pub enum EventKind {
     Repaired,
     /// It has another size.
     Resized,
+    /// It was verified whether a restore of its branch works, and it does not, or that could not be found out.
+    RestoreNotVerified,
     /// It could not be started.
     StartFailed,
     /// Its `pg_wal` is at its cap: who writes waits.
@@ -300,6 +306,7 @@ impl EventKind {
             EventKind::OutOfMemory => "out_of_memory",
             EventKind::Repaired => "repaired",
             EventKind::Resized => "resized",
+            EventKind::RestoreNotVerified => "restore_not_verified",
             EventKind::StartFailed => "start_failed",
             EventKind::WalFull => "wal_full",
             EventKind::WalNearlyFull => "wal_nearly_full",
@@ -419,6 +426,9 @@ pub struct Server {
     /// What `remote_apply` waits for.
     #[serde(default)]
     pub store_acknowledgement: StoreAcknowledgement,
+    /// How far it is with reading what is stored of its tenants; null where it never did.
+    #[serde(default)]
+    pub scrub: Option<ScrubStatus>,
 }
 
 /// What a commit with `synchronous_commit = remote_apply` waits for on a server.
@@ -449,6 +459,47 @@ pub struct ShippedWal {
     pub found_bytes: u64,
     /// Whether the store did not take the newest: commits that wait for it go on waiting.
     pub is_failing: bool,
+}
+
+/// How far a server is with reading everything that is stored of its tenants.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct ScrubStatus {
+    /// Bytes a second that it reads at most; 0: it does not, at present.
+    pub rate_bytes: u64,
+    /// The name of the last tenant that the current pass has dealt with.
+    pub after: Option<String>,
+    /// The pass that goes on; null between two.
+    pub current: Option<ScrubPass>,
+    /// The last one that was complete.
+    pub last: Option<ScrubPass>,
+}
+
+/// What a pass has seen.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct ScrubPass {
+    /// When it began.
+    pub begun_at: String,
+    /// When it ended; null while it goes on.
+    pub ended_at: Option<String>,
+    /// Tenants that were read.
+    pub tenants: u64,
+    /// Bytes that were read.
+    pub bytes: u64,
+    /// Things that are wrong.
+    pub findings: u64,
+    /// The first of them.
+    pub found: Vec<ScrubFinding>,
+}
+
+/// Something that is stored and is not as it should be.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct ScrubFinding {
+    /// Of which tenant.
+    pub tenant: String,
+    /// The object, or the log's folder.
+    pub object: String,
+    /// What is wrong with it.
+    pub problem: String,
 }
 
 /// WAL that a server keeps though no log in the store knows of it: evidence that the store lost something.

@@ -22,6 +22,9 @@ pub struct TenantChange {
     /// Bytes of WAL that each can go back; null: however many the time brings.
     #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "given")]
     pub history_wal_bytes: Option<Option<u64>>,
+    /// Seconds after which it is verified again that a restore works: 0 is never, null as the tenant's server says.
+    #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "given")]
+    pub verify_restore_seconds: Option<Option<u64>>,
 }
 
 /// A value that is there, null among them.
@@ -79,7 +82,7 @@ mod tests {
         let change: TenantChange = serde_json::from_str(r#"{"history_seconds": 60, "history_wal_bytes": 9}"#).unwrap();
         assert_eq!((change.history_seconds, change.history_wal_bytes), (Some(Some(60)), Some(Some(9))));
         assert_eq!(
-            serde_json::to_string(&TenantChange { history_seconds: Some(None), history_wal_bytes: None }).unwrap(),
+            serde_json::to_string(&TenantChange { history_seconds: Some(None), ..TenantChange::default() }).unwrap(),
             r#"{"history_seconds":null}"#
         );
         assert!(serde_json::from_str::<TenantChange>(r#"{"history": 60}"#).is_err());

@@ -208,6 +208,10 @@ pub struct Orders {
     /// How much of the machine it may take; none of a server that does not say.
     #[serde(default)]
     pub size: Option<Size>,
+    /// Number of a check of all that is in its databases that is to be made; none of one that is not to be checked. See
+    /// [`crate::verification::CheckReport`].
+    #[serde(default)]
+    pub check: Option<u64>,
 }
 
 /// Parameters of the request for [`Orders`]: what the compute does already.
@@ -222,6 +226,9 @@ pub struct OrdersQuery {
     /// The size that it has, as [`size_text`] writes it; none of a compute that knows no sizes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub size: Option<String>,
+    /// Number of the check that it makes or has made, 0 if none; none of a compute that knows no checks.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub check: Option<u64>,
 }
 
 /// A size as it stands in [`OrdersQuery`]: equal texts are equal sizes.

@@ -22,5 +22,6 @@ pub mod refusal;
 pub mod settings;
 pub mod size;
 pub mod token;
+pub mod verification;
 
 pub use refusal::{Code, Problem, Refusal};

@@ -20,6 +20,7 @@ use crate::hosts::Hosts;
 use crate::logs::Known;
 use crate::ports::{Lost, OrphanedWal, Pageserver};
 use crate::registry::{Entry, Phase, Registry, Turns};
+use crate::verification::Verifications;
 
 /// How often it is looked what was lost, and what is still to be settled with hosts.
 const WATCH_INTERVAL: Duration = Duration::from_secs(1);
@@ -61,6 +62,8 @@ pub struct Control<P: Pageserver> {
     pub(crate) creating: Turns<TenantName>,
     /// A template is made once.
     pub(crate) templating: Turns<u32>,
+    /// Proof that restores work.
+    pub(crate) verifications: Verifications,
     /// Answers to deletions of tenants under a key: no log is left that could keep them. Key, request, answer.
     pub(crate) deletions: Mutex<VecDeque<(crate::call::Key, Deleted)>>,
 }
@@ -98,6 +101,7 @@ impl<P: Pageserver> Control<P> {
             starting: Turns::default(),
             creating: Turns::default(),
             templating: Turns::default(),
+            verifications: Verifications::default(),
             deletions: Mutex::default(),
         }))
     }
@@ -158,6 +162,7 @@ impl<P: Pageserver> Control<P> {
             url: self.config.url.clone(),
             hosts: hosts.collect(),
             lost: self.all_lost(),
+            scrub: self.pageserver.scrub_status(),
             orphaned_wal: self.pageserver.orphans().into_iter().map(orphaned).collect(),
             store_acknowledgement: self.pageserver.store_acknowledgement(),
         }
@@ -196,6 +201,7 @@ impl<P: Pageserver> Control<P> {
         }
         self.pageserver.forgive(id).await;
         self.own(id, "an operator takes it").await?;
+        self.verifications.look_soon(id, self.environment.now());
         self.show_tenant(tenant).await
     }
 
@@ -219,6 +225,11 @@ impl<P: Pageserver> Control<P> {
             Some(Err(error)) => Err(error.into()),
             None => Err(varve_api::Refusal::unavailable("the store does not answer").into()),
         }
+    }
+
+    /// Lines of the OpenMetrics text format about verifications of restores.
+    pub fn verification_figures(&self) -> String {
+        self.verifications.figures(self.environment.now())
     }
 
     /// How many computes should run, as far as is known.

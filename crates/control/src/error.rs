@@ -74,6 +74,9 @@ pub enum Error {
         /// What became of its WAL.
         kept: &'static str,
     },
+    /// A verification of a restore is under way.
+    #[error("whether a restore of tenant {0} works is being verified already: 'varve tenant show {0}' tells how far that is")]
+    Verifies(String),
     /// A compute runs on the branch whose settings are to change.
     #[error("a compute runs on {0}: change its settings there with ALTER SYSTEM, or stop it first ('varve compute stop {0}')")]
     ComputeRuns(String),
@@ -244,7 +247,7 @@ impl Error {
             Error::UnknownBranch { .. } => Code::UnknownBranch,
             Error::UnknownCompute(_) => Code::UnknownCompute,
             Error::UnknownHost(_) => Code::UnknownHost,
-            Error::AlreadyRunning { .. } | Error::ComputeRuns(_) => Code::AlreadyRunning,
+            Error::AlreadyRunning { .. } | Error::ComputeRuns(_) | Error::Verifies(_) => Code::AlreadyRunning,
             Error::NotClean { .. } => Code::NotClean,
             Error::NotStarted { .. } | Error::NoHost(_) => Code::HostUnfit,
             Error::NotBack { .. } | Error::ObjectName(_) | Error::Answer(_) | Error::Random(_) => Code::Internal,

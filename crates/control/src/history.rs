@@ -4,7 +4,7 @@ use varve_api::admin::{Deleted, Tenant};
 use varve_api::history::{History, NewSnapshot, Snapshot, TenantChange};
 use varve_postgres::{Lsn, Timestamp};
 use varve_storage::ids::{SnapshotName, TenantId, TimelineId};
-use varve_storage::tenant_log::{HistoryRow, SnapshotRow, TenantEdit, TenantError, TenantState, removed_timelines};
+use varve_storage::tenant_log::{HistoryRow, SnapshotRow, TenantEdit, TenantError, TenantState, VerifyEveryRow, removed_timelines};
 
 use crate::call::Call;
 use crate::error::{Error, quoted};
@@ -61,14 +61,23 @@ fn describe(state: &TenantState, id: TenantId, row: &SnapshotRow) -> Result<Snap
 }
 
 impl<P: Pageserver> Control<P> {
-    /// Changes how far back a tenant can go. A longer window grows from now on: what is collected does not come back.
+    /// Changes how far back a tenant can go, and how often it is verified that restores of it work. A longer window
+    /// grows from now on: what is collected does not come back.
     ///
     /// # Errors
     /// [`Error::Argument`] of a window that cannot be.
     pub async fn change_tenant(&self, call: &Call, tenant: &str, change: &TenantChange) -> Result<Tenant, Error> {
-        let TenantChange { history_seconds, history_wal_bytes } = *change;
-        if history_seconds.is_none() && history_wal_bytes.is_none() {
-            return Err(Error::argument("history_seconds", "say what is to change: history_seconds, history_wal_bytes or both"));
+        let TenantChange { history_seconds, history_wal_bytes, verify_restore_seconds } = *change;
+        let changes_history = history_seconds.is_some() || history_wal_bytes.is_some();
+        if !changes_history && verify_restore_seconds.is_none() {
+            let known = "history_seconds, history_wal_bytes or verify_restore_seconds";
+            return Err(Error::argument("history_seconds", format!("say what is to change: {known}")));
+        }
+        if let Some(Some(seconds)) = verify_restore_seconds
+            && seconds > SECONDS_MAX
+        {
+            let expected = format!("expected up to {SECONDS_MAX} seconds, 0 for never, or null for what the server says");
+            return Err(Error::argument("verify_restore_seconds", expected));
         }
         if let Some(Some(seconds)) = history_seconds
             && (seconds == 0 || seconds > SECONDS_MAX)
@@ -81,7 +90,7 @@ impl<P: Pageserver> Control<P> {
             return Err(Error::argument("history_wal_bytes", format!("expected {WAL_BYTES_MIN} bytes or more, or null for any number")));
         }
         let id = self.find(tenant).await?;
-        let log = self.own(id, "how far back it can go is changed").await?;
+        let log = self.own(id, "what it is to keep is changed").await?;
         if let Some(prior) = call.prior(&log.state())? {
             return Ok(prior);
         }
@@ -90,10 +99,22 @@ impl<P: Pageserver> Control<P> {
             let row =
                 HistoryRow { seconds: history_seconds.unwrap_or(before.seconds), wal_bytes: history_wal_bytes.unwrap_or(before.wal_bytes) };
             let text = |limit: Option<u64>, unit: &str| limit.map_or_else(|| "no limit".to_owned(), |limit| format!("{limit} {unit}"));
-            let action = format!("set history to {}, {}", text(row.seconds, "seconds"), text(row.wal_bytes, "bytes of WAL"));
-            Ok(Plan { edits: vec![TenantEdit::History(row)], action, answer: |after: &TenantState| self.describe_tenant(after, id) })
+            let (mut edits, mut actions) = (Vec::new(), Vec::new());
+            if changes_history {
+                actions.push(format!("set history to {}, {}", text(row.seconds, "seconds"), text(row.wal_bytes, "bytes of WAL")));
+                edits.push(TenantEdit::History(row));
+            }
+            if let Some(seconds) = verify_restore_seconds {
+                let every = seconds.map_or_else(|| "the server's interval".to_owned(), |seconds| format!("{seconds} seconds"));
+                actions.push(format!("set verification of restores to {every}"));
+                edits.push(TenantEdit::VerifyEvery(VerifyEveryRow { seconds }));
+            }
+            let answer = |after: &TenantState| self.describe_tenant(after, id);
+            Ok(Plan { edits, action: actions.join("; "), answer })
         };
-        self.commit(&log, call, plan).await
+        let changed = self.commit(&log, call, plan).await?;
+        self.verifications.look_soon(id, self.environment.now());
+        Ok(changed)
     }
 
     /// Lists a tenant's snapshots, by name. Takes nothing over.

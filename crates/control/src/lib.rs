@@ -36,6 +36,7 @@ mod sizes;
 mod start;
 mod templates;
 mod tenants;
+mod verification;
 mod watched;
 
 pub use call::{Call, Key};
@@ -43,3 +44,4 @@ pub use control::{Config, Control};
 pub use environment::{Environment, NoRandom, Surroundings};
 pub use error::{Error, RequestError};
 pub use start::Started;
+pub use verification::VerifyConfig;

@@ -9,7 +9,7 @@ use std::future::Future;
 use bytes::Bytes;
 use futures::stream::BoxStream;
 use varve_api::Refusal;
-use varve_api::admin::StoreAcknowledgement;
+use varve_api::admin::{ScrubStatus, StoreAcknowledgement};
 use varve_api::host::{BlockName, Walsender};
 use varve_postgres::{Lsn, Timestamp};
 use varve_storage::ids::{BranchName, TenantId, TimelineId, WriterEpoch};
@@ -129,6 +129,17 @@ pub trait Pageserver: Send + Sync + 'static {
 
     /// Collects what a tenant need not keep any more, and waits until that is done.
     fn collect(&self, tenant: TenantId) -> impl Future<Output = PortResult<()>> + Send;
+
+    /// Reads all that is stored of a tenant, and says of each object that is damaged or missing which it is and what is
+    /// wrong.
+    fn scrub(&self, _tenant: TenantId) -> impl Future<Output = PortResult<Vec<String>>> + Send {
+        std::future::ready(Ok(Vec::new()))
+    }
+
+    /// How far it is with reading what is stored of its tenants, if it does.
+    fn scrub_status(&self) -> Option<ScrubStatus> {
+        None
+    }
 
     /// Where a timeline stands, if it is open here: never opens it.
     fn live(&self, tenant: TenantId, timeline: TimelineId) -> Option<Live>;

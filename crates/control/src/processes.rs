@@ -309,17 +309,25 @@ impl<P: Pageserver> Control<P> {
     /// # Errors
     /// [`Error::NotYetKnown`].
     pub async fn orders(&self, id: &str, query: &OrdersQuery) -> Result<Orders, Error> {
-        let OrdersQuery { incarnation, server_run, size } = query;
+        let OrdersQuery { incarnation, server_run, size, check } = query;
         let (entry, incarnation) = (self.process(id)?, *incarnation);
         // After our own restart the incarnation is the compute's, until it has attached.
         let number = |status: &Status| if status.incarnation == 0 { incarnation } else { status.incarnation };
         let run = |status: &Status| format!("{}.{}", self.run, status.attach_again);
         let has_other_size = |status: &Status| size.as_ref().is_some_and(|known| *known != size_text(&status.size));
+        let has_other_check = |status: &Status| check.is_some_and(|known| status.check.is_some_and(|check| check != known));
         let is_news = |status: &Status| {
-            status.desired != Desired::Run || number(status) != incarnation || run(status) != *server_run || has_other_size(status)
+            let is_other = has_other_size(status) || has_other_check(status);
+            status.desired != Desired::Run || number(status) != incarnation || run(status) != *server_run || is_other
         };
         let status = entry.wait(&self.environment, ORDERS_WAIT, is_news).await.unwrap_or_else(|| entry.status());
-        Ok(Orders { desired: status.desired, incarnation: number(&status), server_run: run(&status), size: Some(status.size) })
+        Ok(Orders {
+            desired: status.desired,
+            incarnation: number(&status),
+            server_run: run(&status),
+            size: Some(status.size),
+            check: status.check,
+        })
     }
 
     /// A compute tells which blocks its start read: later starts of the same template get them in one batch.

@@ -12,6 +12,7 @@ use varve_api::Refusal;
 use varve_api::admin::CacheUse;
 use varve_api::host::{ComputeOrder, Desired, HostAction};
 use varve_api::size::{CurrentLimits, Size};
+use varve_api::verification::CheckReport;
 use varve_postgres::{Lsn, Timestamp};
 use varve_storage::ids::{BranchName, EndpointId, HostId, TenantId, TenantName, TimelineId, WriterEpoch};
 use varve_storage::tenant_log::{EndpointRow, TenantState};
@@ -93,6 +94,10 @@ pub(crate) struct Status {
     pub(crate) size: Size,
     /// What it may take right now, as the incarnation told last.
     pub(crate) limits: Option<CurrentLimits>,
+    /// The check that it is to make.
+    pub(crate) check: Option<u64>,
+    /// What it told of that last.
+    pub(crate) checked: Option<CheckReport>,
     /// What the host said.
     pub(crate) process: Process,
     /// The port that the host said.
@@ -134,6 +139,8 @@ impl Entry {
             bases_kept: None,
             size,
             limits: None,
+            check: None,
+            checked: None,
             process: Process::Unsaid,
             port: row.port,
             noted: false,

@@ -5,7 +5,7 @@ use varve_api::Code;
 use varve_api::admin::{Deleted, NewTenant, Tenant, TenantPassword};
 use varve_postgres::Timestamp;
 use varve_storage::edit_log::{EditLogError, read_state};
-use varve_storage::ids::{BranchName, TenantId, TenantName, TimelineId};
+use varve_storage::ids::{BranchName, Generation, TenantId, TenantName, TimelineId};
 use varve_storage::tenant_log::{
     CreateTenantError, PasswordRow, TenantEdit, TenantFacts, TenantLog, TenantState, TimelineFacts, create_tenant, delete_objects, names,
     tenant_folder,
@@ -22,6 +22,8 @@ use crate::{Control, arguments, history, moment, password};
 const SUPERUSER: &str = "postgres";
 /// Postgres timeline of a tenant's first timeline.
 const FIRST_TLI: u32 = 1;
+/// The generation that creates a tenant's log.
+const FIRST_GENERATION: Generation = Generation(1);
 /// Logs that a list reads at once.
 const READS_AT_ONCE: usize = 32;
 /// Deletions that are remembered under their keys.
@@ -39,6 +41,7 @@ impl<P: Pageserver> Control<P> {
             created_at: moment::rfc3339(Timestamp(facts.created)),
             branches: state.branch_count(),
             history: history::history(state),
+            restore_verification: self.describe_verification(state, id),
             owner: self.owner(state, id),
             problem: None,
         })
@@ -73,6 +76,7 @@ impl<P: Pageserver> Control<P> {
                     created_at: String::new(),
                     branches: 0,
                     history: varve_api::history::History::default(),
+                    restore_verification: varve_api::verification::RestoreVerification::default(),
                     owner: None,
                     problem: Some(error.to_string()),
                 })
@@ -120,6 +124,7 @@ impl<P: Pageserver> Control<P> {
         };
         self.remember(name.clone(), id);
         self.pageserver.adopt(log).await?;
+        self.verifications.look_soon(id, self.environment.now());
         tracing::info!(tenant = %name, %id, "tenant created");
         Ok(answer)
     }
@@ -158,7 +163,10 @@ impl<P: Pageserver> Control<P> {
             password,
         };
         let first = TimelineFacts { id: timeline, ancestor: None, tli: FIRST_TLI, start: template.end, created: created.0 };
-        Ok((facts, vec![TenantEdit::Timeline(first), TenantEdit::Branch { name: main, timeline }]))
+        // From its first day its log says whose it is, as each later claim does.
+        let (server, url) = (self.config.server.clone(), self.config.url.clone());
+        let owner = TenantEdit::Owner { generation: FIRST_GENERATION, server, url };
+        Ok((facts, vec![owner, TenantEdit::Timeline(first), TenantEdit::Branch { name: main, timeline }]))
     }
 
     /// The password of a tenant's superuser, as it was given last.
@@ -214,6 +222,7 @@ impl<P: Pageserver> Control<P> {
         // The name goes first: once it is free, nobody finds the objects that are left.
         names::free(&self.store, &name, id).await?;
         delete_objects(&self.store, id).await.map_err(|error: EditLogError| Error::Log(error))?;
+        self.verifications.look_soon(id, self.environment.now());
         tracing::info!(tenant = %name, %id, "tenant deleted");
         let answer = Deleted { deleted: name.to_string() };
         if let Some(key) = &call.key {

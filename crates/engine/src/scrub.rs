@@ -92,7 +92,7 @@ enum Log<S> {
 }
 
 /// What a scrub is told while it goes on.
-pub trait Watch: Send {
+pub trait Watch: Send + Sync {
     /// The tenant that is next, of so many.
     fn tenant(&mut self, name: &str, number: usize, of: usize);
 
@@ -134,6 +134,16 @@ impl<'a> Scrub<'a> {
             self.layers_of_templates().await?;
         }
         Ok(self.report)
+    }
+
+    /// Scrubs one tenant, whatever its name is. A template that was read for another tenant is not read again.
+    ///
+    /// # Errors
+    /// When the store does not answer. What is damaged is in the report.
+    pub async fn one(&mut self, id: TenantId) -> Result<Report, EngineError> {
+        self.report = Report::default();
+        self.tenant(id).await?;
+        Ok(std::mem::take(&mut self.report))
     }
 
     /// Templates that no tenant has, and what nothing refers to among the layers of all.

@@ -25,7 +25,7 @@ use tokio::task::JoinHandle;
 use varve_api::Code;
 use varve_api::admin::EventKind;
 use varve_api::client::ClientError;
-use varve_api::host::{Attach, Begin, Desired, Ended, Orders, Password};
+use varve_api::host::{Attach, Begin, Desired, Ended, Orders, OrdersQuery, size_text};
 use varve_api::size::Size;
 use varve_api::token::Token;
 use varve_postgres::control::{ClusterState, ControlFile};
@@ -33,20 +33,23 @@ use varve_postgres::{Lsn, Major};
 
 use crate::bin_dirs::{BinDirError, BinDirs};
 use crate::cache_report::{self, Reporter};
+use crate::check::Checks;
 use crate::dirs::{Dirs, Isolation};
 use crate::events::Events;
 use crate::files::Uploader;
 use crate::handover::{Handover, HandoverError};
 use crate::kept_pages::Taken;
 use crate::leftover::LeftoverError;
+use crate::password;
 use crate::postgres::{self, EmptySandbox, Postgres, PostgresError};
 use crate::rebase;
 use crate::record::{Record as _, RecordError, WriterRecord};
 use crate::reserve;
 use crate::server::{Server, is_fenced, is_transient};
-use crate::sessions::{SessionError, Sessions};
+use crate::sessions::SessionError;
 use crate::sizing;
 use crate::start::{self, MountError};
+use crate::task::AbortOnDrop;
 use crate::waiters;
 use crate::wal_gate::WalGate;
 use crate::{beneath, config};
@@ -61,13 +64,6 @@ const FAILED_STARTS_MAX: u32 = 5;
 const CONTROL_FILE_MAX: u64 = 8192;
 /// How long the server may take until it takes the end of a compute.
 const END_MAX: Duration = Duration::from_secs(60);
-/// How long a start waits for the tenant's password to be set. Whoever connects should find it set; whoever commits
-/// already waits for us to attach.
-const PASSWORD_WAIT: Duration = Duration::from_secs(2);
-/// How long setting it may take behind locks of the tenant's, once the compute is attached.
-const PASSWORD_MAX: Duration = Duration::from_secs(600);
-/// How often that is tried. Each try that is given up may hold a walsender's place for as long as the lock is there.
-const PASSWORD_TRIES: u32 = 3;
 
 /// Said of a compute whose role was brought back.
 const REPAIRED: &str = "the role 'varve' was gone or could not log in, and was brought back: Varve needs it to run this compute";
@@ -356,7 +352,7 @@ async fn begin(server: &Server, terminate: &mut Signal) -> Result<Begun, ClientE
             Ok(begin) => return Ok(Begun::Begin(Arc::new(begin))),
             Err(error) if is_transient(&error) => tracing::info!(%error, "waiting for the server"),
             // The branch moved while we began, or we are to end: the orders say which.
-            Err(error) if is_fenced(&error) => match server.orders(0, "", &Size::default()).await {
+            Err(error) if is_fenced(&error) => match server.orders(&OrdersQuery::default()).await {
                 Ok(Orders { desired: Desired::Run, .. }) => tracing::info!(%error, "beginning anew"),
                 Ok(Orders { desired: Desired::Stop | Desired::Fenced, .. }) => return Ok(Begun::Unwanted(error)),
                 Err(error) if is_transient(&error) => tracing::info!(%error, "waiting for the server"),
@@ -414,8 +410,8 @@ async fn incarnation(
     let slot = gate.as_ref().filter(|_| begin.epoch.is_some()).map(|gate| AbortOnDrop(tokio::spawn(gate.follow(postgres.sessions()))));
     let waiters = AbortOnDrop(tokio::spawn(waiters::watch(postgres.pid(), brought.asked.tenants_wal_senders())));
     // The first orders take a way to the server and back, meanwhile.
-    let orders = poll(server, begin, "", begin.size);
-    let password = set_password(postgres.sessions(), &begin.password()).await;
+    let orders = poll(server, known(begin, "", begin.size, None));
+    let password = password::set(postgres.sessions(), &begin.password()).await;
     if begin.startup_blocks.is_empty() {
         start::tell_startup_blocks(server, &mount);
     }
@@ -532,39 +528,6 @@ async fn shutdown_checkpoint(begin: &Begin, dirs: &Dirs) -> Option<Lsn> {
     }
 }
 
-/// A task that ends with what it serves.
-struct AbortOnDrop<T = ()>(JoinHandle<T>);
-
-impl<T> Drop for AbortOnDrop<T> {
-    fn drop(&mut self) {
-        self.0.abort();
-    }
-}
-
-/// Gives the superuser the tenant's password: now, or where locks or faults of the tenant's are in the way, later, by
-/// the task that this gives.
-///
-/// # Errors
-/// When our role may not do that.
-async fn set_password(sessions: &Sessions, password: &Password) -> Result<Option<AbortOnDrop>, SessionError> {
-    let error = match sessions.set_password(password, PASSWORD_WAIT).await {
-        Ok(()) => return Ok(None),
-        Err(error) if error.is_locked_out() => return Err(error),
-        Err(error) => error,
-    };
-    tracing::warn!(%error, "the tenant's password could not be set yet");
-    let (sessions, password) = (sessions.clone(), password.clone());
-    Ok(Some(AbortOnDrop(tokio::spawn(async move {
-        for _ in 0..PASSWORD_TRIES {
-            match sessions.set_password(&password, PASSWORD_MAX).await {
-                Ok(()) => return tracing::info!("the tenant's password is set"),
-                Err(error) => tracing::warn!(%error, "the tenant's password could not be set"),
-            }
-            tokio::time::sleep(BACKOFF_MAX).await;
-        }
-    }))))
-}
-
 async fn serve(
     server: &Server,
     begin: &Begin,
@@ -588,7 +551,8 @@ async fn serve(
         warnings,
     };
     let mut standby_name = begin.standby_name.clone();
-    let mut password = begin.password_number;
+    let mut password_number = begin.password_number;
+    let mut checks = Checks::new(server.clone(), begin.incarnation, postgres.sessions().clone());
     let mut server_run = String::new();
     // Nobody can have received WAL, and so acknowledged any, before the first attach.
     let mut flushed_at_start = Some(postgres.flushed_at_start());
@@ -616,6 +580,9 @@ async fn serve(
         if let Ok(Orders { size: Some(size), .. }) = &answer {
             sizes.send_if_modified(|known| std::mem::replace(known, *size) != *size);
         }
+        if let Ok(Orders { check: Some(check), .. }) = &answer {
+            checks.follow(*check);
+        }
         match answer {
             Ok(Orders { desired: Desired::Stop, .. }) => return Ok(End::Stopped { clean: true, reason: "stopped".into() }),
             Ok(Orders { desired: Desired::Fenced, .. }) => {
@@ -637,17 +604,17 @@ async fn serve(
                     }
                     Err(error) => {
                         tracing::warn!(%error, "Postgres does not say how far its WAL is");
-                        orders = poll(server, begin, &server_run, *sizes.borrow());
+                        orders = poll(server, known(begin, &server_run, *sizes.borrow(), Some(&checks)));
                         tokio::time::sleep(RETRY_WAIT).await;
                         continue;
                     }
                 }
                 match server.attach(&attach).await {
                     Ok(attached) => {
-                        if let Some(rotated) = attached.password.filter(|rotated| rotated.number > password) {
-                            password = rotated.number;
+                        if let Some(rotated) = attached.password.filter(|rotated| rotated.number > password_number) {
+                            password_number = rotated.number;
                             drop(setting_password.take());
-                            match set_password(postgres.sessions(), &rotated).await {
+                            match password::set(postgres.sessions(), &rotated).await {
                                 Ok(task) => setting_password = task,
                                 Err(error) => return Ok(End::Failed(Failure::LockedOut(error))),
                             }
@@ -684,11 +651,21 @@ async fn serve(
                 return Ok(End::Stopped { clean: false, reason: "the server does not know this compute".into() });
             }
         }
-        orders = poll(server, begin, &server_run, *sizes.borrow());
+        orders = poll(server, known(begin, &server_run, *sizes.borrow(), Some(&checks)));
     }
 }
 
-fn poll(server: &Server, begin: &Begin, server_run: &str, size: Size) -> JoinHandle<Result<Orders, ClientError>> {
-    let (server, incarnation, server_run) = (server.clone(), begin.incarnation, server_run.to_owned());
-    tokio::spawn(async move { server.orders(incarnation, &server_run, &size).await })
+/// What we know of our orders.
+fn known(begin: &Begin, server_run: &str, size: Size, checks: Option<&Checks>) -> OrdersQuery {
+    OrdersQuery {
+        incarnation: begin.incarnation,
+        server_run: server_run.to_owned(),
+        size: Some(size_text(&size)),
+        check: Some(checks.map_or(0, Checks::number)),
+    }
+}
+
+fn poll(server: &Server, known: OrdersQuery) -> JoinHandle<Result<Orders, ClientError>> {
+    let server = server.clone();
+    tokio::spawn(async move { server.orders(&known).await })
 }

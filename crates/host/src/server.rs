@@ -13,11 +13,11 @@ use serde::de::DeserializeOwned;
 use varve_api::Code;
 use varve_api::client::{Call, Client, ClientError, segment};
 use varve_api::host::{
-    Attach, Attached, Begin, BeginRequest, CacheReport, Ended, EventReport, FileVersion, LeftoverQuery, LeftoverStart, Orders, PieceKept,
-    StartupBlocks, size_text,
+    Attach, Attached, Begin, BeginRequest, CacheReport, Ended, EventReport, FileVersion, LeftoverQuery, LeftoverStart, Orders, OrdersQuery,
+    PieceKept, StartupBlocks,
 };
-use varve_api::size::Size;
 use varve_api::token::Token;
+use varve_api::verification::CheckReport;
 use varve_postgres::Lsn;
 
 /// Limit of a call that moves a `pg_wal`.
@@ -185,14 +185,23 @@ impl Server {
         self.with_newest_token(|| self.client.get(&self.path("pages")).query(&[("name", name)]).within(FILE_MAX).send_for_bytes()).await
     }
 
-    /// Waits until the orders differ from "run incarnation `incarnation`, server run `server_run`, of this size", or a
-    /// while has passed.
+    /// Waits until the orders differ from what is `known`, or a while has passed.
     ///
     /// # Errors
     /// [`ClientError`].
-    pub async fn orders(&self, incarnation: u64, server_run: &str, size: &Size) -> Result<Orders, ClientError> {
-        let (incarnation, size) = (incarnation.to_string(), size_text(size));
-        let query = [("incarnation", incarnation.as_str()), ("server_run", server_run), ("size", size.as_str())];
+    pub async fn orders(&self, known: &OrdersQuery) -> Result<Orders, ClientError> {
+        let OrdersQuery { incarnation, server_run, size, check } = known;
+        let (incarnation, check) = (incarnation.to_string(), check.unwrap_or(0).to_string());
+        let size = size.as_deref().unwrap_or_default();
+        let query = [("incarnation", incarnation.as_str()), ("server_run", server_run), ("size", size), ("check", check.as_str())];
         self.send(|| self.client.get(&self.path("orders")).query(&query).within(FILE_MAX)).await
+    }
+
+    /// Tells of a check.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub async fn check(&self, report: &CheckReport) -> Result<(), ClientError> {
+        self.post("check", report).await
     }
 }

@@ -57,6 +57,12 @@ const NO_LIBRARIES: &str = "-c session_preload_libraries= -c local_preload_libra
 const OUR_OWN: &str = "-c role=none -c default_transaction_read_only=off -c search_path=pg_catalog -c statement_timeout=0 \
                        -c lock_timeout=0 -c synchronous_commit=local";
 
+/// How long a login into a database of which nothing was read yet may take.
+const OPEN_MAX: Duration = Duration::from_secs(60);
+
+/// The databases that take connections. One whose DROP was interrupted has a limit of -2.
+const DATABASES_QUERY: &str = "SELECT datname FROM pg_database WHERE datallowconn AND datconnlimit <> -2 ORDER BY datname";
+
 /// How long a checkpoint may take.
 const CHECKPOINT_MAX: Duration = Duration::from_secs(600);
 
@@ -92,7 +98,8 @@ pub enum SessionError {
 }
 
 impl SessionError {
-    fn server(&self) -> Option<&ServerMessage> {
+    /// What Postgres said, if it did.
+    pub fn server(&self) -> Option<&ServerMessage> {
         match self {
             SessionError::Client(ClientError::Server { message, .. }) => Some(message),
             _ => None,
@@ -288,6 +295,25 @@ impl Sessions {
         let rows = self.in_a_database(work, ANSWER_MAX).await?;
         let Some(text) = rows.first().and_then(|row| row.first()).cloned().flatten() else { return Ok(None) };
         text.parse().map(Some).map_err(|_| SessionError::Position(text))
+    }
+
+    /// A session in this database that waits for each answer as long as that takes. Blocks.
+    ///
+    /// # Errors
+    /// When Postgres takes no connection, or not in time.
+    pub fn open(&self, database: &str) -> Result<Connection, SessionError> {
+        let stream = self.socket.connect().map_err(SessionError::Connect)?;
+        Ok(Connection::over(Socket::Unix(stream), &self.database(database), OPEN_MAX)?)
+    }
+
+    /// The databases that take connections, by name.
+    ///
+    /// # Errors
+    /// When Postgres does not answer.
+    pub async fn databases(&self) -> Result<Vec<String>, SessionError> {
+        let work = |connection: &mut Connection| connection.simple_query(DATABASES_QUERY);
+        let rows = self.in_a_database(work, OPEN_MAX).await?;
+        Ok(rows.into_iter().filter_map(|row| row.into_iter().next().flatten()).collect())
     }
 
     /// Does something for which any database will do. The session ends at once, so that it keeps nobody from dropping

@@ -16,6 +16,7 @@ mod ending;
 pub mod error;
 pub mod held_wal;
 pub mod page_service;
+pub mod scrubbing;
 pub mod server;
 mod ship_wal;
 pub mod source;

@@ -173,7 +173,7 @@ impl Process {
     }
 
     async fn orders(&self, world: &Arc<World>, incarnation: u64, server_run: &str) -> Result<Orders, Refusal> {
-        let (id, query) = (self.id.clone(), OrdersQuery { incarnation, server_run: server_run.to_owned(), size: None });
+        let (id, query) = (self.id.clone(), OrdersQuery { incarnation, server_run: server_run.to_owned(), size: None, check: None });
         call(world, self.about(None), |plane| async move { plane.orders(&id, &query).await }).await
     }
 

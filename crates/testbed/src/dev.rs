@@ -122,6 +122,11 @@ impl Dev {
         self.pg_bin_dirs.push(format!("{of_major}{}", dir.display()));
     }
 
+    /// Gives the server other arguments, from its next start on.
+    pub fn set_arguments(&mut self, arguments: &[&str]) {
+        self.arguments = arguments.iter().map(ToString::to_string).collect();
+    }
+
     /// The pageserver's own folder, which may be lost.
     pub fn data(&self) -> PathBuf {
         self.folder.path().join("data")

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use futures::stream::BoxStream;
-use varve_api::admin::{ShippedWal, StoreAcknowledgement};
+use varve_api::admin::{ScrubFinding, ScrubPass, ScrubStatus, ShippedWal, StoreAcknowledgement};
 use varve_api::host::BlockName;
 use varve_api::{Code, Refusal};
 use varve_control::ports::{
@@ -15,6 +15,7 @@ use varve_engine::EngineError;
 use varve_engine::moments::MomentError;
 use varve_engine::shipping::Figures;
 use varve_engine::timeline::Flushed;
+use varve_pageserver::scrubbing::{Found, Pass, Scrubber};
 use varve_pageserver::server::LeftoverWal;
 use varve_pageserver::writers::{Walsender, Writer};
 use varve_pageserver::{Pageserver, ServerError};
@@ -29,13 +30,14 @@ use varve_storage::wal_log::WalLogError;
 #[derive(Debug)]
 pub(crate) struct Door {
     pageserver: Arc<Pageserver>,
+    scrubber: Arc<Scrubber>,
     /// Address of the page service.
     page_service: String,
 }
 
 impl Door {
-    pub(crate) fn new(pageserver: Arc<Pageserver>, page_service: String) -> Door {
-        Door { pageserver, page_service }
+    pub(crate) fn new(pageserver: Arc<Pageserver>, scrubber: Arc<Scrubber>, page_service: String) -> Door {
+        Door { pageserver, scrubber, page_service }
     }
 }
 
@@ -103,6 +105,19 @@ fn rfc3339(at: Timestamp) -> String {
     time.map_or_else(|_| "that time".to_owned(), |time| time.to_string())
 }
 
+fn pass(pass: Pass) -> ScrubPass {
+    let Pass { begun, ended, tenants, bytes, findings, found } = pass;
+    let finding = |Found { tenant, object, problem }: Found| ScrubFinding { tenant, object, problem };
+    ScrubPass {
+        begun_at: rfc3339(Timestamp(begun)),
+        ended_at: ended.map(|ended| rfc3339(Timestamp(ended))),
+        tenants,
+        bytes,
+        findings,
+        found: found.into_iter().map(finding).collect(),
+    }
+}
+
 fn template(found: &varve_engine::template::Template) -> Template {
     let facts = found.facts();
     Template { name: found.name().to_owned(), pg_version: facts.cluster.major.number(), end: facts.end }
@@ -133,6 +148,20 @@ impl ports::Pageserver for Door {
 
     async fn collect(&self, tenant: TenantId) -> PortResult<()> {
         self.pageserver.collect(tenant).await.map_err(refusal)
+    }
+
+    async fn scrub(&self, tenant: TenantId) -> PortResult<Vec<String>> {
+        let found = self.pageserver.scrub(tenant).await.map_err(refusal)?;
+        Ok(found.found.into_iter().map(|finding| format!("{}: {}", finding.object, finding.problem)).collect())
+    }
+
+    fn scrub_status(&self) -> Option<ScrubStatus> {
+        let status = self.scrubber.status();
+        let rate_bytes = self.scrubber.bytes_per_second();
+        if rate_bytes == 0 && status.current.is_none() && status.last.is_none() {
+            return None;
+        }
+        Some(ScrubStatus { rate_bytes, after: status.after, current: status.current.map(pass), last: status.last.map(pass) })
     }
 
     fn live(&self, tenant: TenantId, timeline: TimelineId) -> Option<Live> {

@@ -20,9 +20,9 @@ use crate::ports::Pageserver;
 type Answer<T> = Result<Json<T>, Error>;
 
 /// A JSON body of a size.
-pub(super) struct Sent<T, const KIND: u8>(T);
+pub(super) struct Sent<T, const KIND: u8>(pub(super) T);
 
-const SMALL: u8 = 0;
+pub(super) const SMALL: u8 = 0;
 const BLOCKS: u8 = 1;
 const FILE: u8 = 2;
 const HELLO: u8 = 3;

@@ -13,6 +13,7 @@ mod internal;
 mod openapi;
 mod routes;
 mod serve;
+mod verification;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -93,6 +94,7 @@ pub fn router<P: Pageserver>(control: Arc<Control<P>>, config: Arc<HttpConfig>) 
         .route("/v1/computes/{id}/startup-blocks", post(internal::startup_blocks::<P>))
         .route("/v1/computes/{id}/cache", post(internal::cache::<P>))
         .route("/v1/computes/{id}/events", post(internal::event::<P>))
+        .route("/v1/computes/{id}/check", post(verification::check::<P>))
         .route("/v1/computes/{id}/ended", post(internal::ended::<P>))
         .route("/v1/computes/{id}/leftover-wal", get(internal::leftover_start::<P>).post(internal::take_leftover::<P>))
         .route("/v1/computes/{id}/orders", get(internal::orders::<P>))
@@ -108,6 +110,10 @@ pub fn router<P: Pageserver>(control: Arc<Control<P>>, config: Arc<HttpConfig>) 
         .route("/v1/tenants", get(routes::list_tenants::<P>).post(routes::create_tenant::<P>))
         .route("/v1/tenants/{tenant}", get(routes::show_tenant::<P>).patch(history::change_tenant::<P>).delete(routes::delete_tenant::<P>))
         .route("/v1/tenants/{tenant}/collect", post(history::collect_tenant::<P>))
+        .route(
+            "/v1/tenants/{tenant}/restore-verification",
+            get(verification::restore_verification::<P>).post(verification::verify_restore::<P>),
+        )
         .route("/v1/tenants/{tenant}/snapshots", get(history::list_snapshots::<P>).post(history::create_snapshot::<P>))
         .route("/v1/tenants/{tenant}/snapshots/{snapshot}", get(history::show_snapshot::<P>).delete(history::delete_snapshot::<P>))
         .route("/v1/tenants/{tenant}/branches", get(routes::list_branches::<P>).post(routes::create_branch::<P>))

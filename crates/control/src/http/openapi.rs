@@ -10,7 +10,7 @@ use utoipa::openapi::schema::{Object, Ref, Type};
 use utoipa::openapi::{ContentBuilder, RefOr, Required, ResponseBuilder};
 use varve_api::Problem;
 
-use super::{history, routes};
+use super::{history, routes, verification};
 
 #[derive(OpenApi)]
 #[openapi(
@@ -27,6 +27,8 @@ use super::{history, routes};
         routes::delete_tenant,
         history::change_tenant,
         history::collect_tenant,
+        verification::restore_verification,
+        verification::verify_restore,
         history::list_snapshots,
         history::create_snapshot,
         history::show_snapshot,

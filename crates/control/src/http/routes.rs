@@ -427,6 +427,8 @@ fn cache_figures(caches: &[(String, CacheUse)]) -> String {
 pub(super) async fn metrics<P: Pageserver>(State(server): State<Server<P>>) -> impl IntoResponse {
     let others = server.config.metrics.as_ref().map(|metrics| metrics()).unwrap_or_default();
     let caches = cache_figures(&server.control.caches());
-    let text = format!("{others}# TYPE varve_computes gauge\nvarve_computes {}\n{caches}# EOF\n", server.control.computes_wanted());
+    let verified = server.control.verification_figures();
+    let wanted = server.control.computes_wanted();
+    let text = format!("{others}# TYPE varve_computes gauge\nvarve_computes {wanted}\n{caches}{verified}# EOF\n");
     ([(header::CONTENT_TYPE, "application/openmetrics-text; version=1.0.0")], text)
 }

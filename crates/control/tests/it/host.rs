@@ -252,7 +252,7 @@ impl FakeHost {
             }
             let mut run = String::new();
             loop {
-                let query = &OrdersQuery { incarnation: begin.incarnation, server_run: run.clone(), size: None };
+                let query = &OrdersQuery { incarnation: begin.incarnation, server_run: run.clone(), size: None, check: None };
                 let orders = self.call(|plane| async move { plane.orders(id, query).await }).await;
                 let Ok(orders) = orders else { return };
                 if orders.desired != Desired::Run {

@@ -181,6 +181,79 @@ pub struct LeaseRow {
     pub expires: i64,
 }
 
+/// A branch that was made to see whether a restore works. It is ours, whatever its name is by now, and goes when that
+/// is known.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VerifyingRow {
+    /// Its timeline.
+    pub timeline: TimelineId,
+    /// What is verified.
+    pub of: VerifiedMoment,
+    /// Microseconds since 2000-01-01 UTC.
+    pub begun: i64,
+    /// What [`crate::tenant_log::TenantState::history_mark`] said then.
+    pub history: Option<u64>,
+}
+
+/// The moment to which a restore is verified.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VerifiedMoment {
+    /// The branch.
+    pub branch: BranchName,
+    /// The timeline in whose own history it lies.
+    pub timeline: TimelineId,
+    /// The position.
+    #[serde(with = "crate::row_fields::lsn")]
+    pub lsn: Lsn,
+    /// When the last transaction before it ended, microseconds since 2000-01-01 UTC; none before any.
+    pub time: Option<i64>,
+    /// The number from which it was drawn; none where somebody named it.
+    pub seed: Option<u64>,
+}
+
+/// What a verification of a restore came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum VerifiedOutcome {
+    /// Postgres started, and everything that was looked at is sound.
+    Sound,
+    /// Something that is stored, or that Postgres made of it, is not sound.
+    Damaged,
+    /// It could not be looked at: that says nothing of the data.
+    Failed,
+}
+
+/// The last verification of a restore.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VerifiedRow {
+    /// The row that it began with.
+    pub began: VerifyingRow,
+    /// When it ended, microseconds since 2000-01-01 UTC.
+    pub ended: i64,
+    /// What it came to.
+    pub outcome: VerifiedOutcome,
+    /// What was found, or what was in the way, in words.
+    pub problems: Vec<String>,
+    /// Milliseconds until there was a branch.
+    pub branch_ms: u64,
+    /// Milliseconds from then on until Postgres answered; none if it did not.
+    pub start_ms: Option<u64>,
+    /// Milliseconds from then on until everything was looked at; none if it was not.
+    pub check_ms: Option<u64>,
+    /// Databases that were looked at.
+    pub databases: u64,
+    /// Relations.
+    pub relations: u64,
+    /// Their pages, each of 8 KiB.
+    pub pages: u64,
+}
+
+/// How often it is verified that restores of a tenant work.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VerifyEveryRow {
+    /// Seconds; 0: never; none: as its server says.
+    pub seconds: Option<u64>,
+}
+
 /// One row.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum TenantEdit {
@@ -350,6 +423,12 @@ pub enum TenantEdit {
         #[serde(with = "crate::row_fields::lsn")]
         lsn: Lsn,
     },
+    /// It is being verified that a restore works.
+    Verifying(VerifyingRow),
+    /// It was verified. Nothing is being verified any more.
+    Verified(Box<VerifiedRow>),
+    /// How often that is to be done.
+    VerifyEvery(VerifyEveryRow),
 }
 
 /// A password of the superuser `postgres`.
@@ -366,7 +445,7 @@ pub struct PasswordRow {
 
 impl TenantEdit {
     /// How many kinds there are. A row of a kind at or above this was written by a newer release.
-    pub const KINDS: u32 = 28;
+    pub const KINDS: u32 = 31;
 }
 
 /// Who did what, when.
@@ -385,7 +464,7 @@ mod tests {
     #[test]
     fn the_last_kind_is_counted() {
         // Postcard writes a variant's number first. Whoever adds a kind after this one must count it, and name it here.
-        let last = TenantEdit::FileForgotten { timeline: TimelineId([1; 16]), path: String::new(), lsn: Lsn(1) };
+        let last = TenantEdit::VerifyEvery(VerifyEveryRow { seconds: None });
         let row = postcard::to_stdvec(&last).unwrap();
         assert_eq!(u32::from(row[0]) + 1, TenantEdit::KINDS);
     }

@@ -12,10 +12,11 @@ pub mod names;
 mod plan;
 mod retention;
 mod state;
+mod verification;
 
 pub use edit::{
     Ancestor, AuditRow, EndpointMoment, EndpointRow, FileContents, HistoryRow, LeaseRow, PasswordRow, SizeRange, SizeRow, SnapshotRow,
-    TenantEdit, TenantFacts, TimelineFacts,
+    TenantEdit, TenantFacts, TimelineFacts, VerifiedMoment, VerifiedOutcome, VerifiedRow, VerifyEveryRow, VerifyingRow,
 };
 pub use error::TenantError;
 pub use log::{

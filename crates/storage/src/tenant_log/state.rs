@@ -12,6 +12,7 @@ use super::TenantError;
 use super::edit::{
     AuditRow, EndpointRow, FileContents, HistoryRow, LeaseRow, PasswordRow, SizeRow, SnapshotRow, TenantEdit, TenantFacts, TimelineFacts,
 };
+use super::verification::Verification;
 use crate::ids::{BranchName, EndpointId, Generation, SnapshotName, TimelineId, WalLogId, WriterEpoch};
 
 /// Audit rows that are kept; older ones are in older entries of the log.
@@ -106,6 +107,7 @@ pub struct TenantState {
     /// Of endpoints that have one.
     sizes: OrdMap<EndpointId, SizeRow>,
     history: Option<HistoryRow>,
+    pub(super) verification: Verification,
     pub(super) snapshots: OrdMap<SnapshotName, Arc<SnapshotRow>>,
     timelines: HashMap<TimelineId, Arc<TimelineState>>,
     /// Removed timelines that had writers, oldest first.
@@ -464,6 +466,7 @@ impl TenantState {
                 self.change(*timeline)?.figures = Some(Figures { head: *head, size_bytes: *size_bytes });
             }
             TenantEdit::History(row) => self.history = Some(*row),
+            TenantEdit::Verifying(_) | TenantEdit::Verified(_) | TenantEdit::VerifyEvery(_) => self.verification.apply(edit),
             TenantEdit::Cutoff { timeline, lsn } => {
                 let state = self.change(*timeline)?;
                 if *lsn < state.cutoff {
@@ -556,6 +559,7 @@ impl TenantState {
         }));
         edits.extend(self.password.iter().map(|row| TenantEdit::Password(PasswordRow::clone(row))));
         edits.extend(self.history.map(TenantEdit::History));
+        edits.extend(self.verification.edits());
         // By TLI: an ancestor's is below its children's.
         let mut timelines: Vec<&TimelineState> = self.timelines().collect();
         timelines.sort_by_key(|timeline| timeline.facts.tli);

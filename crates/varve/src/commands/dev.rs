@@ -15,9 +15,10 @@ use tracing_subscriber::filter::{LevelFilter, Targets};
 use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::util::SubscriberInitExt as _;
 use varve_control::http::{HttpConfig, serve};
-use varve_control::{Config, Control, Environment};
+use varve_control::{Config, Control, Environment, VerifyConfig};
 use varve_host::agent::{self, HostConfig, TokenSource};
 use varve_pageserver::page_service::{PageService, PageServiceConfig};
+use varve_pageserver::scrubbing::Scrubber;
 use varve_pageserver::source::Source;
 use varve_pageserver::{Pageserver, PageserverConfig, ShipWal};
 use varve_storage::store::{Store, StoreConfig};
@@ -84,6 +85,32 @@ pub(crate) struct DevArgs {
     /// Seconds after which a timeline that nobody had use for is closed, and its tenant put to sleep.
     #[arg(long, default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..=1 << 24))]
     idle_seconds: u64,
+    /// How often it is verified that restores work, of each tenant that says nothing else (varve tenant set
+    /// --verify-restore): 7d, 12h, or off.
+    #[arg(long, default_value = "off", value_parser = verify_every)]
+    verify_restore: VerifyEvery,
+    /// Verifications of restores that run at once.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=64))]
+    verify_restore_at_once: u64,
+    /// Megabytes a second of the store that are read in the background, to see whether what is stored of this server's
+    /// tenants is sound; 0: none.
+    #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u64).range(0..=1 << 20))]
+    scrub_rate_mb: u64,
+}
+
+/// How often; none: never.
+#[derive(Clone, Copy, Debug)]
+struct VerifyEvery(Option<Duration>);
+
+fn verify_every(text: &str) -> Result<VerifyEvery, String> {
+    if text == "off" {
+        return Ok(VerifyEvery(None));
+    }
+    match humantime::parse_duration(text) {
+        Ok(every) if every >= Duration::from_secs(1) => Ok(VerifyEvery(Some(every))),
+        Ok(_) => Err("a second is the least: write 7d, 12h, or off".to_owned()),
+        Err(error) => Err(format!("{error}: write 7d, 12h, or off")),
+    }
 }
 
 /// When WAL goes to the store before layers do.
@@ -191,7 +218,8 @@ pub(crate) async fn run(args: DevArgs) -> anyhow::Result<()> {
         idle: Duration::from_secs(args.idle_seconds),
     })
     .await?;
-    let door = Arc::new(Door::new(pageserver.clone(), pages_address.to_string()));
+    let scrubber = Scrubber::open(pageserver.clone(), &data, args.scrub_rate_mb << 20).await;
+    let door = Arc::new(Door::new(pageserver.clone(), scrubber.clone(), pages_address.to_string()));
     let config = Config { server: pageserver.id().to_string(), url: url.clone(), version: env!("CARGO_PKG_VERSION").to_owned() };
     let control = Control::new(door, store, config, Environment::system())?;
 
@@ -206,11 +234,20 @@ pub(crate) async fn run(args: DevArgs) -> anyhow::Result<()> {
         let (control, shutdown) = (control.clone(), shutdown.clone());
         tokio::spawn(async move { control.watch(&shutdown).await })
     };
+    let verified = {
+        let (control, shutdown) = (control.clone(), shutdown.clone());
+        let config = VerifyConfig { every: args.verify_restore.0, at_once: args.verify_restore_at_once as usize };
+        tokio::spawn(async move { control.keep_verified(config, &shutdown).await })
+    };
+    let scrub = {
+        let (scrubber, shutdown) = (scrubber.clone(), shutdown.clone());
+        tokio::spawn(async move { scrubber.run(&shutdown).await })
+    };
     let http_config = HttpConfig {
         hosts: args.http_host,
         metrics: Some({
             let pageserver = pageserver.clone();
-            Arc::new(move || figures(&pageserver))
+            Arc::new(move || figures(&pageserver) + &scrubber.figures())
         }),
         ..HttpConfig::new(token.reveal().to_owned())
     };
@@ -271,6 +308,8 @@ pub(crate) async fn run(args: DevArgs) -> anyhow::Result<()> {
         let _ = http_server.await;
         let _ = page_service.await;
         let _ = watch.await;
+        let _ = verified.await;
+        let _ = scrub.await;
         if let Some(host) = host {
             let _ = host.await;
         }

@@ -13,6 +13,7 @@ mod size;
 mod snapshot;
 mod tenant;
 mod verify;
+mod verify_restore;
 mod wal;
 
 use std::process::ExitCode;
@@ -147,7 +148,7 @@ pub(crate) async fn run(cli: Cli) -> anyhow::Result<ExitCode> {
     let Common { url, json } = cli.common;
     match cli.command {
         Command::Dev(args) => dev::run(args).await?,
-        Command::Tenant(command) => tenant::run(command, &Client::new(&url)?, json).await?,
+        Command::Tenant(command) => return tenant::run(command, &Client::new(&url)?, json).await,
         Command::Snapshot(command) => snapshot::run(command, &Client::new(&url)?, json).await?,
         Command::Branch(command) => branch::run(command, &Client::new(&url)?, json).await?,
         Command::Compute(command) => compute::run(command, &Client::new(&url)?, json).await?,
@@ -157,6 +158,7 @@ pub(crate) async fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Materialize(args) => materialize::run(args, &Client::new(&url)?, json).await?,
         Command::Bench(command) => bench::run(command, &Client::new(&url)?, json).await?,
         Command::Verify(command) => return verify::run(command, &Client::new(&url)?, json).await,
+        Command::Scrub(args) if args.status => scrub::show_status(&Client::new(&url)?, json).await?,
         Command::Scrub(args) => return scrub::run(args, json).await,
         Command::Host(args) => host::run(args).await?,
         Command::ComputeProcess(args) => host::compute_process(args).await?,

@@ -9,10 +9,12 @@ use anyhow::bail;
 use clap::Args;
 use futures::future::BoxFuture;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use varve_api::admin::{ScrubStatus, Server};
 use varve_engine::scrub::{Report, Scrub, Watch};
 use varve_storage::store::{Store, StoreConfig};
 use varve_storage::threads::RuntimeThreads;
 
+use crate::client::Client;
 use crate::output;
 
 #[derive(Debug, Args)]
@@ -20,7 +22,7 @@ pub(crate) struct ScrubArgs {
     /// One tenant, by name or id; all without it.
     tenant: Option<String>,
     /// The store: a folder, or s3://bucket/prefix.
-    #[arg(long, required_unless_present = "data", conflicts_with = "data")]
+    #[arg(long, required_unless_present_any = ["data", "status"], conflicts_with = "data")]
     store: Option<String>,
     /// The folder of a server whose store is there, too.
     #[arg(long)]
@@ -28,6 +30,41 @@ pub(crate) struct ScrubArgs {
     /// Megabytes a second that are read at most; 0: as fast as it goes.
     #[arg(long, default_value_t = 0)]
     rate_mb: u64,
+    /// Read nothing: show how far the server is that reads in the background (varve dev --scrub-rate-mb).
+    #[arg(long, conflicts_with_all = ["tenant", "store", "data", "rate_mb"])]
+    pub(crate) status: bool,
+}
+
+/// Shows how far a server's own scrub is. Findings are no failure of this command: they stand in what it prints.
+pub(crate) async fn show_status(client: &Client, json: bool) -> anyhow::Result<()> {
+    let server: Server = client.get("server").await?;
+    output::print(json, &server.scrub, || server.scrub.as_ref().map_or_else(|| "this server does not scrub".to_owned(), status_words))
+}
+
+fn status_words(status: &ScrubStatus) -> String {
+    let mut text = match status.rate_bytes {
+        0 => "off at present (varve dev --scrub-rate-mb)\n".to_owned(),
+        rate => format!("at most {} a second\n", output::bytes(rate)),
+    };
+    for (name, pass) in [("current", &status.current), ("last", &status.last)] {
+        let Some(pass) = pass else { continue };
+        let ended = match (&pass.ended_at, &status.after) {
+            (Some(ended), _) => format!("ended {} ago", output::age(ended)),
+            (None, Some(after)) => format!("goes on behind tenant {after}"),
+            (None, None) => "goes on".to_owned(),
+        };
+        let read = output::bytes(pass.bytes);
+        text += &format!(
+            "{name} pass: begun {} ago, {ended}; {read} of {} tenants, {} wrong\n",
+            output::age(&pass.begun_at),
+            pass.tenants,
+            pass.findings
+        );
+        for found in &pass.found {
+            text += &format!("  WRONG {} {}: {}\n", found.tenant, found.object, found.problem);
+        }
+    }
+    text
 }
 
 /// Shows how far it is, and keeps to the rate.

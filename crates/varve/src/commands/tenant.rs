@@ -1,12 +1,15 @@
 //! `varve tenant`.
 
+use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::Subcommand;
 use reqwest::Method;
 use varve_api::admin::{NewTenant, Tenant, TenantPassword};
 use varve_api::history::{History, TenantChange};
+use varve_api::verification::RestoreVerification;
 
+use super::verify_restore::{how_far, in_words as verified_in_words};
 use crate::client::{Client, ListArgs, segment};
 use crate::output;
 use crate::output::confirm;
@@ -29,7 +32,7 @@ pub(crate) enum TenantCommand {
         /// Its name.
         name: String,
     },
-    /// Change how far back a tenant's branches can go.
+    /// Change how far back a tenant's branches can go, and how often it is verified that restores of it work.
     Set {
         /// Its name.
         name: String,
@@ -39,7 +42,13 @@ pub(crate) enum TenantCommand {
         /// How many bytes of WAL of each branch are kept at most: 50GB, 512MB, or unlimited.
         #[arg(long, value_parser = wal_bytes)]
         history_bytes: Option<Window>,
+        /// How often it is verified that a restore works: 7d, 12h, off, or default for what the server says.
+        #[arg(long, value_parser = every)]
+        verify_restore: Option<Window>,
     },
+    /// Verify that a restore works: a branch at a moment by chance is started, all that is in it is checked, and it is
+    /// deleted. The exit status is 3 when something is damaged, 1 when it could not be found out.
+    VerifyRestore(super::verify_restore::VerifyRestoreArgs),
     /// Collect at once what a tenant need not keep any more; it happens by itself, too.
     Collect {
         /// Its name.
@@ -88,6 +97,37 @@ fn wal_bytes(text: &str) -> Result<Window, String> {
     Ok(Window(Some(bytes)))
 }
 
+fn every(text: &str) -> Result<Window, String> {
+    match text {
+        "off" => Ok(Window(Some(0))),
+        "default" => Ok(Window(None)),
+        text => match humantime::parse_duration(text) {
+            Ok(time) if time.as_secs() > 0 => Ok(Window(Some(time.as_secs()))),
+            Ok(_) => Err("a second is the least: write 7d, 12h, off, or default".to_owned()),
+            Err(error) => Err(format!("{error}: write 7d, 12h, off, or default")),
+        },
+    }
+}
+
+/// How often restores are verified.
+fn how_often(every_seconds: Option<u64>) -> String {
+    match every_seconds {
+        None => "as the server says".to_owned(),
+        Some(0) => "off".to_owned(),
+        Some(seconds) => format!("every {}", humantime::format_duration(Duration::from_secs(seconds))),
+    }
+}
+
+/// What is known of restores of a tenant.
+fn restores(known: &RestoreVerification) -> String {
+    let last = match (&known.running, &known.last) {
+        (Some(running), _) => format!("is being verified; {}", how_far(running)),
+        (None, Some(last)) => format!("{} ago {}", output::age(&last.ended_at), verified_in_words(last)),
+        (None, None) => "never verified".to_owned(),
+    };
+    format!("{last}\nverification       {}", how_often(known.every_seconds))
+}
+
 /// How far back a tenant can go.
 fn in_words(history: History) -> String {
     let time = history
@@ -99,8 +139,9 @@ fn in_words(history: History) -> String {
     }
 }
 
-pub(crate) async fn run(command: TenantCommand, client: &Client, json: bool) -> anyhow::Result<()> {
-    match command {
+/// Does what is asked for; the exit status says what was found, where something was looked at.
+pub(crate) async fn run(command: TenantCommand, client: &Client, json: bool) -> anyhow::Result<ExitCode> {
+    let done = match command {
         TenantCommand::Create { name, pg_version } => {
             let body = NewTenant { name, pg_version };
             let work = client.post::<Tenant>("tenants", &body);
@@ -109,12 +150,20 @@ pub(crate) async fn run(command: TenantCommand, client: &Client, json: bool) -> 
                 format!("tenant {} (PostgreSQL {}) with branch {}/main", tenant.name, tenant.pg_version, tenant.name)
             })
         }
-        TenantCommand::Set { name, history, history_bytes } => {
+        TenantCommand::VerifyRestore(args) => return super::verify_restore::run(args, client, json).await,
+        TenantCommand::Set { name, history, history_bytes, verify_restore } => {
             let value = |window: Option<Window>| window.map(|Window(value)| value);
-            let change = TenantChange { history_seconds: value(history), history_wal_bytes: value(history_bytes) };
+            let change = TenantChange {
+                history_seconds: value(history),
+                history_wal_bytes: value(history_bytes),
+                verify_restore_seconds: value(verify_restore),
+            };
             let path = format!("tenants/{}", segment(&name));
             let tenant: Tenant = client.call(Method::PATCH, &path, Some(&change)).await?;
-            output::print(json, &tenant, || format!("tenant {} can go back {}", tenant.name, in_words(tenant.history)))
+            output::print(json, &tenant, || {
+                let often = how_often(tenant.restore_verification.every_seconds);
+                format!("tenant {} can go back {}; verification of restores: {often}", tenant.name, in_words(tenant.history))
+            })
         }
         TenantCommand::Collect { name } => {
             let path = format!("tenants/{}/collect", segment(&name));
@@ -158,13 +207,14 @@ pub(crate) async fn run(command: TenantCommand, client: &Client, json: bool) -> 
                 );
                 format!(
                     "tenant             {}\nid                 {}\nPostgreSQL         {}\nsystem identifier  {}\nbranches           {}\n\
-                     history            {}\ncreated            {}\nowner              {owner}",
+                     history            {}\nrestore            {}\ncreated            {}\nowner              {owner}",
                     t.name,
                     t.id,
                     t.pg_version,
                     t.system_identifier,
                     t.branches,
                     in_words(t.history),
+                    restores(&t.restore_verification),
                     t.created_at
                 )
             })
@@ -179,5 +229,6 @@ pub(crate) async fn run(command: TenantCommand, client: &Client, json: bool) -> 
             let answer = spinner("deleting the tenant", work).await?;
             output::print(json, &answer, || format!("tenant {name} is deleted"))
         }
-    }
+    };
+    done.map(|()| ExitCode::SUCCESS)
 }
