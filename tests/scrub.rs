@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 use serde_json::Value;
+use varve_postgres::Major;
 use varve_testbed::dev::{Dev, program, psql};
 use varve_testbed::minio::Minio;
 
@@ -45,6 +46,37 @@ fn load(dev: &Dev) -> anyhow::Result<()> {
     dev.json(&["branch", "create", "acme/child"])?;
     psql(&db, "CREATE TABLE t AS SELECT i FROM generate_series(1, 1000) i")?;
     dev.json(&["compute", "stop", "acme/main"])?;
+    Ok(())
+}
+
+#[test]
+fn wal_in_the_store_is_read_as_well() -> anyhow::Result<()> {
+    let mut dev = Dev::start_for(VARVE, Major::V15, &["--wal-to-store", "always"])?;
+    dev.json(&["tenant", "create", "acme"])?;
+    let db = dev.compute("acme/main", &[])?;
+    psql(&db, "SET synchronous_commit = remote_apply; CREATE TABLE t AS SELECT i FROM generate_series(1, 1000) i")?;
+    // Before layers have it.
+    dev.kill()?;
+    let objects = find(&dev.store(), "*/wal/*")?;
+    ensure!(objects.len() >= 2, "the beginning of a run, and WAL, are expected, found {objects:?}");
+    for path in &objects {
+        let whole = std::fs::read(path)?;
+        let name = path.strip_prefix(dev.store())?.display().to_string();
+        for at in [0, 30, whole.len() / 2, whole.len() - 1] {
+            let mut damaged = whole.clone();
+            damaged[at] ^= 1;
+            std::fs::write(path, damaged)?;
+            let (report, success) = scrub(&dev, &[])?;
+            let is_named = report["found"].as_array().is_some_and(|found| found.iter().any(|finding| finding["object"] == *name));
+            ensure!(!success && is_named, "byte {at} of {name} was changed; expected that it is named, got {report}");
+        }
+        std::fs::write(path, &whole[..whole.len() - 1])?;
+        ensure!(!scrub(&dev, &[])?.1, "{name} was cut");
+        std::fs::write(path, whole)?;
+    }
+    is_sound(&dev)?;
+    dev.run()?;
+    ensure!(psql(&db, "SELECT count(*) FROM t")? == "1000");
     Ok(())
 }
 

@@ -18,6 +18,7 @@ use varve_storage::ids::{TenantId, TimelineId};
 use varve_storage::kept_wal::KeptWal;
 use varve_storage::layer::Layer;
 use varve_storage::manifest::{LayerRow, ManifestState, timeline_folder};
+use varve_storage::shared_wal::Archive;
 use varve_storage::store::{Failure, ObjectName, Store, StoreError};
 use varve_storage::tenant_log::{FileContents, PAGES_FOLDER, TenantState, names, tenant_folder};
 use varve_storage::threads::Threads;
@@ -131,6 +132,7 @@ impl<'a> Scrub<'a> {
             self.tenant(*id).await?;
         }
         if only.is_none() {
+            self.shared_wal().await?;
             self.layers_of_templates().await?;
         }
         Ok(self.report)
@@ -144,6 +146,18 @@ impl<'a> Scrub<'a> {
         self.report = Report::default();
         self.tenant(id).await?;
         Ok(std::mem::take(&mut self.report))
+    }
+
+    /// WAL of all servers that layers may not have yet.
+    async fn shared_wal(&mut self) -> Result<(), EngineError> {
+        let archive = Archive::new(self.store.clone());
+        for listed in archive.list().await? {
+            match archive.verify(&listed.name).await {
+                Ok(bytes) => self.count(1, bytes.unwrap_or(0)).await,
+                Err(error) => self.report.find(&listed.name, &error.unless_unanswered()?),
+            }
+        }
+        Ok(())
     }
 
     /// Templates that no tenant has, and what nothing refers to among the layers of all.

@@ -3,8 +3,9 @@
 //!
 //! An object may go when every timeline in it is deleted, or its layers cover what the object has: then nobody will
 //! ever ask for it. So any server may delete any object, and twice. It is listed first, and the logs are read
-//! *afterwards*: what is covered stays so. Where a tenant's log is missing it may be lost, and the object stays. So
-//! does the newest object of another server's run, behind which a seal belongs.
+//! *afterwards*: what is covered stays so. Where a tenant's log is missing the tenant was deleted, or the log is lost:
+//! the object stays for [`UNKNOWN_AGE_MIN`]. The newest object of another server's run stays, behind which a seal
+//! belongs.
 
 use std::collections::BTreeMap;
 
@@ -19,6 +20,9 @@ use varve_storage::tenant_log::{self, TenantState};
 use crate::context::Context;
 use crate::error::EngineError;
 
+/// Age from which on nobody comes for WAL of a tenant that has no log: a week, in microseconds.
+const UNKNOWN_AGE_MIN: i64 = 7 * 24 * 3600 * 1_000_000;
+
 /// What logs say, each read once.
 struct Logs<'a> {
     context: &'a Context,
@@ -27,7 +31,8 @@ struct Logs<'a> {
 }
 
 impl Logs<'_> {
-    async fn needs(&mut self, row: &Row) -> Result<bool, EngineError> {
+    /// Whether anybody may ask for a row of an object, which is of such an age.
+    async fn needs(&mut self, row: &Row, age: i64) -> Result<bool, EngineError> {
         let store = &self.context.store;
         if let std::collections::btree_map::Entry::Vacant(entry) = self.tenants.entry(row.tenant) {
             entry.insert(tenant_log::read(store, row.tenant).await?);
@@ -35,7 +40,8 @@ impl Logs<'_> {
         match self.tenants.get(&row.tenant) {
             Some(Some(state)) if state.is_removed() || state.was_removed(row.timeline) => return Ok(false),
             Some(Some(state)) if state.timeline(row.timeline).is_ok() => {}
-            _ => return Ok(true),
+            Some(Some(_)) => return Ok(true),
+            _ => return Ok(age < UNKNOWN_AGE_MIN),
         }
         let owner = (row.tenant, row.timeline);
         let layered = match self.layered.get(&owner) {
@@ -54,6 +60,8 @@ pub(super) async fn delete(context: &Context, current: Option<u32>) -> Result<us
     let mut logs = Logs { context, tenants: BTreeMap::new(), layered: BTreeMap::new() };
     let mut gone: Vec<ObjectName> = Vec::new();
     let listed = context.archive.list().await?;
+    // By the store's own clock: some object is always new.
+    let now = listed.iter().filter_map(|listed| listed.written).max().unwrap_or(0);
     let mut newest = BTreeMap::new();
     for (wal_log, place) in listed.iter().filter_map(|listed| Archive::place(&listed.name)) {
         let number = newest.entry((wal_log, place.run)).or_insert(place.number);
@@ -80,7 +88,7 @@ pub(super) async fn delete(context: &Context, current: Option<u32>) -> Result<us
             Kind::Wal(rows) => {
                 let mut needed = false;
                 for row in rows {
-                    needed = needed || logs.needs(row).await?;
+                    needed = needed || logs.needs(row, now.saturating_sub(listed.written.unwrap_or(now))).await?;
                 }
                 needed
             }

@@ -110,6 +110,27 @@ impl Archive {
         Ok(read)
     }
 
+    /// Reads the whole of an object, and checks it. Gives its bytes; none if it is gone, as it is once layers cover it.
+    ///
+    /// # Errors
+    /// When it cannot be read, or is damaged.
+    pub async fn verify(&self, object: &ObjectName) -> Result<Option<u64>, SharedWalError> {
+        let Some(bytes) = self.store.get_optional(object).await? else { return Ok(None) };
+        let cut_off = || SharedWalError::damaged(object, "it is cut off");
+        let mut at = envelope::length_of(&bytes).filter(|length| *length <= bytes.len() as u64).ok_or_else(cut_off)? as usize;
+        let directory = Directory::decode(object, &bytes.slice(..at))?;
+        for row in directory.rows() {
+            let end = usize::try_from(row.stored_bytes).ok().and_then(|stored| at.checked_add(stored));
+            let end = end.filter(|end| *end <= bytes.len()).ok_or_else(cut_off)?;
+            Self::decode_chunk(object, row, &bytes.slice(at..end))?;
+            at = end;
+        }
+        if at < bytes.len() {
+            return Err(SharedWalError::damaged(object, format!("{} bytes follow its last chunk", bytes.len() - at)));
+        }
+        Ok(Some(bytes.len() as u64))
+    }
+
     /// Sees to it that nothing is added to the runs that `wal_log` has begun.
     ///
     /// # Errors
@@ -217,8 +238,11 @@ impl Archive {
     }
 
     async fn chunk(&self, object: &ObjectName, at: u64, row: &Row) -> Result<Stored, SharedWalError> {
-        let bytes = self.store.get_range(object, at..at + row.stored_bytes).await?;
-        let bytes = envelope::decode(&CHUNK, object.as_str(), &bytes)?.content;
+        Self::decode_chunk(object, row, &self.store.get_range(object, at..at + row.stored_bytes).await?)
+    }
+
+    fn decode_chunk(object: &ObjectName, row: &Row, stored: &Bytes) -> Result<Stored, SharedWalError> {
+        let bytes = envelope::decode(&CHUNK, object.as_str(), stored)?.content;
         if row.start + bytes.len() as u64 != row.end {
             return Err(SharedWalError::damaged(
                 object,

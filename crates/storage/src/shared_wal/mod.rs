@@ -148,7 +148,10 @@ impl SharedWalError {
     }
 
     /// The error, unless it says that the store did not answer: an object that is damaged stays so.
-    fn unless_unanswered(self) -> Result<SharedWalError, SharedWalError> {
+    ///
+    /// # Errors
+    /// When the store did not answer.
+    pub fn unless_unanswered(self) -> Result<SharedWalError, SharedWalError> {
         match self {
             SharedWalError::Envelope(_) | SharedWalError::Damaged { .. } => Ok(self),
             SharedWalError::Store(StoreError::Short { .. }) => Ok(self),

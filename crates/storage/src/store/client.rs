@@ -6,9 +6,12 @@ use std::ops::Range;
 
 use bytes::Bytes;
 use futures::FutureExt;
-use futures::future::BoxFuture;
+use futures::future::{BoxFuture, try_join_all};
 
 use super::{ClientError, ObjectName};
+
+/// Deletions that run at once.
+pub(super) const DELETES_AT_ONCE: usize = 16;
 
 /// What a put does where the name is taken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -67,6 +70,17 @@ pub trait ObjectClient: Send + Sync + fmt::Debug {
 
     /// Removes an object; one that does not exist counts as removed.
     fn delete<'a>(&'a self, name: &'a ObjectName) -> BoxFuture<'a, Result<(), ClientError>>;
+
+    /// Removes objects, in as few requests as the store allows. After an error any of them may be there yet.
+    fn delete_many<'a>(&'a self, names: &'a [ObjectName]) -> BoxFuture<'a, Result<(), ClientError>> {
+        async move {
+            for some in names.chunks(DELETES_AT_ONCE) {
+                try_join_all(some.iter().map(|name| self.delete(name))).await?;
+            }
+            Ok(())
+        }
+        .boxed()
+    }
 
     /// All objects below `prefix`, which names a folder.
     fn list<'a>(&'a self, prefix: &'a ObjectName) -> BoxFuture<'a, Result<Vec<Listed>, ClientError>>;

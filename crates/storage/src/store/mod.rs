@@ -23,7 +23,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use futures::future::try_join_all;
 
 pub use blocking::BlockingStore;
 pub use client::{Listed, ObjectClient, PageRequest, PutMode};
@@ -34,8 +33,8 @@ use crate::threads::Threads;
 
 /// Attempts at a request before its error is given to the caller.
 pub const ATTEMPTS_MAX: u32 = 6;
-/// Deletions that run at once.
-const DELETES_AT_ONCE: usize = 16;
+/// Objects that one request may delete: what S3 allows.
+const DELETES_MAX: usize = 1000;
 /// Pause after the first failed attempt; it doubles with each.
 const PAUSE_FIRST: Duration = Duration::from_millis(50);
 /// Longest pause between two attempts.
@@ -225,10 +224,14 @@ impl Store {
         }
     }
 
-    /// Removes all of `names`, a few at a time; none needs to exist.
+    /// Removes all of `names`, up to a thousand in a request; none needs to exist.
     pub async fn delete_all(&self, names: &[ObjectName]) -> Result<(), StoreError> {
-        for some in names.chunks(DELETES_AT_ONCE) {
-            try_join_all(some.iter().map(|name| self.delete(name))).await?;
+        for some in names.chunks(DELETES_MAX) {
+            let Some(first) = some.first() else { continue };
+            let mut attempts = Attempts::default();
+            while let Err(error) = self.client.delete_many(some).await {
+                self.pause_or_fail("delete", first, error, &mut attempts).await?;
+            }
         }
         Ok(())
     }

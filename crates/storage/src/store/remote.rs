@@ -12,14 +12,15 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use futures::future::BoxFuture;
-use futures::{FutureExt, TryStreamExt};
+use futures::future::{BoxFuture, try_join_all};
+use futures::{FutureExt, StreamExt, TryStreamExt, stream};
 use object_store::aws::{AmazonS3Builder, AmazonS3ConfigKey};
 use object_store::client::{HttpError, HttpErrorKind};
 use object_store::list::{PaginatedListOptions, PaginatedListStore};
 use object_store::local::LocalFileSystem;
 use object_store::{ClientOptions, GetOptions, ObjectStore, ObjectStoreExt, PutOptions, RetryConfig, path};
 
+use super::client::DELETES_AT_ONCE;
 use super::{ClientError, Failure, Listed, ObjectClient, ObjectName, PageRequest, PutMode, StoreConfig, StoreError};
 
 /// A request that has brought nothing for this long has failed.
@@ -34,6 +35,8 @@ const BUCKET_PAGE_MAX: usize = 1000;
 #[derive(Debug)]
 pub(super) struct Remote {
     inner: Arc<dyn ObjectStore>,
+    /// Deletes many objects in one request (S3's `DeleteObjects`).
+    bulk: Option<Arc<dyn ObjectStore>>,
     /// Empty, or what stands before every name, with a slash at its end.
     prefix: String,
     paging: Paging,
@@ -76,7 +79,7 @@ impl Remote {
         let absolute = root.canonicalize().map_err(|e| config(format!("its absolute path cannot be found ({e})")))?;
         let inner = LocalFileSystem::new_with_prefix(&absolute).map_err(|e| config(e.to_string()))?;
         let inner = Arc::new(inner.with_fsync(true).with_automatic_cleanup(true));
-        Ok((Remote { inner, prefix: String::new(), paging: Paging::Folder(absolute.clone()) }, absolute))
+        Ok((Remote { inner, bulk: None, prefix: String::new(), paging: Paging::Folder(absolute.clone()) }, absolute))
     }
 
     /// The bucket and prefix that `location` (`s3://bucket/prefix`), parsed as `url`, names, reached as `config` says.
@@ -100,11 +103,12 @@ impl Remote {
         let plain_http = config.variables.iter().any(|(name, value)| name.contains("ENDPOINT") && value.starts_with("http://"));
         let client = ClientOptions::new().with_timeout(REQUEST_TIMEOUT).with_connect_timeout(CONNECT_TIMEOUT).with_allow_http(plain_http);
         let retries = RetryConfig { max_retries: 0, ..RetryConfig::default() };
-        let builder = builder.with_client_options(client).with_retry(retries).with_disable_bulk_delete(true).with_bucket_name(bucket);
-        let inner = Arc::new(builder.build().map_err(|e| bad(e.to_string()))?);
+        let builder = builder.with_client_options(client).with_retry(retries).with_bucket_name(bucket);
+        let bulk = builder.clone().with_disable_bulk_delete(false).build().map_err(|e| bad(e.to_string()))?;
+        let inner = Arc::new(builder.with_disable_bulk_delete(true).build().map_err(|e| bad(e.to_string()))?);
         let prefix = if prefix.is_empty() { String::new() } else { format!("{prefix}/") };
         let paging = Paging::Bucket(inner.clone());
-        Ok(Remote { inner, prefix, paging })
+        Ok(Remote { inner, bulk: Some(Arc::new(bulk)), prefix, paging })
     }
 
     fn path(&self, name: &ObjectName) -> path::Path {
@@ -149,6 +153,25 @@ impl ObjectClient for Remote {
                 Err(error) if error.failure != Failure::NotFound => Err(error),
                 _ => Ok(()),
             }
+        }
+        .boxed()
+    }
+
+    fn delete_many<'a>(&'a self, names: &'a [ObjectName]) -> BoxFuture<'a, Result<(), ClientError>> {
+        async move {
+            if let Some(bulk) = self.bulk.as_ref().filter(|_| names.len() > 1) {
+                let paths: Vec<_> = names.iter().map(|name| Ok(self.path(name))).collect();
+                let deleted: Result<Vec<_>, _> = bulk.delete_stream(stream::iter(paths).boxed()).try_collect().await;
+                // Not every store that speaks S3 has this request. What it did is done, and may be done again.
+                match deleted {
+                    Ok(_) => return Ok(()),
+                    Err(error) => tracing::debug!(%error, "objects were not deleted together, each is by itself"),
+                }
+            }
+            for some in names.chunks(DELETES_AT_ONCE) {
+                try_join_all(some.iter().map(|name| self.delete(name))).await?;
+            }
+            Ok(())
         }
         .boxed()
     }
