@@ -515,6 +515,7 @@ fn wal_that_cannot_be_uploaded_is_not_let_go_of() -> anyhow::Result<()> {
     dev.stop()?;
     dev.wipe()?;
     dev.run()?;
+    dev.json(&["tenant", "take", "acme"])?;
     let from_store = matched(&dev, &["wal", "acme/main"])?;
     expect(&from_store, "gaps", 0);
     expect(&from_store, "from", from_log["from"].clone());

@@ -26,7 +26,7 @@ use crate::pages::is_of_pages;
 use crate::ports::{AttachWriter, EpochStart, Moment, Pageserver};
 use crate::registry::{Entry, Phase, Process, Status, host_of};
 use crate::sizes::size_of;
-use crate::{Control, arguments, moment};
+use crate::{Control, arguments, moment, verification};
 
 /// How often a begin follows a branch that is restored or renamed meanwhile.
 const BEGIN_TRIES: u32 = 10;
@@ -168,7 +168,8 @@ impl<P: Pageserver> Control<P> {
             tablespace_locations: places.tablespaces,
             catalog_version: places.catalog_version,
             startup_blocks: places.startup_blocks,
-            settings: entry.settings(),
+            // The entry of a temporary branch knows them only as long as this process lives.
+            settings: if state.is_verifying(beginning.timeline) { verification::run::settings().into_iter().collect() } else { entry.settings() },
             pages,
             size: size_of(&state, entry.id),
         })

@@ -160,6 +160,17 @@ impl<'a> Scrub<'a> {
         Ok(())
     }
 
+    /// What a store says of one object that it does not give; passes on what is wrong with the store. A disk that
+    /// cannot read a file has damaged it; a bucket that answers late, or not us, has not.
+    fn unless_unreadable(&self, error: StoreError) -> Result<String, EngineError> {
+        let is_bucket = self.store.folder().is_none();
+        match error.failure() {
+            Some(Failure::Unreachable | Failure::StoreMissing) => Err(error.into()),
+            Some(Failure::Other | Failure::AccessDenied) if is_bucket => Err(error.into()),
+            _ => Ok(error.to_string()),
+        }
+    }
+
     /// Templates that no tenant has, and what nothing refers to among the layers of all.
     async fn layers_of_templates(&mut self) -> Result<(), EngineError> {
         let mut listed: BTreeMap<ObjectName, u64> =
@@ -303,7 +314,7 @@ impl<'a> Scrub<'a> {
         let bytes = match self.store.get_optional(&row.object).await {
             Ok(Some(bytes)) => bytes,
             Ok(None) => return Ok(Some("the manifest names it, and it is not there: restore it from a copy of the store".to_owned())),
-            Err(error) => return unless_unreadable(error).map(Some),
+            Err(error) => return self.unless_unreadable(error).map(Some),
         };
         self.report.layers += 1;
         self.report.bytes += bytes.len() as u64;
@@ -332,7 +343,7 @@ impl<'a> Scrub<'a> {
             }
             Ok(None) => self.report.find(object, "the tenant's log names it, and it is not there: restore it from a copy of the store"),
             Err(error) => {
-                let problem = unless_unreadable(error)?;
+                let problem = self.unless_unreadable(error)?;
                 self.report.find(object, &problem);
             }
         }
@@ -435,13 +446,5 @@ fn unless_damaged(error: EditLogError) -> Result<(), EngineError> {
     match error {
         EditLogError::Store(error) => Err(error.into()),
         _ => Ok(()),
-    }
-}
-
-/// What a store says of one object that it does not give; passes on what is wrong with the store.
-fn unless_unreadable(error: StoreError) -> Result<String, EngineError> {
-    match error.failure() {
-        Some(Failure::Unreachable | Failure::StoreMissing) => Err(error.into()),
-        _ => Ok(error.to_string()),
     }
 }

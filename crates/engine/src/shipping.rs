@@ -19,8 +19,8 @@
 
 mod former;
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -29,7 +29,7 @@ use tokio::sync::Notify;
 use tokio::time::Instant;
 use varve_postgres::Lsn;
 use varve_storage::ids::{Generation, TenantId, TimelineId};
-use varve_storage::shared_wal::{Chunk, Encoded, OBJECT_BYTES_MAX, Put, Row, Run, SharedWalError};
+use varve_storage::shared_wal::{Chunk, Encoded, OBJECT_BYTES_MAX, Put, ROWS_MAX, Row, Run, SharedWalError};
 use varve_storage::store::ObjectName;
 use varve_storage::timeline::Position;
 use varve_storage::wal_log::WalLogError;
@@ -44,8 +44,8 @@ pub const GATHER_MAX: Duration = Duration::from_millis(250);
 const SHARE_MIN: usize = 64 * 1024;
 /// How often it is looked for objects that layers cover.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(10);
-/// How often it is looked for what former processes left.
-const FORMER_INTERVAL: Duration = Duration::from_secs(3600);
+/// How long it sleeps while there is nothing.
+const IDLE_INTERVAL: Duration = Duration::from_secs(3600);
 /// Pause after a first failure; it doubles with each, up to [`PAUSE_MAX`].
 const PAUSE_FIRST: Duration = Duration::from_millis(100);
 /// See [`PAUSE_FIRST`].
@@ -58,7 +58,7 @@ type Owner = (TenantId, TimelineId);
 pub struct Shipping {
     is_on: bool,
     /// Timelines that have WAL which is to go. One that is closed has none: all of it is in layers.
-    waiting: Mutex<BTreeMap<Owner, Weak<LiveTimeline>>>,
+    waiting: Mutex<Vec<Weak<LiveTimeline>>>,
     /// Bytes that came since the last object was begun.
     bytes: AtomicU64,
     /// Whether a commit waits for the store.
@@ -68,6 +68,8 @@ pub struct Shipping {
     /// How far layers cover timelines of which there are objects.
     covered: Mutex<HashMap<Owner, Lsn>>,
     figures: Mutex<Figures>,
+    /// Number of the run that is written; 0: none.
+    current_run: AtomicU32,
 }
 
 /// What was shipped since the process began.
@@ -101,6 +103,7 @@ impl Shipping {
             hurry: Notify::new(),
             covered: Mutex::default(),
             figures: Mutex::default(),
+            current_run: AtomicU32::new(0),
         }
     }
 
@@ -122,7 +125,7 @@ impl Shipping {
     /// A timeline has so many bytes more that are to go.
     pub(crate) fn add(&self, live: &Arc<LiveTimeline>, bytes: u64) {
         if !live.ship_scheduled().swap(true, Ordering::SeqCst) {
-            self.waiting.lock().insert((live.tenant(), live.id()), Arc::downgrade(live));
+            self.waiting.lock().push(Arc::downgrade(live));
             self.news.notify_one();
         }
         if self.bytes.fetch_add(bytes, Ordering::SeqCst) + bytes >= OBJECT_BYTES_MAX as u64 {
@@ -158,20 +161,23 @@ enum ShipError {
     Engine(#[from] EngineError),
 }
 
-/// Puts WAL into the store, until it is dropped.
+/// Puts WAL into the store, until it is dropped, and looks after what is there of former processes.
 pub async fn run(context: Arc<Context>) {
     if !context.shipping.is_on() {
         return std::future::pending().await;
     }
+    tokio::join!(ship(context.clone()), former::keep_deleted(context));
+}
+
+async fn ship(context: Arc<Context>) {
     let mut shipper = Shipper {
         context,
         run: None,
         checked: BTreeMap::new(),
-        turn: VecDeque::new(),
+        turn: Turn::default(),
         pending: None,
         objects: VecDeque::new(),
         swept: Instant::now(),
-        looked: None,
     };
     let mut pause = None;
     loop {
@@ -204,22 +210,47 @@ struct Shipper {
     run: Option<Run>,
     /// Tenants that were ours, in that generation, after the run had begun.
     checked: BTreeMap<TenantId, Generation>,
-    /// Timelines that have something, whose turn is next first.
-    turn: VecDeque<Arc<LiveTimeline>>,
+    /// Timelines that have something.
+    turn: Turn,
     /// An object of which it is not known yet whether it is in the store: no other one may have its number.
     pending: Option<(Encoded, Ends)>,
     /// Objects of this process that are needed, oldest first.
     objects: VecDeque<(ObjectName, Vec<Row>)>,
     swept: Instant,
-    /// When it was looked for what former processes left.
-    looked: Option<Instant>,
+}
+
+/// Timelines that take turns, each once, whose turn is next first.
+#[derive(Default)]
+struct Turn {
+    order: VecDeque<Arc<LiveTimeline>>,
+    /// Which are in it, by address: of one that was closed and opened anew both may be.
+    members: BTreeSet<usize>,
+}
+
+impl Turn {
+    fn push(&mut self, live: Arc<LiveTimeline>) {
+        if self.members.insert(Arc::as_ptr(&live) as usize) {
+            self.order.push_back(live);
+        }
+    }
+
+    fn pop(&mut self) -> Option<Arc<LiveTimeline>> {
+        let live = self.order.pop_front()?;
+        self.members.remove(&(Arc::as_ptr(&live) as usize));
+        Some(live)
+    }
+
+    fn retain(&mut self, mut has_more: impl FnMut(&LiveTimeline) -> bool) {
+        let Turn { order, members } = self;
+        order.retain(|live| has_more(live) || !members.remove(&(Arc::as_ptr(live) as usize)));
+    }
 }
 
 impl Shipper {
     /// Waits until there is something to do.
     async fn wait(&self) {
         let shipping = &self.context.shipping;
-        if self.pending.is_none() && self.turn.is_empty() {
+        if self.pending.is_none() && self.turn.order.is_empty() {
             let sweep = self.next_look().saturating_duration_since(Instant::now());
             tokio::select! {
                 biased;
@@ -239,14 +270,14 @@ impl Shipper {
     }
 
     fn next_look(&self) -> Instant {
-        let former = self.looked.map_or(self.swept, |looked| looked + FORMER_INTERVAL);
-        if self.objects.is_empty() { former } else { former.min(self.swept + SWEEP_INTERVAL) }
+        self.swept + if self.objects.is_empty() { IDLE_INTERVAL } else { SWEEP_INTERVAL }
     }
 
     async fn step(&mut self) -> Result<(), ShipError> {
         while let Some(pending) = self.next_object().await? {
             self.put(pending).await?;
-            if !self.context.shipping.is_due() {
+            // Whoever is behind is not kept waiting.
+            if !self.context.shipping.is_due() && self.turn.order.is_empty() {
                 break;
             }
         }
@@ -263,16 +294,18 @@ impl Shipper {
         shipping.bytes.store(0, Ordering::SeqCst);
         shipping.is_awaited.store(false, Ordering::SeqCst);
         let waiting = std::mem::take(&mut *shipping.waiting.lock());
-        for live in waiting.into_values().filter_map(|live| live.upgrade()) {
+        for live in waiting.into_iter().filter_map(|live| live.upgrade()) {
             live.ship_scheduled().store(false, Ordering::SeqCst);
-            self.turn.push_back(live);
+            self.turn.push(live);
         }
         self.turn.retain(|live| live.positions().stored() < live.sure_end() && !live.is_closing());
-        if self.turn.is_empty() {
+        if self.turn.order.is_empty() {
             return Ok(None);
         }
         if self.run.is_none() {
-            self.run = Some(Run::begin(&self.context.store, self.context.wal_log).await?);
+            let run = Run::begin(&self.context.store, self.context.wal_log).await?;
+            shipping.current_run.store(run.number(), Ordering::SeqCst);
+            self.run = Some(run);
             self.checked.clear();
         }
         let picked = self.pick().await?;
@@ -293,37 +326,52 @@ impl Shipper {
             .await
             .map_err(EngineError::from)?;
         self.run = Some(run);
-        Ok(Some((encoded?, ends)))
+        match encoded {
+            Ok(encoded) => Ok(Some((encoded, ends))),
+            Err(error) => {
+                ends.into_iter().for_each(|(live, _)| self.turn.push(live));
+                Err(error.into())
+            }
+        }
     }
 
     /// What the next object has: a share of each timeline whose turn it is.
     async fn pick(&mut self) -> Result<Vec<(Arc<LiveTimeline>, Chunk)>, ShipError> {
-        let share = (OBJECT_BYTES_MAX / self.turn.len()).max(SHARE_MIN);
+        let waiting = self.turn.order.len();
+        let share = (OBJECT_BYTES_MAX / waiting.max(1)).max(SHARE_MIN);
         let mut room = OBJECT_BYTES_MAX;
-        let mut picked = Vec::new();
-        for _ in 0..self.turn.len() {
-            if room == 0 {
+        let (mut picked, mut failed): (Vec<(Arc<LiveTimeline>, Chunk)>, Option<EngineError>) = (Vec::new(), None);
+        for _ in 0..waiting {
+            if room == 0 || picked.len() >= ROWS_MAX {
                 break;
             }
-            let Some(live) = self.turn.pop_front() else { break };
-            match self.is_ours(&live).await {
-                Ok(true) => {}
+            let Some(live) = self.turn.pop() else { break };
+            let read = match self.is_ours(&live).await {
+                Ok(true) => self.read(&live, share.min(room)).await,
                 Ok(false) => continue,
+                Err(error) => Err(error),
+            };
+            match read {
+                Ok(Some(chunk)) => {
+                    room = room.saturating_sub(chunk.bytes.len());
+                    if chunk.end() < live.sure_end() {
+                        self.turn.push(live.clone());
+                    }
+                    picked.push((live, chunk));
+                }
+                Ok(None) => {}
+                // It is nobody else's trouble.
                 Err(error) => {
-                    self.turn.push_front(live);
-                    picked.into_iter().for_each(|(live, _)| self.turn.push_back(live));
-                    return Err(error.into());
+                    tracing::debug!(timeline = live.name(), %error, "its WAL does not go to the store now");
+                    self.turn.push(live);
+                    failed = Some(error);
                 }
-            }
-            if let Some(chunk) = self.read(&live, share.min(room)).await? {
-                room = room.saturating_sub(chunk.bytes.len());
-                if chunk.end() < live.sure_end() {
-                    self.turn.push_back(live.clone());
-                }
-                picked.push((live, chunk));
             }
         }
-        Ok(picked)
+        match failed {
+            Some(error) if picked.is_empty() => Err(error.into()),
+            _ => Ok(picked),
+        }
     }
 
     /// Whether the tenant is still ours, as of after the run began.
@@ -409,7 +457,7 @@ impl Shipper {
     /// This run takes nothing more; what was to go into it goes into the next.
     fn begin_anew(&mut self, ends: Ends) {
         self.run = None;
-        ends.into_iter().for_each(|(live, _)| self.turn.push_back(live));
+        ends.into_iter().for_each(|(live, _)| self.turn.push(live));
     }
 
     /// Deletes objects that layers cover.
@@ -422,16 +470,6 @@ impl Shipper {
             let mut figures = self.context.shipping.figures.lock();
             figures.deleted_objects += gone.len() as u64;
             figures.held_objects = self.objects.iter().filter(|(_, rows)| !rows.is_empty()).count() as u64;
-        }
-        if self.looked.is_none_or(|looked| now.duration_since(looked) >= FORMER_INTERVAL) {
-            self.looked = Some(now);
-            let run = self.run.as_ref().map(Run::number);
-            match former::delete(&self.context, run).await {
-                Ok(0) => {}
-                Ok(deleted) => tracing::info!(deleted, "objects of WAL that layers cover, of former processes, are deleted"),
-                // They are looked through again; nothing but space depends on it.
-                Err(error) => tracing::warn!(%error, "objects of WAL of former processes were not looked through"),
-            }
         }
         Ok(())
     }

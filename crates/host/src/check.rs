@@ -32,6 +32,8 @@ const PROBLEMS_MAX: usize = 40;
 const WORDS_MAX: usize = 250;
 /// Rows of one table that are told.
 const ROWS_MAX: usize = 5;
+/// How long a lock of a relation is waited for, and how long one may be looked at.
+const LIMITS: [&str; 2] = ["SET lock_timeout = '60s'", "SET statement_timeout = '6h'"];
 /// Relations that are listed at once.
 const RELATIONS_AT_ONCE: usize = 5000;
 /// What Postgres calls damage: damaged data, a damaged index, and its own faults.
@@ -241,6 +243,10 @@ impl Look<'_> {
 
     fn at_relations(&mut self, with_shared: bool) -> Result<(), Over> {
         let amcheck = self.extension("amcheck")?;
+        // A transaction that was prepared may hold any lock, and an index may compute anything.
+        for limit in LIMITS {
+            self.ask("the session", limit, &SURE_DAMAGE)?.ok_or(Over)?;
+        }
         let mut last = "0".to_owned();
         loop {
             let shared = if with_shared { "" } else { " AND NOT c.relisshared" };
@@ -279,7 +285,7 @@ impl Look<'_> {
         }
         let what = format!("{} {name}", if is_index { "index" } else { "relation" });
         let sql = match (kind.as_str(), method.as_str()) {
-            ("i", "btree") => format!("SELECT {amcheck}.bt_index_check('{oid}', true)"),
+            ("i", "btree") => format!("SELECT {amcheck}.bt_index_check('{oid}'::regclass, true)"),
             ("i", _) => {
                 let schema = match self.prewarm.clone() {
                     Some(schema) => schema,
@@ -288,7 +294,9 @@ impl Look<'_> {
                 self.prewarm = Some(schema.clone());
                 format!("SELECT {schema}.pg_prewarm('{oid}', 'buffer')")
             }
-            (_, "heap") => format!("SELECT blkno, offnum, attnum, msg FROM {amcheck}.verify_heapam('{oid}', false, true)"),
+            (_, "heap") => {
+                format!("SELECT blkno, offnum, attnum, left(msg, 1000) FROM {amcheck}.verify_heapam('{oid}', false, true) LIMIT {ROWS_MAX}")
+            }
             // A sequence, or a table of another kind.
             _ => format!("SELECT count(*) FROM {name}"),
         };

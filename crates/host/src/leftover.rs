@@ -65,7 +65,10 @@ impl Leftover {
             let wal = Segments { folder: self.pg_wal.clone() };
             let looked = wal.clone();
             let end = tokio::task::spawn_blocking(move || looked.end(major, start)).await.map_err(io::Error::other)??;
-            if end > start {
+            let held = wal.clone();
+            // With nothing more than the pageserver has this says that there is nothing more.
+            let is_all = end > start || tokio::task::spawn_blocking(move || held.ends_with(start)).await.map_err(io::Error::other)??;
+            if is_all {
                 tracing::info!(%start, %end, "what Postgres had in its pg_wal is sent to the pageserver");
                 let query = LeftoverQuery { start: Some(start.to_string()), end: Some(end.to_string()), ..query };
                 server.leftover(&query, wal.stream(start, end)).await?;
@@ -118,6 +121,11 @@ impl Segments {
         }
         bytes.truncate(read);
         Ok(bytes.into())
+    }
+
+    /// Whether the byte before `at` is there.
+    fn ends_with(&self, at: Lsn) -> io::Result<bool> {
+        Ok(self.open(Lsn(at.0.saturating_sub(1)))?.is_some())
     }
 
     /// Where the last whole record ends that joins on to `start`.

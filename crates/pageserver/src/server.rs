@@ -399,6 +399,8 @@ impl Pageserver {
             }
         }
         let framed = stream.framed();
+        // Only then may its host forget it.
+        live.wait_tail().await.map_err(|error| failed(error.into()))?;
         tracing::info!(timeline = live.name(), %framed, "what a compute that was killed had in its pg_wal is here");
         Ok(framed)
     }

@@ -111,8 +111,13 @@ async fn is_served(world: &Arc<World>, state: &TenantState, branch: &BranchName,
         world.counts.add(Kind::TailGivenUp);
         steward::restore(world, branch, Moment::Lsn(head)).await?;
     }
+    let before = world.learn().await.branch(branch.as_str()).map_err(EngineError::from)?.facts.id;
     let compute = steward::ensure_running(world, branch, false).await?;
     let timeline = world.learn().await.branch(branch.as_str()).map_err(EngineError::from)?.facts.id;
+    if before != timeline {
+        // A restore that nobody heard of came through only now.
+        return Err(EngineError::BranchMoved { branch: branch.clone(), timeline: before }.into());
+    }
     if compute.timeline != timeline {
         world.violate(format!("{branch} is {timeline}, and its compute serves {}", compute.timeline));
     }

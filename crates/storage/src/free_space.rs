@@ -252,7 +252,10 @@ impl<H: History + ?Sized> Reader<'_, H> {
                 let key = Key::free_space_notes(self.node, number);
                 if let Some(value) = self.history.get(key, self.lsn)? {
                     let slots = decode_at(key, &value, self.lsn)?;
-                    look_at_heap(self.history, self.node, &self.main, number, &slots, self.lsn, page)?;
+                    // The map is a hint: a heap page that cannot be made keeps nobody from reading it.
+                    if let Err(error) = look_at_heap(self.history, self.node, &self.main, number, &slots, self.lsn, page) {
+                        tracing::warn!(relation = %self.node, %error, "free space of pages that cannot be read is not in the map");
+                    }
                 }
             }
             MapPage::Middle(number) => {

@@ -22,6 +22,7 @@ use varve_pageserver::{Pageserver, ServerError};
 use varve_postgres::{Lsn, Major, Timestamp};
 use varve_storage::edit_log::EditLogError;
 use varve_storage::ids::{BranchName, TenantId, TimelineId, WriterEpoch};
+use varve_storage::shared_wal::SharedWalError;
 use varve_storage::tenant_log::{FileContents, TenantError, TenantLog, names::NameError};
 use varve_storage::timeline::WaitError;
 use varve_storage::wal_log::WalLogError;
@@ -62,6 +63,7 @@ fn engine_code(error: &EngineError) -> Code {
         EngineError::Log(EditLogError::Fenced { .. }) | EngineError::NotOwner { .. } => Code::NotOwner,
         EngineError::Log(EditLogError::Unconfirmed { .. } | EditLogError::Stopped { .. } | EditLogError::Store(_))
         | EngineError::Store(_) => Code::Unavailable,
+        EngineError::SharedWal(SharedWalError::Store(_)) => Code::Unavailable,
         // A full disk, for one: space may come back.
         EngineError::WalLog(WalLogError::Io { .. }) => Code::Unavailable,
         EngineError::Wait(WaitError::Deadline { .. } | WaitError::Closing { .. })

@@ -12,7 +12,7 @@
 //! [`run`] has the steps, [`schedule`] what happens by itself.
 
 mod moments;
-mod run;
+pub(crate) mod run;
 mod schedule;
 
 use std::collections::BTreeMap;

@@ -52,8 +52,9 @@ const MEMORY_BYTES: Between = Between { min: 256 << 20, max: 1 << 30 };
 /// Settings of the compute, over those of the branch. It must not take part in what the branch's own compute does: a
 /// subscription would take from the publisher what that one waits for, and jobs would run twice. And it has little
 /// memory.
-const SETTINGS: [(&str, &str); 7] = [
+const SETTINGS: [(&str, &str); 8] = [
     ("max_logical_replication_workers", "0"),
+    ("max_worker_processes", "0"),
     ("cron.launch_active_jobs", "off"),
     ("autovacuum", "off"),
     ("shared_buffers", "64MB"),
@@ -61,6 +62,11 @@ const SETTINGS: [(&str, &str); 7] = [
     ("work_mem", "16MB"),
     ("jit", "off"),
 ];
+
+/// The settings with which the compute of a temporary branch starts, whoever starts it.
+pub(crate) fn settings() -> BTreeMap<String, String> {
+    SETTINGS.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect()
+}
 
 /// What a verification has come to, so far.
 #[derive(Default)]
@@ -248,7 +254,7 @@ impl<P: Pageserver> Control<P> {
             cpu_milli: Some(within(CPU_MILLI, capacity.cpu_milli)),
             memory_bytes: Some(within(MEMORY_BYTES, capacity.memory_bytes)),
         });
-        let settings: BTreeMap<String, String> = SETTINGS.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
+        let settings = settings();
         let new = NewCompute { settings, size, ..NewCompute::default() };
         let started = self.ensure_running(&call(), &id.to_string(), name.as_str(), &new).await?;
         self.entry(&started.compute.id)

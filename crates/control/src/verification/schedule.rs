@@ -28,7 +28,9 @@ const TICK: Duration = Duration::from_secs(1);
 const LOOKS_PER_TICK: usize = 20;
 /// Names that a list reads at once.
 const NAMES_AT_ONCE: usize = 1000;
-/// How often the store's names are listed, for tenants that others made or gave away.
+/// After how long the store's names are listed again when that failed.
+const LIST_PAUSE_MICROS: i64 = 60 * 1_000_000;
+/// How often they are listed, for tenants that others made or gave away.
 const LIST_INTERVAL_MICROS: i64 = 3600 * MICROS;
 /// When a tenant is looked at again that is not to be verified, or is another server's.
 const LATER_MICROS: i64 = 24 * 3600 * MICROS;
@@ -157,9 +159,11 @@ impl<P: Pageserver> Control<P> {
             }
             let now = self.environment.now().0;
             if listed.is_none_or(|listed| now - listed >= LIST_INTERVAL_MICROS) {
-                match self.list_to_verify().await {
-                    Ok(()) => listed = Some(now),
-                    Err(error) => tracing::debug!(%error, "tenants whose restores are to be verified were not listed"),
+                listed = Some(now);
+                if let Err(error) = self.list_to_verify().await {
+                    // Not at once: a name that cannot be read stays so.
+                    listed = Some(now - LIST_INTERVAL_MICROS + LIST_PAUSE_MICROS);
+                    tracing::warn!(%error, "tenants whose restores are to be verified were not all listed");
                 }
             }
             let due = self.with_plans(|plans| plans.take_due(now, LOOKS_PER_TICK));

@@ -8,6 +8,9 @@
 //! belongs.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use varve_postgres::Lsn;
 use varve_storage::edit_log;
@@ -20,6 +23,8 @@ use varve_storage::tenant_log::{self, TenantState};
 use crate::context::Context;
 use crate::error::EngineError;
 
+/// How often they are looked through.
+const INTERVAL: Duration = Duration::from_secs(3600);
 /// Age from which on nobody comes for WAL of a tenant that has no log: a week, in microseconds.
 const UNKNOWN_AGE_MIN: i64 = 7 * 24 * 3600 * 1_000_000;
 
@@ -55,11 +60,26 @@ impl Logs<'_> {
     }
 }
 
-/// Deletes what nobody needs, but for what the run `current` of this server has. How many objects that was.
-pub(super) async fn delete(context: &Context, current: Option<u32>) -> Result<usize, EngineError> {
+/// Looks through them from time to time, until it is dropped.
+pub(super) async fn keep_deleted(context: Arc<Context>) {
+    loop {
+        match delete(&context).await {
+            Ok(0) => {}
+            Ok(deleted) => tracing::info!(deleted, "objects of WAL that layers cover, of former processes, are deleted"),
+            // They are looked through again; nothing but space depends on it.
+            Err(error) => tracing::warn!(%error, "objects of WAL of former processes were not looked through"),
+        }
+        tokio::time::sleep(INTERVAL).await;
+    }
+}
+
+/// Deletes what nobody needs, but for what this server's present run has. How many objects that was.
+async fn delete(context: &Context) -> Result<usize, EngineError> {
     let mut logs = Logs { context, tenants: BTreeMap::new(), layered: BTreeMap::new() };
     let mut gone: Vec<ObjectName> = Vec::new();
     let listed = context.archive.list().await?;
+    // After the listing: a run has its number before its first WAL.
+    let current = context.shipping.current_run.load(Ordering::SeqCst);
     // By the store's own clock: some object is always new.
     let now = listed.iter().filter_map(|listed| listed.written).max().unwrap_or(0);
     let mut newest = BTreeMap::new();
@@ -71,7 +91,7 @@ pub(super) async fn delete(context: &Context, current: Option<u32>) -> Result<us
         let Some((wal_log, place)) = Archive::place(&listed.name) else { continue };
         let is_ours = wal_log == context.wal_log;
         let is_newest = newest.get(&(wal_log, place.run)) == Some(&place.number);
-        if is_ours && current == Some(place.run) || !is_ours && is_newest {
+        if is_ours && current == place.run || !is_ours && is_newest {
             continue;
         }
         let directory = match context.archive.directory(&listed.name, listed.bytes).await {
@@ -88,7 +108,9 @@ pub(super) async fn delete(context: &Context, current: Option<u32>) -> Result<us
             Kind::Wal(rows) => {
                 let mut needed = false;
                 for row in rows {
-                    needed = needed || logs.needs(row, now.saturating_sub(listed.written.unwrap_or(now))).await?;
+                    let age = now.saturating_sub(listed.written.unwrap_or(now));
+                    // What cannot be found out now is looked at the next time.
+                    needed = needed || logs.needs(row, age).await.unwrap_or(true);
                 }
                 needed
             }

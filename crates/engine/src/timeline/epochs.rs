@@ -24,6 +24,7 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 use varve_postgres::Lsn;
+use varve_postgres::lsn::WAL_SEGMENT_SIZE;
 use varve_storage::ids::{BranchName, WriterEpoch, random_bytes};
 use varve_storage::tenant_log::{TenantEdit, TenantLog, TenantState};
 use varve_storage::threads::{Panicked, Threads};
@@ -325,7 +326,7 @@ impl LiveTimeline {
         let first = if is_known || flushed.waits_for.is_none() { name.clone() } else { nobody };
         let standby = Standby { name, first, is_learnt: !is_known && waits_for_nobody };
         self.touch();
-        Ok((WalStream { live: self.clone(), gate, epoch, position: None, appended: start, framed: start, awaited: start }, standby))
+        Ok((WalStream { live: self.clone(), gate, epoch, position: None, appended: start, framed: start, awaited: Lsn::INVALID }, standby))
     }
 
     /// Whom a compute, whose WAL comes in, must wait for from now on. Where it waits for another one yet, it attaches
@@ -521,6 +522,10 @@ impl WalStream {
     /// Nobody need keep WAL before this: the store has it, and not merely a WAL log on its disk.
     pub fn not_needed_before(&self) -> Lsn {
         let positions = self.live.positions();
-        if self.live.context.shipping.is_on() { positions.stored() } else { positions.layered() }
+        if !self.live.context.shipping.is_on() {
+            return positions.layered();
+        }
+        // What is stored may end within a record, which whoever goes on with it wants whole; it rarely spans a segment.
+        positions.layered().max(Lsn(positions.stored().0.saturating_sub(WAL_SEGMENT_SIZE)))
     }
 }

@@ -67,6 +67,32 @@ impl Drop for Attached {
     }
 }
 
+/// What of the WAL that was found in the store is whole, sound records: the WAL log would keep anything else for good.
+fn whole_records(open: &OpenTimeline, layered: Lsn) -> Vec<Stored> {
+    let mut framer = Framer::new(open.major, Some(open.system_identifier), layered, None);
+    for part in &open.found {
+        let mut bytes = part.bytes.clone();
+        let framed = loop {
+            match framer.next_record(&mut bytes) {
+                Ok(Some(_)) => {}
+                Ok(None) => break Ok(()),
+                Err(error) => break Err(error),
+            }
+        };
+        if let Err(error) = framed {
+            let (tenant, timeline, at) = (open.tenant, open.state.facts.id, framer.framed());
+            tracing::error!(%tenant, %timeline, %error, %at, "WAL in the store is no WAL from here on; it is left out");
+            break;
+        }
+    }
+    let end = framer.framed();
+    let cut = |part: &Stored| Stored {
+        start: part.start,
+        bytes: part.bytes.slice(..(end.distance_from(part.start) as usize).min(part.bytes.len())),
+    };
+    open.found.iter().filter(|part| part.start < end).map(cut).collect()
+}
+
 /// Puts WAL that was found in the store into the WAL log, each byte as of the epoch that wrote it.
 fn import(
     wal: &WalLog,
@@ -96,14 +122,15 @@ impl LiveTimeline {
     /// When the WAL log is damaged or lacks what it should hold.
     pub(crate) fn open(open: OpenTimeline) -> Result<Arc<LiveTimeline>, EngineError> {
         let facts = open.state.facts.clone();
+        let found = whole_records(&open, open.history.layered);
         let OpenedHistory { history, layered, manifest } = open.history;
         let (tenant, timeline) = (open.tenant, facts.id);
         let epochs: Vec<(WriterEpoch, Lsn)> = open.state.epochs.iter().map(|epoch| (epoch.epoch, epoch.lsn)).collect();
         let wal = &open.context.wal;
         wal.attach(tenant, timeline, &epochs, layered)?;
         let attached = Attached { wal: wal.clone(), tenant, timeline };
-        let found_up_to = open.found.last().map_or(layered, |last| last.start + last.bytes.len() as u64);
-        import(wal, (tenant, timeline), &epochs, &open.found)?;
+        let found_up_to = found.last().map_or(layered, |last| last.start + last.bytes.len() as u64);
+        import(wal, (tenant, timeline), &epochs, &found)?;
         let mut framer = Framer::new(open.major, Some(open.system_identifier), layered, None);
         loop {
             let mut bytes = wal.read(tenant, timeline, framer.position(), READ_SIZE)?;

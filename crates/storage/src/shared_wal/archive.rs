@@ -144,7 +144,7 @@ impl Archive {
             }
         }
         for (run, (mut number, last)) in newest {
-            if matches!(self.directory(&last.name, last.bytes).await?.kind, Kind::Seal { .. }) {
+            if self.is_seal(&last.name, last.bytes).await? {
                 continue;
             }
             let nonce = random_bytes()?;
@@ -156,7 +156,7 @@ impl Archive {
                     Created::Ours => break,
                     // Its writer was quicker, or another one sealed it.
                     Created::Taken(found) => {
-                        if matches!(self.directory(&object, found.len() as u64).await?.kind, Kind::Seal { .. }) {
+                        if self.is_seal(&object, found.len() as u64).await? {
                             break;
                         }
                     }
@@ -164,6 +164,14 @@ impl Archive {
             }
         }
         Ok(())
+    }
+
+    /// Whether an object is a seal. One that is damaged, or was deleted meanwhile, is none.
+    async fn is_seal(&self, object: &ObjectName, bytes: u64) -> Result<bool, SharedWalError> {
+        match self.directory(object, bytes).await {
+            Ok(directory) => Ok(matches!(directory.kind, Kind::Seal { .. })),
+            Err(error) => error.unless_unanswered().map(|_| false),
+        }
     }
 
     /// The WAL of a timeline from `from` on, as far as the runs of `wal_log`, which must be sealed, have it without a

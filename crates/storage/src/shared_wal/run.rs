@@ -109,9 +109,10 @@ impl Run {
             }
             Created::Taken(found) => {
                 let length = envelope::length_of(&found).map_or(found.len(), |length| found.len().min(length as usize));
-                match Directory::decode(&encoded.object, &found.slice(..length))?.kind {
-                    Kind::Seal { .. } => Ok(Put::Sealed),
-                    Kind::Begin | Kind::Wal(_) => Err(SharedWalError::Foreign { object: encoded.object.clone() }),
+                match Directory::decode(&encoded.object, &found.slice(..length)).map(|directory| directory.kind) {
+                    Ok(Kind::Begin | Kind::Wal(_)) => Err(SharedWalError::Foreign { object: encoded.object.clone() }),
+                    // One that cannot be read, of a newer release perhaps, ends the run as well.
+                    Ok(Kind::Seal { .. }) | Err(_) => Ok(Put::Sealed),
                 }
             }
         }

@@ -1,4 +1,4 @@
-//! `varve bench`: what the page service does for a client, and how fast redo is.
+//! `varve bench`: what the page service does for a client, how fast redo is, and a store.
 
 use std::time::{Duration, Instant};
 
@@ -32,6 +32,8 @@ pub(crate) enum BenchCommand {
         #[arg(long, default_value_t = 5)]
         seconds: u64,
     },
+    /// Puts to a store, one after the other, as WAL is put there; needs no server. What it writes it deletes.
+    Store(super::bench_store::StoreArgs),
     /// Redo of a server's WAL from a data directory on; needs no server.
     Redo(super::bench_redo::RedoArgs),
 }
@@ -57,6 +59,7 @@ impl Sequence {
 
 pub(crate) async fn run(command: BenchCommand, client: &Client, as_json: bool) -> anyhow::Result<()> {
     let (branch, relation, depth, seconds) = match command {
+        BenchCommand::Store(args) => return super::bench_store::run(args, as_json).await,
         BenchCommand::Redo(args) => return tokio::task::spawn_blocking(move || super::bench_redo::run(args, as_json)).await?,
         BenchCommand::Pages { branch, relation, depth, seconds } => (branch, relation, depth, seconds),
     };

@@ -251,6 +251,8 @@ pub(crate) async fn run(args: DevArgs) -> anyhow::Result<()> {
         }),
         ..HttpConfig::new(token.reveal().to_owned())
     };
+    // Before anybody can see that it serves; until here a signal ends it at once.
+    let (mut interrupt, mut terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
     let http_server = tokio::spawn(serve(control, http_config, http, shutdown.clone()));
     tracing::info!(%http_address, %pages_address, data = %data.display(), store = location, "varve serves");
     let mut host = if args.no_host {
@@ -272,7 +274,6 @@ pub(crate) async fn run(args: DevArgs) -> anyhow::Result<()> {
         Some(tokio::spawn(agent::run(config, shutdown.clone())))
     };
 
-    let (mut interrupt, mut terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
     let host_ended = async {
         match &mut host {
             Some(host) => host.await,

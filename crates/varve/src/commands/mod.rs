@@ -2,6 +2,7 @@
 
 mod bench;
 mod bench_redo;
+mod bench_store;
 mod branch;
 mod compute;
 mod dev;
