@@ -169,7 +169,11 @@ impl<P: Pageserver> Control<P> {
             catalog_version: places.catalog_version,
             startup_blocks: places.startup_blocks,
             // The entry of a temporary branch knows them only as long as this process lives.
-            settings: if state.is_verifying(beginning.timeline) { verification::run::settings().into_iter().collect() } else { entry.settings() },
+            settings: if state.is_verifying(beginning.timeline) {
+                verification::run::settings().into_iter().collect()
+            } else {
+                entry.settings()
+            },
             pages,
             size: size_of(&state, entry.id),
         })
