@@ -102,6 +102,26 @@ fn what_the_store_acknowledged_outlives_every_machine() -> anyhow::Result<()> {
 }
 
 #[test]
+fn a_host_that_has_nothing_more_lets_a_new_server_go_on() -> anyhow::Result<()> {
+    let Some(minio) = Minio::start_unless_skipped() else { return Ok(()) };
+    let mut dev = Dev::start_on(VARVE, Some(minio.url("host")), minio.variables())?;
+    dev.json(&["tenant", "create", "acme"])?;
+    let db = dev.compute("acme/main", &[])?;
+    psql(&db, "CREATE TABLE t AS SELECT i FROM generate_series(1, 1000) i")?;
+    // So that the store has all that the compute's pg_wal has.
+    psql(&db, "SET synchronous_commit = remote_apply; INSERT INTO t VALUES (0)")?;
+    lose_machine(&mut dev)?;
+    // The server's disk is lost, the host's is not: nobody has to say what to do.
+    dev.wipe()?;
+    dev.run()?;
+    let db = dev.compute("acme/main", &[])?;
+    ensure!(psql(&db, "SELECT count(*) FROM t")? == "1001", "all that was acknowledged is there");
+    psql(&db, "INSERT INTO t VALUES (-1)")?;
+    ensure!(shipped(&dev)?["found_bytes"].as_u64() > Some(0), "the new server went on with what the store had");
+    Ok(())
+}
+
+#[test]
 fn objects_of_wal_go_when_layers_have_it_and_nothing_is_written_idle() -> anyhow::Result<()> {
     let Some(minio) = Minio::start_unless_skipped() else { return Ok(()) };
     let mut dev = Dev::start_on(VARVE, Some(minio.url("shared")), minio.variables())?;
