@@ -1,6 +1,6 @@
 //! WAL on its way to the store: what the WAL log has and layers do not yet.
 //!
-//! One task ([`run`]) puts the WAL of all timelines that have some into shared objects
+//! One task (of [`run`]) puts the WAL of all timelines that have some into shared objects
 //! ([`varve_storage::shared_wal`]), one object at a time: [`GATHER_MAX`] after there is something, as soon as an object
 //! is full, and at once when a commit waits for the store. All that waits meanwhile shares the next object. Nothing is
 //! written while nothing comes. A timeline's *stored* position is how far it is; it moves with layers, too, so what
@@ -12,7 +12,7 @@
 //! server sealed takes nothing more. See there for why that is enough.
 //!
 //! **Space.** An object is deleted when layers cover all that is in it. What former processes, and servers that are no
-//! more, left behind is looked through from time to time ([`former`]).
+//! more, left behind is looked through from time to time, by a task of its own ([`former`]).
 //!
 //! Where the store is a folder on the disk of the WAL log, nothing is shipped: a copy there would be lost with it. The
 //! WAL log counts as the store then.
@@ -489,8 +489,7 @@ impl Shipper {
             }
             !is_gone
         });
-        let held: std::collections::BTreeSet<Owner> =
-            self.objects.iter().flat_map(|(_, rows)| rows).map(|row| (row.tenant, row.timeline)).collect();
+        let held: BTreeSet<Owner> = self.objects.iter().flat_map(|(_, rows)| rows).map(|row| (row.tenant, row.timeline)).collect();
         covered.retain(|owner, _| held.contains(owner));
         gone
     }

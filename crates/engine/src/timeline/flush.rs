@@ -1,9 +1,9 @@
 //! From memory to the store: when a memtable is frozen, and who turns it into layers.
 //!
-//! One flush of a timeline runs at a time. A memtable is frozen when it is large, when it is old (so that the compute
-//! need not keep its WAL for long), when a commit waits for the store (`remote_apply`) or somebody else does, or when
-//! all memtables together have used up their budget: ingest pauses until that is over, so nothing may then wait to grow
-//! large or old. A flush that fails is tried again with growing pauses.
+//! One flush of a timeline runs at a time. A memtable is frozen when it is large, when it is old (so that the WAL log
+//! need not keep its WAL for long), when somebody waits for its layers, or when all memtables together have used up
+//! their budget: ingest pauses until that is over, so nothing may then wait to grow large or old. A flush that fails is
+//! tried again with growing pauses.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;

@@ -75,7 +75,7 @@ pub struct LiveTimeline {
     /// End of the newest record that carries its pages (an [`Lsn`]), or of the WAL that was kept for such before this
     /// was opened; see [`kept_wal`].
     check_images: AtomicU64,
-    /// The store is to have everything up to here soon (an [`Lsn`]): a commit waits for it.
+    /// Layers are to have everything up to here soon (an [`Lsn`]): somebody waits for it.
     awaited: AtomicU64,
     /// Whether its WAL is noted as waiting to go to the store.
     ship_scheduled: AtomicBool,

@@ -304,17 +304,7 @@ impl WalLog {
         if start > index.end {
             return Err(WalLogError::Gap { timeline, epoch: epoch.0, end: index.end, start });
         }
-        let (mut next, mut rest) = (start, bytes);
-        while !rest.is_empty() {
-            let run = self.write_chunk(state, (tenant, timeline), epoch, next, None, rest)?;
-            let index = Self::index(&mut state.timelines, tenant, timeline)?;
-            let until = state.written;
-            state.replaced.extend(index.cut(run.start).into_iter().map(|run| (until, run)));
-            index.push(run, &mut state.live);
-            rest = &rest[(run.end.0 - run.start.0) as usize..];
-            next = run.end;
-        }
-        Ok(LogPosition(state.written))
+        self.write_run(state, (tenant, timeline), epoch, start, bytes)
     }
 
     /// Takes over WAL that another log had, and that no writer of this one brings: bytes of `epoch`, which need not be
@@ -340,11 +330,19 @@ impl WalLog {
         if start > end {
             return Err(WalLogError::Gap { timeline, epoch: epoch.0, end, start });
         }
-        let mut rest = bytes.get(end.distance_from(start) as usize..).unwrap_or_default();
-        let mut next = end;
+        let rest = bytes.get(end.distance_from(start) as usize..).unwrap_or_default();
+        self.write_run(state, (tenant, timeline), epoch, end, rest)
+    }
+
+    /// Writes bytes that begin at `start`, in place of what the log has from there on.
+    fn write_run(&self, state: &mut State, owner: Owner, epoch: WriterEpoch, start: Lsn, bytes: &[u8]) -> Result<LogPosition, WalLogError> {
+        let (mut next, mut rest) = (start, bytes);
         while !rest.is_empty() {
-            let run = self.write_chunk(state, (tenant, timeline), epoch, next, None, rest)?;
-            Self::index(&mut state.timelines, tenant, timeline)?.push(run, &mut state.live);
+            let run = self.write_chunk(state, owner, epoch, next, None, rest)?;
+            let index = Self::index(&mut state.timelines, owner.0, owner.1)?;
+            let until = state.written;
+            state.replaced.extend(index.cut(run.start).into_iter().map(|run| (until, run)));
+            index.push(run, &mut state.live);
             rest = &rest[(run.end.0 - run.start.0) as usize..];
             next = run.end;
         }
